@@ -1,0 +1,204 @@
+"""The plan: every decision as data, made by ``decide`` and executed by ``cut``.
+
+Indices are those of the *input* checkpoint. A plan is meant to be read, diffed and
+edited by hand, so everything about it is checked again before it is executed.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+from pydantic import Field, ValidationError
+
+from ..errors import PlanError
+from ..recipe import Recipe, Strict, first_problem
+
+FORMAT_VERSION = 1
+Index = Annotated[int, Field(ge=0)]
+
+
+class LayerShape(Protocol):
+    """What a plan needs to know of one layer of the checkpoint it is for."""
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def top_k(self) -> int: ...
+
+    @property
+    def has_moe(self) -> bool: ...
+
+
+class ModelId(Strict):
+    """Which checkpoint a plan was made for."""
+
+    model_type: str
+    fingerprint: str
+    source: str
+    revision: str | None = None
+
+
+class LayerPlan(Strict):
+    """What happens to one decoder layer of the input."""
+
+    layer: Index
+    action: Literal["keep", "drop-moe", "drop-block"] = "keep"
+    experts: Index
+    """Experts in the input (0 for a dense layer or one whose MoE is gone)."""
+    keep: tuple[Index, ...]
+    """Surviving experts as input ids, in their new order."""
+    clusters: tuple[tuple[Index, ...], ...] | None = None
+    """``clusters[new]`` are the input experts that ``keep[new]`` stands for."""
+    reconstruct: bool = False
+    """Replace each survivor and its router row by the mean of its cluster."""
+    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of zeros to write into the surviving expert weights."""
+
+
+class Predicted(Strict):
+    """What the output will be, to the byte."""
+
+    tensor_bytes: int
+    file_bytes: int
+    shards: int
+    expert_parameters: int
+    parameters: int
+    expert_sparsity: float
+    """Removed or zeroed expert parameters over expert parameters before."""
+    total_sparsity: float
+    """Removed or zeroed parameters over all parameters before."""
+
+
+class CutPlan(Strict):
+    """Every decision about one checkpoint."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    tool_version: str
+    model: ModelId
+    recipe: Recipe
+    routing: Literal["drop", "redirect"] = "drop"
+    slim: Literal["wanda", "magnitude", "none"] = "none"
+    threshold: float | None = None
+    """Merge height up to which clusters were formed (STUN's t), if there is one."""
+    layers: tuple[LayerPlan, ...]
+    predicted: Predicted | None = None
+
+    @property
+    def is_slimmed(self) -> bool:
+        """Whether any weight will be zeroed."""
+        return self.slim != "none" and any(
+            layer.action == "keep" and layer.keep and layer.sparsity > 0
+            for layer in self.layers
+        )
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether executing the plan needs calibration activations."""
+        return self.slim == "wanda" and self.is_slimmed
+
+
+def load_plan(path: Path) -> CutPlan:
+    """Read and validate a plan file (structure only; see ``check_plan``)."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise PlanError(f"{path}: no such plan file.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PlanError(f"{path}: not valid JSON: {error}") from error
+    try:
+        return CutPlan.model_validate(data)
+    except ValidationError as error:
+        raise PlanError(f"{path}: {first_problem(error)}") from error
+
+
+def save_plan(plan: CutPlan, path: Path) -> None:
+    """Write a plan as indented JSON, atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(dump_plan(plan), "utf-8")
+    temporary.replace(path)
+
+
+def dump_plan(plan: CutPlan) -> str:
+    """The plan as the text of plan.json."""
+    return json.dumps(plan.model_dump(mode="json"), indent=1) + "\n"
+
+
+def check_plan(
+    plan: CutPlan, layers: Sequence[LayerShape], fingerprint: str, where: str
+) -> None:
+    """Refuse a plan that does not fit the checkpoint it is about to cut.
+
+    Args:
+        plan: The plan, perhaps edited by hand.
+        layers: The checkpoint's decoder layers.
+        fingerprint: The checkpoint's fingerprint.
+        where: Named in the error, usually the plan's path.
+
+    Raises:
+        PlanError: Naming the first layer and expert that does not fit.
+    """
+    if plan.model.fingerprint != fingerprint:
+        raise PlanError(
+            f"{where}: made for another model (plan {plan.model.fingerprint[:12]} from "
+            f"{plan.model.source}, checkpoint {fingerprint[:12]}). "
+            "Run measure and plan on this checkpoint."
+        )
+    if [layer.layer for layer in plan.layers] != list(range(len(layers))):
+        raise PlanError(
+            f"{where}: lists layers {[layer.layer for layer in plan.layers]}, but the "
+            f"checkpoint has layers 0 to {len(layers) - 1}, each to be listed once."
+        )
+    if all(layer.action == "drop-block" for layer in plan.layers):
+        raise PlanError(f"{where}: drops every block; keep at least one.")
+    for layer_plan, shape in zip(plan.layers, layers, strict=True):
+        _check_layer(layer_plan, shape, plan.routing, where)
+
+
+def _check_layer(
+    layer: LayerPlan, shape: LayerShape, routing: str, where: str
+) -> None:
+    at = f"{where}: layer {layer.layer}"
+    experts = shape.num_experts if shape.has_moe else 0
+    if layer.experts != experts:
+        raise PlanError(
+            f"{at}: says {layer.experts} experts, but the checkpoint has {experts}."
+        )
+    if layer.action != "keep" or not shape.has_moe:
+        if layer.keep:
+            raise PlanError(f"{at}: {layer.action} but keeps experts {layer.keep}.")
+        return
+    if not layer.keep:
+        raise PlanError(
+            f"{at}: keeps no expert. Keep at least one, or set its action to drop-moe."
+        )
+    _check_ids(layer.keep, experts, f"{at}: keep")
+    if routing == "redirect" or layer.reconstruct:
+        if layer.clusters is None:
+            raise PlanError(f"{at}: redirect and reconstruct need clusters.")
+    if layer.clusters is None:
+        return
+    if len(layer.clusters) != len(layer.keep):
+        raise PlanError(
+            f"{at}: {len(layer.clusters)} clusters for {len(layer.keep)} kept experts."
+        )
+    members = tuple(expert for cluster in layer.clusters for expert in cluster)
+    _check_ids(members, experts, f"{at}: clusters")
+    if len(members) != experts:
+        missing = sorted(set(range(experts)) - set(members))
+        raise PlanError(f"{at}: clusters leave out experts {missing}.")
+    for kept, cluster in zip(layer.keep, layer.clusters, strict=True):
+        if kept not in cluster:
+            raise PlanError(f"{at}: expert {kept} is not in its cluster {cluster}.")
+
+
+def _check_ids(ids: tuple[int, ...], experts: int, at: str) -> None:
+    unknown = sorted({expert for expert in ids if expert >= experts})
+    if unknown:
+        raise PlanError(
+            f"{at}: unknown experts {unknown}; the layer has experts 0 to {experts - 1}."
+        )
+    twice = sorted({expert for expert in ids if ids.count(expert) > 1})
+    if twice:
+        raise PlanError(f"{at}: experts {twice} appear more than once.")

@@ -1,0 +1,45 @@
+"""Every error this package raises on purpose.
+
+    MoePruneError                 base: one line that says what, where and what to do
+    ├── CheckpointError           the input folder, its index, a shard or its config
+    ├── CalibrationError          the calibration or evaluation text, the tokenizer
+    ├── RecipeError               what the user asked for cannot be done
+    ├── PlanError                 a plan (perhaps edited by hand) that does not fit
+    ├── RemapError                an expert remap table that does not fit its checkpoint
+    ├── OutputError               the output folder: not empty, disk full, cannot resume
+    └── ServeError                the serving environment: vLLM or the plugin is missing
+
+The command line prints the message as one line and exits with status 2.
+"""
+
+
+class MoePruneError(Exception):
+    """Base class; catch this to catch everything the tool refuses."""
+
+
+class CheckpointError(MoePruneError):
+    """The input checkpoint is incomplete, damaged, hostile or unsupported."""
+
+
+class CalibrationError(MoePruneError):
+    """The calibration text cannot be used."""
+
+
+class RecipeError(MoePruneError):
+    """The recipe asks for something impossible."""
+
+
+class PlanError(MoePruneError):
+    """The plan is invalid or was made for another model."""
+
+
+class RemapError(MoePruneError):
+    """The expert remap table is missing, damaged or contradicts the checkpoint."""
+
+
+class OutputError(MoePruneError):
+    """The output cannot be written or resumed."""
+
+
+class ServeError(MoePruneError):
+    """The checkpoint cannot be served in this environment."""
