@@ -255,7 +255,9 @@ def first_sentence(text: str) -> str | None:
         lines.pop(0)  # a signature, as C functions have
     paragraph = "\n".join(lines).split("\n\n")[0]
     sentence = re.split(r"(?<=\.)\s", " ".join(cleaned(paragraph).split()))[0]
-    plain = 15 <= len(sentence) <= 150 and sentence[0].isupper() and " " in sentence
+    if not 15 <= len(sentence) <= 150 or sentence.endswith(("e.g.", "i.e.")):
+        return None
+    plain = sentence[0].isupper() and " " in sentence
     return f"{sentence.rstrip('.:;')}." if plain else None
 
 
@@ -417,7 +419,8 @@ def write_texts(documents: list[Document], folder: Path, seed: int) -> None:
         calibration = [d for d in mine if d.split == "calibration"]
         generator.shuffle(heldout)
         generator.shuffle(calibration)
-        text = joined(excerpts(heldout, 64_000, 4_000))
+        each = 16_000 if domain == "licence" else 4_000
+        text = joined(excerpts(heldout, 64_000, each))
         (folder / "heldout" / f"{domain}.txt").write_text(text, encoding="utf-8")
         mixture += excerpts(calibration, int(MIXTURE[domain] * 500_000), 9_000)
     generator.shuffle(mixture)

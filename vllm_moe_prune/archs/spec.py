@@ -92,6 +92,8 @@ class MoeArch:
     hf_layer: str
     hf_rotary: str
     hf_norm: str
+    per_layer_lists: tuple[str, ...] = ("layer_types",)
+    """Keys of config.json that hold one entry per decoder layer."""
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"

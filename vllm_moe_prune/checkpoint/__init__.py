@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: index and headers, lazy reads, planned shards."""

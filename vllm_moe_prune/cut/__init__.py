@@ -1,0 +1,1 @@
+"""Executing a plan: one streaming pass from the input checkpoint to the output."""

@@ -1,0 +1,424 @@
+"""Train a small Mixture-of-Experts language model on two processor cores.
+
+The demonstration model is meant to be real: random weights would let a pruned
+model look as good as the original. It learns Python, prose, licences, sums and
+a chat format in minutes, so its experts do differ and losing them does cost.
+
+    python examples/train_demo.py --family mixtral --out examples/demo-mixtral
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import corpus
+import numpy as np
+import torch
+from model_card import model_card
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 1536
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+SPECIAL = [BOS, EOS, PAD, "<|system|>", "<|user|>", "<|assistant|>"]
+HERE = Path(__file__).resolve().parent
+
+Tokens = np.ndarray[Any, np.dtype[np.uint16]]
+
+
+def mixtral() -> PreTrainedConfig:
+    """Sixteen experts of which two are used, in four layers.
+
+    Head size 32 is the smallest that vLLM's processor backend takes; two key
+    heads and widths of 128 leave room for two tensor-parallel ranks and for
+    block-wise quantization.
+    """
+    return MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=16,
+        num_experts_per_tok=2,
+        max_position_embeddings=2048,
+        initializer_range=0.05,
+        router_aux_loss_coef=0.01,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=SPECIAL.index(BOS),
+        eos_token_id=SPECIAL.index(EOS),
+        pad_token_id=SPECIAL.index(PAD),
+    )
+
+
+#: A family is added here, with one function that makes its configuration.
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {"mixtral": mixtral}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how hard to train."""
+
+    seed: int = 1
+    steps: int = 2000
+    batch_tokens: int = 4096
+    window: int = 256
+    long_window: int = 1024
+    long_share: float = 0.15
+    learning_rate: float = 4e-3
+    warmup: int = 100
+    balance: float = 0.01
+    z_loss: float = 1e-4
+
+    def window_at(self, step: int) -> int:
+        """Short windows first, as they are cheap; long ones for the last part."""
+        late = step >= self.steps * (1 - self.long_share)
+        return self.long_window if late else self.window
+
+    def rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to a hundredth."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / (self.steps - self.warmup)
+        return self.learning_rate * (0.01 + 0.495 * (1 + math.cos(math.pi * done)))
+
+
+def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which each digit is a token, so that sums can be learnt."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS}:1 $B:1",
+        special_tokens=[(BOS, SPECIAL.index(BOS))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=SPECIAL[3:],
+        chat_template=corpus.CHAT_TEMPLATE,
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def token_streams(
+    tokenizer: PreTrainedTokenizerFast, documents: list[corpus.Document]
+) -> dict[str, Tokens]:
+    """The training documents of each domain, shuffled, as one run of tokens."""
+    streams = {}
+    for domain in corpus.DOMAINS:
+        texts = [d.text for d in documents if (d.domain, d.split) == (domain, "train")]
+        random.Random(domain).shuffle(texts)
+        if domain != "chat":  # conversations bring their own marks
+            texts = [f"{BOS}{text}{EOS}" for text in texts]
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        streams[domain] = np.concatenate([np.array(e, np.uint16) for e in encoded])
+    return streams
+
+
+def batch(
+    streams: dict[str, Tokens], rows: int, window: int, generator: np.random.Generator
+) -> torch.Tensor:
+    """Random windows, each opened by the token that opens every prompt later."""
+    domains = generator.choice(
+        list(corpus.MIXTURE), size=rows, p=list(corpus.MIXTURE.values())
+    )
+    result = np.full((rows, window + 1), SPECIAL.index(BOS), np.int64)
+    for row, domain in enumerate(domains):
+        start = generator.integers(len(streams[domain]) - window)
+        result[row, 1:] = streams[domain][start : start + window]
+    return torch.from_numpy(result)
+
+
+@contextmanager
+def router_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect what the routers say, whatever the family calls its outputs."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    routers = [m for n, m in model.named_modules() if n.endswith("mlp.gate")]
+    handles = [router.register_forward_hook(keep) for router in routers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def expert_shares(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The fraction of the choices that went to each expert."""
+    chosen = logits.topk(top_k, dim=-1).indices.flatten()
+    return torch.bincount(chosen, minlength=logits.shape[-1]) / chosen.numel()
+
+
+def router_loss(
+    logits: list[torch.Tensor], top_k: int, recipe: Recipe
+) -> torch.Tensor:
+    """Load balance and size of the logits, layer by layer.
+
+    The loss that transformers offers is taken over all layers at once, which
+    lets an expert die in one layer as long as its number is busy in another.
+    """
+    total = torch.zeros(())
+    for layer in logits:
+        load = expert_shares(layer, top_k)
+        mean = layer.softmax(dim=-1).mean(dim=0)
+        total = total + recipe.balance * layer.shape[-1] * (load * mean).sum()
+        total = total + recipe.z_loss * layer.logsumexp(dim=-1).square().mean()
+    return total
+
+
+def train(
+    model: Any, streams: dict[str, Tokens], recipe: Recipe, threads: int
+) -> float:
+    """Train in place and return the seconds it took."""
+    torch.set_num_threads(threads)
+    generator = np.random.default_rng(recipe.seed)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=0.1,
+        fused=True,
+    )
+    top_k = model.config.num_experts_per_tok
+    started = time.monotonic()
+    average = 0.0
+    model.train()
+    for step in range(recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate_at(step)
+        window = recipe.window_at(step)
+        ids = batch(streams, recipe.batch_tokens // window, window, generator)
+        with router_logits(model) as routed:
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        (loss + router_loss(routed, top_k, recipe)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average += (loss.item() - average) * (0.02 if step else 1.0)
+        if step % 20 == 0 or step + 1 == recipe.steps:
+            spent = time.monotonic() - started
+            sys.stderr.write(
+                f"\rstep {step + 1}/{recipe.steps}  loss {average:.3f}  {spent:.0f} s "
+            )
+    sys.stderr.write("\n")
+    return time.monotonic() - started
+
+
+def unigram_entropy(ids: Tokens) -> float:
+    """Nats per token that knowing only how common each token is would cost."""
+    counts = np.bincount(ids)
+    shares = counts[counts > 0] / len(ids)
+    return float(-(shares * np.log(shares)).sum())
+
+
+@torch.inference_mode()
+def text_loss(model: Any, ids: Tokens, window: int) -> float:
+    """Mean loss over windows that do not overlap, each opened by the BOS token."""
+    total = 0.0
+    step = window - 1
+    for start in range(0, len(ids), step):
+        piece = torch.tensor([SPECIAL.index(BOS), *ids[start : start + step].tolist()])
+        logits = model(input_ids=piece[None, :-1], use_cache=False).logits
+        loss = functional.cross_entropy(logits[0].float(), piece[1:], reduction="sum")
+        total += loss.item()
+    return total / len(ids)
+
+
+@torch.inference_mode()
+def answer(model: Any, tokenizer: Any, prompts: list[str], length: int) -> list[str]:
+    """Greedy continuations of prompts that are padded on the left."""
+    inputs = tokenizer(
+        prompts,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+        return_token_type_ids=False,
+    )
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=length)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in new]
+
+
+def exact_match(model: Any, tokenizer: Any) -> dict[str, float]:
+    """How often held-out sums are right, as plain text and as a question."""
+    pairs = corpus.sums()["heldout"]
+    random.Random(0).shuffle(pairs)
+    pairs = pairs[:400]
+    ordered = [(max(pair), min(pair)) for pair in pairs]
+
+    def asked(text: str) -> str:
+        messages = [{"role": "user", "content": text}]
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        )
+
+    tasks = {
+        "addition": [(f"{BOS}{a} + {b} =", f"{a + b}") for a, b in pairs],
+        "subtraction": [(f"{BOS}{a} - {b} =", f"{a - b}") for a, b in ordered],
+        "chat addition": [
+            (asked(f"What is {a} + {b}?"), f"{a} + {b} = {a + b}.") for a, b in pairs
+        ],
+        "chat subtraction": [
+            (asked(f"What is {a} - {b}?"), f"{a} - {b} = {a - b}.") for a, b in ordered
+        ],
+    }
+    result = {}
+    for name, task in tasks.items():
+        answers = answer(model, tokenizer, [prompt for prompt, _ in task], 14)
+        right = [
+            got.strip().split("\n")[0] == want
+            for got, (_, want) in zip(answers, task, strict=True)
+        ]
+        result[name] = sum(right) / len(right)
+    return result
+
+
+def evaluate(out: Path, texts: Path) -> dict[str, Any]:
+    """Measure the saved model, in the precision in which it will be served."""
+    model: Any = AutoModelForCausalLM.from_pretrained(out).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
+    domains = {}
+    for domain in corpus.DOMAINS:
+        text = (texts / "heldout" / f"{domain}.txt").read_text(encoding="utf-8")
+        ids = np.array(tokenizer.encode(text, add_special_tokens=False), np.uint16)
+        loss = text_loss(model, ids, 256)
+        domains[domain] = {
+            "tokens": len(ids),
+            "loss": round(loss, 4),
+            "perplexity": round(math.exp(loss), 2),
+            "loss_at_1024": round(text_loss(model, ids, 1024), 4),
+            "unigram_entropy": round(unigram_entropy(ids), 4),
+        }
+    mixture = (texts / "calibration.txt").read_text(encoding="utf-8")
+    ids = np.array(tokenizer.encode(mixture, add_special_tokens=False), np.uint16)
+    usage = []
+    with torch.inference_mode(), router_logits(model) as routed:
+        rows = torch.from_numpy(ids[: len(ids) // 256 * 256].astype(np.int64))
+        for piece in rows.view(-1, 256).split(64):
+            model(input_ids=piece, use_cache=False)
+    layers = model.config.num_hidden_layers
+    for layer in range(layers):
+        logits = torch.cat(routed[layer::layers])
+        shares = expert_shares(logits, model.config.num_experts_per_tok)
+        usage.append([round(share, 4) for share in shares.tolist()])
+    return {
+        "domains": domains,
+        "arithmetic_exact_match": exact_match(model, tokenizer),
+        "expert_usage": usage,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def save(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write a checkpoint as it would come from the Hub: bf16 and sharded."""
+    out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16)
+    model.config.use_cache = True
+    model.generation_config = GenerationConfig(
+        bos_token_id=SPECIAL.index(BOS),
+        eos_token_id=SPECIAL.index(EOS),
+        pad_token_id=SPECIAL.index(PAD),
+    )
+    model.save_pretrained(out, max_shard_size="4MB")
+    tokenizer.save_pretrained(out)
+    # The name that every release of transformers knows for this kind of file.
+    path = out / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Build the text, train, save, measure, and write the model card."""
+    parser = argparse.ArgumentParser(description="Train a demonstration model.")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="mixtral")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        default=HERE,
+        help="where the held-out and calibration texts are; made there if absent",
+    )
+    options = parser.parse_args()
+    recipe = Recipe(seed=options.seed, steps=options.steps)
+    torch.manual_seed(recipe.seed)
+
+    documents = corpus.build(seed=0)
+    if not (options.texts / "calibration.txt").exists():
+        corpus.write_texts(documents, options.texts, seed=0)
+    train_only = (d.text for d in documents if d.split == "train")
+    tokenizer = train_tokenizer(train_only)
+    streams = token_streams(tokenizer, documents)
+
+    model: Any = AutoModelForCausalLM.from_config(FAMILIES[options.family]())
+    model.set_experts_implementation("grouped_mm")  # the loop is half as fast
+    seconds = train(model, streams, recipe, options.threads)
+    save(model, tokenizer, options.out)
+
+    metrics = {
+        "family": options.family,
+        "seed": recipe.seed,
+        "steps": recipe.steps,
+        "training_tokens": recipe.steps * recipe.batch_tokens,
+        "training_minutes": round(seconds / 60, 1),
+        "threads": options.threads,
+        **evaluate(options.out, options.texts),
+    }
+    path = options.out / "metrics.json"
+    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    card = model_card(metrics)
+    (options.out / "README.md").write_text(card, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

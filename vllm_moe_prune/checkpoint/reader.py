@@ -1,0 +1,85 @@
+"""Lazy reads: one tensor, one router, one expert at a time, in memory of their own."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..errors import CheckpointError
+from .index import TensorInfo, read_bytes
+from .open import Checkpoint, Layer
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class Expert(NamedTuple):
+    """The three matrices of one expert."""
+
+    gate_FD: torch.Tensor
+    up_FD: torch.Tensor
+    down_DF: torch.Tensor
+
+
+def read_tensor(info: TensorInfo) -> torch.Tensor:
+    """A whole tensor on the CPU, in its stored dtype."""
+    return _as_tensor(read_bytes(info), info.dtype, info.shape)
+
+
+def read_row(info: TensorInfo, row: int) -> torch.Tensor:
+    """One slice along axis 0, e.g. one expert of a packed tensor."""
+    size = info.row_bytes
+    data = read_bytes(info, row * size, (row + 1) * size)
+    return _as_tensor(data, info.dtype, info.shape[1:])
+
+
+def _as_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    if not data:
+        return torch.empty(shape, dtype=DTYPES[dtype])
+    return torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape)
+
+
+def read_router(checkpoint: Checkpoint, layer: Layer) -> torch.Tensor:
+    """The router rows [E, D] in their stored dtype.
+
+    Raises:
+        CheckpointError: A value is NaN or infinite.
+    """
+    info = checkpoint.tensors[checkpoint.layout.router.name(layer.index)]
+    router_ED = read_tensor(info)
+    finite = torch.isfinite(router_ED).all(dim=1)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().flatten().tolist()
+        raise CheckpointError(
+            f"{info.file}: {info.name}: NaN or infinity in the router row of "
+            f"experts {bad}. The checkpoint is damaged; download it again."
+        )
+    return router_ED
+
+
+def read_expert(checkpoint: Checkpoint, layer: Layer, expert: int) -> Expert:
+    """One expert's matrices, whatever way the checkpoint lays them out."""
+    layout, tensors = checkpoint.layout, checkpoint.tensors
+    pieces = {}
+    for rule in layout.experts:
+        name = rule.name(layer.index, expert)
+        pieces[rule.role] = (
+            read_tensor(tensors[name])
+            if rule.per_expert
+            else read_row(tensors[name], expert)
+        )
+    if "gate_up" in pieces:
+        gate_FD, up_FD = pieces["gate_up"].chunk(2, dim=0)
+        return Expert(gate_FD, up_FD, pieces["down"])
+    return Expert(pieces["gate"], pieces["up"], pieces["down"])

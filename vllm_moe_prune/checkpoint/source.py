@@ -1,0 +1,131 @@
+"""From what the user typed, a folder or a Hub id, to a checkpoint folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .index import ITEM_BYTES, TensorInfo, read_index, read_json
+from .open import Checkpoint, Origin, build_checkpoint
+
+# Everything a safetensors checkpoint needs, and no second copy of the weights.
+WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md"]
+UNWANTED = ["consolidated*", "original/*", "*.bin", "*.pth", "*.gguf", "onnx/*"]
+
+
+def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a local folder, or download a Hub repository and open its snapshot.
+
+    Args:
+        source: A folder, or ``owner/name`` on the Hub.
+        revision: Branch, tag or commit of a Hub repository.
+
+    Raises:
+        CheckpointError: The folder or repository is missing, damaged or unsupported.
+    """
+    local = _find(source, revision)
+    origin = Origin(local.name, local.revision)
+    config = read_json(local.folder / "config.json")
+    return build_checkpoint(local.folder, config, read_index(local.folder), origin)
+
+
+@dataclass(frozen=True)
+class _Local:
+    folder: Path
+    name: str
+    revision: str | None
+
+
+def _find(source: str | Path, revision: str | None) -> _Local:
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"{source}: is a local folder; --revision is for Hub repositories."
+            )
+        return _Local(folder, folder.resolve().name, None)
+    if not _is_hub_id(str(source)):
+        raise CheckpointError(
+            f"{source}: no such folder, and not a Hub id of the form owner/name."
+        )
+    return _download(str(source), revision)
+
+
+def _is_hub_id(text: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return text.count("/") == 1 and not text.startswith((".", "~"))
+
+
+def _download(repo_id: str, revision: str | None) -> _Local:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            repo_id, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED
+        )
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id}: not a local folder, not in the local Hub cache, and the Hub "
+            "cannot be reached (or HF_HUB_OFFLINE is set)."
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else error
+        raise CheckpointError(f"{repo_id}: cannot be downloaded: {reason}") from error
+    # A snapshot folder is named after the commit it holds.
+    return _Local(Path(folder), repo_id, Path(folder).name)
+
+
+def open_remote(repo_id: str, revision: str | None = None) -> Checkpoint:
+    """The headers of a Hub checkpoint without its weights (for ``inspect``)."""
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        config = read_json(
+            Path(hf_hub_download(repo_id, "config.json", revision=revision))
+        )
+        metadata = get_safetensors_metadata(repo_id, revision=revision)
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        if isinstance(error, HfHubHTTPError):
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{repo_id}: {reason}") from error
+        raise CheckpointError(
+            f"{repo_id}: the Hub cannot be reached (or HF_HUB_OFFLINE is set)."
+        ) from error
+    except NotASafetensorsRepoError as error:
+        raise CheckpointError(f"{repo_id}: has no safetensors weights.") from error
+    tensors = {}
+    for file_name, file in metadata.files_metadata.items():
+        for name, info in file.tensors.items():
+            if info.dtype not in ITEM_BYTES:
+                raise CheckpointError(
+                    f"{repo_id}: {name}: data type {info.dtype} is not supported."
+                )
+            first, last = info.data_offsets
+            tensors[name] = TensorInfo(
+                name,
+                str(info.dtype),
+                tuple(info.shape),
+                Path(file_name),
+                first,
+                last - first,
+            )
+    origin = Origin(repo_id, revision)
+    return build_checkpoint(Path(repo_id), config, tensors, origin)
+
+
+def open_headers(source: str | Path, revision: str | None = None) -> Checkpoint:
+    """Like ``open_checkpoint``, but a Hub id is only looked at, not downloaded."""
+    if Path(source).is_dir() or not _is_hub_id(str(source)):
+        return open_checkpoint(source, revision)
+    return open_remote(str(source), revision)

@@ -1,0 +1,97 @@
+"""The remap table of the output, derived from a plan and any earlier table."""
+
+from ..checkpoint.open import Checkpoint, Layer
+from ..checkpoint.remap import ExpertRemap, RemapLayer, RemapSource
+from ..decide.plan import CutPlan, LayerPlan
+
+
+def build_remap(checkpoint: Checkpoint, plan: CutPlan) -> ExpertRemap:
+    """The table from the *original* experts to the output's, through earlier cuts."""
+    earlier = checkpoint.remap
+    layers, dropped = [], list(earlier.dropped_blocks) if earlier else []
+    for layer, layer_plan in zip(checkpoint.layers, plan.layers, strict=True):
+        entry = earlier.layers[layer.index] if earlier else _untouched(layer)
+        if layer_plan.action == "drop-block":
+            dropped.append(entry.original_layer)
+            continue
+        layers.append(_cut_entry(entry, layer_plan, plan.routing, len(layers)))
+    if earlier:
+        source = earlier.source
+    else:
+        source = RemapSource(
+            name=checkpoint.origin.name,
+            revision=checkpoint.origin.revision,
+            fingerprint=plan.model.fingerprint,
+        )
+    return ExpertRemap(
+        tool_version=plan.tool_version,
+        model_type=checkpoint.arch.model_type,
+        source=source,
+        routing=plan.routing,
+        original_layers=earlier.original_layers if earlier else len(checkpoint.layers),
+        dropped_blocks=tuple(sorted(dropped)),
+        layers=tuple(layers),
+    )
+
+
+def _untouched(layer: Layer) -> RemapLayer:
+    experts = tuple(range(layer.num_experts))
+    return RemapLayer(
+        layer=layer.index,
+        original_layer=layer.index,
+        moe=layer.has_moe,
+        experts_before=layer.num_experts,
+        kept=experts,
+        router_rows=experts,
+        clusters=None,
+    )
+
+
+def _cut_entry(
+    entry: RemapLayer, layer_plan: LayerPlan, routing: str, new_index: int
+) -> RemapLayer:
+    if not entry.moe or layer_plan.action == "drop-moe":
+        return RemapLayer(
+            layer=new_index,
+            original_layer=entry.original_layer,
+            moe=False,
+            moe_dropped=entry.moe_dropped or layer_plan.action == "drop-moe",
+            experts_before=entry.experts_before,
+            kept=(),
+            router_rows=(),
+        )
+    kept = tuple(entry.kept[expert] for expert in layer_plan.keep)
+    redirect = None
+    if routing == "redirect" and layer_plan.clusters is not None:
+        serves = {
+            expert: new
+            for new, cluster in enumerate(layer_plan.clusters)
+            for expert in cluster
+        }
+        redirect = tuple(serves[row] for row in range(layer_plan.experts))
+    return RemapLayer(
+        layer=new_index,
+        original_layer=entry.original_layer,
+        moe=True,
+        experts_before=entry.experts_before,
+        kept=kept,
+        router_rows=entry.router_rows if redirect is not None else kept,
+        redirect=redirect,
+        clusters=_original_clusters(entry, layer_plan),
+        reconstructed=entry.reconstructed or layer_plan.reconstruct,
+    )
+
+
+def _original_clusters(
+    entry: RemapLayer, layer_plan: LayerPlan
+) -> tuple[tuple[int, ...], ...] | None:
+    """Clusters in original ids; experts that already stood for others bring them."""
+    if layer_plan.clusters is None:
+        if entry.clusters is None:
+            return None
+        return tuple(entry.clusters[expert] for expert in layer_plan.keep)
+    inner = entry.clusters or tuple((expert,) for expert in entry.kept)
+    return tuple(
+        tuple(sorted(old for expert in cluster for old in inner[expert]))
+        for cluster in layer_plan.clusters
+    )

@@ -1,0 +1,174 @@
+"""From a plan to output tensors: the only place that decides what is cut from what.
+
+Every output tensor is a concatenation, along axis 0, of groups of input pieces; a
+group of one is copied byte for byte, a larger one (a reconstructed cluster) is
+averaged. Size prediction, writing and load-time pruning all read this one list.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..archs.spec import Role, TensorRule
+from ..checkpoint.index import TensorInfo
+from ..checkpoint.open import Checkpoint, Layer
+from ..decide.plan import CutPlan, LayerPlan
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A whole input tensor (``row`` None) or one slice along its axis 0."""
+
+    source: str
+    row: int | None = None
+
+
+Group = tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the output checkpoint."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    groups: tuple[Group, ...]
+    layer: int | None = None
+    """Input layer the tensor belongs to."""
+    role: Role | None = None
+    sparsity: float = 0.0
+    """Zeros to write into it; above 0 only for expert matrices that are slimmed."""
+
+    @property
+    def is_copy(self) -> bool:
+        """True if every byte comes from the input unchanged."""
+        return self.sparsity == 0.0 and all(len(group) == 1 for group in self.groups)
+
+
+def output_tensors(checkpoint: Checkpoint, plan: CutPlan) -> list[OutputTensor]:
+    """Every tensor of the output, in the order it is written (layer by layer)."""
+    before, after, layers = _split_names(checkpoint)
+    tensors = [_copy(checkpoint.tensors[name], name) for name in before]
+    new_index = 0
+    for layer, layer_plan in zip(checkpoint.layers, plan.layers, strict=True):
+        if layer_plan.action == "drop-block":
+            continue
+        tensors += _layer_tensors(
+            checkpoint, layer, layer_plan, plan, new_index, layers[layer.index]
+        )
+        new_index += 1
+    return tensors + [_copy(checkpoint.tensors[name], name) for name in after]
+
+
+def _split_names(
+    checkpoint: Checkpoint,
+) -> tuple[list[str], list[str], dict[int, list[str]]]:
+    layers: dict[int, list[str]] = {layer.index: [] for layer in checkpoint.layers}
+    rest = []
+    for name in sorted(checkpoint.tensors):
+        index = checkpoint.arch.layer_of(name)
+        if index is None:
+            rest.append(name)
+        else:
+            layers[index].append(name)
+    before = [name for name in rest if name == checkpoint.arch.embedding]
+    return before, [name for name in rest if name not in before], layers
+
+
+def _copy(info: TensorInfo, name: str, layer: int | None = None) -> OutputTensor:
+    return OutputTensor(name, info.dtype, info.shape, ((Piece(info.name),),), layer)
+
+
+def _layer_tensors(
+    checkpoint: Checkpoint,
+    layer: Layer,
+    layer_plan: LayerPlan,
+    plan: CutPlan,
+    new_index: int,
+    names: list[str],
+) -> Iterator[OutputTensor]:
+    arch, layout = checkpoint.arch, checkpoint.layout
+    old_prefix = arch.layer_prefix.format(layer=layer.index)
+    new_prefix = arch.layer_prefix.format(layer=new_index)
+    routed = {layout.router.name(layer.index), *checkpoint.expert_names(layer)}
+    dropped = layer_plan.action == "drop-moe"
+    for name in names:
+        if (layer.has_moe and name in routed) or (
+            dropped and arch.is_moe_member(name, layer.index)
+        ):
+            continue
+        new_name = new_prefix + name.removeprefix(old_prefix)
+        yield _copy(checkpoint.tensors[name], new_name, layer.index)
+    if layer.has_moe and not dropped:
+        yield _router(checkpoint, layer, layer_plan, plan, new_index)
+        yield from _experts(checkpoint, layer, layer_plan, plan, new_index)
+
+
+def _members(layer_plan: LayerPlan) -> list[tuple[int, ...]]:
+    """For each survivor the experts it is built from: itself, or its whole cluster."""
+    if layer_plan.reconstruct and layer_plan.clusters is not None:
+        return list(layer_plan.clusters)
+    return [(expert,) for expert in layer_plan.keep]
+
+
+def _router(
+    checkpoint: Checkpoint,
+    layer: Layer,
+    layer_plan: LayerPlan,
+    plan: CutPlan,
+    new_index: int,
+) -> OutputTensor:
+    rule = checkpoint.layout.router
+    info = checkpoint.tensors[rule.name(layer.index)]
+    if plan.routing == "redirect":
+        return OutputTensor(
+            rule.name(new_index),
+            info.dtype,
+            info.shape,
+            ((Piece(info.name),),),
+            layer.index,
+            "router",
+        )
+    groups = tuple(
+        tuple(Piece(info.name, member) for member in members)
+        for members in _members(layer_plan)
+    )
+    shape = (len(groups), *info.shape[1:])
+    return OutputTensor(
+        rule.name(new_index), info.dtype, shape, groups, layer.index, "router"
+    )
+
+
+def _experts(
+    checkpoint: Checkpoint,
+    layer: Layer,
+    layer_plan: LayerPlan,
+    plan: CutPlan,
+    new_index: int,
+) -> Iterator[OutputTensor]:
+    sparsity = 0.0 if plan.slim == "none" else layer_plan.sparsity
+    members = _members(layer_plan)
+    rules = checkpoint.layout.experts
+
+    def build(
+        rule: TensorRule, new: int | None, groups: tuple[Group, ...], one: TensorInfo
+    ) -> OutputTensor:
+        shape = one.shape if rule.per_expert else (len(groups), *one.shape[1:])
+        name = rule.name(new_index, new)
+        return OutputTensor(
+            name, one.dtype, shape, groups, layer.index, rule.role, sparsity
+        )
+
+    for new, group in enumerate(members):
+        for rule in rules:
+            if rule.per_expert:
+                names = [rule.name(layer.index, old) for old in group]
+                pieces = tuple(Piece(name) for name in names)
+                yield build(rule, new, (pieces,), checkpoint.tensors[names[0]])
+    for rule in rules:
+        if not rule.per_expert:
+            name = rule.name(layer.index)
+            groups = tuple(
+                tuple(Piece(name, old) for old in group) for group in members
+            )
+            yield build(rule, None, groups, checkpoint.tensors[name])
