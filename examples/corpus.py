@@ -81,11 +81,13 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+#: Lines that credit people, give addresses, or hold nothing but a name.
 PRIVATE_LINE = re.compile(
     r"copyright\s*(?:\(|©|\d)|\(c\)\s*(?:copyright|\d)|©|\ball rights reserved"
-    r"|__author__|\bauthors?\b\s*[:=]|(?-i:\b(?:[Bb]y|[Tt]o|from|and) [A-Z][\w.]* [A-Z])"
-    r"|(?-i:[A-Z][a-z]+ van [A-Z])|\bcontributed|\bmaintainer|\bcredits?\b|thanks to"
-    r"|[\w.+-]+@[\w-]+\.\w|pypi|npmjs|crates\.io",
+    r"|__author__|\bauthors?\b\s*[:=]|\bcontributed|\bmaintainer|\bcredits?\b"
+    r"|thanks to|[\w.+-]+@[\w-]+\.\w|pypi|npmjs|crates\.io"
+    r"|(?-i:\b(?:[Bb]y|[Tt]o|from|and) [A-Z][\w.]* [A-Z])|(?-i:[A-Z]\. [A-Z][a-z])"
+    r"|(?-i:[A-Z][a-z]+ van [A-Z]|^\W*[A-Z][a-z]+(?:[ -][A-Z][\w.]*){1,2}$)",
     re.IGNORECASE,
 )
 MACHINE_PATH = re.compile(
@@ -145,9 +147,7 @@ def docstrings(source: str) -> Iterator[tuple[str, str]]:
 
     def visit(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
         for child in ast.iter_child_nodes(node):
-            if isinstance(
-                child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-            ):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 name = f"{prefix}{child.name}"
                 text = ast.get_docstring(child)
                 if text:
@@ -187,6 +187,12 @@ def licence_files() -> Iterator[Path]:
             yield path
 
 
+def names_someone(paragraph: str, usual: set[str]) -> bool:
+    """Whether a capitalised pair ends in a word that is never written small."""
+    pairs = re.findall(r"\b[A-Z][a-z]+[ -]([A-Z][a-z]+)\b", paragraph)
+    return any(last.lower() not in usual for last in pairs)
+
+
 def licences() -> Iterator[Document]:
     """Distinct licence paragraphs, split by how they begin.
 
@@ -195,13 +201,15 @@ def licences() -> Iterator[Document]:
     """
     seen: set[str] = set()
     variants: defaultdict[str, int] = defaultdict(int)
-    for path in licence_files():
-        text = path.read_text(encoding="utf-8", errors="ignore")
+    files = [p.read_text(encoding="utf-8", errors="ignore") for p in licence_files()]
+    texts = [re.sub(r".*://.*", "", cleaned(text)) for text in files]
+    usual = {word for text in texts for word in re.findall(r"\b[a-z]+\b", text)}
+    for text in texts:
         parts: defaultdict[Split, list[str]] = defaultdict(list)
-        for paragraph in re.split(r"\n\s*\n", cleaned(text)):
+        for paragraph in re.split(r"\n\s*\n", text):
             words = re.findall(r"[a-z]+", paragraph.lower())
             identity = " ".join(words)
-            if len(words) < 12 or identity in seen:
+            if len(words) < 12 or identity in seen or names_someone(paragraph, usual):
                 continue
             seen.add(identity)
             beginning = " ".join(words[:5])
@@ -283,7 +291,7 @@ def facts(modules: list[tuple[str, str]]) -> dict[Split, list[tuple[str, str]]]:
                 members += [(f"{outer}.{n}", v) for n, v in vars(value).items()]
         for name, value in members:
             sentence = first_sentence(inspect.getdoc(value) or "")
-            if "_" != name[0] and "._" not in name and sentence and callable(value):
+            if name[0] != "_" and "._" not in name and sentence and callable(value):
                 split = split_of(module, "module")
                 found[split].append((name, sentence))
     return {split: sorted(set(pairs)) for split, pairs in found.items()}
@@ -318,9 +326,7 @@ def turn(
     return generator.choice(asked).format(name), sentence
 
 
-def chat(
-    modules: list[tuple[str, str]], count: int, seed: int
-) -> Iterator[Document]:
+def chat(modules: list[tuple[str, str]], count: int, seed: int) -> Iterator[Document]:
     """Conversations about sums and about functions; ``count`` for training."""
     pairs, known = sums(), facts(modules)
     for split in pairs:
@@ -403,9 +409,7 @@ def excerpts(documents: list[Document], size: int, each: int) -> list[Document]:
 
 def joined(documents: Iterable[Document]) -> str:
     """One text; conversations bring their own marks, the rest a blank line."""
-    return "".join(
-        d.text if d.domain == "chat" else f"{d.text}\n\n" for d in documents
-    )
+    return "".join(d.text if d.domain == "chat" else f"{d.text}\n\n" for d in documents)
 
 
 def write_texts(documents: list[Document], folder: Path, seed: int) -> None:

@@ -190,9 +190,7 @@ def expert_shares(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return torch.bincount(chosen, minlength=logits.shape[-1]) / chosen.numel()
 
 
-def router_loss(
-    logits: list[torch.Tensor], top_k: int, recipe: Recipe
-) -> torch.Tensor:
+def router_loss(logits: list[torch.Tensor], top_k: int, recipe: Recipe) -> torch.Tensor:
     """Load balance and size of the logits, layer by layer.
 
     The loss that transformers offers is taken over all layers at once, which

@@ -6,7 +6,7 @@ statistics of one checkpoint, into a plan that does.
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -158,3 +158,58 @@ def first_problem(error: ValidationError) -> str:
     got = repr(problem["input"])
     shown = got if len(got) <= 60 else got[:57] + "..."
     return f"{place}: {problem['msg']} (got {shown})"
+
+
+# Flag of the command line -> where it goes in the recipe.
+FLAGS = {
+    "total": ("total_sparsity",),
+    "drop": ("experts", "drop"),
+    "keep": ("experts", "keep"),
+    "budget": ("experts", "budget"),
+    "slim": ("slim", "method"),
+    "routing": ("routing",),
+    "calibration": ("calibration", "source"),
+    "samples": ("calibration", "samples"),
+    "sequence_length": ("calibration", "sequence_length"),
+    "seed": ("calibration", "seed"),
+}
+
+
+def with_overrides(recipe: Recipe, flags: dict[str, Any]) -> Recipe:
+    """The recipe with the flags that are not None put over it, validated again."""
+    data = recipe.model_dump()
+    given = {name: value for name, value in flags.items() if value is not None}
+    for name, value in given.items():
+        *path, last = FLAGS[name]
+        target = data
+        for key in path:
+            target = target[key]
+        target[last] = value
+    # A flag replaces the recipe's own way of saying the same thing.
+    if "keep" in given and "drop" not in given:
+        data["experts"]["drop"] = None
+    if "drop" in given and "keep" not in given:
+        data["experts"]["keep"] = None
+    if given.get("slim") == "none" and "total" not in given:
+        data["total_sparsity"] = None
+    return parse_recipe(data, recipe.name)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 500MB (decimal) or 2GiB (binary)."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    cleaned = text.strip().upper()
+    for unit in sorted(units, key=len, reverse=True):
+        number = cleaned.removesuffix(unit)
+        if number != cleaned:
+            break
+    else:
+        number, unit = cleaned, ""
+    try:
+        size = int(float(number) * units.get(unit, 1))
+    except (ValueError, OverflowError) as error:
+        raise RecipeError(f"{text!r} is not a size; write e.g. 5GB or 2GiB.") from error
+    if size < 1:
+        raise RecipeError(f"{text!r}: a size must be positive.")
+    return size

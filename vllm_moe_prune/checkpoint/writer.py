@@ -125,6 +125,7 @@ class ShardWriter:
     finished: frozenset[str] = frozenset()
     bytes_written: int = 0
     _open: dict[str, _OpenShard] = field(default_factory=dict)
+    _done: set[str] = field(default_factory=set)
     _closing: list[Future[None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -135,6 +136,14 @@ class ShardWriter:
     def needs(self, name: str) -> bool:
         """Whether a tensor still has to be written."""
         return self._where[name].file_name not in self.finished
+
+    def file_of(self, name: str) -> str:
+        """The shard a tensor goes into."""
+        return self._where[name].file_name
+
+    def journalled(self) -> set[str]:
+        """Shards that are complete and recorded, by this run or an earlier one."""
+        return self._done | self.finished
 
     def write(self, name: str, data: memoryview, at: int = 0) -> None:
         """Write ``data`` at byte ``at`` of a tensor; every byte exactly once."""
@@ -182,6 +191,7 @@ class ShardWriter:
                     "sha256": digest,
                 },
             )
+            self._done.add(shard.plan.file_name)
         except OSError as error:
             raise _cannot_write(shard.path, error) from error
 
@@ -223,6 +233,13 @@ def append_journal(folder: Path, entry: dict[str, object]) -> None:
         file.write(json.dumps(entry) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def rewrite_journal(folder: Path, entries: Sequence[dict[str, object]]) -> None:
+    """Replace the journal in one step."""
+    temporary = folder / (JOURNAL_NAME + ".tmp")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    temporary.replace(folder / JOURNAL_NAME)
 
 
 def read_journal(folder: Path) -> list[dict[str, object]]:

@@ -15,9 +15,9 @@ from ..checkpoint.open import Checkpoint
 from ..checkpoint.writer import (
     JOURNAL_NAME,
     ShardPlan,
-    append_journal,
     finished_shards,
     read_journal,
+    rewrite_journal,
 )
 from ..errors import CheckpointError, OutputError
 
@@ -111,11 +111,9 @@ def open_workspace(
     )
     _check_space(out, needed)
     partial.mkdir(parents=True, exist_ok=True)
-    # A line cut short by a kill must not swallow the next one: write it anew.
-    (partial / JOURNAL_NAME).unlink(missing_ok=True)
+    # Written anew: a line cut short by a kill must not swallow the next one.
     kept = [entry for entry in journal if entry.get("shard") in (None, *finished)]
-    for entry in kept if begun else [{"key": key}]:
-        append_journal(partial, entry)
+    rewrite_journal(partial, kept if begun else [{"key": key}])
     return Workspace(out, partial, kept, finished, overwrite)
 
 
@@ -157,7 +155,8 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> list[str]:
 
 def publish(workspace: Workspace) -> None:
     """Turn the finished partial folder into the output, replacing an earlier one."""
-    shutil.rmtree(workspace.work, ignore_errors=True)
+    if workspace.work.exists():
+        shutil.rmtree(workspace.work)
     (workspace.partial / JOURNAL_NAME).unlink()
     out = workspace.out
     if out.exists() and any(out.iterdir()):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
-from pydantic import Field, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from ..errors import PlanError
 from ..recipe import Recipe, Strict, first_problem
@@ -40,6 +40,14 @@ class ModelId(Strict):
     revision: str | None = None
 
 
+class Measurement(Strict):
+    """Where the statistics behind a plan came from."""
+
+    forward_passes: int = 0
+    calibration: dict[str, JsonValue] = {}
+    """Source, SHA-256 of the token ids, samples, sequence length, seed."""
+
+
 class LayerPlan(Strict):
     """What happens to one decoder layer of the input."""
 
@@ -65,6 +73,8 @@ class Predicted(Strict):
     shards: int
     expert_parameters: int
     parameters: int
+    zeros: int
+    """Weights that will be zeroed in surviving experts."""
     expert_sparsity: float
     """Removed or zeroed expert parameters over expert parameters before."""
     total_sparsity: float
@@ -80,6 +90,7 @@ class CutPlan(Strict):
     recipe: Recipe
     routing: Literal["drop", "redirect"] = "drop"
     slim: Literal["wanda", "magnitude", "none"] = "none"
+    measurement: Measurement = Measurement()
     threshold: float | None = None
     """Merge height up to which clusters were formed (STUN's t), if there is one."""
     layers: tuple[LayerPlan, ...]

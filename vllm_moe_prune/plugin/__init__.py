@@ -1,0 +1,42 @@
+"""The vLLM plugin: serves pruned checkpoints with plain ``vllm serve``.
+
+Entry point ``vllm.general_plugins: moe_prune = vllm_moe_prune.plugin:register``. vLLM
+calls ``register`` once in every process; nothing here imports vLLM or torch before
+that, and the model classes are named by string so that vLLM imports them when needed.
+
+    compat.py    supported vLLM versions, vLLM's quirks, every vLLM symbol we use
+    layers.py    what each decoder layer holds, from config.json and the remap table
+    routing.py   routing over router rows that are not experts
+    verify.py    is the checkpoint what its remap table says? (headers only)
+    tally.py     the same question, asked of the weights as they are loaded
+    models/      one file per family: vLLM's classes with other constructors
+    loader.py    ``--load-format moe_prune``: prune the original while loading
+"""
+
+from functools import cache
+
+LOAD_FORMAT = "moe_prune"
+
+
+@cache  # vLLM may call a plugin more than once in a process
+def register() -> None:
+    """Tell vLLM about the pruned architectures and the pruning loader.
+
+    Raises:
+        ServeError: The installed vLLM is too old.
+    """
+    from ..archs import find_arch, supported
+    from .compat import check_version
+
+    check_version()
+
+    from vllm import ModelRegistry
+    from vllm.model_executor.model_loader import register_model_loader
+
+    from .loader import PruningLoader
+
+    for model_type in supported():
+        name = find_arch(model_type, __name__).pruned_architecture
+        ModelRegistry.register_model(name, f"{__name__}.models.{model_type}:{name}")
+    # Unlike models, vLLM takes a loader as a class only, never as a string.
+    register_model_loader(LOAD_FORMAT)(PruningLoader)

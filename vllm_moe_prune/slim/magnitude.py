@@ -6,10 +6,13 @@ The lowest ``int(numel * sparsity)`` absolute values go, ties to the lower flat 
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
 from .quota import zeros_in_group
-from .wanda import CHUNK_BYTES, require_finite
+from .wanda import CHUNK_BYTES, NOT_FINITE_WEIGHTS
 
 HALF_BITS = 16
+NOT_FINITE = 0x7F80
+"""Upper half of infinity's bits in float32; NaNs come after it."""
 
 
 def magnitude(weight: Tensor, sparsity: float) -> Tensor:
@@ -19,38 +22,40 @@ def magnitude(weight: Tensor, sparsity: float) -> Tensor:
         CheckpointError: If a weight is NaN or infinite.
     """
     flat = weight.reshape(-1)
-    count = zeros_in_group(flat.numel(), sparsity)
-    pruned = flat.clone()
-    if count == 0:
-        return pruned.view(weight.shape)
-    threshold, tied = _select(flat, count)
+    threshold, tied = _select(flat, zeros_in_group(flat.numel(), sparsity))
+    zero = torch.zeros((), dtype=flat.dtype, device=flat.device)
+    pruned = torch.empty_like(flat)
     step = CHUNK_BYTES // 4
     for start in range(0, flat.numel(), step):
-        keys = _keys(flat[start : start + step])
+        chunk = flat[start : start + step]
+        keys = _keys(chunk)
         mask = keys < threshold
         if tied:
             equal = keys == threshold
-            equal &= equal.cumsum(0) <= tied
+            equal &= equal.cumsum(0, dtype=torch.int32) <= tied
             tied -= int(equal.sum())
             mask |= equal
-        pruned[start : start + step].masked_fill_(mask, 0.0)
+        torch.where(mask, zero, chunk, out=pruned[start : start + step])
     return pruned.view(weight.shape)
 
 
 def _keys(chunk: Tensor) -> Tensor:
     """Integers in the order of |w|: the bits of a non-negative float32."""
-    values = chunk.float().abs()
-    require_finite(values)
-    return values.view(torch.int32)
+    return chunk.to(torch.float32, copy=True).abs_().view(torch.int32)
 
 
 def _select(flat: Tensor, count: int) -> tuple[int, int]:
-    """The key of the ``count``-th smallest weight, and how many equal keys go.
+    """The key of the ``count``-th smallest weight, and how many of that key go.
 
     A radix selection in two passes: upper, then lower half of the key's bits. Unlike
     a sort it is exact on any number of weights with memory for one chunk.
     """
-    high, left = _bucket_of(_histogram(flat, None), count)
+    histogram = _histogram(flat, None)
+    if int(histogram[NOT_FINITE:].sum()):
+        raise CheckpointError(NOT_FINITE_WEIGHTS)
+    if count == 0:
+        return 0, 0
+    high, left = _bucket_of(histogram, count)
     low, tied = _bucket_of(_histogram(flat, high), left)
     return (high << HALF_BITS) | low, tied
 
@@ -58,8 +63,9 @@ def _select(flat: Tensor, count: int) -> tuple[int, int]:
 def _histogram(flat: Tensor, high: int | None) -> Tensor:
     """Counts of the upper key halves, or of the lower halves below one upper half."""
     total = torch.zeros(1 << HALF_BITS, dtype=torch.int64, device=flat.device)
-    for chunk in flat.split(CHUNK_BYTES // 4):
-        keys = _keys(chunk)
+    step = CHUNK_BYTES // 4
+    for start in range(0, flat.numel(), step):
+        keys = _keys(flat[start : start + step])
         if high is None:
             digits = keys >> HALF_BITS
         else:

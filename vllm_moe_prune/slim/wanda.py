@@ -10,7 +10,14 @@ from torch import Tensor
 from ..errors import CalibrationError, CheckpointError
 from .quota import zeros_in_group
 
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 64 * 2**20
+"""Size of a float32 temporary; a call needs about three of them beside its output."""
+
+NOT_FINITE_WEIGHTS = (
+    "contains NaN or infinite weights, which cannot be ranked. "
+    "Check the download, or set slim.method: none."
+)
+"""Raised without a name: the caller knows which tensor it was."""
 
 
 def wanda(weight_RD: Tensor, input_sqsum_D: Tensor, sparsity: float) -> Tensor:
@@ -55,22 +62,14 @@ def _zero_lowest_in_rows(
     step = max(1, CHUNK_BYTES // (4 * max(1, cols)))
     for start in range(0, rows, step):
         chunk_RD = weight_RD[start : start + step]
-        scores_RD = chunk_RD.float().abs()
+        scores_RD = chunk_RD.to(torch.float32, copy=True).abs_()
+        if not torch.isfinite(scores_RD.amax()):
+            raise CheckpointError(NOT_FINITE_WEIGHTS)
         if scale_D is not None:
             scores_RD.mul_(scale_D)
-        require_finite(scores_RD)
         mask_RD = _lowest(scores_RD, count)
         torch.where(mask_RD, zero, chunk_RD, out=pruned_RD[start : start + step])
     return pruned_RD
-
-
-def require_finite(scores: Tensor) -> None:
-    """Refuse NaN and infinite weights; the caller adds the tensor's name."""
-    if scores.numel() and not torch.isfinite(scores.amax()):
-        raise CheckpointError(
-            "contains NaN or infinite weights, which cannot be compared. "
-            "Check the download, or set slim.method: none."
-        )
 
 
 def _lowest(scores_RD: Tensor, count: int) -> Tensor:
@@ -99,5 +98,5 @@ def _kth_lowest(scores_RD: Tensor, k: int) -> Tensor:
 def _lowest_tied(scores_RD: Tensor, threshold_R1: Tensor, count: int) -> Tensor:
     below_RD = scores_RD < threshold_R1
     equal_RD = scores_RD == threshold_R1
-    wanted_R1 = count - below_RD.sum(1, keepdim=True)
-    return below_RD | (equal_RD & (equal_RD.cumsum(1) <= wanted_R1))
+    wanted_R1 = count - below_RD.sum(1, dtype=torch.int32, keepdim=True)
+    return below_RD | (equal_RD & (equal_RD.cumsum(1, dtype=torch.int32) <= wanted_R1))

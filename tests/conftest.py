@@ -1,0 +1,45 @@
+"""Options and markers shared by all tests."""
+
+import importlib.util
+
+import pytest
+from hypothesis import settings
+
+VLLM_TIMEOUT_S = 600
+
+# Examples are the same on every run, and a busy machine is not a failure.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="rewrite the files in tests/golden instead of comparing with them",
+    )
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether to rewrite golden files instead of comparing with them."""
+    return bool(request.config.getoption("--update-golden"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = pytest.mark.skip(reason="vLLM is not installed")
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            if not has_vllm:
+                item.add_marker(missing)
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(VLLM_TIMEOUT_S))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch  # slow; only where a test needs to know
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")

@@ -1,0 +1,5 @@
+"""``python -m vllm_moe_prune``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,172 @@
+"""Routing tokens to experts and running them, one expert at a time.
+
+Same arithmetic as transformers' eager loop, but each expert is read, applied to its
+tokens of all sequences at once, and freed before the next one is read.
+
+Axes: N tokens, n the tokens of one expert, D hidden, F expert width, R router rows,
+K top-k.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from ..checkpoint.open import Layer
+from ..checkpoint.reader import Expert
+from ..errors import CheckpointError
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+Read = Callable[[int], Expert]
+
+TEMPORARY_BYTES = 256 << 20
+
+
+class Routing(NamedTuple):
+    """What the router of one layer decided for every token."""
+
+    ids_NK: torch.Tensor
+    """Router rows, best first, int64."""
+    weights_NK: torch.Tensor
+    """fp32, as transformers keeps them."""
+    logits_NR: torch.Tensor
+    """In the stored dtype."""
+
+
+def route(
+    x_ND: torch.Tensor,
+    router_RD: torch.Tensor,
+    *,
+    top_k: int,
+    renormalise: bool,
+    where: str = "router",
+) -> Routing:
+    """Softmax over the router's logits, the best ``top_k`` of them.
+
+    Raises:
+        CheckpointError: A logit is NaN or infinite; ``where`` says which layer's.
+    """
+    logits_NR = functional.linear(x_ND, router_RD)
+    if not bool(torch.isfinite(logits_NR).all()):
+        raise CheckpointError(
+            f"{where}: the router's logits are NaN or infinite for some tokens. "
+            f"The weights are damaged, or {x_ND.dtype} overflows on this text."
+        )
+    probs_NR = functional.softmax(logits_NR.float(), dim=-1)
+    ids_NK = _top_k(probs_NR, top_k)
+    weights_NK = probs_NR.gather(1, ids_NK)
+    if renormalise:
+        weights_NK /= weights_NK.sum(dim=-1, keepdim=True)
+    return Routing(ids_NK, weights_NK, logits_NR)
+
+
+def _top_k(probs_NR: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Like ``torch.topk``, but of equal values the smallest index always comes first.
+
+    bf16 logits are often equal. ``topk`` is ten times faster than a stable sort, and
+    right for all rows whose best values differ; only the others are sorted.
+    """
+    rows = probs_NR.shape[1]
+    best, ids = probs_NR.topk(min(top_k + 1, rows), dim=-1)
+    tied_N = (best[:, 1:] == best[:, :-1]).any(dim=-1)
+    ids_NK = ids[:, :top_k].contiguous()
+    if bool(tied_N.any()):
+        order = torch.sort(probs_NR[tied_N], dim=-1, descending=True, stable=True)
+        ids_NK[tied_N] = order.indices[:, :top_k]
+    return ids_NK
+
+
+def expert_tokens(
+    routing: Routing, expert: int, redirect: Sequence[int | None] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens one expert serves, ascending, and the weight of its output for each.
+
+    Args:
+        routing: The router's decision.
+        expert: Expert number, as the weights are numbered.
+        redirect: Router row -> expert, None for a row that nobody serves. Slots of a
+            token that meet at one expert add up. Without it, row = expert.
+    """
+    if redirect is None:
+        token_n, slot_n = (routing.ids_NK == expert).nonzero(as_tuple=True)
+        return token_n, routing.weights_NK[token_n, slot_n]
+    rows = [row for row, target in enumerate(redirect) if target == expert]
+    served = routing.ids_NK.new_tensor(rows)
+    hit_NK = torch.isin(routing.ids_NK, served)
+    token_n = hit_NK.any(dim=1).nonzero().flatten()
+    weights_nK = routing.weights_NK[token_n] * hit_NK[token_n]
+    return token_n, weights_nK.sum(dim=1)
+
+
+@torch.no_grad()
+def expert_hidden(
+    x_nD: torch.Tensor, expert: Expert, act: Activation = functional.silu
+) -> torch.Tensor:
+    """The expert's inner activations, which its down projection reads: [n, F]."""
+    hidden_nF = act(functional.linear(x_nD, expert.gate_FD))
+    hidden_nF *= functional.linear(x_nD, expert.up_FD)
+    return hidden_nF
+
+
+@torch.no_grad()
+def run_experts(
+    x_ND: torch.Tensor,
+    routing: Routing,
+    layer: Layer,
+    read: Read,
+    act: Activation = functional.silu,
+) -> torch.Tensor:
+    """The MoE sublayer's output [N, D], in the dtype and on the device of ``x_ND``.
+
+    Args:
+        x_ND: Normed hidden states.
+        routing: Their routing.
+        layer: Says how many experts there are and where router rows lead.
+        read: Gives an expert's weights; called once per expert that has tokens, in
+            ascending order.
+        act: The activation between gate and up.
+    """
+    out_ND = torch.zeros_like(x_ND)
+    for number in range(layer.num_experts):
+        token_n, weight_n = expert_tokens(routing, number, layer.redirect)
+        if len(token_n) == 0:
+            continue
+        expert = place(read(number), x_ND)
+        add_expert(out_ND, x_ND, token_n, weight_n, expert, act)
+    return out_ND
+
+
+def place(expert: Expert, like: torch.Tensor) -> Expert:
+    """The expert on another tensor's device, in its dtype."""
+    return Expert(*(matrix.to(like.device, like.dtype) for matrix in expert))
+
+
+@torch.no_grad()
+def add_expert(
+    out_ND: torch.Tensor,
+    x_ND: torch.Tensor,
+    token_n: torch.Tensor,
+    weight_n: torch.Tensor,
+    expert: Expert,
+    act: Activation = functional.silu,
+) -> None:
+    """Add one expert's weighted output for its tokens to ``out_ND``, in place."""
+    for at_n, weight in token_chunks(token_n, weight_n, expert):
+        hidden_nF = expert_hidden(x_ND.index_select(0, at_n), expert, act)
+        down_nD = functional.linear(hidden_nF, expert.down_DF)
+        # fp32 weight times stored dtype, rounded once: as transformers does it.
+        scaled_nD = (down_nD * weight.unsqueeze(1)).to(out_ND.dtype)
+        # index_add_ is single-threaded on CPU; no token comes twice, so copy does it.
+        scaled_nD += out_ND.index_select(0, at_n)
+        out_ND.index_copy_(0, at_n, scaled_nD)
+
+
+def token_chunks(
+    token_n: torch.Tensor, weight_n: torch.Tensor, expert: Expert
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Cut an expert's tokens so that its temporaries stay within 256 MiB."""
+    width, hidden = expert.gate_FD.shape
+    token_bytes = expert.gate_FD.element_size() * (3 * width + 3 * hidden) + 4 * hidden
+    step = max(1, TEMPORARY_BYTES // token_bytes)
+    return list(zip(token_n.split(step), weight_n.split(step), strict=True))

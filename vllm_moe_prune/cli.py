@@ -1,0 +1,416 @@
+"""The command line: parse, call the pipeline, draw. No decisions are made here."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import MoePruneError
+
+app = typer.Typer(
+    name="vllm-moe-prune",
+    help="Prune Mixture-of-Experts checkpoints and serve them with vLLM.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[str, typer.Argument(help="Checkpoint folder, or Hub id owner/name.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a Hub id.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+RecipeName = Annotated[
+    str, typer.Option(help="A shipped recipe, or the path of a YAML file.")
+]
+Total = Annotated[
+    float | None,
+    typer.Option(help="Total sparsity of the expert parameters, 0 to 1."),
+]
+Drop = Annotated[
+    float | None, typer.Option(help="Share of the experts to remove, 0 to 1.")
+]
+Keep = Annotated[
+    int | None, typer.Option(help="Experts to keep per layer (a mean if global).")
+]
+Budget = Annotated[
+    str | None, typer.Option(help="global (uneven layers) or per-layer (uniform).")
+]
+Slim = Annotated[
+    str | None, typer.Option(help="wanda, magnitude or none, inside the survivors.")
+]
+Routing = Annotated[
+    str | None, typer.Option(help="drop (router rows go) or redirect (they stay).")
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Text or .jsonl file, or hub:NAME[/CONFIG], to calibrate on.",
+    ),
+]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]
+Length = Annotated[int | None, typer.Option(help="Tokens per calibration window.")]
+Seed = Annotated[int | None, typer.Option(help="Chooses the calibration windows.")]
+Device = Annotated[str, typer.Option(help="Where the forward pass runs: cpu, cuda.")]
+Resume = Annotated[bool, typer.Option(help="Continue an interrupted run.")]
+Overwrite = Annotated[
+    bool, typer.Option(help="Replace an existing output once the new one is complete.")
+]
+ShardSize = Annotated[
+    str, typer.Option(help="Largest output file, e.g. 5GB (decimal, as on the Hub).")
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"vllm-moe-prune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks of errors.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["MOE_PRUNE_DEBUG"] = "1"
+
+
+@app.command()
+def inspect(source: Source, revision: Revision = None, as_json: Json = False) -> None:
+    """Show what a checkpoint is and what can be done with it; reads headers only.
+
+    Example: `vllm-moe-prune inspect mistralai/Mixtral-8x7B-v0.1`
+    """
+    from .checkpoint.source import open_headers
+    from .show import show_checkpoint
+
+    show_checkpoint(open_headers(source, revision), as_json)
+
+
+@app.command()
+def measure(
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Statistics file.")],
+    revision: Revision = None,
+    recipe: RecipeName = "stun40",
+    calibration: Text = None,
+    samples: Samples = None,
+    sequence_length: Length = None,
+    seed: Seed = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Collect the statistics that a recipe's decisions need: 0 or 1 forward pass.
+
+    Example: `vllm-moe-prune measure CKPT -o stats.safetensors --calibration c4.txt`
+    """
+    from . import pipeline
+    from .calibrate.stats import save_stats
+    from .checkpoint.source import open_checkpoint
+    from .draw import watching
+    from .show import show_stats
+
+    asked = _recipe(
+        recipe,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
+    checkpoint = open_checkpoint(source, revision)
+    tokens = None
+    if asked.needs_coactivation:
+        tokens = pipeline.calibration_tokens(checkpoint, asked)
+    with watching(as_json) as report:
+        options = pipeline.RunOptions(device=device, report=report)
+        work = output.with_name(output.name + ".work")
+        stats = pipeline.measure(checkpoint, asked, tokens, options, work)
+    save_stats(stats, output)
+    show_stats(stats, output, as_json)
+
+
+@app.command()
+def plan(
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Plan file.")],
+    stats: Annotated[
+        Path | None, typer.Option(help="Statistics, where experts are to go.")
+    ] = None,
+    revision: Revision = None,
+    recipe: RecipeName = "stun40",
+    total: Total = None,
+    drop: Drop = None,
+    keep: Keep = None,
+    budget: Budget = None,
+    slim: Slim = None,
+    routing: Routing = None,
+    calibration: Text = None,
+    samples: Samples = None,
+    sequence_length: Length = None,
+    seed: Seed = None,
+    shard_size: ShardSize = "5GB",
+    as_json: Json = False,
+) -> None:
+    """Decide everything and predict the size to the byte; writes no weights.
+
+    Example: `vllm-moe-prune plan CKPT --stats stats.safetensors --total 0.5 -o p.json`
+    """
+    from . import pipeline
+    from .calibrate.stats import load_stats
+    from .checkpoint.source import open_checkpoint
+    from .show import show_plan
+
+    asked = _recipe(
+        recipe,
+        total=total,
+        drop=drop,
+        keep=keep,
+        budget=budget,
+        slim=slim,
+        routing=routing,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
+    checkpoint = open_checkpoint(source, revision)
+    loaded = load_stats(stats) if stats is not None else None
+    decided = pipeline.plan(checkpoint, asked, loaded, _size(shard_size))
+    pipeline.save_plan(decided, output)
+    show_plan(checkpoint, decided, output, as_json)
+
+
+@app.command()
+def cut(
+    source: Source,
+    plan: Annotated[Path, typer.Option(help="The plan to execute.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder.")],
+    revision: Revision = None,
+    calibration: Text = None,
+    device: Device = "cpu",
+    shard_size: ShardSize = "5GB",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Execute a plan in one streaming pass; memory holds a layer, never the model.
+
+    Example: `vllm-moe-prune cut CKPT --plan plan.json -o OUT`
+    """
+    from . import pipeline
+    from .calibrate.data import load_tokens
+    from .checkpoint.source import open_checkpoint
+    from .decide.plan import load_plan
+    from .draw import watching
+    from .show import show_cut
+
+    started = time.monotonic()
+    decided = load_plan(plan)
+    checkpoint = open_checkpoint(source, revision)
+    tokens = None
+    if decided.needs_activations and calibration is not None:
+        tokens = load_tokens(
+            checkpoint,
+            decided.recipe.calibration.model_copy(update={"source": calibration}),
+        )
+    with watching(as_json) as report:
+        options = pipeline.RunOptions(
+            device, resume, overwrite, _size(shard_size), report
+        )
+        result = pipeline.cut(
+            checkpoint, decided, output, options, tokens, where=str(plan)
+        )
+    show_cut(checkpoint, decided, result, time.monotonic() - started, as_json)
+
+
+@app.command()
+def verify(
+    output: Annotated[Path, typer.Argument(help="A pruned checkpoint folder.")],
+    source: Annotated[
+        str | None, typer.Option(help="Compare every tensor with this original.")
+    ] = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Check a pruned checkpoint: shapes, remap table, and weights against the source.
+
+    Example: `vllm-moe-prune verify OUT --source CKPT`
+    """
+    from . import pipeline
+    from .checkpoint.source import open_checkpoint
+    from .draw import watching
+    from .show import show_verified
+
+    original = open_checkpoint(source, revision) if source is not None else None
+    with watching(as_json) as report:
+        verified = pipeline.verify(output, original, report)
+    show_verified(verified, as_json)
+
+
+@app.command()
+def run(
+    source: Source,
+    output: Annotated[Path, typer.Argument(help="Output folder.")],
+    revision: Revision = None,
+    recipe: RecipeName = "stun40",
+    total: Total = None,
+    drop: Drop = None,
+    keep: Keep = None,
+    budget: Budget = None,
+    slim: Slim = None,
+    routing: Routing = None,
+    calibration: Text = None,
+    samples: Samples = None,
+    sequence_length: Length = None,
+    seed: Seed = None,
+    stats: Annotated[
+        Path | None, typer.Option(help="Use this statistics file, or keep it here.")
+    ] = None,
+    device: Device = "cpu",
+    shard_size: ShardSize = "5GB",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Measure, plan, cut and verify in one go; after a kill, add --resume.
+
+    Example: `vllm-moe-prune run mistralai/Mixtral-8x7B-v0.1 ./mixtral-stun40`
+    """
+    from . import pipeline
+    from .checkpoint.source import open_checkpoint
+    from .draw import watching
+    from .show import show_cut, show_plan
+
+    started = time.monotonic()
+    asked = _recipe(
+        recipe,
+        total=total,
+        drop=drop,
+        keep=keep,
+        budget=budget,
+        slim=slim,
+        routing=routing,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
+    checkpoint = open_checkpoint(source, revision)
+    with watching(as_json) as report:
+        options = pipeline.RunOptions(
+            device, resume, overwrite, _size(shard_size), report
+        )
+        decided, result, _ = pipeline.run(checkpoint, asked, output, options, stats)
+    if not as_json:
+        show_plan(checkpoint, decided, output / "plan.json", as_json=False, brief=True)
+    show_cut(checkpoint, decided, result, time.monotonic() - started, as_json)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def serve(
+    context: typer.Context,
+    source: Source,
+    revision: Revision = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Prune the original while loading; nothing is written."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command, don't run it.")
+    ] = False,
+) -> None:
+    """Check a checkpoint and become `vllm serve` for it; other flags go to vLLM.
+
+    Example: `vllm-moe-prune serve ./mixtral-stun40 --port 8000 --max-model-len 4096`
+    """
+    import shlex
+
+    from .draw import err
+    from .serve_command import run_server, serve_command
+
+    command = serve_command(source, revision, plan, context.args)
+    if dry_run:
+        typer.echo(shlex.join(command))
+        return
+    err.print(f"+ {shlex.join(command)}", style="dim", markup=False)
+    run_server(command)
+
+
+@app.command("eval")
+def evaluate(
+    source: Source,
+    text: Annotated[
+        list[str],
+        typer.Option(
+            help="Held-out text or .jsonl file, or hub:NAME[/CONFIG]; repeatable."
+        ),
+    ],
+    revision: Revision = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Judge on at most this many tokens per text.")
+    ] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Held-out perplexity by the streaming forward; the model need not fit in memory.
+
+    Example: `vllm-moe-prune eval OUT --text heldout.txt`
+    """
+    from .checkpoint.source import open_checkpoint
+    from .draw import watching
+    from .evaluate import perplexity
+    from .show import show_perplexities
+
+    checkpoint = open_checkpoint(source, revision)
+    with watching(as_json) as report:
+        results = [
+            perplexity(
+                checkpoint,
+                item,
+                sequence_length=sequence_length,
+                max_tokens=max_tokens,
+                device=device,
+                report=report,
+            )
+            for item in text
+        ]
+    show_perplexities(results, as_json)
+
+
+def _recipe(name: str, **flags: Any) -> Any:
+    """The named recipe with the flags that were given put over it."""
+    from .recipe import load_recipe, with_overrides
+
+    return with_overrides(load_recipe(name), flags)
+
+
+def _size(text: str) -> int:
+    from .recipe import parse_size
+
+    return parse_size(text)
+
+
+def main() -> None:
+    """Entry point: known errors become one line and status 2."""
+    try:
+        app()
+    except MoePruneError as error:
+        if os.environ.get("MOE_PRUNE_DEBUG"):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

@@ -1,0 +1,121 @@
+"""What a cut achieved: sparsity per layer, of the experts, of the whole model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint.open import Checkpoint
+from ..decide.plan import CutPlan
+from .slice import OutputTensor, output_tensors
+from .slim_layer import LayerRecord
+
+
+@dataclass(frozen=True)
+class LayerAchieved:
+    """One input layer, counted in expert parameters."""
+
+    layer: int
+    action: str
+    experts_before: int
+    experts_after: int
+    parameters_before: int
+    parameters_after: int
+    zeros: int
+    """Zeros written by this cut among the parameters that are left."""
+    unseen: tuple[int, ...]
+
+    @property
+    def sparsity(self) -> float:
+        """Removed or zeroed expert parameters over those before."""
+        if self.parameters_before == 0:
+            return 0.0
+        return 1.0 - (self.parameters_after - self.zeros) / self.parameters_before
+
+
+@dataclass(frozen=True)
+class Achieved:
+    """The whole model."""
+
+    layers: tuple[LayerAchieved, ...]
+    parameters_before: int
+    parameters_after: int
+
+    @property
+    def zeros(self) -> int:
+        """Zeros written into surviving experts."""
+        return sum(layer.zeros for layer in self.layers)
+
+    @property
+    def expert_sparsity(self) -> float:
+        """Removed or zeroed expert parameters over expert parameters before."""
+        before = sum(layer.parameters_before for layer in self.layers)
+        after = sum(layer.parameters_after for layer in self.layers)
+        return 1.0 - (after - self.zeros) / before if before else 0.0
+
+    @property
+    def total_sparsity(self) -> float:
+        """Removed or zeroed parameters over all parameters before."""
+        return 1.0 - (self.parameters_after - self.zeros) / self.parameters_before
+
+    def as_dict(self) -> dict[str, Any]:
+        """For provenance.json."""
+        return {
+            "of_experts": round(self.expert_sparsity, 6),
+            "of_all_parameters": round(self.total_sparsity, 6),
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "zeros": self.zeros,
+            "layers": [
+                {
+                    "layer": layer.layer,
+                    "action": layer.action,
+                    "experts_before": layer.experts_before,
+                    "experts_after": layer.experts_after,
+                    "sparsity": round(layer.sparsity, 6),
+                    "zeros": layer.zeros,
+                    "unseen_experts": list(layer.unseen),
+                }
+                for layer in self.layers
+            ],
+        }
+
+
+def achieved(
+    checkpoint: Checkpoint, plan: CutPlan, records: Sequence[LayerRecord]
+) -> Achieved:
+    """Count what is left, from shapes and the zeros counted while writing."""
+    tensors = output_tensors(checkpoint, plan)
+    by_layer = {record.layer: record for record in records}
+    layers = []
+    for layer, layer_plan in zip(checkpoint.layers, plan.layers, strict=True):
+        before = sum(
+            checkpoint.tensors[name].numel
+            for name in (checkpoint.expert_names(layer) if layer.has_moe else ())
+        )
+        after = sum(
+            _numel(tensor)
+            for tensor in tensors
+            if tensor.layer == layer.index and tensor.role not in (None, "router")
+        )
+        record = by_layer.get(layer.index, LayerRecord(layer.index))
+        layers.append(
+            LayerAchieved(
+                layer.index,
+                layer_plan.action,
+                layer.num_experts,
+                len(layer_plan.keep),
+                before,
+                after,
+                record.zeros,
+                tuple(record.unseen),
+            )
+        )
+    after_all = sum(_numel(tensor) for tensor in tensors)
+    return Achieved(tuple(layers), checkpoint.parameters, after_all)
+
+
+def _numel(tensor: OutputTensor) -> int:
+    count = 1
+    for size in tensor.shape:
+        count *= size
+    return count

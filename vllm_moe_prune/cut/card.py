@@ -1,0 +1,89 @@
+"""The model card of the output: front matter, what was removed, how to serve it."""
+
+from typing import Any
+
+from ..checkpoint.open import Checkpoint
+from ..decide.plan import CutPlan
+from .achieved import Achieved
+
+INHERITED = ("license", "license_name", "license_link", "language")
+
+
+def model_card(
+    checkpoint: Checkpoint, plan: CutPlan, result: Achieved, architecture: str
+) -> str:
+    """README.md of the output."""
+    from huggingface_hub import ModelCardData
+
+    name = checkpoint.origin.name
+    fields: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["moe", "pruned", "expert-pruning", "vllm"],
+    }
+    # base_model must be a Hub id; a local folder's name is none.
+    if checkpoint.origin.revision is not None:
+        fields["base_model"] = name
+    data = ModelCardData(**fields, **_inherited(checkpoint))
+    plugin = architecture == checkpoint.arch.pruned_architecture
+    needs = (
+        "Its layers differ, so vLLM needs the plugin (`pip install vllm-moe-prune`), "
+        "which it picks up by itself. Without the plugin loading fails on purpose."
+        if plugin
+        else "Its layers are uniform: unmodified vLLM and transformers load it."
+    )
+    rows = "\n".join(
+        f"| {layer.layer} | {layer.experts_before} | {layer.experts_after} "
+        f"| {layer.action} | {layer.sparsity:.1%} |"
+        for layer in result.layers
+    )
+    return f"""---
+{data.to_yaml()}
+---
+
+# {name}, pruned with vllm-moe-prune
+
+Recipe `{plan.recipe.name}`: {result.expert_sparsity:.1%} of the expert parameters and
+{result.total_sparsity:.1%} of all parameters of `{name}` removed or zeroed
+({result.parameters_before:,} parameters before, {result.parameters_after:,} after,
+{result.zeros:,} of them zero). Source fingerprint `{plan.model.fingerprint[:16]}`,
+revision `{plan.model.revision or "local"}`.
+
+## Serve
+
+{needs}
+
+```
+vllm serve <this folder>
+```
+
+## Made by
+
+```
+vllm-moe-prune cut {name} --plan plan.json -o <this folder>
+```
+
+`plan.json` holds every decision, `moe_prune.yaml` the recipe, `expert_remap.json` what
+became of every expert, `provenance.json` the calibration text's hash and the counts.
+
+## What was removed
+
+| layer | experts before | after | action | sparsity of its experts |
+|---|---|---|---|---|
+{rows}
+"""
+
+
+def _inherited(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Licence and language of the source's own card, if it has a readable one."""
+    from huggingface_hub import ModelCard
+
+    path = checkpoint.folder / "README.md"
+    if not path.is_file():
+        return {}
+    try:
+        source = ModelCard.load(path).data.to_dict()
+    except (ValueError, UnicodeDecodeError):
+        # Front matter that is not valid YAML; the card has nothing to inherit.
+        return {}
+    return {key: source[key] for key in INHERITED if source.get(key)}

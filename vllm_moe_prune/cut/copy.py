@@ -1,0 +1,73 @@
+"""Writing output tensors that need no activations: copies and means."""
+
+import torch
+
+from ..checkpoint.index import TensorInfo, read_bytes
+from ..checkpoint.open import Checkpoint
+from ..checkpoint.reader import read_row, read_tensor
+from ..checkpoint.writer import ShardWriter
+from .slice import Group, OutputTensor, Piece
+from .trimmed import mean_of
+
+CHUNK_BYTES = 16 << 20
+
+
+def write_tensor(
+    checkpoint: Checkpoint, tensor: OutputTensor, writer: ShardWriter
+) -> None:
+    """Stream one output tensor: bytes for copies, fp32 means for clusters."""
+    if not writer.needs(tensor.name):
+        return
+    at = 0
+    for group in tensor.groups:
+        if len(group) == 1:
+            at = _copy_piece(checkpoint, tensor.name, group[0], writer, at)
+        else:
+            data = tensor_view(group_mean(checkpoint, group))
+            writer.write(tensor.name, data, at)
+            at += len(data)
+
+
+def build_tensor(checkpoint: Checkpoint, tensor: OutputTensor) -> torch.Tensor:
+    """One output tensor in memory (for load-time pruning); slimming not applied."""
+    parts = [group_mean(checkpoint, group) for group in tensor.groups]
+    if len(parts) == 1 and parts[0].shape == tensor.shape:
+        return parts[0]
+    if parts[0].dim() == len(tensor.shape):
+        return torch.cat(parts)
+    return torch.stack(parts)
+
+
+def group_mean(checkpoint: Checkpoint, group: Group) -> torch.Tensor:
+    """The mean of a group's pieces; a single piece unchanged."""
+    return mean_of([_read_piece(checkpoint, piece) for piece in group])
+
+
+def tensor_view(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes without copying them."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def _read_piece(checkpoint: Checkpoint, piece: Piece) -> torch.Tensor:
+    info = checkpoint.tensors[piece.source]
+    return read_tensor(info) if piece.row is None else read_row(info, piece.row)
+
+
+def _extent(info: TensorInfo, piece: Piece) -> tuple[int, int]:
+    if piece.row is None:
+        return 0, info.nbytes
+    return piece.row * info.row_bytes, (piece.row + 1) * info.row_bytes
+
+
+def _copy_piece(
+    checkpoint: Checkpoint, name: str, piece: Piece, writer: ShardWriter, at: int
+) -> int:
+    info = checkpoint.tensors[piece.source]
+    start, stop = _extent(info, piece)
+    while start < stop:
+        end = min(start + CHUNK_BYTES, stop)
+        writer.write(name, memoryview(read_bytes(info, start, end)), at)
+        at += end - start
+        start = end
+    return at

@@ -1,0 +1,86 @@
+"""Everything of the output that is not weights: config, remap, provenance, card.
+
+All of it is a function of input, plan and tool version, so that a resumed run writes
+the same bytes; elapsed time and peak memory are reported by the command instead.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..calibrate.data import Tokens
+from ..checkpoint.index import read_json
+from ..checkpoint.open import Checkpoint
+from ..checkpoint.remap import FILE_NAME, dump_remap
+from ..checkpoint.writer import ShardPlan, index_json, index_needed
+from ..decide.plan import CutPlan, dump_plan
+from .achieved import Achieved, achieved
+from .build_remap import build_remap
+from .card import model_card
+from .config import pruned_config
+from .output import copy_companions
+from .slim_layer import LayerRecord
+
+
+def write_companions(
+    checkpoint: Checkpoint,
+    plan: CutPlan,
+    folder: Path,
+    shards: Sequence[ShardPlan],
+    records: Sequence[LayerRecord],
+    tokens: Tokens | None,
+    forward_passes: int,
+) -> Achieved:
+    """Complete a folder whose shards are all written; config.json comes last."""
+    copy_companions(checkpoint, folder)
+    result = achieved(checkpoint, plan, records)
+    remap = build_remap(checkpoint, plan)
+    config = pruned_config(checkpoint, plan, remap)
+    history = provenance(checkpoint, plan, result, tokens, forward_passes)
+    if name := index_needed(shards):
+        (folder / name).write_bytes(index_json(shards, result.parameters_after))
+    (folder / FILE_NAME).write_bytes(dump_remap(remap))
+    (folder / "plan.json").write_text(dump_plan(plan), "utf-8")
+    recipe = plan.recipe.model_dump(mode="json", exclude_defaults=True)
+    (folder / "moe_prune.yaml").write_text(
+        yaml.safe_dump(recipe, sort_keys=False), "utf-8"
+    )
+    _write_json(folder / "provenance.json", history)
+    card = model_card(checkpoint, plan, result, config["architectures"][0])
+    (folder / "README.md").write_text(card, "utf-8")
+    _write_json(folder / "config.json", config)
+    return result
+
+
+def provenance(
+    checkpoint: Checkpoint,
+    plan: CutPlan,
+    result: Achieved,
+    tokens: Tokens | None,
+    forward_passes: int,
+) -> dict[str, Any]:
+    """Where the output came from and what was done to it."""
+    data: dict[str, Any] = {
+        "tool_version": plan.tool_version,
+        "source": plan.model.model_dump(mode="json"),
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "measurement": plan.measurement.model_dump(mode="json"),
+        "calibration": tokens.describe() if tokens is not None else None,
+        "forward_passes": {
+            "measure": plan.measurement.forward_passes,
+            "cut": forward_passes,
+        },
+        "sparsity_asked": plan.recipe.total_sparsity,
+        "sparsity_achieved": result.as_dict(),
+    }
+    earlier = checkpoint.folder / "provenance.json"
+    if checkpoint.remap is not None and earlier.is_file():
+        data["earlier"] = read_json(earlier)
+    return data
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")

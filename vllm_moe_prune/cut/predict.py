@@ -1,0 +1,73 @@
+"""What a plan will produce, to the byte, from headers alone."""
+
+from ..checkpoint.open import Checkpoint, Layer
+from ..checkpoint.writer import MAX_SHARD_BYTES, plan_shards
+from ..decide.facts import LayerFacts, ModelFacts, count_sparsity
+from ..decide.plan import CutPlan, ModelId, Predicted
+from .slice import output_tensors
+
+
+def model_facts(checkpoint: Checkpoint) -> ModelFacts:
+    """The checkpoint as plain numbers, which is all that ``decide`` sees of it."""
+    names: dict[int, list[str]] = {layer.index: [] for layer in checkpoint.layers}
+    for name in checkpoint.tensors:
+        index = checkpoint.arch.layer_of(name)
+        if index is not None:
+            names[index].append(name)
+    return ModelFacts(
+        model=ModelId(
+            model_type=checkpoint.arch.model_type,
+            fingerprint=checkpoint.fingerprint,
+            source=checkpoint.origin.name,
+            revision=checkpoint.origin.revision,
+        ),
+        layers=tuple(
+            _layer_facts(checkpoint, layer, names[layer.index])
+            for layer in checkpoint.layers
+        ),
+        all_parameters=checkpoint.parameters,
+    )
+
+
+def _layer_facts(checkpoint: Checkpoint, layer: Layer, names: list[str]) -> LayerFacts:
+    arch, tensors = checkpoint.arch, checkpoint.tensors
+    parameters = sum(tensors[name].numel for name in names)
+    if not layer.has_moe:
+        return LayerFacts(0, layer.top_k, False, parameters)
+    moe = [name for name in names if arch.is_moe_member(name, layer.index)]
+    hidden = checkpoint.config[arch.config.hidden]
+    return LayerFacts(
+        num_experts=layer.num_experts,
+        top_k=layer.top_k,
+        has_moe=True,
+        parameters=parameters,
+        moe_parameters=sum(tensors[name].numel for name in moe),
+        expert_shapes=(
+            (layer.width, hidden),
+            (layer.width, hidden),
+            (hidden, layer.width),
+        ),
+        router_parameters_per_expert=hidden,
+    )
+
+
+def with_prediction(
+    checkpoint: Checkpoint, plan: CutPlan, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> CutPlan:
+    """The plan with its ``predicted`` block filled in."""
+    tensors = output_tensors(checkpoint, plan)
+    shards = plan_shards(tensors, max_shard_bytes)
+    count = count_sparsity(
+        model_facts(checkpoint), plan.layers, plan.slim, plan.routing
+    )
+    predicted = Predicted(
+        tensor_bytes=sum(sum(shard.sizes.values()) for shard in shards),
+        file_bytes=sum(shard.file_bytes for shard in shards),
+        shards=len(shards),
+        expert_parameters=count.expert_parameters - count.expert_parameters_removed,
+        parameters=count.all_parameters - count.all_parameters_removed,
+        zeros=count.zeros,
+        expert_sparsity=count.expert_sparsity,
+        total_sparsity=count.total_sparsity,
+    )
+    return plan.model_copy(update={"predicted": predicted})

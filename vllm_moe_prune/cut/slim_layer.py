@@ -1,0 +1,187 @@
+"""Slimming one trimmed layer, expert by expert, and feeding the next layer with it.
+
+Statistics come from the trimmed, still dense layer (as Wanda defines them); the
+hidden states that go on come from the slimmed one, so that later layers are
+calibrated on what the pruned model will really compute (spec, defect 3).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..calibrate.experts import (
+    Activation,
+    Routing,
+    add_expert,
+    expert_hidden,
+    expert_tokens,
+    place,
+    route,
+    token_chunks,
+)
+from ..calibrate.forward import StreamingModel
+from ..checkpoint.open import Checkpoint, Layer
+from ..checkpoint.reader import Expert
+from ..checkpoint.writer import ShardWriter
+from ..decide.plan import CutPlan, LayerPlan
+from ..slim.magnitude import magnitude
+from ..slim.wanda import magnitude_rows, wanda
+from .copy import tensor_view
+from .trimmed import survivor, trimmed_layer, trimmed_router
+
+
+@dataclass
+class LayerRecord:
+    """What slimming did to one layer; one journal line."""
+
+    layer: int
+    expert_parameters: int = 0
+    zeros: int = 0
+    """Zeros among the layer's surviving expert weights, those there before included."""
+    unseen: list[int] = field(default_factory=list)
+    """Input ids of experts no calibration token reached: pruned by magnitude."""
+
+
+@dataclass(frozen=True)
+class SlimContext:
+    """What stays the same for every layer of a slimming pass."""
+
+    checkpoint: Checkpoint
+    plan: CutPlan
+    writer: ShardWriter
+    model: StreamingModel | None
+    """None for methods that need no activations."""
+
+
+def slim_layer(
+    context: SlimContext,
+    layer: Layer,
+    layer_plan: LayerPlan,
+    new_index: int,
+    x_ND: torch.Tensor | None,
+    *,
+    want_output: bool,
+) -> tuple[LayerRecord, torch.Tensor | None]:
+    """Slim and write every expert of one layer.
+
+    Args:
+        context: The pass.
+        layer: The input layer.
+        layer_plan: What the plan does to it.
+        new_index: Its index in the output.
+        x_ND: Calibration activations entering the MoE; None if not needed.
+        want_output: Whether the slimmed layer's output is needed (not after the last).
+
+    Returns:
+        The record, and the MoE output [N, D] of the slimmed layer if wanted.
+    """
+    checkpoint, plan = context.checkpoint, context.plan
+    record = LayerRecord(layer.index)
+    trimmed = trimmed_layer(layer, layer_plan, plan)
+    wants = want_output and x_ND is not None
+    out_ND = torch.zeros_like(x_ND) if wants and x_ND is not None else None
+    routing = None
+    if x_ND is not None and context.model is not None:
+        routing = trimmed_routing(context.model, plan, layer, layer_plan, x_ND)
+    for new in range(trimmed.num_experts):
+        expert = survivor(checkpoint, layer, layer_plan, new)
+        if routing is None or x_ND is None or context.model is None:
+            slimmed = _by_magnitude(expert, layer_plan, plan)
+        else:
+            act = context.model.act
+            token_n, weight_n = expert_tokens(routing, new, trimmed.redirect)
+            expert = place(expert, x_ND)
+            slimmed = _by_wanda(expert, layer_plan.sparsity, x_ND, token_n, act)
+            if len(token_n) == 0:
+                record.unseen.append(layer_plan.keep[new])
+            elif out_ND is not None:
+                add_expert(out_ND, x_ND, token_n, weight_n, slimmed, act)
+        record.expert_parameters += sum(matrix.numel() for matrix in slimmed)
+        record.zeros += sum(_zeros(matrix) for matrix in slimmed)
+        write_expert(context, new_index, new, slimmed)
+    return record, out_ND
+
+
+def trimmed_routing(
+    model: StreamingModel,
+    plan: CutPlan,
+    layer: Layer,
+    layer_plan: LayerPlan,
+    x_ND: torch.Tensor,
+) -> Routing:
+    """Routing over the rows that the plan leaves."""
+    checkpoint = model.checkpoint
+    router_RD = trimmed_router(checkpoint, layer, layer_plan, plan).to(x_ND)
+    return route(
+        x_ND,
+        router_RD,
+        top_k=trimmed_layer(layer, layer_plan, plan).top_k,
+        renormalise=checkpoint.arch.renormalise,
+        where=f"{checkpoint.folder}: layer {layer.index}",
+    )
+
+
+@torch.no_grad()
+def _by_wanda(
+    expert: Expert,
+    sparsity: float,
+    x_ND: torch.Tensor,
+    token_n: torch.Tensor,
+    act: Activation,
+) -> Expert:
+    if len(token_n) == 0:
+        # Row by row, as Wanda would, so that the planned number of zeros holds.
+        return Expert(*(magnitude_rows(matrix, sparsity) for matrix in expert))
+    width, hidden = expert.gate_FD.shape
+    x_sq_D = torch.zeros(hidden, dtype=torch.float64, device=x_ND.device)
+    inner_sq_F = torch.zeros(width, dtype=torch.float64, device=x_ND.device)
+    for at_n, _ in token_chunks(token_n, token_n, expert):
+        x_nD = x_ND.index_select(0, at_n)
+        x_sq_D += _column_squares(x_nD)
+        inner_sq_F += _column_squares(expert_hidden(x_nD, expert, act))
+    return Expert(
+        wanda(expert.gate_FD, x_sq_D, sparsity),
+        wanda(expert.up_FD, x_sq_D, sparsity),
+        wanda(expert.down_DF, inner_sq_F, sparsity),
+    )
+
+
+def _by_magnitude(expert: Expert, layer_plan: LayerPlan, plan: CutPlan) -> Expert:
+    if layer_plan.sparsity == 0 or plan.slim == "none":
+        return expert
+    return Expert(*(magnitude(matrix, layer_plan.sparsity) for matrix in expert))
+
+
+def _column_squares(x_nD: torch.Tensor) -> torch.Tensor:
+    """Sum of squares of each column, without a whole fp32 copy of ``x_nD``."""
+    total_D = torch.zeros(x_nD.shape[1], dtype=torch.float64, device=x_nD.device)
+    for chunk in x_nD.split(2048):
+        total_D += chunk.float().square().sum(dim=0)
+    return total_D
+
+
+def _zeros(matrix: torch.Tensor) -> int:
+    return matrix.numel() - int(torch.count_nonzero(matrix))
+
+
+def write_expert(
+    context: SlimContext, new_index: int, new: int, expert: Expert
+) -> None:
+    """Hand one finished expert to the writer, in the checkpoint's own layout."""
+    layout, writer = context.checkpoint.layout, context.writer
+    pieces = {
+        "gate": expert.gate_FD,
+        "up": expert.up_FD,
+        "down": expert.down_DF,
+    }
+    for rule in layout.experts:
+        name = rule.name(new_index, new)
+        if not writer.needs(name):
+            continue
+        matrix = (
+            torch.cat([expert.gate_FD, expert.up_FD])
+            if rule.role == "gate_up"
+            else pieces[rule.role]
+        )
+        data = tensor_view(matrix.cpu())
+        writer.write(name, data, 0 if rule.per_expert else new * len(data))

@@ -1,0 +1,130 @@
+"""How the command line shows things: tables, progress, one-line errors.
+
+Results go to stdout, everything else to stderr; ``--json`` prints data instead.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from .progress import Progress, Report
+
+GIB = 2**30
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+
+def gib(size_bytes: float) -> str:
+    """Bytes with a unit that suits them."""
+    if size_bytes >= 0.1 * GIB:
+        return f"{size_bytes / GIB:.2f} GiB"
+    return f"{size_bytes / 2**20:.2f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Machine-readable result on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on stdout; numbers right, first column left."""
+    grid = Table(title=title, title_justify="left", title_style="bold")
+    for position, column in enumerate(columns):
+        grid.add_column(column, justify="right" if position else "left")
+    for row in rows:
+        grid.add_row(*(str(cell) for cell in row))
+    out.print(grid)
+
+
+def facts(title: str, pairs: Sequence[tuple[str, object]]) -> None:
+    """Names and values, aligned."""
+    grid = Table(title=title, title_justify="left", title_style="bold", box=None)
+    grid.add_column(justify="left", style="dim")
+    grid.add_column(justify="left")
+    grid.show_header = False
+    for name, value in pairs:
+        grid.add_row(name, str(value))
+    out.print(grid)
+
+
+@contextmanager
+def watching(quiet: bool = False) -> Iterator[Report]:
+    """A report that draws a bar on a terminal and plain lines elsewhere."""
+    if quiet:
+        yield lambda progress: None
+    elif err.is_terminal:
+        with _bar() as bar:
+            yield _BarReport(bar)
+    else:
+        yield _LineReport()
+
+
+def _bar() -> Bar:
+    return Bar(
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=err,
+        transient=True,
+    )
+
+
+def _detail(progress: Progress, elapsed_s: float) -> str:
+    rate = progress.bytes_done / elapsed_s if elapsed_s > 0 else 0.0
+    left = (progress.bytes_total - progress.bytes_done) / rate if rate else 0.0
+    return (
+        f"layer {progress.layer} of {progress.layers}, "
+        f"{progress.bytes_done / GIB:.2f} of {progress.bytes_total / GIB:.2f} GiB, "
+        f"{rate / GIB:.2f} GiB/s, {duration(left)} left"
+    )
+
+
+class _BarReport:
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._tasks: dict[str, tuple[TaskID, float]] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.stage not in self._tasks:
+            task = self._bar.add_task(progress.stage, detail="")
+            self._tasks[progress.stage] = task, time.monotonic()
+        task, start = self._tasks[progress.stage]
+        self._bar.update(
+            task,
+            completed=progress.bytes_done,
+            total=progress.bytes_total,
+            detail=_detail(progress, time.monotonic() - start),
+        )
+
+
+class _LineReport:
+    """At most one line every two seconds, and the last one of each stage."""
+
+    def __init__(self) -> None:
+        self._start: dict[str, float] = {}
+        self._shown = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        start = self._start.setdefault(progress.stage, now)
+        if now - self._shown < 2.0:
+            return
+        self._shown = now
+        err.print(f"{progress.stage}: {_detail(progress, now - start)}", style="dim")

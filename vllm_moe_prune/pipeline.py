@@ -1,0 +1,158 @@
+"""READ ME FIRST: the stages in order, from a checkpoint to a checkpoint.
+
+    CHECKPOINT -> measure -> stats -> plan -> plan.json -> cut -> CHECKPOINT' -> verify
+
+Each stage is one function here and one command of the command line. ``measure`` looks
+(zero or one forward pass), ``plan`` decides (no weights, no data), ``cut`` executes
+(one streaming pass), ``verify`` checks. ``run`` is all four and can be resumed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import __version__
+from .calibrate.data import Tokens, load_tokens
+from .calibrate.measure import measure as measure_checkpoint
+from .calibrate.stats import Stats, load_stats, save_stats
+from .checkpoint.open import Checkpoint
+from .checkpoint.writer import MAX_SHARD_BYTES
+from .cut.apply import CutResult
+from .cut.apply import cut as cut_checkpoint
+from .cut.output import check_output, partial_folder
+from .cut.predict import model_facts, with_prediction
+from .decide.build import make_plan
+from .decide.plan import CutPlan, Measurement, save_plan
+from .progress import Report, ignore
+from .recipe import Recipe
+from .verify import Verified
+from .verify import verify as verify_output
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, as opposed to what to do (that is the recipe's)."""
+
+    device: str = "cpu"
+    resume: bool = False
+    overwrite: bool = False
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    report: Report = ignore
+
+
+def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
+    """The calibration tokens, or None where the recipe needs no data at all."""
+    if not (recipe.needs_coactivation or recipe.needs_activations):
+        return None
+    return load_tokens(checkpoint, recipe.calibration)
+
+
+def measure(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    tokens: Tokens | None,
+    options: RunOptions,
+    work: Path | None = None,
+) -> Stats:
+    """Collect what the recipe's decisions need: 0 forward passes, or 1."""
+    return measure_checkpoint(
+        checkpoint,
+        router=recipe.experts.method == "stun",
+        weights=recipe.experts.method == "stun",
+        tokens=tokens if recipe.needs_coactivation else None,
+        device=options.device,
+        report=options.report,
+        work=work,
+    )
+
+
+def plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    stats: Stats | None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> CutPlan:
+    """Turn statistics and a recipe into every decision, with the predicted size."""
+    facts = model_facts(checkpoint)
+    decided = make_plan(stats, recipe, facts, tool_version=__version__)
+    if stats is not None:
+        measurement = Measurement(
+            forward_passes=stats.forward_passes, calibration=stats.calibration
+        )
+        decided = decided.model_copy(update={"measurement": measurement})
+    return with_prediction(checkpoint, decided, max_shard_bytes)
+
+
+def cut(
+    checkpoint: Checkpoint,
+    decided: CutPlan,
+    out: Path,
+    options: RunOptions,
+    tokens: Tokens | None = None,
+    where: str = "plan",
+) -> CutResult:
+    """Execute a plan: read each layer once, write each shard once."""
+    if tokens is None and decided.needs_activations:
+        tokens = load_tokens(checkpoint, decided.recipe.calibration)
+    return cut_checkpoint(
+        checkpoint,
+        decided,
+        out,
+        tokens=tokens,
+        device=options.device,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        max_shard_bytes=options.max_shard_bytes,
+        report=options.report,
+        where=where,
+    )
+
+
+def verify(
+    folder: Path, source: Checkpoint | None = None, report: Report = ignore
+) -> Verified:
+    """Check a finished folder, against its source if there is one."""
+    return verify_output(folder, source, report)
+
+
+def run(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    out: Path,
+    options: RunOptions,
+    stats_file: Path | None = None,
+) -> tuple[CutPlan, CutResult, Verified]:
+    """Measure, plan, cut and verify; after a kill, ``options.resume`` continues.
+
+    Args:
+        checkpoint: The input.
+        recipe: What to do.
+        out: The output folder.
+        options: How to run.
+        stats_file: Statistics to use if the file exists, and to write if not.
+    """
+    check_output(out, resume=options.resume, overwrite=options.overwrite)
+    tokens = calibration_tokens(checkpoint, recipe)
+    kept = stats_file or partial_folder(out).with_suffix(".stats.safetensors")
+    if kept.is_file() and (stats_file or options.resume):
+        stats = load_stats(kept)
+    else:
+        work = kept.with_name(kept.name + ".work")
+        stats = measure(checkpoint, recipe, tokens, options, work)
+        save_stats(stats, kept)
+    decided = plan(checkpoint, recipe, stats, options.max_shard_bytes)
+    result = cut(checkpoint, decided, out, options, tokens, where=recipe.name)
+    if stats_file is None:
+        kept.unlink()
+    return decided, result, verify(out, checkpoint, options.report)
+
+
+__all__ = [
+    "RunOptions",
+    "calibration_tokens",
+    "cut",
+    "measure",
+    "plan",
+    "run",
+    "save_plan",
+    "verify",
+]

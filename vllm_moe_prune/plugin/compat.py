@@ -1,0 +1,172 @@
+"""The vLLM we stand on: versions, quirks, and every symbol the plugin uses.
+
+The only file that compares versions. ``SYMBOLS`` is checked against the installed vLLM
+by ``tests/contract/test_vllm_symbols.py``, which reads sources and imports nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ServeError
+
+OLDEST = "0.32"
+
+
+def check_version() -> None:
+    """Refuse a vLLM older than the oldest supported one.
+
+    Raises:
+        ServeError: Naming the version found and the one needed.
+    """
+    from packaging.version import InvalidVersion, Version
+    from vllm import __version__ as found
+
+    try:
+        supported = Version(found) >= Version(OLDEST)
+    except InvalidVersion as error:
+        raise ServeError(
+            f"vLLM calls itself {found!r}; a release from {OLDEST} on is needed."
+        ) from error
+    if not supported:
+        raise ServeError(
+            f"vLLM {found} is installed, but vllm-moe-prune needs {OLDEST} or newer. "
+            "Upgrade vLLM, or set VLLM_PLUGINS to leave this plugin out."
+        )
+
+
+def wants_local_ids(vllm_config: Any) -> bool:
+    """Whether the MoE kernel ignores the expert map, so that routing must apply it.
+
+    vLLM's CPU kernel indexes the experts of its own process with global ids: under
+    expert parallelism it reads past their end.
+    """
+    from vllm.platforms import current_platform
+
+    return bool(
+        current_platform.is_cpu() and vllm_config.parallel_config.enable_expert_parallel
+    )
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """Something of vLLM's that we import, subclass or call."""
+
+    module: str
+    """Where we import it from."""
+    name: str
+    """Its name there; ``Class.method`` for a method we call or override."""
+    parameters: tuple[str, ...] = ()
+    """Parameters we pass, or must accept when overriding."""
+
+
+_FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+_LOADER = "vllm.model_executor.model_loader"
+_MIXTRAL = "vllm.model_executor.models.mixtral"
+_MODELS = "vllm.model_executor.models"
+
+SYMBOLS = (
+    Symbol("vllm", "ModelRegistry"),
+    Symbol("vllm", "__version__"),
+    Symbol(
+        f"{_MODELS}.registry",
+        "_ModelRegistry.register_model",
+        ("model_arch", "model_cls"),
+    ),
+    Symbol(_LOADER, "register_model_loader", ("load_format",)),
+    Symbol(f"{_LOADER}.base_loader", "BaseModelLoader"),
+    Symbol(f"{_LOADER}.base_loader", "BaseModelLoader.__init__", ("load_config",)),
+    Symbol(
+        f"{_LOADER}.base_loader", "BaseModelLoader.download_model", ("model_config",)
+    ),
+    Symbol(
+        f"{_LOADER}.base_loader",
+        "BaseModelLoader.load_weights",
+        ("model", "model_config"),
+    ),
+    Symbol(
+        f"{_LOADER}.base_loader",
+        "BaseModelLoader.load_model",
+        ("vllm_config", "model_config", "prefix"),
+    ),
+    Symbol("vllm.config", "ModelConfig"),
+    Symbol("vllm.config.model", "ModelConfig.get_model_arch_config"),
+    Symbol("vllm.config", "VllmConfig"),
+    Symbol("vllm.config", "CacheConfig"),
+    Symbol("vllm.config.load", "LoadConfig"),
+    Symbol("vllm.compilation.decorators", "support_torch_compile"),
+    Symbol("vllm.distributed", "get_ep_group"),
+    Symbol("vllm.platforms", "current_platform"),
+    Symbol(
+        _FUSED_MOE,
+        "FusedMoEFactory",
+        (
+            "num_experts",
+            "top_k",
+            "hidden_size",
+            "intermediate_size",
+            "renormalize",
+            "quant_config",
+            "prefix",
+            "custom_routing_function",
+            "enable_eplb",
+            "num_redundant_experts",
+            "ckpt_names",
+        ),
+    ),
+    Symbol(_FUSED_MOE, "GateLinear"),
+    Symbol(
+        f"{_FUSED_MOE}.router.gate_linear",
+        "GateLinear.__init__",
+        ("input_size", "output_size", "prefix"),
+    ),
+    Symbol(f"{_FUSED_MOE}.routed_experts", "RoutedExperts.expert_map"),
+    Symbol("vllm.model_executor.layers.layernorm", "RMSNorm"),
+    Symbol("vllm.model_executor.layers.logits_processor", "LogitsProcessor"),
+    Symbol("vllm.model_executor.layers.quantization", "QuantizationConfig"),
+    Symbol("vllm.model_executor.layers.vocab_parallel_embedding", "ParallelLMHead"),
+    Symbol(
+        "vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"
+    ),
+    Symbol(_MIXTRAL, "MixtralAttention"),
+    Symbol(
+        _MIXTRAL,
+        "MixtralAttention.__init__",
+        (
+            "config",
+            "hidden_size",
+            "num_heads",
+            "num_kv_heads",
+            "max_position",
+            "cache_config",
+            "quant_config",
+            "prefix",
+        ),
+    ),
+    Symbol(_MIXTRAL, "MixtralMoE"),
+    Symbol(_MIXTRAL, "MixtralMoE.forward", ("hidden_states",)),
+    Symbol(_MIXTRAL, "MixtralDecoderLayer"),
+    Symbol(
+        _MIXTRAL,
+        "MixtralDecoderLayer.forward",
+        ("positions", "hidden_states", "residual"),
+    ),
+    Symbol(_MIXTRAL, "MixtralModel"),
+    Symbol(_MIXTRAL, "MixtralModel.hf_to_vllm_mapper"),
+    Symbol(_MIXTRAL, "MixtralModel.forward", ("input_ids", "positions")),
+    Symbol(_MIXTRAL, "MixtralForCausalLM"),
+    Symbol(_MIXTRAL, "MixtralForCausalLM.load_weights", ("weights",)),
+    Symbol(f"{_MODELS}.utils", "PPMissingLayer"),
+    Symbol(f"{_MODELS}.utils", "WeightsMapper"),
+    Symbol(f"{_MODELS}.utils", "extract_layer_index", ("layer_name",)),
+    Symbol(
+        f"{_MODELS}.utils",
+        "make_layers",
+        ("num_hidden_layers", "layer_fn", "prefix"),
+    ),
+    Symbol(
+        f"{_MODELS}.utils",
+        "make_empty_intermediate_tensors_factory",
+        ("keys", "hidden_size"),
+    ),
+    Symbol(f"{_MODELS}.utils", "maybe_prefix", ("prefix", "name")),
+)

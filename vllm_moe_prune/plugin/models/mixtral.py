@@ -1,0 +1,273 @@
+"""Pruned Mixtral: vLLM's Mixtral with constructors that build each layer as it is.
+
+Only construction differs: per-layer expert counts, absent MoE sublayers, redirected
+routing. Every forward but that of a layer without MoE, and everything about attention,
+parallelism, LoRA and quantisation, is vLLM's. vLLM imports this file by name.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import get_ep_group
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.mixtral import (
+    MixtralAttention,
+    MixtralDecoderLayer,
+    MixtralForCausalLM,
+    MixtralModel,
+    MixtralMoE,
+)
+from vllm.model_executor.models.utils import (
+    PPMissingLayer,
+    WeightsMapper,
+    extract_layer_index,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+
+from ...archs.mixtral import ARCH
+from ..compat import wants_local_ids
+from ..layers import ServedLayer
+from ..routing import route_rows, row_table
+from ..served import read_layers
+from ..tally import WeightTally
+
+# vLLM reads the Hub's per-expert names; these add the other spellings of the table.
+MAPPER = WeightsMapper(
+    orig_to_new_substr={
+        ".mlp.": ".block_sparse_moe.",
+        ".experts.gate_up_proj": ".experts.w13",
+        ".experts.down_proj": ".experts.w2",
+    }
+)
+
+
+class MoePruneMixtralMoE(MixtralMoE):
+    """MixtralMoE with one layer's experts and, where needed, our routing."""
+
+    def __init__(
+        self, layer: ServedLayer, vllm_config: VllmConfig, *, prefix: str
+    ) -> None:
+        """Like ``MixtralMoE``; router rows need not be as many as experts."""
+        nn.Module.__init__(self)
+        config = vllm_config.model_config.hf_config
+        parallel_config = vllm_config.parallel_config
+        self.hidden_size = config.hidden_size
+        self.ep_group = get_ep_group().device_group
+        self.ep_size = self.ep_group.size()
+        self.enable_eplb = parallel_config.enable_eplb
+        self.n_routed_experts = layer.experts
+        self.n_logical_experts = layer.experts
+        self.n_redundant_experts = parallel_config.eplb_config.num_redundant_experts
+        self.n_physical_experts = self.n_logical_experts + self.n_redundant_experts
+        self.n_local_physical_experts = self.n_physical_experts // self.ep_size
+        self.gate = GateLinear(
+            config.hidden_size, layer.router_rows, prefix=f"{prefix}.gate"
+        )
+        local = wants_local_ids(vllm_config) and self.ep_size > 1
+        routed = layer.redirect is not None or local
+        self.experts = FusedMoEFactory(
+            num_experts=layer.experts,
+            top_k=layer.top_k,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            renormalize=ARCH.renormalise,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.experts",
+            custom_routing_function=self._route if routed else None,
+            enable_eplb=self.enable_eplb,
+            num_redundant_experts=self.n_redundant_experts,
+            ckpt_names=("w1", "w2", "w3"),
+        )
+        if routed:
+            expert_map = self.experts.routed_experts.expert_map if local else None
+            expert_R, share_R = row_table(
+                layer, expert_map.tolist() if expert_map is not None else None
+            )
+            self.register_buffer("expert_R", expert_R, persistent=False)
+            self.register_buffer("share_R", share_R, persistent=False)
+
+    def _route(
+        self,
+        hidden_states: torch.Tensor,
+        gating_output: torch.Tensor,
+        topk: int,
+        renormalize: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # The signature is vLLM's for a custom_routing_function.
+        return route_rows(
+            gating_output,
+            self.expert_R,
+            self.share_R,
+            top_k=topk,
+            renormalise=renormalize,
+        )
+
+
+class MoePruneMixtralDecoderLayer(MixtralDecoderLayer):
+    """MixtralDecoderLayer that may lack its MoE sublayer and the norm before it."""
+
+    def __init__(
+        self, layer: ServedLayer, vllm_config: VllmConfig, *, prefix: str
+    ) -> None:
+        """Like ``MixtralDecoderLayer``, for one layer as it was cut."""
+        nn.Module.__init__(self)
+        config = vllm_config.model_config.hf_config
+        self.hidden_size = config.hidden_size
+        self.has_moe = layer.has_moe
+        self.self_attn = MixtralAttention(
+            config=config,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            max_position=config.max_position_embeddings,
+            num_kv_heads=config.num_key_value_heads,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.self_attn",
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if layer.has_moe:
+            self.block_sparse_moe = MoePruneMixtralMoE(
+                layer, vllm_config, prefix=f"{prefix}.block_sparse_moe"
+            )
+            self.post_attention_layernorm = RMSNorm(
+                config.hidden_size, eps=config.rms_norm_eps
+            )
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Without MoE, the next norm adds the attention's output to the residual."""
+        if self.has_moe:
+            output: tuple[torch.Tensor, torch.Tensor] = super().forward(
+                positions, hidden_states, residual
+            )
+            return output
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        return self.self_attn(positions, hidden_states), residual
+
+
+@support_torch_compile
+class MoePruneMixtralModel(MixtralModel):
+    """MixtralModel that builds each decoder layer from its own description."""
+
+    hf_to_vllm_mapper = MAPPER | MixtralModel.hf_to_vllm_mapper
+
+    def __init__(
+        self,
+        *,
+        vllm_config: VllmConfig,
+        layers: Sequence[ServedLayer],
+        prefix: str = "",
+    ) -> None:
+        """Like ``MixtralModel``."""
+        nn.Module.__init__(self)
+        config = vllm_config.model_config.hf_config
+        parallel_config = vllm_config.parallel_config
+        self.config = config
+        self.quant_config = vllm_config.quant_config
+        self.vocab_size = config.vocab_size
+        self.org_vocab_size = config.vocab_size
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size
+        )
+        self.enable_eplb = parallel_config.enable_eplb
+        self.num_redundant_experts = parallel_config.eplb_config.num_redundant_experts
+
+        def build(prefix: str) -> MoePruneMixtralDecoderLayer:
+            layer = layers[extract_layer_index(prefix)]
+            return MoePruneMixtralDecoderLayer(layer, vllm_config, prefix=prefix)
+
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            len(layers), build, prefix=f"{prefix}.layers"
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], config.hidden_size
+        )
+
+
+class MoePruneMixtralForCausalLM(MixtralForCausalLM):
+    """MixtralForCausalLM for checkpoints pruned by this package."""
+
+    hf_to_vllm_mapper = MoePruneMixtralModel.hf_to_vllm_mapper
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        """Like ``MixtralForCausalLM``, after the checkpoint has been verified."""
+        nn.Module.__init__(self)
+        config = vllm_config.model_config.hf_config
+        layers = read_layers(vllm_config, ARCH)
+        self.config = config
+        self.quant_config = vllm_config.quant_config
+        self.model = MoePruneMixtralModel(
+            vllm_config=vllm_config,
+            layers=layers,
+            prefix=maybe_prefix(prefix, "model"),
+        )
+        self.lm_head = ParallelLMHead(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.make_empty_intermediate_tensors = (
+            self.model.make_empty_intermediate_tensors
+        )
+        self._describe_experts(layers, vllm_config)
+        # Counts the first load only: later ones may bring some of the weights.
+        self.tally: WeightTally | None = None
+        if vllm_config.load_config.load_format != "dummy":
+            self.tally = WeightTally(ARCH, layers, vllm_config.model_config.model)
+
+    def _describe_experts(
+        self, layers: Sequence[ServedLayer], vllm_config: VllmConfig
+    ) -> None:
+        # vLLM's MixtureOfExperts interface; EPLB alone reads the counts, and it is
+        # refused where layers differ, so the largest layer stands for all.
+        self.moe_layers: list[Any] = [
+            layer.block_sparse_moe.experts
+            for layer in self.model.layers
+            if not isinstance(layer, PPMissingLayer) and layer.has_moe
+        ]
+        self.num_moe_layers = len(self.moe_layers)
+        experts = max(layer.experts for layer in layers)
+        redundant = vllm_config.parallel_config.eplb_config.num_redundant_experts
+        self.num_logical_experts = self.num_routed_experts = experts
+        self.num_physical_experts = experts + redundant
+        self.num_local_physical_experts = (
+            self.num_physical_experts // get_ep_group().world_size
+        )
+        self.num_redundant_experts = redundant
+        self.num_expert_groups = 1
+        self.num_shared_experts = 0
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load; the first time, demand every expert exactly once."""
+        tally, self.tally = self.tally, None
+        if tally is not None:
+            weights = tally.watch(weights)
+        loaded: set[str] = super().load_weights(weights)
+        if tally is not None:
+            tally.finish()
+        return loaded

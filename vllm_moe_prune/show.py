@@ -1,0 +1,275 @@
+"""What each command prints when it is done, as tables or as JSON."""
+
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint.open import Checkpoint
+from .draw import duration, facts, gib, out, print_json, table
+
+if TYPE_CHECKING:
+    from .calibrate.stats import Stats
+    from .cut.apply import CutResult
+    from .decide.plan import CutPlan, LayerPlan
+    from .evaluate import Perplexity
+    from .verify import Verified
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:
+    """What ``inspect`` found."""
+    moe = checkpoint.moe_layers
+    counts = [layer.num_experts for layer in checkpoint.layers]
+    dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})
+    files = len({info.file for info in checkpoint.tensors.values()})
+    data: dict[str, Any] = {
+        "source": checkpoint.origin.name,
+        "revision": checkpoint.origin.revision,
+        "model_type": checkpoint.arch.model_type,
+        "layout": checkpoint.layout.name,
+        "layers": len(checkpoint.layers),
+        "moe_layers": len(moe),
+        "experts_per_layer": counts,
+        "top_k": max(layer.top_k for layer in moe),
+        "dtypes": dtypes,
+        "files": files,
+        "tensors": len(checkpoint.tensors),
+        "tensor_bytes": checkpoint.tensor_bytes,
+        "parameters": checkpoint.parameters,
+        "expert_parameters": checkpoint.expert_parameters,
+        "pruned": checkpoint.remap is not None,
+        "routing": checkpoint.remap.routing if checkpoint.remap else "drop",
+    }
+    if as_json:
+        print_json(data)
+        return
+    share = checkpoint.expert_parameters / checkpoint.parameters
+    facts(
+        str(checkpoint.folder),
+        [
+            ("family", f"{data['model_type']} ({data['layout']})"),
+            ("layers", f"{data['layers']}, {data['moe_layers']} with experts"),
+            ("experts", f"{experts_text(counts)} per layer, top-{data['top_k']}"),
+            ("parameters", f"{checkpoint.parameters:,} ({share:.1%} in experts)"),
+            ("size", f"{gib(checkpoint.tensor_bytes)} in {files} files"),
+            ("dtypes", ", ".join(dtypes)),
+            ("already pruned", "yes" if data["pruned"] else "no"),
+        ],
+    )
+    if data["routing"] == "redirect":
+        out.print("Redirect routing: cut the original again instead of this one.")
+        return
+    out.print("Next: vllm-moe-prune run CKPT OUT --calibration TEXT", style="dim")
+
+
+def experts_text(counts: Sequence[int]) -> str:
+    """``8`` for uniform layers, ``5-8 (mean 6.4)`` for uneven ones."""
+    if len(set(counts)) == 1:
+        return str(counts[0])
+    return f"{min(counts)}-{max(counts)} (mean {sum(counts) / len(counts):.1f})"
+
+
+def show_stats(stats: "Stats", path: Path, as_json: bool) -> None:
+    """What ``measure`` collected."""
+    data = {
+        "stats": str(path),
+        "fingerprint": stats.fingerprint,
+        "layers": len(stats.layers),
+        "forward_passes": stats.forward_passes,
+        "calibration": stats.calibration,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    if as_json:
+        print_json(data)
+        return
+    passes = stats.forward_passes
+    out.print(
+        f"{path}: statistics of {len(stats.layers)} layers from {passes} forward "
+        f"pass{'' if passes == 1 else 'es'}, peak memory {gib(peak_rss_bytes())}"
+    )
+    out.print(f"Next: vllm-moe-prune plan CKPT --stats {path} -o plan.json", style="dim")
+
+
+def show_plan(
+    checkpoint: Checkpoint,
+    plan: "CutPlan",
+    path: Path,
+    as_json: bool,
+    brief: bool = False,
+) -> None:
+    """What ``plan`` decided and predicts."""
+    predicted = plan.predicted
+    assert predicted is not None
+    if as_json:
+        layers = [
+            {
+                "layer": layer.layer,
+                "action": layer.action,
+                "experts_before": layer.experts,
+                "experts_after": len(layer.keep),
+                "removed": _removed(layer),
+                "sparsity": layer.sparsity,
+            }
+            for layer in plan.layers
+        ]
+        print_json(
+            {
+                "plan": str(path),
+                "predicted": predicted.model_dump(),
+                "bytes_before": checkpoint.tensor_bytes,
+                "layers": layers,
+            }
+        )
+        return
+    table(
+        f"Plan: {plan.recipe.name}",
+        ("layer", "experts", "kept", "removed", "zeros in survivors"),
+        [
+            (
+                layer.layer,
+                layer.experts,
+                len(layer.keep) if layer.action == "keep" else layer.action,
+                _short(_removed(layer)),
+                f"{layer.sparsity:.1%}" if layer.keep else "",
+            )
+            for layer in plan.layers
+        ],
+    )
+    kept = [len(layer.keep) for layer in plan.layers if layer.action == "keep"]
+    before = [layer.experts for layer in plan.layers]
+    facts(
+        "Predicted",
+        [
+            ("experts per layer", f"{experts_text(before)} -> {experts_text(kept)}"),
+            ("sparsity of experts", f"{predicted.expert_sparsity:.2%}"),
+            ("of all parameters", f"{predicted.total_sparsity:.2%}"),
+            ("tensor bytes", f"{checkpoint.tensor_bytes:,} -> "
+             f"{predicted.tensor_bytes:,} ({gib(predicted.tensor_bytes)})"),
+            ("files", f"{predicted.shards} safetensors, {predicted.file_bytes:,} bytes"),
+        ],
+    )
+    if not brief:
+        out.print(f"Next: vllm-moe-prune cut CKPT --plan {path} -o OUT", style="dim")
+
+
+def _removed(layer: "LayerPlan") -> list[int]:
+    return sorted(set(range(layer.experts)) - set(layer.keep))
+
+
+def _short(ids: list[int], most: int = 10) -> str:
+    text = " ".join(str(number) for number in ids[:most])
+    return text + (f" and {len(ids) - most} more" if len(ids) > most else "")
+
+
+def show_cut(
+    checkpoint: Checkpoint,
+    plan: "CutPlan",
+    result: "CutResult",
+    elapsed_s: float,
+    as_json: bool,
+) -> None:
+    """What ``cut`` or ``run`` did."""
+    done = result.achieved
+    unseen = {record.layer: record.unseen for record in result.records if record.unseen}
+    if as_json:
+        print_json(
+            {
+                "output": str(result.out),
+                "file_bytes": result.file_bytes,
+                "sparsity": done.as_dict(),
+                "unseen_experts": unseen,
+                "forward_passes": {
+                    "measure": plan.measurement.forward_passes,
+                    "cut": result.forward_passes,
+                },
+                "elapsed_s": round(elapsed_s, 3),
+                "peak_rss_bytes": peak_rss_bytes(),
+            }
+        )
+        return
+    facts(
+        f"Wrote {result.out}",
+        [
+            ("tensor bytes", f"{gib(checkpoint.tensor_bytes)} -> "
+             f"{gib(result.file_bytes)} in safetensors files"),
+            ("sparsity of experts", f"{done.expert_sparsity:.2%}"),
+            ("of all parameters", f"{done.total_sparsity:.2%}"),
+            ("forward passes", f"{plan.measurement.forward_passes} to measure, "
+             f"{result.forward_passes} to cut"),
+            ("time", duration(elapsed_s)),
+            ("peak memory", gib(peak_rss_bytes())),
+        ],
+    )
+    for layer, experts in unseen.items():
+        out.print(
+            f"layer {layer}: no calibration token reached experts {experts}; "
+            "they were pruned by magnitude. More calibration text would help."
+        )
+    out.print(f"Next: vllm-moe-prune serve {result.out}", style="dim")
+
+
+def show_verified(verified: "Verified", as_json: bool) -> None:
+    """What ``verify`` checked."""
+    data = {
+        "folder": str(verified.folder),
+        "ok": True,
+        "layers": verified.layers,
+        "experts": verified.experts,
+        "tensors_compared": verified.tensors_compared,
+        "bytes_compared": verified.bytes_compared,
+        "zeros": verified.zeros,
+        "expert_sparsity": verified.expert_sparsity,
+        "total_sparsity": verified.total_sparsity,
+    }
+    if as_json:
+        print_json(data)
+        return
+    out.print(
+        f"{verified.folder}: {verified.layers} layers, {verified.experts} experts, "
+        "remap table and shapes agree"
+    )
+    if verified.expert_sparsity is None:
+        out.print("Pass --source CKPT to compare the weights too.", style="dim")
+        return
+    out.print(
+        f"{verified.tensors_compared} tensors ({gib(verified.bytes_compared)}) agree "
+        f"with the source; recounted sparsity: {verified.expert_sparsity:.2%} of the "
+        f"experts, {verified.total_sparsity:.2%} of all parameters"
+    )
+
+
+def show_perplexities(results: Sequence["Perplexity"], as_json: bool) -> None:
+    """What ``eval`` measured."""
+    if as_json:
+        print_json(
+            {
+                "results": [
+                    {
+                        "source": item.source,
+                        "tokens": item.tokens,
+                        "nll": item.nll_sum,
+                        "perplexity": item.perplexity,
+                    }
+                    for item in results
+                ]
+            }
+        )
+        return
+    table(
+        "Held-out perplexity",
+        ("text", "tokens", "nats per token", "perplexity"),
+        [
+            (
+                item.source,
+                f"{item.tokens:,}",
+                f"{item.nll_sum / item.tokens:.4f}",
+                f"{item.perplexity:.3f}",
+            )
+            for item in results
+        ],
+    )

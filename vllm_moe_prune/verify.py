@@ -1,0 +1,134 @@
+"""Checks on a finished folder: shapes, counts, remap table, and its weights.
+
+Against its source, every surviving tensor is compared: copies bit for bit, means
+recomputed, slimmed matrices equal to the source wherever they are not zero.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoint.index import TensorInfo
+from .checkpoint.open import Checkpoint
+from .checkpoint.reader import read_row, read_tensor
+from .checkpoint.source import open_checkpoint
+from .cut.build_remap import build_remap
+from .cut.config import pruned_config
+from .cut.copy import group_mean
+from .cut.slice import OutputTensor, output_tensors
+from .decide.plan import CutPlan, check_plan, load_plan
+from .errors import CheckpointError, RemapError
+from .progress import Progress, Report, ignore
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked and found right."""
+
+    folder: Path
+    layers: int
+    experts: int
+    tensors_compared: int
+    bytes_compared: int
+    zeros: int
+    """Zeros counted in surviving expert weights; 0 if there was no source."""
+    expert_sparsity: float | None
+    """Recounted from the weights; None if there was no source to compare with."""
+    total_sparsity: float | None
+
+
+def verify(
+    folder: Path, source: Checkpoint | None = None, report: Report = ignore
+) -> Verified:
+    """Check a pruned checkpoint, and compare it with its source if that is given.
+
+    Raises:
+        CheckpointError: A tensor is missing, misshapen or differs from its source.
+        RemapError: The remap table is missing, was changed or contradicts the weights.
+    """
+    output = open_checkpoint(folder)
+    if output.remap is None:
+        raise RemapError(
+            f"{folder}: config.json has no moe_prune block; this is not an output of "
+            "vllm-moe-prune."
+        )
+    experts = sum(layer.num_experts for layer in output.moe_layers)
+    if source is None:
+        return Verified(folder, len(output.layers), experts, 0, 0, 0, None, None)
+    plan = load_plan(folder / "plan.json")
+    check_plan(plan, source.layers, source.fingerprint, str(folder / "plan.json"))
+    _check_names(output, source, plan)
+    zeros, done = 0, 0
+    tensors = output_tensors(source, plan)
+    for tensor in tensors:
+        zeros += _compare(source, output, tensor)
+        done += output.tensors[tensor.name].nbytes
+        layers = len(source.layers)
+        at = layers if tensor.layer is None else tensor.layer
+        report(Progress("verify", at, layers, done, output.tensor_bytes))
+    removed = source.expert_parameters - output.expert_parameters
+    removed_all = source.parameters - output.parameters
+    return Verified(
+        folder,
+        len(output.layers),
+        experts,
+        len(tensors),
+        done,
+        zeros,
+        (removed + zeros) / source.expert_parameters,
+        (removed_all + zeros) / source.parameters,
+    )
+
+
+def _check_names(output: Checkpoint, source: Checkpoint, plan: CutPlan) -> None:
+    expected = {tensor.name for tensor in output_tensors(source, plan)}
+    if missing := sorted(expected - output.tensors.keys()):
+        raise CheckpointError(f"{output.folder}: tensor {missing[0]!r} is missing.")
+    if extra := sorted(output.tensors.keys() - expected):
+        raise CheckpointError(f"{output.folder}: tensor {extra[0]!r} is not planned.")
+    remap = build_remap(source, plan)
+    if remap != output.remap:
+        raise RemapError(
+            f"{output.folder}: expert_remap.json is not the table of plan.json."
+        )
+    if json.loads(json.dumps(pruned_config(source, plan, remap))) != output.config:
+        raise CheckpointError(
+            f"{output.folder}: config.json is not the one plan.json leads to."
+        )
+
+
+def _compare(source: Checkpoint, output: Checkpoint, tensor: OutputTensor) -> int:
+    """Compare one tensor group by group; returns the zeros in an expert matrix."""
+    info = output.tensors[tensor.name]
+    counted = tensor.role not in (None, "router")
+    zeros = 0
+    for position, group in enumerate(tensor.groups):
+        expected = group_mean(source, group)
+        found = _read_group(info, position, len(tensor.groups), expected)
+        same = _bits(found) == _bits(expected)
+        if tensor.sparsity > 0:
+            same |= found == 0
+        if not bool(same.all()):
+            wrong = int((~same).sum())
+            raise CheckpointError(
+                f"{info.file}: {tensor.name}: {wrong} values differ from the source."
+            )
+        if counted:
+            zeros += found.numel() - int(torch.count_nonzero(found))
+    return zeros
+
+
+def _read_group(
+    info: TensorInfo, position: int, groups: int, expected: torch.Tensor
+) -> torch.Tensor:
+    if groups == 1 and tuple(expected.shape) == info.shape:
+        return read_tensor(info)
+    return read_row(info, position)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Values as integers, so that NaN equals itself and -0.0 differs from 0.0."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(kinds[tensor.element_size()])
