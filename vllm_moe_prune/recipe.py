@@ -42,7 +42,7 @@ class ExpertStage(Strict):
     """Most experts removed from one layer (the paper's per-layer cap)."""
     reconstruct: Literal["selective", "never", "always"] = "selective"
     reconstruct_below: int = Field(default=3, ge=1)
-    """Kappa: ``selective`` averages clusters in layers with fewer clusters than this."""
+    """Kappa: ``selective`` averages clusters in layers with fewer clusters."""
 
     @model_validator(mode="after")
     def _one_target(self) -> "ExpertStage":
@@ -60,7 +60,7 @@ class SlimStage(Strict):
 
     method: Literal["wanda", "magnitude", "none"] = "wanda"
     sparsity: Share | None = None
-    """Zeros among surviving expert weights; derived from ``total_sparsity`` if absent."""
+    """Zeros among surviving expert weights; else from ``total_sparsity``."""
 
 
 class Calibration(Strict):

@@ -92,7 +92,9 @@ def show_stats(stats: "Stats", path: Path, as_json: bool) -> None:
         f"{path}: statistics of {len(stats.layers)} layers from {passes} forward "
         f"pass{'' if passes == 1 else 'es'}, peak memory {gib(peak_rss_bytes())}"
     )
-    out.print(f"Next: vllm-moe-prune plan CKPT --stats {path} -o plan.json", style="dim")
+    out.print(
+        f"Next: vllm-moe-prune plan CKPT --stats {path} -o plan.json", style="dim"
+    )
 
 
 def show_plan(
@@ -148,9 +150,15 @@ def show_plan(
             ("experts per layer", f"{experts_text(before)} -> {experts_text(kept)}"),
             ("sparsity of experts", f"{predicted.expert_sparsity:.2%}"),
             ("of all parameters", f"{predicted.total_sparsity:.2%}"),
-            ("tensor bytes", f"{checkpoint.tensor_bytes:,} -> "
-             f"{predicted.tensor_bytes:,} ({gib(predicted.tensor_bytes)})"),
-            ("files", f"{predicted.shards} safetensors, {predicted.file_bytes:,} bytes"),
+            (
+                "tensor bytes",
+                f"{checkpoint.tensor_bytes:,} -> "
+                f"{predicted.tensor_bytes:,} ({gib(predicted.tensor_bytes)})",
+            ),
+            (
+                "files",
+                f"{predicted.shards} safetensors, {predicted.file_bytes:,} bytes",
+            ),
         ],
     )
     if not brief:
@@ -195,12 +203,18 @@ def show_cut(
     facts(
         f"Wrote {result.out}",
         [
-            ("tensor bytes", f"{gib(checkpoint.tensor_bytes)} -> "
-             f"{gib(result.file_bytes)} in safetensors files"),
+            (
+                "tensor bytes",
+                f"{gib(checkpoint.tensor_bytes)} -> "
+                f"{gib(result.file_bytes)} in safetensors files",
+            ),
             ("sparsity of experts", f"{done.expert_sparsity:.2%}"),
             ("of all parameters", f"{done.total_sparsity:.2%}"),
-            ("forward passes", f"{plan.measurement.forward_passes} to measure, "
-             f"{result.forward_passes} to cut"),
+            (
+                "forward passes",
+                f"{plan.measurement.forward_passes} to measure, "
+                f"{result.forward_passes} to cut",
+            ),
             ("time", duration(elapsed_s)),
             ("peak memory", gib(peak_rss_bytes())),
         ],

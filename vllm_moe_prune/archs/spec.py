@@ -82,7 +82,7 @@ class MoeArch:
     config: ConfigKeys
     layouts: tuple[Layout, ...]
     layer_prefix: str
-    """Every tensor of a decoder layer starts with this, e.g. ``model.layers.{layer}.``"""
+    """What every tensor of a decoder layer starts with: ``model.layers.{layer}.``"""
     moe_members: tuple[str, ...]
     """Names below ``layer_prefix`` that leave with a dropped MoE sublayer."""
     skip_name: str

@@ -111,7 +111,8 @@ def load_stats(path: Path) -> Stats:
             values: dict[int, dict[str, Array]] = {
                 int(index): {} for index in json.loads(header["layers"])
             }
-            for name in file.keys():
+            names: list[str] = file.keys()  # safe_open itself is not iterable
+            for name in names:
                 _, index, quantity = name.split(".")
                 values[int(index)][quantity] = file.get_tensor(name)
     except FileNotFoundError as error:

@@ -182,7 +182,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 f"Supported: {', '.join(ITEM_BYTES)}."
             )
         tensors[name] = TensorInfo(
-            name, entry["dtype"], tuple(entry["shape"]), path, start + first, last - first
+            name,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            path,
+            start + first,
+            last - first,
         )
     return tensors
 
@@ -203,10 +208,8 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def read_bytes(
-    info: TensorInfo, start: int = 0, stop: int | None = None
-) -> bytearray:
-    """Bytes ``start`` to ``stop`` of a tensor, in fresh memory (no memory map stays)."""
+def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> bytearray:
+    """Bytes ``start`` to ``stop`` of a tensor, in memory of their own (no mmap)."""
     stop = info.nbytes if stop is None else stop
     buffer = bytearray(stop - start)
     with info.file.open("rb", buffering=0) as file:

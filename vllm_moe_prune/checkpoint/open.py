@@ -11,9 +11,9 @@ from typing import Any
 
 from ..archs import find_arch
 from ..archs.spec import Layout, MoeArch
-from .remap import ExpertRemap, check_against_shapes, load_remap
 from ..errors import CheckpointError
 from .index import TensorInfo, fingerprint
+from .remap import ExpertRemap, check_against_shapes, load_remap
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -95,9 +95,7 @@ class Checkpoint:
 
     def layer_names(self, index: int) -> list[str]:
         """Names of every tensor of a decoder layer, in file order."""
-        return [
-            name for name in self.tensors if self.arch.layer_of(name) == index
-        ]
+        return [name for name in self.tensors if self.arch.layer_of(name) == index]
 
 
 def build_checkpoint(
@@ -170,7 +168,11 @@ def _layer_views(
         raise CheckpointError(f"{where}: per_layer_config is not an object.")
     views = [config] * count
     for key, values in overrides.items():
-        if not str(key).isdecimal() or int(key) >= count or not isinstance(values, dict):
+        if (
+            not str(key).isdecimal()
+            or int(key) >= count
+            or not isinstance(values, dict)
+        ):
             raise CheckpointError(
                 f"{where}: per_layer_config[{key!r}] does not describe one of the "
                 f"layers 0 to {count - 1}."
@@ -200,9 +202,7 @@ def _held_experts(
 ) -> dict[tuple[int, str], set[int]]:
     """Expert ids per (layer, role) as the tensor names tell, for per-expert layouts."""
     held: dict[tuple[int, str], set[int]] = {}
-    patterns = [
-        (rule.role, rule.pattern) for rule in layout.experts if rule.per_expert
-    ]
+    patterns = [(rule.role, rule.pattern) for rule in layout.experts if rule.per_expert]
     for name in tensors:
         for role, pattern in patterns:
             if match := pattern.match(name):
@@ -245,13 +245,17 @@ def _build_layer(
                 )
             if extra := sorted(found - set(range(experts))):
                 raise CheckpointError(
-                    f"{folder}: layer {index}: expert {extra[0]} found, but config.json "
-                    f"says {arch.config.experts} is {experts}."
+                    f"{folder}: layer {index}: expert {extra[0]} found, but "
+                    f"config.json says {arch.config.experts} is {experts}."
                 )
         _check_shapes(rule.axes, rule, index, experts, view, tensors, arch)
     rows = router.shape[0] if len(router.shape) == 2 else 0
     hidden = view[arch.config.hidden]
-    if len(router.shape) != 2 or router.shape[1] != hidden or router.dtype not in FLOATS:
+    if (
+        len(router.shape) != 2
+        or router.shape[1] != hidden
+        or router.dtype not in FLOATS
+    ):
         raise CheckpointError(
             f"{router.file}: {router.name}: {router.dtype} of shape "
             f"{list(router.shape)}, expected floats of shape [{experts}, {hidden}]."

@@ -16,7 +16,7 @@ from ..recipe import Strict, first_problem
 
 FILE_NAME = "expert_remap.json"
 CONFIG_BLOCK = "moe_prune"
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 Index = Annotated[int, Field(ge=0)]
 
 
@@ -105,7 +105,7 @@ def load_remap(folder: Path, config: dict[str, Any]) -> ExpertRemap | None:
     if digest != block["remap_sha256"]:
         raise RemapError(
             f"{path}: SHA-256 is {digest[:12]}..., config.json says "
-            f"{str(block['remap_sha256'])[:12]}...; the table was changed after the cut."
+            f"{str(block['remap_sha256'])[:12]}...; it was changed after the cut."
         )
     return parse_remap(data, path)
 

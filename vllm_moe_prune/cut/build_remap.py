@@ -8,7 +8,8 @@ from ..decide.plan import CutPlan, LayerPlan
 def build_remap(checkpoint: Checkpoint, plan: CutPlan) -> ExpertRemap:
     """The table from the *original* experts to the output's, through earlier cuts."""
     earlier = checkpoint.remap
-    layers, dropped = [], list(earlier.dropped_blocks) if earlier else []
+    layers: list[RemapLayer] = []
+    dropped = list(earlier.dropped_blocks) if earlier else []
     for layer, layer_plan in zip(checkpoint.layers, plan.layers, strict=True):
         entry = earlier.layers[layer.index] if earlier else _untouched(layer)
         if layer_plan.action == "drop-block":

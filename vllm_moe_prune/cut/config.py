@@ -26,9 +26,7 @@ def pruned_config(
     """
     arch, keys = checkpoint.arch, checkpoint.arch.config
     config = copy.deepcopy(checkpoint.config)
-    survivors = [
-        layer.layer for layer in plan.layers if layer.action != "drop-block"
-    ]
+    survivors = [layer.layer for layer in plan.layers if layer.action != "drop-block"]
     for key in arch.per_layer_lists:
         if isinstance(config.get(key), list):
             config[key] = [config[key][index] for index in survivors]

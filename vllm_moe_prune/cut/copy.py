@@ -46,7 +46,7 @@ def group_mean(checkpoint: Checkpoint, group: Group) -> torch.Tensor:
 def tensor_view(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes without copying them."""
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 def _read_piece(checkpoint: Checkpoint, piece: Piece) -> torch.Tensor:

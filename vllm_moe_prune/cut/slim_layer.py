@@ -155,8 +155,8 @@ def _by_magnitude(expert: Expert, layer_plan: LayerPlan, plan: CutPlan) -> Exper
 def _column_squares(x_nD: torch.Tensor) -> torch.Tensor:
     """Sum of squares of each column, without a whole fp32 copy of ``x_nD``."""
     total_D = torch.zeros(x_nD.shape[1], dtype=torch.float64, device=x_nD.device)
-    for chunk in x_nD.split(2048):
-        total_D += chunk.float().square().sum(dim=0)
+    for start in range(0, len(x_nD), 2048):
+        total_D += x_nD[start : start + 2048].float().square().sum(dim=0)
     return total_D
 
 

@@ -14,7 +14,7 @@ from pydantic import Field, JsonValue, ValidationError
 from ..errors import PlanError
 from ..recipe import Recipe, Strict, first_problem
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 Index = Annotated[int, Field(ge=0)]
 
 
@@ -44,7 +44,7 @@ class Measurement(Strict):
     """Where the statistics behind a plan came from."""
 
     forward_passes: int = 0
-    calibration: dict[str, JsonValue] = {}
+    calibration: dict[str, JsonValue] = Field(default_factory=dict)
     """Source, SHA-256 of the token ids, samples, sequence length, seed."""
 
 
@@ -167,9 +167,7 @@ def check_plan(
         _check_layer(layer_plan, shape, plan.routing, where)
 
 
-def _check_layer(
-    layer: LayerPlan, shape: LayerShape, routing: str, where: str
-) -> None:
+def _check_layer(layer: LayerPlan, shape: LayerShape, routing: str, where: str) -> None:
     at = f"{where}: layer {layer.layer}"
     experts = shape.num_experts if shape.has_moe else 0
     if layer.experts != experts:
@@ -185,9 +183,8 @@ def _check_layer(
             f"{at}: keeps no expert. Keep at least one, or set its action to drop-moe."
         )
     _check_ids(layer.keep, experts, f"{at}: keep")
-    if routing == "redirect" or layer.reconstruct:
-        if layer.clusters is None:
-            raise PlanError(f"{at}: redirect and reconstruct need clusters.")
+    if layer.clusters is None and (routing == "redirect" or layer.reconstruct):
+        raise PlanError(f"{at}: redirect and reconstruct need clusters.")
     if layer.clusters is None:
         return
     if len(layer.clusters) != len(layer.keep):
@@ -208,7 +205,7 @@ def _check_ids(ids: tuple[int, ...], experts: int, at: str) -> None:
     unknown = sorted({expert for expert in ids if expert >= experts})
     if unknown:
         raise PlanError(
-            f"{at}: unknown experts {unknown}; the layer has experts 0 to {experts - 1}."
+            f"{at}: unknown experts {unknown}; the layer has 0 to {experts - 1}."
         )
     twice = sorted({expert for expert in ids if ids.count(expert) > 1})
     if twice:
