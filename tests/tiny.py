@@ -208,7 +208,9 @@ def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -
         weight_map[name] = f"model-{number:05d}-of-{shards:05d}.safetensors"
         done += sizes[name]
     for file_name in sorted(set(weight_map.values())):
-        part = {name: tensors[name] for name, at in weight_map.items() if at == file_name}
+        part = {
+            name: tensors[name] for name, at in weight_map.items() if at == file_name
+        }
         save_file(part, folder / file_name, metadata={"format": "pt"})
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(folder / "model.safetensors.index.json", index)
@@ -251,7 +253,7 @@ def _trained_tokenizer(vocab: int) -> str:
 
 
 def tiny_text(folder: Path, characters: int = 120_000, seed: int = 0) -> Path:
-    """Write ``text.txt``, long enough to calibrate with (about 3 characters a token)."""
+    """Write ``text.txt``, for calibration; about 4 characters make a token."""
     path = folder / "text.txt"
     path.write_text(sentences(characters, seed), encoding="utf-8")
     return path

@@ -169,4 +169,5 @@ def token_chunks(
     width, hidden = expert.gate_FD.shape
     token_bytes = expert.gate_FD.element_size() * (3 * width + 3 * hidden) + 4 * hidden
     step = max(1, TEMPORARY_BYTES // token_bytes)
-    return list(zip(token_n.split(step), weight_n.split(step), strict=True))
+    chunks = zip(torch.split(token_n, step), torch.split(weight_n, step), strict=True)
+    return list(chunks)

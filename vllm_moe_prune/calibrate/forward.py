@@ -9,11 +9,9 @@ Axes: S sequences, T tokens of a sequence, D hidden, F expert width, N = S*T tok
 n some of them, R router rows, K top-k, V vocabulary.
 """
 
-import importlib
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.nn import functional
@@ -30,6 +28,15 @@ from .experts import (
     expert_tokens,
     route,
     run_experts,
+)
+from .stock import (
+    MOE_NORM,
+    activation,
+    causal_mask,
+    find_class,
+    stock_config,
+    stock_layer,
+    stock_norm,
 )
 
 __all__ = [
@@ -48,8 +55,6 @@ log = logging.getLogger(__name__)
 TEMPORARY_BYTES = 256 << 20
 LOGIT_BYTES = 64 << 20
 NO_TARGET = -100
-# Every family calls the norm before its MoE sublayer so.
-MOE_NORM = "post_attention_layernorm"
 # Saved by early transformers versions; recomputed from the config since.
 IGNORED = ("rotary_emb.inv_freq",)
 
@@ -68,14 +73,12 @@ class StreamingModel:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         arch = checkpoint.arch
-        self.config = _hf_config(checkpoint)
-        self._layer_class = _find_class(arch.hf_layer)
-        self._norm_class = _find_class(arch.hf_norm)
-        self.rotary: torch.nn.Module = _find_class(arch.hf_rotary)(self.config)
+        self.config = stock_config(checkpoint)
+        self.rotary: torch.nn.Module = find_class(arch.hf_rotary)(self.config)
         self.rotary.to(self.device)
         self.dtype = DTYPES[self._info(arch.embedding).dtype]
-        self.act = _activation(self.config, checkpoint)
-        self._attend_calls = 0
+        self.act = activation(checkpoint)
+        self.layers_run = 0
         for index in range(self.num_layers):
             self._check_names(index)
         self._info(arch.final_norm)
@@ -89,7 +92,7 @@ class StreamingModel:
     @property
     def forward_passes(self) -> int:
         """Sweeps of token batches through all layers, a begun one counted whole."""
-        return math.ceil(self._attend_calls / self.num_layers)
+        return math.ceil(self.layers_run / self.num_layers)
 
     @torch.no_grad()
     def embed(self, tokens_ST: torch.Tensor) -> torch.Tensor:
@@ -107,9 +110,11 @@ class StreamingModel:
     def attend(self, index: int, hidden_STD: torch.Tensor) -> torch.Tensor:
         """Add layer ``index``'s attention to the hidden states, in place.
 
+        (Of hidden states on another device, a copy on the model's is changed.)
         A layer whose MoE sublayer is absent is done after this.
         """
         layer = self._build_layer(index)
+        hidden_STD = hidden_STD.to(self.device)
         sequences, length, _ = hidden_STD.shape
         position_embeddings, mask, masked_batch = None, None, 0
         position_ids = torch.arange(length, device=self.device).unsqueeze(0)
@@ -117,7 +122,7 @@ class StreamingModel:
             x_bTD = hidden_STD[batch]
             if len(x_bTD) != masked_batch:
                 masked_batch = len(x_bTD)
-                mask = _causal_mask(self.config, x_bTD, position_ids)
+                mask = causal_mask(self.config, x_bTD, position_ids)
                 position_embeddings = self.rotary(x_bTD, position_ids)
             hidden_STD[batch] = layer(
                 x_bTD,
@@ -125,7 +130,7 @@ class StreamingModel:
                 attention_mask=mask,
                 position_ids=position_ids,
             )
-        self._attend_calls += 1
+        self.layers_run += 1
         return hidden_STD
 
     @torch.no_grad()
@@ -157,7 +162,7 @@ class StreamingModel:
     ) -> tuple[float, int]:
         """Summed next-token negative log-likelihood in nats, and how many tokens.
 
-        Each sequence predicts its tokens 1 to T - 1.
+        Each sequence predicts its tokens 1 to T - 1, bar those that are NO_TARGET.
         """
         norm = self._build_norm(self.checkpoint.arch.final_norm)
         head_VD = self._read(self._head_name)
@@ -172,7 +177,7 @@ class StreamingModel:
                 logits_nV, target_N[chunk], ignore_index=NO_TARGET, reduction="none"
             )
             total += loss_n.sum(dtype=torch.float64)
-        return float(total), tokens_ST[:, 1:].numel()
+        return float(total), int((target_N != NO_TARGET).sum())
 
     @property
     def _head_name(self) -> str:
@@ -191,17 +196,9 @@ class StreamingModel:
     def _read(self, name: str) -> torch.Tensor:
         return read_tensor(self._info(name)).to(self.device, self.dtype)
 
-    def _empty_layer(self, index: int) -> torch.nn.Module:
-        """The stock layer on the meta device, its norm and MoE replaced by nothing."""
-        with torch.device("meta"):
-            layer: torch.nn.Module = self._layer_class(self.config, index)
-        setattr(layer, MOE_NORM, torch.nn.Identity())
-        setattr(layer, self.checkpoint.arch.skip_name, _Nothing())
-        return layer.eval()
-
     def _build_layer(self, index: int) -> torch.nn.Module:
         prefix = self.checkpoint.arch.layer_prefix.format(layer=index)
-        layer = self._empty_layer(index)
+        layer = stock_layer(self.checkpoint.arch, self.config, index)
         weights = {name: self._read(prefix + name) for name in layer.state_dict()}
         layer.load_state_dict(weights, assign=True)
         return layer
@@ -210,7 +207,7 @@ class StreamingModel:
         """Compare a layer's tensors outside the MoE sublayer with the stock class."""
         arch = self.checkpoint.arch
         prefix = arch.layer_prefix.format(layer=index)
-        expected = self._empty_layer(index).state_dict()
+        expected = stock_layer(arch, self.config, index).state_dict()
         for name, tensor in expected.items():
             info = self._info(prefix + name)
             if info.shape != tuple(tensor.shape):
@@ -227,12 +224,7 @@ class StreamingModel:
                 log.warning("%s: %s is not used by the forward", index, name)
 
     def _build_norm(self, name: str) -> torch.nn.Module:
-        with torch.device("meta"):
-            norm: torch.nn.Module = self._norm_class(
-                self.config.hidden_size, eps=self.config.rms_norm_eps
-            )
-        norm.load_state_dict({"weight": self._read(name)}, assign=True)
-        return norm
+        return stock_norm(self.checkpoint.arch, self.config, self._read(name))
 
     def _apply_norm(self, norm: torch.nn.Module, x_ND: torch.Tensor) -> torch.Tensor:
         out_ND = torch.empty_like(x_ND)
@@ -247,14 +239,7 @@ class StreamingModel:
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         wide = 4 * config.hidden_size + 4 * heads * head_dim
-        return length * wide * self.dtype.itemsize
-
-
-class _Nothing(torch.nn.Module):
-    """Stands where a stock layer has its MoE block: leaves the residual as it is."""
-
-    def forward(self, x_bTD: torch.Tensor) -> torch.Tensor:
-        return x_bTD.new_zeros(())
+        return int(length * wide * self.dtype.itemsize)
 
 
 def _batches(
@@ -264,56 +249,3 @@ def _batches(
     step = max(1, limit // item_bytes)
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
-
-
-def _find_class(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _hf_config(checkpoint: Checkpoint) -> Any:
-    """The family's transformers config, without what only concerns the MoE block."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    ours = ("per_layer_config", "moe_prune", "architectures", "auto_map")
-    values = {key: value for key, value in checkpoint.config.items() if key not in ours}
-    try:
-        config = CONFIG_MAPPING[checkpoint.arch.model_type].from_dict(values)
-    except (TypeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: transformers refuses it: {reason}"
-        ) from error
-    config._attn_implementation = "sdpa"
-    return config
-
-
-def _activation(config: Any, checkpoint: Checkpoint) -> Activation:
-    from transformers.activations import ACT2FN
-
-    if config.hidden_act not in ACT2FN:
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: hidden_act {config.hidden_act!r} is "
-            "not an activation that transformers knows."
-        )
-    act: Activation = ACT2FN[config.hidden_act]
-    return act
-
-
-def _causal_mask(config: Any, x_bTD: torch.Tensor, position_ids: torch.Tensor) -> Any:
-    """The mask MixtralModel makes: None where plain causal attention will do."""
-    from transformers import masking_utils
-
-    sliding = getattr(config, "sliding_window", None) is not None
-    make = (
-        masking_utils.create_sliding_window_causal_mask
-        if sliding
-        else masking_utils.create_causal_mask
-    )
-    return make(
-        config=config,
-        inputs_embeds=x_bTD,
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=position_ids,
-    )

@@ -180,7 +180,8 @@ class _Cut:
         store = BoundaryStore(self.space.work, key)
         self._write(None, include_experts=True)
         saved = store.load(not_after=self._first_unfinished())
-        start, hidden = saved if saved else (0, model.embed(tokens.ids_ST))
+        start, hidden = saved or (0, model.embed(tokens.ids_ST))
+        hidden = hidden.to(model.device)
         last = max(self._new_index)
         for layer, layer_plan in zip(
             self.checkpoint.layers, self.plan.layers, strict=True

@@ -4,6 +4,7 @@ Score |W_jk| * ||x_k||_2; in every row the lowest ``int(cols * sparsity)`` go, t
 the lower column, as if by a stable sort. R output rows, D input columns.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,8 +89,6 @@ def _kth_lowest(scores_RD: Tensor, k: int) -> Tensor:
     """The k-th lowest score of each row, shape [R, 1]."""
     if scores_RD.device.type == "cpu":
         # numpy selects with vector instructions, about eight times torch.kthvalue.
-        import numpy as np
-
         parted_RD = np.partition(scores_RD.numpy(), k - 1, axis=1)
         return torch.from_numpy(parted_RD[:, k - 1 : k].copy())
     return torch.kthvalue(scores_RD, k, dim=1, keepdim=True).values

@@ -1,0 +1,205 @@
+"""Text to tokens: windows of equal length, chosen by a seed.
+
+No more text is read than four times the tokens asked for: of a huge file or data set
+that is its beginning, of which the seed chooses windows.
+
+Axes: S sequences (windows), T tokens of a window.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..checkpoint.open import Checkpoint
+from ..errors import CalibrationError
+from ..recipe import Calibration
+from .text import EXAMPLE, Document, name_of, read_documents
+
+log = logging.getLogger(__name__)
+
+Ids = NDArray[np.int64]
+
+# Of this many times the tokens asked for, the seed chooses; beyond is not read.
+READ_MULTIPLE = 4
+# Documents handed to the tokenizer at once, which spreads them over the cores.
+ENCODE_BATCH = 32
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Calibration tokens and where they came from."""
+
+    ids_ST: torch.Tensor
+    """int64; each window starts with the BOS token if the tokenizer adds one."""
+    source: str
+    sha256: str
+    """Of the ids, little-endian int64, after their shape."""
+    seed: int = 0
+    length_asked: int | None = None
+    """The sequence length asked for, where the model's maximum is shorter."""
+    windows: int | None = None
+    """How many windows there were to choose from."""
+
+    def describe(self) -> dict[str, Any]:
+        """What provenance records: only what determines the ids."""
+        samples, length = self.ids_ST.shape
+        record: dict[str, Any] = {
+            "source": self.source,
+            "sha256": self.sha256,
+            "samples": samples,
+            "sequence_length": length,
+            "seed": self.seed,
+        }
+        if self.length_asked is not None:
+            record["sequence_length_asked"] = self.length_asked
+        if self.windows is not None:
+            record["windows"] = self.windows
+        return record
+
+
+def load_tokens(checkpoint: Checkpoint, calibration: Calibration) -> Tokens:
+    """The calibration windows that a recipe asks for.
+
+    Raises:
+        CalibrationError: No source, an unusable one, no tokenizer, or too little text.
+    """
+    source = calibration.source
+    if source is None:
+        raise CalibrationError(
+            "calibration text is needed: pass a text file with --calibration FILE, "
+            f"or a data set of the Hub, such as --calibration {EXAMPLE}."
+        )
+    text = TokenReader(checkpoint, source)
+    length = text.cap(calibration.sequence_length)
+    payload = text.payload(length)
+    samples = calibration.samples
+    ids = text.read(READ_MULTIPLE * samples * payload)
+    windows = len(ids) // payload
+    if windows < samples:
+        raise CalibrationError(
+            f"{source}: gives {windows} windows of {length} tokens, but {samples} are "
+            "asked for. Use a longer text, or lower --samples or --sequence-length."
+        )
+    chosen = _choose(windows, samples, calibration.seed)
+    rows = ids[: windows * payload].reshape(windows, payload)[chosen]
+    ids_ST = text.with_bos(rows)
+    return Tokens(
+        ids_ST,
+        name_of(source),
+        sha256_of(ids_ST),
+        calibration.seed,
+        None if length == calibration.sequence_length else calibration.sequence_length,
+        windows,
+    )
+
+
+def sha256_of(ids_ST: torch.Tensor) -> str:
+    """Identifies token ids, the same on every machine."""
+    digest = hashlib.sha256(repr(tuple(ids_ST.shape)).encode())
+    digest.update(ids_ST.cpu().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _choose(windows: int, samples: int, seed: int) -> list[int]:
+    """Distinct windows in text order; a hash, so that no library's RNG matters."""
+    ranked = sorted(
+        range(windows),
+        key=lambda window: hashlib.sha256(f"{seed} {window}".encode()).digest(),
+    )
+    return sorted(ranked[:samples])
+
+
+class TokenReader:
+    """The ids of a text source under a checkpoint's own tokenizer."""
+
+    def __init__(self, checkpoint: Checkpoint, source: str) -> None:
+        """Load the tokenizer; read no text yet."""
+        self.source = source
+        self.tokenizer = _load_tokenizer(checkpoint.folder)
+        self.bos = _added_bos(self.tokenizer)
+        self.eos: int | None = self.tokenizer.eos_token_id
+        self.max_length = checkpoint.config.get("max_position_embeddings")
+
+    def cap(self, length: int) -> int:
+        """The sequence length, no longer than the model's positions."""
+        if self.max_length is None or length <= self.max_length:
+            return length
+        log.info("sequence length %s capped at %s", length, self.max_length)
+        return int(self.max_length)
+
+    def payload(self, length: int) -> int:
+        """Tokens of text in a window of ``length``."""
+        return length if self.bos is None else length - 1
+
+    def with_bos(self, rows: Ids) -> torch.Tensor:
+        """Windows of text as a tensor, each after a BOS token if there is one."""
+        if self.bos is not None:
+            rows = np.insert(rows, 0, self.bos, axis=1)
+        return torch.from_numpy(np.ascontiguousarray(rows))
+
+    def read(self, limit: int | None = None) -> Ids:
+        """The first ``limit`` token ids of the source, all if None.
+
+        No special tokens are added, except the end-of-text token between unrelated
+        records.
+        """
+        parts: list[Ids] = []
+        count = 0
+        documents = read_documents(self.source, self.tokenizer)
+        while batch := list(islice(documents, ENCODE_BATCH)):
+            for part in self._encode(batch):
+                parts.append(part)
+                count += len(part)
+            if limit is not None and count >= limit:
+                log.info("%s: stopped reading after %s tokens", self.source, count)
+                break
+        if count == 0:
+            raise CalibrationError(f"{self.source}: is empty; there is no text in it.")
+        return np.concatenate(parts)[:limit]
+
+    def _encode(self, batch: list[Document]) -> Iterator[Ids]:
+        encoded = self.tokenizer(
+            [document.text for document in batch],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        for document, ids in zip(batch, encoded["input_ids"], strict=True):
+            end = [self.eos] if document.ends and self.eos is not None else []
+            yield np.array(ids + end, dtype=np.int64)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise CalibrationError(
+            f"{folder}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)}), "
+            "which turning text into tokens needs. Copy the model's tokenizer there."
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason = " ".join(str(error).split())[:300]
+        raise CalibrationError(
+            f"{folder}: its tokenizer cannot be loaded: {reason}. "
+            "Download the tokenizer files again."
+        ) from error
+
+
+def _added_bos(tokenizer: Any) -> int | None:
+    """The BOS token, if the tokenizer puts it in front of a text by itself."""
+    bos: int | None = tokenizer.bos_token_id
+    first = tokenizer("a")["input_ids"][:1]
+    return bos if bos is not None and first == [bos] else None

@@ -1,0 +1,95 @@
+"""How far apart experts are: in their router rows and in their weights.
+
+Axes: E experts, D hidden, P parameters of one expert, p a chunk of them.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ..archs.spec import TensorRule
+from ..checkpoint.index import read_bytes
+from ..checkpoint.open import Checkpoint, Layer
+from ..checkpoint.reader import DTYPES, read_router
+from ..errors import CheckpointError
+from .stats import Array
+
+# Of the fp32 copy of one chunk, all experts together; centring makes a second one.
+CHUNK_BYTES = 64 << 20
+
+
+def router_distances(checkpoint: Checkpoint, layer: Layer) -> tuple[Array, Array]:
+    """Squared L2 distance between router rows, and the whole router's norm."""
+    router_ED = read_router(checkpoint, layer).double()
+    sqdist_EE = torch.stack([(router_ED - row).square().sum(1) for row in router_ED])
+    norm = router_ED.square().sum().sqrt()
+    return _symmetric(sqdist_EE.numpy()), np.asarray(norm.numpy())
+
+
+@torch.no_grad()
+def weight_distances(
+    checkpoint: Checkpoint, layer: Layer, device: torch.device | str = "cpu"
+) -> Array:
+    """Squared L2 distance between experts, all their matrices concatenated.
+
+    By way of the Gram matrix of chunks centred by the mean over experts: products in
+    fp32, sums over chunks in fp64. No more than one chunk is in memory.
+
+    Raises:
+        CheckpointError: A weight is NaN or infinite.
+    """
+    experts = layer.num_experts
+    gram_EE = torch.zeros(experts, experts, dtype=torch.float64, device=device)
+    for rule in checkpoint.layout.experts:
+        for chunk_Ep in _chunks(checkpoint, layer, rule, device):
+            centred_Ep = chunk_Ep - chunk_Ep.mean(dim=0)
+            part_EE = (centred_Ep @ centred_Ep.T).double()
+            if not bool(torch.isfinite(part_EE).all()):
+                bad = (~torch.isfinite(chunk_Ep).all(dim=1)).nonzero().flatten()
+                raise CheckpointError(
+                    f"{checkpoint.folder}: layer {layer.index}: NaN or infinity in "
+                    f"{rule.template!r} of experts {bad.tolist()}. The checkpoint is "
+                    "damaged; download it again."
+                )
+            gram_EE += part_EE
+    squares_E = gram_EE.diagonal()
+    sqdist_EE = squares_E[:, None] + squares_E[None, :] - gram_EE - gram_EE.T
+    return _symmetric(sqdist_EE.cpu().numpy())
+
+
+def _chunks(
+    checkpoint: Checkpoint,
+    layer: Layer,
+    rule: TensorRule,
+    device: torch.device | str,
+) -> Iterator[torch.Tensor]:
+    """The same stretch of every expert's flattened matrix, in fp32."""
+    tensors, experts = checkpoint.tensors, range(layer.num_experts)
+    infos = [tensors[rule.name(layer.index, expert)] for expert in experts]
+    dtype = DTYPES[infos[0].dtype]
+    packed = not rule.per_expert
+    size = infos[0].row_bytes if packed else infos[0].nbytes
+    # Whole groups of 4096 weights, so that results do not depend on the stored dtype.
+    step = max(1, CHUNK_BYTES // (4 * 4096 * len(infos))) * 4096 * dtype.itemsize
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        chunk_Ep = torch.empty(
+            len(infos), (stop - start) // dtype.itemsize, device=device
+        )
+        for expert, info in enumerate(infos):
+            if DTYPES[info.dtype] != dtype:
+                raise CheckpointError(
+                    f"{info.file}: {info.name} is {info.dtype}, the same matrix of "
+                    f"expert 0 is {infos[0].dtype}."
+                )
+            base = expert * size if packed else 0
+            data = read_bytes(info, base + start, base + stop)
+            chunk_Ep[expert] = torch.frombuffer(data, dtype=dtype)
+        yield chunk_Ep
+
+
+def _symmetric(sqdist_EE: Array) -> Array:
+    """One triangle mirrored, a zero diagonal, rounding below zero removed."""
+    upper_EE: Array = np.triu(np.maximum(sqdist_EE, 0.0), 1)
+    return upper_EE + upper_EE.T

@@ -1,0 +1,194 @@
+"""The measure stage: what ``decide`` needs to know about a checkpoint.
+
+Router rows and weights need no data. Co-activation needs one forward pass over the
+calibration tokens, whatever the number of experts. Layer by layer, resumable.
+
+Axes: E experts, N tokens, n some of them, K top-k.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..checkpoint.open import Checkpoint, Layer
+from ..checkpoint.reader import read_expert
+from ..errors import CheckpointError
+from ..progress import Progress, Report, ignore
+from .boundary import BoundaryStore
+from .data import Tokens
+from .distances import router_distances, weight_distances
+from .experts import Routing, run_experts
+from .forward import StreamingModel
+from .stats import FORMAT_VERSION, LayerStats, Stats
+
+# Counts of at most this many tokens are exact in fp32; sums of them are fp64.
+COUNT_TOKENS = 1 << 16
+
+
+def measure(
+    checkpoint: Checkpoint,
+    *,
+    router: bool = True,
+    weights: bool = True,
+    tokens: Tokens | None = None,
+    device: torch.device | str = "cpu",
+    report: Report = ignore,
+    work: Path | None = None,
+) -> Stats:
+    """Collect the statistics of every MoE layer.
+
+    Args:
+        checkpoint: The model, original or cut before.
+        router: Measure the router rows.
+        weights: Measure the distances between experts' weights.
+        tokens: Count routing and co-activation over these; one forward pass.
+        device: Where the forward pass runs.
+        report: Called after every layer.
+        work: A folder for what a killed run needs to continue; gone at the end.
+
+    Raises:
+        CheckpointError: The checkpoint redirects removed experts, or holds NaN.
+        OutputError: ``work`` is of another run, or the disk is full.
+    """
+    if any(layer.redirect is not None for layer in checkpoint.layers):
+        raise CheckpointError(
+            f"{checkpoint.folder}: its routers still have rows of removed experts "
+            "(routing: redirect), so router rows and experts do not match. Measure and "
+            "cut the original instead."
+        )
+    run = _Measure(checkpoint, router, weights, tokens, device)
+    if work is None:
+        return run.all_layers(None, report)
+    store = BoundaryStore(work, run.key)
+    stats = run.all_layers(store, report)
+    store.clear()
+    return stats
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """One run of ``measure``: what its steps share."""
+
+    checkpoint: Checkpoint
+    router: bool
+    weights: bool
+    tokens: Tokens | None
+    device: torch.device | str
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that determines the statistics."""
+        parts = (
+            FORMAT_VERSION,
+            self.checkpoint.fingerprint,
+            self.router,
+            self.weights,
+            self.tokens.sha256 if self.tokens else None,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    @torch.no_grad()
+    def all_layers(self, store: BoundaryStore | None, report: Report) -> Stats:
+        # Behind the last router there is nothing to measure.
+        last = self.checkpoint.moe_layers[-1].index
+        model = StreamingModel(self.checkpoint, self.device) if self.tokens else None
+        hidden = torch.empty(0)
+        start, stats = 0, Stats(self.checkpoint.fingerprint, {})
+        if store and (saved := store.load()):
+            start, hidden = saved
+            stats = store.load_stats(start) or stats
+        elif model and self.tokens:
+            hidden = model.embed(self.tokens.ids_ST)
+        meter = _Meter(self.checkpoint, last, report)
+        for layer in self.checkpoint.layers[start : last + 1]:
+            found = self._weight_stats(layer) if layer.has_moe else LayerStats()
+            if model:
+                hidden, routing = self._forward(
+                    model, layer, hidden, layer.index < last
+                )
+                if routing:
+                    found = _with_counts(found, routing, layer.num_experts)
+            if layer.has_moe:
+                stats.layers[layer.index] = found
+            if store and layer.index < last:
+                store.save(layer.index + 1, hidden, stats)
+                store.keep_from(layer.index + 1)
+            meter.tell(layer.index)
+        # Layers that a killed run had finished belong to the same pass.
+        run = (start + model.layers_run) / model.num_layers if model else 0
+        calibration = self.tokens.describe() if self.tokens else {}
+        return replace(stats, forward_passes=math.ceil(run), calibration=calibration)
+
+    def _weight_stats(self, layer: Layer) -> LayerStats:
+        found = LayerStats()
+        if self.router:
+            sqdist_EE, norm = router_distances(self.checkpoint, layer)
+            found = replace(found, router_sqdist_EE=sqdist_EE, router_norm=norm)
+        if self.weights:
+            sqdist_EE = weight_distances(self.checkpoint, layer, self.device)
+            found = replace(found, weight_sqdist_EE=sqdist_EE)
+        return found
+
+    def _forward(
+        self, model: StreamingModel, layer: Layer, hidden: torch.Tensor, go_on: bool
+    ) -> tuple[torch.Tensor, Routing | None]:
+        """Run one layer; the last one only up to its router."""
+        hidden = model.attend(layer.index, hidden)
+        if not layer.has_moe:
+            return hidden, None
+        x_ND = model.moe_input(layer.index, hidden)
+        routing = model.route(layer, x_ND)
+        if go_on:
+            out_ND = run_experts(
+                x_ND,
+                routing,
+                layer,
+                lambda expert: read_expert(self.checkpoint, layer, expert),
+                model.act,
+            )
+            hidden += out_ND.view_as(hidden)
+        return hidden, routing
+
+
+def _with_counts(found: LayerStats, routing: Routing, experts: int) -> LayerStats:
+    """Add how often each expert, and each pair of experts, was chosen."""
+    pairs_EE = np.zeros((experts, experts))
+    for ids_nK in torch.split(routing.ids_NK, COUNT_TOKENS):
+        chosen_nE = torch.zeros(len(ids_nK), experts, device=ids_nK.device)
+        chosen_nE.scatter_(1, ids_nK, 1.0)
+        pairs_EE += (chosen_nE.T @ chosen_nE).double().cpu().numpy()
+    routed_E = pairs_EE.diagonal().copy()
+    np.fill_diagonal(pairs_EE, 0.0)
+    return replace(
+        found,
+        tokens=np.array(float(len(routing.ids_NK))),
+        routed_E=routed_E,
+        coactivation_EE=pairs_EE,
+    )
+
+
+class _Meter:
+    """Reports progress by the bytes of the layers done."""
+
+    def __init__(self, checkpoint: Checkpoint, last: int, report: Report) -> None:
+        self._report = report
+        self._layers = last + 1
+        self._bytes = [
+            sum(
+                checkpoint.tensors[name].nbytes
+                for name in checkpoint.layer_names(index)
+            )
+            for index in range(last + 1)
+        ]
+
+    def tell(self, index: int) -> None:
+        """Layer ``index`` is done."""
+        done = index + 1
+        total = sum(self._bytes)
+        self._report(
+            Progress("measure", done, self._layers, sum(self._bytes[:done]), total)
+        )
