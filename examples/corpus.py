@@ -85,7 +85,7 @@ CHAT_TEMPLATE = (
 PRIVATE_LINE = re.compile(
     r"copyright\s*(?:\(|©|\d)|\(c\)\s*(?:copyright|\d)|©|\ball rights reserved"
     r"|__author__|\bauthors?\b\s*[:=]|\bcontributed|\bmaintainer|\bcredits?\b"
-    r"|thanks to|[\w.+-]+@[\w-]+\.\w|pypi|npmjs|crates\.io"
+    r"|thanks to|\bGuido\b|[\w.+-]+@[\w-]+\.\w|pypi|npmjs|crates\.io"
     r"|(?-i:\b(?:[Bb]y|[Tt]o|from|and) [A-Z][\w.]* [A-Z])|(?-i:[A-Z]\. [A-Z][a-z])"
     r"|(?-i:[A-Z][a-z]+ van [A-Z]|^\W*[A-Z][a-z]+(?:[ -][A-Z][\w.]*){1,2}$)",
     re.IGNORECASE,

@@ -7,6 +7,7 @@ Each stage is one function here and one command of the command line. ``measure``
 (one streaming pass), ``verify`` checks. ``run`` is all four and can be resumed.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .checkpoint.open import Checkpoint
 from .checkpoint.writer import MAX_SHARD_BYTES
 from .cut.apply import CutResult
 from .cut.apply import cut as cut_checkpoint
+from .cut.finish import write_run_record
 from .cut.output import check_output, partial_folder
 from .cut.predict import model_facts, with_prediction
 from .decide.build import make_plan
@@ -91,9 +93,10 @@ def cut(
     where: str = "plan",
 ) -> CutResult:
     """Execute a plan: read each layer once, write each shard once."""
+    started = time.monotonic()
     if tokens is None and decided.needs_activations:
         tokens = load_tokens(checkpoint, decided.recipe.calibration)
-    return cut_checkpoint(
+    result = cut_checkpoint(
         checkpoint,
         decided,
         out,
@@ -105,6 +108,8 @@ def cut(
         report=options.report,
         where=where,
     )
+    write_run_record(out, time.monotonic() - started, resumed=options.resume)
+    return result
 
 
 def verify(
@@ -130,6 +135,7 @@ def run(
         options: How to run.
         stats_file: Statistics to use if the file exists, and to write if not.
     """
+    started = time.monotonic()
     check_output(out, resume=options.resume, overwrite=options.overwrite)
     tokens = calibration_tokens(checkpoint, recipe)
     kept = stats_file or partial_folder(out).with_suffix(".stats.safetensors")
@@ -143,7 +149,9 @@ def run(
     result = cut(checkpoint, decided, out, options, tokens, where=recipe.name)
     if stats_file is None:
         kept.unlink()
-    return decided, result, verify(out, checkpoint, options.report)
+    verified = verify(out, checkpoint, options.report)
+    write_run_record(out, time.monotonic() - started, resumed=options.resume)
+    return decided, result, verified
 
 
 __all__ = [

@@ -1,7 +1,5 @@
 """Complete linkage on small matrices that can be checked by eye."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -62,9 +60,10 @@ def test_cut_gives_sorted_clusters_by_smallest_member() -> None:
     assert cut_at([], 0) == ((0,),)
 
 
-def test_512_experts_take_well_under_a_second() -> None:
-    rng = np.random.default_rng(0)
-    distance_EE = on_a_line(*rng.random(512))
-    started = time.perf_counter()
-    assert len(merge_sequence(distance_EE)) == 511
-    assert time.perf_counter() - started < 5.0  # about 0.06 on an idle core
+def test_heights_of_512_experts_never_decrease() -> None:
+    """The largest layers known; about 0.1 s."""
+    places = np.random.default_rng(0).random(512)
+    merges = merge_sequence(on_a_line(*places))
+    heights = [merge.height for merge in merges]
+    assert heights == sorted(heights)
+    assert heights[-1] == places.max() - places.min()

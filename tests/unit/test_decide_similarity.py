@@ -48,9 +48,7 @@ def test_no_coactivation_at_all_leaves_the_router_term() -> None:
 
 
 def test_router_of_zeros_is_no_division_by_zero() -> None:
-    stats = replace(
-        STATS, router_sqdist_EE=np.zeros((2, 2)), router_norm=np.array(0.0)
-    )
+    stats = replace(STATS, router_sqdist_EE=np.zeros((2, 2)), router_norm=np.array(0.0))
     assert between(stats, ROUTER_ONLY) == 0.0
 
 
@@ -60,7 +58,9 @@ def test_rounding_error_below_zero_is_zero() -> None:
 
 
 def test_one_expert_has_no_distances() -> None:
-    stats = LayerStats(np.zeros((1, 1)), np.array(1.0), coactivation_EE=np.zeros((1, 1)))
+    stats = LayerStats(
+        np.zeros((1, 1)), np.array(1.0), coactivation_EE=np.zeros((1, 1))
+    )
     assert expert_distance(stats, ExpertStage(), layer=0).tolist() == [[0.0]]
 
 

@@ -5,6 +5,7 @@ the same bytes; elapsed time and peak memory are reported by the command instead
 """
 
 import json
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def write_companions(
 ) -> Achieved:
     """Complete a folder whose shards are all written; config.json comes last."""
     copy_companions(checkpoint, folder)
+    plan = _without_paths(plan)
     result = achieved(checkpoint, plan, records)
     remap = build_remap(checkpoint, plan)
     config = pruned_config(checkpoint, plan, remap)
@@ -53,6 +55,16 @@ def write_companions(
     (folder / "README.md").write_text(card, "utf-8")
     _write_json(folder / "config.json", config)
     return result
+
+
+def _without_paths(plan: CutPlan) -> CutPlan:
+    """The plan with the calibration file's name for its path, which is private."""
+    calibration = plan.recipe.calibration
+    if calibration.source is None or calibration.source.startswith("hub:"):
+        return plan
+    named = calibration.model_copy(update={"source": Path(calibration.source).name})
+    recipe = plan.recipe.model_copy(update={"calibration": named})
+    return plan.model_copy(update={"recipe": recipe})
 
 
 def provenance(
@@ -80,6 +92,17 @@ def provenance(
     if checkpoint.remap is not None and earlier.is_file():
         data["earlier"] = read_json(earlier)
     return data
+
+
+def write_run_record(out: Path, elapsed_s: float, *, resumed: bool) -> None:
+    """``run.json``: time and memory, the one file that differs between equal runs."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    record = {
+        "elapsed_s": round(elapsed_s, 3),
+        "peak_rss_bytes": peak,
+        "resumed": resumed,
+    }
+    _write_json(out / "run.json", record)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ OWN_FILES = {
     "plan.json",
     "moe_prune.yaml",
     "provenance.json",
+    "run.json",
 }
 WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".gguf")
 # Tokenizers and templates are megabytes; anything larger is not metadata.
