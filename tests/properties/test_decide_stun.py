@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import scipy.cluster.hierarchy as oracle
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import squareform
 
@@ -124,6 +124,7 @@ def test_equal_heights_come_in_index_order(distance_EE: Array) -> None:
     assert keys == sorted(keys)
 
 
+@settings(max_examples=40)
 @given(seed=SEEDS, experts=st.integers(2, 24))
 def test_merges_equal_scipys_complete_linkage(seed: int, experts: int) -> None:
     x_EP = np.random.default_rng(seed).normal(size=(experts, 3))

@@ -9,7 +9,7 @@ from vllm_moe_prune.decide.similarity import Array
 
 def on_a_line(*places: float) -> Array:
     x_E = np.array(places)
-    return np.abs(x_E[:, None] - x_E[None, :])
+    return np.asarray(np.abs(x_E[:, None] - x_E[None, :]), dtype=np.float64)
 
 
 def test_the_farthest_members_decide() -> None:

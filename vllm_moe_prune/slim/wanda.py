@@ -88,7 +88,7 @@ def _lowest(scores_RD: Tensor, count: int) -> Tensor:
 def _kth_lowest(scores_RD: Tensor, k: int) -> Tensor:
     """The k-th lowest score of each row, shape [R, 1]."""
     if scores_RD.device.type == "cpu":
-        # numpy selects with vector instructions, about eight times torch.kthvalue.
+        # numpy selects with vector instructions, several times faster than torch.
         parted_RD = np.partition(scores_RD.numpy(), k - 1, axis=1)
         return torch.from_numpy(parted_RD[:, k - 1 : k].copy())
     return torch.kthvalue(scores_RD, k, dim=1, keepdim=True).values
