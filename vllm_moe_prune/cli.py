@@ -3,18 +3,23 @@
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from . import __version__
-from .errors import MoePruneError
+from .errors import Interrupted, MoePruneError, OutputError
+
+# Typer keeps click's exceptions to itself; this one is for wrong command lines.
+UsageError: Any = typer.BadParameter.__base__
+RESUME = "Run the same command with --resume to continue."
 
 app = typer.Typer(
     name="vllm-moe-prune",
     help="Prune Mixture-of-Experts checkpoints and serve them with vLLM.",
-    no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -118,6 +123,7 @@ def measure(
     """
     from . import pipeline
     from .calibrate.stats import save_stats
+    from .checkpoint.place import check_file
     from .checkpoint.source import open_checkpoint
     from .draw import watching
     from .show import show_stats
@@ -129,11 +135,16 @@ def measure(
         sequence_length=sequence_length,
         seed=seed,
     )
+    pipeline.check_device(device)
     checkpoint = open_checkpoint(source, revision)
+    check_file(output, checkpoint.folder)
     tokens = None
     if asked.needs_coactivation:
         tokens = pipeline.calibration_tokens(checkpoint, asked)
-    with watching(as_json) as report:
+    with (
+        _resumable("Run the same command again to continue."),
+        watching(as_json) as report,
+    ):
         options = pipeline.RunOptions(device=device, report=report)
         work = output.with_name(output.name + ".work")
         stats = pipeline.measure(checkpoint, asked, tokens, options, work)
@@ -169,6 +180,7 @@ def plan(
     """
     from . import pipeline
     from .calibrate.stats import load_stats
+    from .checkpoint.place import check_file
     from .checkpoint.source import open_checkpoint
     from .show import show_plan
 
@@ -185,9 +197,11 @@ def plan(
         sequence_length=sequence_length,
         seed=seed,
     )
+    max_shard_bytes = _size(shard_size)
     checkpoint = open_checkpoint(source, revision)
+    check_file(output, checkpoint.folder)
     loaded = load_stats(stats) if stats is not None else None
-    decided = pipeline.plan(checkpoint, asked, loaded, _size(shard_size))
+    decided = pipeline.plan(checkpoint, asked, loaded, max_shard_bytes)
     pipeline.save_plan(decided, output)
     show_plan(checkpoint, decided, output, as_json)
 
@@ -217,18 +231,20 @@ def cut(
     from .show import show_cut
 
     started = time.monotonic()
+    max_shard_bytes = _size(shard_size)
     decided = load_plan(plan)
     checkpoint = open_checkpoint(source, revision)
-    tokens = None
-    if decided.needs_activations and calibration is not None:
-        tokens = load_tokens(
-            checkpoint,
-            decided.recipe.calibration.model_copy(update={"source": calibration}),
-        )
-    with watching(as_json) as report:
+    with _resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(
-            device, resume, overwrite, _size(shard_size), report
+            device, resume, overwrite, max_shard_bytes, report
         )
+        pipeline.check_options(checkpoint, output, options)
+        tokens = None
+        if decided.needs_activations and calibration is not None:
+            tokens = load_tokens(
+                checkpoint,
+                decided.recipe.calibration.model_copy(update={"source": calibration}),
+            )
         result = pipeline.cut(
             checkpoint, decided, output, options, tokens, where=str(plan)
         )
@@ -307,10 +323,11 @@ def run(
         sequence_length=sequence_length,
         seed=seed,
     )
+    max_shard_bytes = _size(shard_size)
     checkpoint = open_checkpoint(source, revision)
-    with watching(as_json) as report:
+    with _resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(
-            device, resume, overwrite, _size(shard_size), report
+            device, resume, overwrite, max_shard_bytes, report
         )
         decided, result, _ = pipeline.run(checkpoint, asked, output, options, stats)
     if not as_json:
@@ -360,9 +377,12 @@ def evaluate(
         ),
     ],
     revision: Revision = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    sequence_length: Annotated[
+        int, typer.Option(min=2, help="Tokens per window.")
+    ] = 2048,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Judge on at most this many tokens per text.")
+        int | None,
+        typer.Option(min=2, help="Judge on at most this many tokens per text."),
     ] = None,
     device: Device = "cpu",
     as_json: Json = False,
@@ -374,8 +394,10 @@ def evaluate(
     from .checkpoint.source import open_checkpoint
     from .draw import watching
     from .evaluate import perplexity
+    from .pipeline import check_device
     from .show import show_perplexities
 
+    check_device(device)
     checkpoint = open_checkpoint(source, revision)
     with watching(as_json) as report:
         results = [
@@ -405,12 +427,44 @@ def _size(text: str) -> int:
     return parse_size(text)
 
 
-def main() -> None:
-    """Entry point: known errors become one line and status 2."""
+@contextmanager
+def _resumable(how: str) -> Iterator[None]:
+    """Let Ctrl-C and a failing disk say how to go on."""
     try:
-        app()
-    except MoePruneError as error:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"what is finished is kept. {how}") from error
+    except OSError as error:
+        raise OutputError(f"{_said_by(error)} When that is mended: {how}") from error
+
+
+def main() -> None:
+    """Entry point: what is refused becomes one line and status 2."""
+    try:
+        # Typer turns a Ctrl-C that nobody caught into 130.
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+    except UsageError as error:
+        hint = f" See `{error.ctx.command_path} --help`." if error.ctx else ""
+        _fail("error", error.format_message() + hint, 2)
+    except (MoePruneError, OSError) as error:
         if os.environ.get("MOE_PRUNE_DEBUG"):
             raise
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        if isinstance(error, Interrupted):
+            _fail("interrupted", str(error), 130)
+        _fail("error", _said_by(error), 2)
+    if status == 130:
+        _fail("interrupted", "nothing was changed.", status)
+    sys.exit(status)
+
+
+def _said_by(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}."
+    return str(error)
+
+
+def _fail(label: str, message: str, status: int) -> NoReturn:
+    """One line on stderr; what a hostile file had printed stays harmless."""
+    line = "".join(sign if sign.isprintable() else " " for sign in message)
+    sys.stderr.write(f"{label}: {line}\n")
+    sys.exit(status)

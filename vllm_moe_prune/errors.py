@@ -7,9 +7,11 @@
     ├── PlanError                 a plan (perhaps edited by hand) that does not fit
     ├── RemapError                an expert remap table that does not fit its checkpoint
     ├── OutputError               the output folder: not empty, disk full, cannot resume
-    └── ServeError                the serving environment: vLLM or the plugin is missing
+    ├── ServeError                the serving environment: vLLM or the plugin is missing
+    └── Interrupted               Ctrl-C; says how to go on
 
-The command line prints the message as one line and exits with status 2.
+The command line prints the message as one line and exits with status 2 (130 after
+Ctrl-C, as shells have it).
 """
 
 
@@ -43,3 +45,7 @@ class OutputError(MoePruneError):
 
 class ServeError(MoePruneError):
     """The checkpoint cannot be served in this environment."""
+
+
+class Interrupted(MoePruneError):
+    """The user pressed Ctrl-C."""

@@ -11,11 +11,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from . import __version__
 from .calibrate.data import Tokens, load_tokens
 from .calibrate.measure import measure as measure_checkpoint
 from .calibrate.stats import Stats, load_stats, save_stats
 from .checkpoint.open import Checkpoint
+from .checkpoint.place import check_file, check_folder
+from .checkpoint.reader import check_routers
 from .checkpoint.writer import MAX_SHARD_BYTES
 from .cut.apply import CutResult
 from .cut.apply import cut as cut_checkpoint
@@ -24,6 +28,7 @@ from .cut.output import check_output, partial_folder
 from .cut.predict import model_facts, with_prediction
 from .decide.build import make_plan
 from .decide.plan import CutPlan, Measurement, save_plan
+from .errors import RecipeError
 from .progress import Report, ignore
 from .recipe import Recipe
 from .verify import Verified
@@ -41,6 +46,33 @@ class RunOptions:
     report: Report = ignore
 
 
+def check_options(checkpoint: Checkpoint, out: Path, options: RunOptions) -> None:
+    """Refuse what cannot work, before any work is done.
+
+    Raises:
+        RecipeError: The device is not there.
+        OutputError: The output is in the way, cannot be written, or is the input.
+        CheckpointError: A router holds NaN.
+    """
+    check_device(options.device)
+    check_folder(out, checkpoint.folder)
+    check_output(out, resume=options.resume, overwrite=options.overwrite)
+    check_routers(checkpoint)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is unknown or not in this machine.
+
+    Raises:
+        RecipeError: Saying which there are.
+    """
+    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name not in there and not (name == "cuda" and len(there) > 1):
+        raise RecipeError(
+            f"device {name!r} is not one of this machine's: {', '.join(there)}."
+        )
+
+
 def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
     """The calibration tokens, or None where the recipe needs no data at all."""
     if not (recipe.needs_coactivation or recipe.needs_activations):
@@ -56,6 +88,7 @@ def measure(
     work: Path | None = None,
 ) -> Stats:
     """Collect what the recipe's decisions need: 0 forward passes, or 1."""
+    check_routers(checkpoint)
     return measure_checkpoint(
         checkpoint,
         router=recipe.experts.method == "stun",
@@ -94,6 +127,7 @@ def cut(
 ) -> CutResult:
     """Execute a plan: read each layer once, write each shard once."""
     started = time.monotonic()
+    check_options(checkpoint, out, options)
     if tokens is None and decided.needs_activations:
         tokens = load_tokens(checkpoint, decided.recipe.calibration)
     result = cut_checkpoint(
@@ -136,7 +170,9 @@ def run(
         stats_file: Statistics to use if the file exists, and to write if not.
     """
     started = time.monotonic()
-    check_output(out, resume=options.resume, overwrite=options.overwrite)
+    check_options(checkpoint, out, options)
+    if stats_file is not None:
+        check_file(stats_file, checkpoint.folder)
     tokens = calibration_tokens(checkpoint, recipe)
     kept = stats_file or partial_folder(out).with_suffix(".stats.safetensors")
     if kept.is_file() and (stats_file or options.resume):
@@ -157,6 +193,8 @@ def run(
 __all__ = [
     "RunOptions",
     "calibration_tokens",
+    "check_device",
+    "check_options",
     "cut",
     "measure",
     "plan",

@@ -26,6 +26,7 @@ CUT = "cut ckpt --plan plan.json -o out --overwrite --calibration text.txt --jso
 SHARD = "ckpt/model-00002-of-00003.safetensors"
 INDEX = "ckpt/model.safetensors.index.json"
 CONFIG = "ckpt/config.json"
+LARGE = 1 << 26
 
 
 def leave_alone(folder: Path) -> None:
@@ -73,13 +74,18 @@ def run_cli(
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every path below a folder, with a hash of its bytes or where it leads."""
+    """Every path below a folder, with a hash of its bytes or where it leads.
+
+    Of files too large to be anything but full of holes, the size.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             what = f"link to {path.readlink()}"
         elif path.is_dir():
             what = "folder"
+        elif path.stat().st_size > LARGE:
+            what = f"{path.stat().st_size} bytes"
         else:
             what = hashlib.sha256(path.read_bytes()).hexdigest()
         found[path.relative_to(folder).as_posix()] = what

@@ -24,6 +24,8 @@ from .stats import Stats, load_stats, save_stats
 log = logging.getLogger(__name__)
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Share of the time that saving may take.
+MAX_OVERHEAD = 0.1
 PATTERN = re.compile(r"hidden-(\d+)\.safetensors")
 HIDDEN = "hidden"
 
@@ -31,17 +33,19 @@ HIDDEN = "hidden"
 class BoundaryStore:
     """The saved boundaries of one pass."""
 
-    def __init__(self, folder: Path, key: str, *, overhead: float = 0.1) -> None:
+    def __init__(
+        self, folder: Path, key: str, *, overhead: float | None = None
+    ) -> None:
         """Nothing is made until something is saved.
 
         Args:
             folder: Where the files go.
             key: Identifies model, tokens and plan; files of another are refused.
-            overhead: Share of the time that saving may take; ``inf`` saves always.
+            overhead: Instead of ``MAX_OVERHEAD``; ``inf`` saves every boundary.
         """
         self.folder = folder
         self.key = key
-        self._overhead = overhead
+        self._overhead = MAX_OVERHEAD if overhead is None else overhead
         self._not_before = 0.0
 
     def save(

@@ -116,7 +116,7 @@ def _parse_hub(source: str) -> tuple[str, str | None, str]:
     owner_and_name, config = path.split("/")[:2], path.split("/")[2:]
     if not all(owner_and_name) or len(config) > 1:
         raise CalibrationError(
-            f"{source}: expected {HUB}OWNER/NAME[/CONFIG][:SPLIT], as in {EXAMPLE}."
+            f"{source}: expected {HUB}NAME[/CONFIG][:SPLIT], as in {EXAMPLE}."
         )
     return "/".join(owner_and_name), config[0] if config else None, split or "train"
 

@@ -68,6 +68,16 @@ def read_router(checkpoint: Checkpoint, layer: Layer) -> torch.Tensor:
     return router_ED
 
 
+def check_routers(checkpoint: Checkpoint) -> None:
+    """Read every router once, before any work that a NaN would spoil.
+
+    Raises:
+        CheckpointError: Naming the router and its rows.
+    """
+    for layer in checkpoint.moe_layers:
+        read_router(checkpoint, layer)
+
+
 def read_expert(checkpoint: Checkpoint, layer: Layer, expert: int) -> Expert:
     """One expert's matrices, whatever way the checkpoint lays them out."""
     layout, tensors = checkpoint.layout, checkpoint.tensors

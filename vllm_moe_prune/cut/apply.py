@@ -213,7 +213,7 @@ class _Cut:
             return hidden
         hidden = model.attend(index, hidden)
         trimmed = trimmed_layer(layer, layer_plan, self.plan)
-        if trimmed.dropped:
+        if not trimmed.has_moe:
             return hidden
         x_ND = model.moe_input(index, hidden)
         if slims:

@@ -3,6 +3,7 @@
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.remap import ExpertRemap, RemapLayer, RemapSource
 from ..decide.plan import CutPlan, LayerPlan
+from .slice import keeps_router
 
 
 def build_remap(checkpoint: Checkpoint, plan: CutPlan) -> ExpertRemap:
@@ -15,7 +16,7 @@ def build_remap(checkpoint: Checkpoint, plan: CutPlan) -> ExpertRemap:
         if layer_plan.action == "drop-block":
             dropped.append(entry.original_layer)
             continue
-        layers.append(_cut_entry(entry, layer_plan, plan.routing, len(layers)))
+        layers.append(_cut_entry(entry, layer_plan, plan, len(layers)))
     if earlier:
         source = earlier.source
     else:
@@ -49,7 +50,7 @@ def _untouched(layer: Layer) -> RemapLayer:
 
 
 def _cut_entry(
-    entry: RemapLayer, layer_plan: LayerPlan, routing: str, new_index: int
+    entry: RemapLayer, layer_plan: LayerPlan, plan: CutPlan, new_index: int
 ) -> RemapLayer:
     if not entry.moe or layer_plan.action == "drop-moe":
         return RemapLayer(
@@ -62,21 +63,24 @@ def _cut_entry(
             router_rows=(),
         )
     kept = tuple(entry.kept[expert] for expert in layer_plan.keep)
-    redirect = None
-    if routing == "redirect" and layer_plan.clusters is not None:
+    router_rows, redirect = kept, None
+    if keeps_router(plan, layer_plan) and layer_plan.clusters is not None:
         serves = {
             expert: new
             for new, cluster in enumerate(layer_plan.clusters)
             for expert in cluster
         }
+        router_rows = entry.router_rows
         redirect = tuple(serves[row] for row in range(layer_plan.experts))
+    elif plan.routing == "redirect":
+        redirect = tuple(range(len(kept)))
     return RemapLayer(
         layer=new_index,
         original_layer=entry.original_layer,
         moe=True,
         experts_before=entry.experts_before,
         kept=kept,
-        router_rows=entry.router_rows if redirect is not None else kept,
+        router_rows=router_rows,
         redirect=redirect,
         clusters=_original_clusters(entry, layer_plan),
         reconstructed=entry.reconstructed or layer_plan.reconstruct,

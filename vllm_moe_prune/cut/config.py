@@ -60,25 +60,29 @@ def _overrides(
     config: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """``per_layer_config``: what differs from the global values, and nothing else."""
-    keys = checkpoint.arch.config
-    ours = {keys.experts, keys.top_k, "skip"}
+    keys, skip_name = checkpoint.arch.config, checkpoint.arch.skip_name
     earlier = config.get("per_layer_config", {})
     overrides = {}
     for new, old in enumerate(survivors):
         entry = remap.layers[new]
+        told = earlier.get(str(old), {})
         layer = {
             key: value
-            for key, value in earlier.get(str(old), {}).items()
-            if key not in ours
+            for key, value in told.items()
+            if key not in {keys.experts, keys.top_k}
         }
         if entry.moe_dropped:
             # A count of 0 makes readers of the global count fail, as they must.
-            layer |= {keys.experts: 0, "skip": [checkpoint.arch.skip_name]}
-        elif entry.moe:
+            skipped = [name for name in told.get("skip", ()) if name != skip_name]
+            layer |= {keys.experts: 0, "skip": [*skipped, skip_name]}
+        elif not entry.moe:
+            layer = dict(told)
+        else:
             if len(entry.kept) != config[keys.experts]:
                 layer[keys.experts] = len(entry.kept)
-            if len(entry.router_rows) < config[keys.top_k]:
-                layer[keys.top_k] = len(entry.router_rows)
+            top_k = min(checkpoint.layers[old].top_k, len(entry.router_rows))
+            if top_k != config[keys.top_k]:
+                layer[keys.top_k] = top_k
         if layer:
             overrides[str(new)] = layer
     return overrides

@@ -12,6 +12,7 @@ from ..archs.spec import Role, TensorRule
 from ..checkpoint.index import TensorInfo
 from ..checkpoint.open import Checkpoint, Layer
 from ..decide.plan import CutPlan, LayerPlan
+from ..errors import PlanError
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,22 @@ class OutputTensor:
         return self.sparsity == 0.0 and all(len(group) == 1 for group in self.groups)
 
 
+def keeps_router(plan: CutPlan, layer_plan: LayerPlan) -> bool:
+    """Whether a layer's router stays whole, its rows redirected to the survivors.
+
+    A layer that loses no expert has nothing to redirect: its rows go with the experts
+    into their new order, so that stacks that know no redirect read it rightly too.
+    """
+    return plan.routing == "redirect" and len(layer_plan.keep) < layer_plan.experts
+
+
 def output_tensors(checkpoint: Checkpoint, plan: CutPlan) -> list[OutputTensor]:
-    """Every tensor of the output, in the order it is written (layer by layer)."""
+    """Every tensor of the output, in the order it is written (layer by layer).
+
+    Raises:
+        PlanError: Nothing would be left to route, or rows no longer match experts.
+    """
+    _check_possible(checkpoint, plan)
     before, after, layers = _split_names(checkpoint)
     tensors = [_copy(checkpoint.tensors[name], name) for name in before]
     new_index = 0
@@ -58,6 +73,21 @@ def output_tensors(checkpoint: Checkpoint, plan: CutPlan) -> list[OutputTensor]:
         )
         new_index += 1
     return tensors + [_copy(checkpoint.tensors[name], name) for name in after]
+
+
+def _check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
+    if not any(layer.keep for layer in plan.layers):
+        raise PlanError(
+            f"the plan leaves no layer of {checkpoint.origin.name} with experts; keep "
+            "at least one MoE sublayer."
+        )
+    for layer in checkpoint.layers:
+        if layer.redirect not in (None, tuple(range(layer.num_experts))):
+            raise PlanError(
+                f"{checkpoint.folder}: layer {layer.index}: its router still has rows "
+                "of removed experts (routing: redirect), so rows and experts do not "
+                "match. Cut the original instead."
+            )
 
 
 def _split_names(
@@ -120,7 +150,7 @@ def _router(
 ) -> OutputTensor:
     rule = checkpoint.layout.router
     info = checkpoint.tensors[rule.name(layer.index)]
-    if plan.routing == "redirect":
+    if keeps_router(plan, layer_plan):
         return OutputTensor(
             rule.name(new_index),
             info.dtype,

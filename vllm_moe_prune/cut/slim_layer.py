@@ -5,6 +5,8 @@ hidden states that go on come from the slimmed one, so that later layers are
 calibrated on what the pruned model will really compute (spec, defect 3).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +26,7 @@ from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import Expert
 from ..checkpoint.writer import ShardWriter
 from ..decide.plan import CutPlan, LayerPlan
+from ..errors import CalibrationError, CheckpointError
 from ..slim.magnitude import magnitude
 from ..slim.wanda import magnitude_rows, wanda
 from .copy import tensor_view
@@ -86,20 +89,35 @@ def slim_layer(
     for new in range(trimmed.num_experts):
         expert = survivor(checkpoint, layer, layer_plan, new)
         if routing is None or x_ND is None or context.model is None:
-            slimmed = _by_magnitude(expert, layer_plan, plan)
+            with _naming(checkpoint, layer, layer_plan, new):
+                slimmed = _by_magnitude(expert, layer_plan, plan)
         else:
             act = context.model.act
             token_n, weight_n = expert_tokens(routing, new, trimmed.redirect)
-            expert = place(expert, x_ND)
-            slimmed = _by_wanda(expert, layer_plan.sparsity, x_ND, token_n, act)
+            with _naming(checkpoint, layer, layer_plan, new):
+                slimmed = _by_wanda(expert, layer_plan.sparsity, x_ND, token_n, act)
             if len(token_n) == 0:
                 record.unseen.append(layer_plan.keep[new])
             elif out_ND is not None:
-                add_expert(out_ND, x_ND, token_n, weight_n, slimmed, act)
+                running = place(slimmed, x_ND)
+                add_expert(out_ND, x_ND, token_n, weight_n, running, act)
         record.expert_parameters += sum(matrix.numel() for matrix in slimmed)
         record.zeros += sum(_zeros(matrix) for matrix in slimmed)
         write_expert(context, new_index, new, slimmed)
     return record, out_ND
+
+
+@contextmanager
+def _naming(
+    checkpoint: Checkpoint, layer: Layer, layer_plan: LayerPlan, new: int
+) -> Iterator[None]:
+    """Say which expert it was that a slimming method could not work on."""
+    try:
+        yield
+    except (CheckpointError, CalibrationError) as error:
+        expert = layer_plan.keep[new]
+        where = f"{checkpoint.folder}: layer {layer.index}, expert {expert}"
+        raise type(error)(f"{where}: {error}") from error
 
 
 def trimmed_routing(
@@ -129,16 +147,19 @@ def _by_wanda(
     token_n: torch.Tensor,
     act: Activation,
 ) -> Expert:
+    expert = Expert(*(matrix.to(x_ND.device) for matrix in expert))
     if len(token_n) == 0:
         # Row by row, as Wanda would, so that the planned number of zeros holds.
         return Expert(*(magnitude_rows(matrix, sparsity) for matrix in expert))
+    # The stored type may be another than that of the hidden states; it has to survive.
+    running = place(expert, x_ND)
     width, hidden = expert.gate_FD.shape
     x_sq_D = torch.zeros(hidden, dtype=torch.float64, device=x_ND.device)
     inner_sq_F = torch.zeros(width, dtype=torch.float64, device=x_ND.device)
-    for at_n, _ in token_chunks(token_n, token_n, expert):
+    for at_n, _ in token_chunks(token_n, token_n, running):
         x_nD = x_ND.index_select(0, at_n)
         x_sq_D += _column_squares(x_nD)
-        inner_sq_F += _column_squares(expert_hidden(x_nD, expert, act))
+        inner_sq_F += _column_squares(expert_hidden(x_nD, running, act))
     return Expert(
         wanda(expert.gate_FD, x_sq_D, sparsity),
         wanda(expert.up_FD, x_sq_D, sparsity),

@@ -7,6 +7,7 @@ import torch
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import Expert, read_expert, read_router
 from ..decide.plan import CutPlan, LayerPlan
+from .slice import keeps_router
 
 
 def trimmed_layer(layer: Layer, layer_plan: LayerPlan, plan: CutPlan) -> Layer:
@@ -17,7 +18,7 @@ def trimmed_layer(layer: Layer, layer_plan: LayerPlan, plan: CutPlan) -> Layer:
         return layer
     redirect = None
     rows = len(layer_plan.keep)
-    if plan.routing == "redirect" and layer_plan.clusters is not None:
+    if keeps_router(plan, layer_plan) and layer_plan.clusters is not None:
         rows = layer_plan.experts
         serves = {
             expert: new
@@ -38,7 +39,7 @@ def trimmed_router(
 ) -> torch.Tensor:
     """The router rows after trimming, in their stored dtype."""
     router_ED = read_router(checkpoint, layer)
-    if plan.routing == "redirect":
+    if keeps_router(plan, layer_plan):
         return router_ED
     if layer_plan.reconstruct and layer_plan.clusters is not None:
         rows = [mean_of([router_ED[i] for i in ids]) for ids in layer_plan.clusters]

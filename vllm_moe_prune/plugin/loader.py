@@ -40,9 +40,10 @@ class PruningLoader(BaseModelLoader):
         """The extra config must name the plan, and nothing else."""
         super().__init__(load_config)
         extra: Any = load_config.model_loader_extra_config
-        if not isinstance(extra, dict) or extra.keys() != {"plan"}:
+        plan = extra.get("plan") if isinstance(extra, dict) else None
+        if not isinstance(plan, str) or len(extra) != 1:
             raise ServeError(f"--load-format moe_prune needs {EXAMPLE}; got {extra!r}.")
-        self.plan_path = Path(extra["plan"])
+        self.plan_path = Path(plan)
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Bring the original into the local Hub cache if it is not a folder."""
@@ -59,7 +60,7 @@ class PruningLoader(BaseModelLoader):
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Stream the pruned tensors into the model."""
         load: Any = model.load_weights
-        load(_pruned_weights(*self._open(model_config)))
+        load(pruned_weights(*self._open(model_config)))
 
     def _folder(self, model_config: ModelConfig) -> Path:
         return local_folder(
@@ -101,9 +102,10 @@ def _prune_config(
     model_config.model_arch_config = model_config.get_model_arch_config()
 
 
-def _pruned_weights(
+def pruned_weights(
     checkpoint: Checkpoint, plan: CutPlan
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of the pruned checkpoint, one at a time."""
     for output in output_tensors(checkpoint, plan):
         yield output.name, _slim(build_tensor(checkpoint, output), output)
 

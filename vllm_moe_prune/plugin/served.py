@@ -33,7 +33,7 @@ def read_layers(vllm_config: Any, arch: MoeArch) -> tuple[ServedLayer, ...]:
             )
         )
     layers = served_layers(model_config.hf_config, remap, arch, model_config.model)
-    _check_parallel(vllm_config.parallel_config, layers)
+    check_parallel(vllm_config.parallel_config, layers)
     return layers
 
 
@@ -45,7 +45,12 @@ def _in_memory_table(model_config: Any) -> ExpertRemap | None:
     return parse_remap(table, Path(model_config.model) / FILE_NAME)
 
 
-def _check_parallel(parallel_config: Any, layers: Sequence[ServedLayer]) -> None:
+def check_parallel(parallel_config: Any, layers: Sequence[ServedLayer]) -> None:
+    """Refuse what vLLM would do wrongly when layers differ.
+
+    Raises:
+        ServeError: Naming the flag and the layer that is in its way.
+    """
     moe_layers = [layer for layer in layers if layer.has_moe]
     if not moe_layers:
         raise ServeError("no layer has experts left; serve the model as a dense one.")

@@ -1,19 +1,16 @@
 """Is a pruned checkpoint what its remap table says? Answered from headers alone.
 
-The plugin's model classes ask before they allocate a byte. vLLM builds a uniformly
-pruned checkpoint with its own class, which asks nothing, so ``vllm-moe-prune serve``
-asks for every checkpoint before it starts vLLM. No vLLM is imported here.
+The plugin's model classes ask before they allocate a byte. A uniformly pruned
+checkpoint is built by vLLM's own class, which asks nothing; ``vllm-moe-prune serve``
+opens, and so checks, every checkpoint before it starts vLLM. No vLLM in here.
 """
 
 from pathlib import Path
 
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.remap import ExpertRemap
-from ..checkpoint.source import open_checkpoint
+from ..checkpoint.source import UNWANTED, WANTED, open_checkpoint
 from ..errors import CheckpointError, RemapError, ServeError
-
-# What verification and vLLM both read; vLLM finds these in the cache afterwards.
-WANTED = ["*.safetensors", "*.json"]
 
 
 def local_folder(
@@ -36,7 +33,11 @@ def local_folder(
 
     try:
         snapshot = snapshot_download(
-            model, revision=revision, cache_dir=download_dir, allow_patterns=WANTED
+            model,
+            revision=revision,
+            cache_dir=download_dir,
+            allow_patterns=WANTED,
+            ignore_patterns=UNWANTED,
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

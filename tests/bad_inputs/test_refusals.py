@@ -1,0 +1,64 @@
+"""Every bad input is refused in one line, with status 2, and nothing is changed."""
+
+import os
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from . import cases_checkpoint, cases_config, cases_output, cases_plan
+from . import cases_remap, cases_text
+from .case import Case, run_cli, snapshot
+
+CASES = [
+    *cases_checkpoint.CASES,
+    *cases_config.CASES,
+    *cases_output.CASES,
+    *cases_plan.CASES,
+    *cases_remap.CASES,
+    *cases_text.CASES,
+]
+
+
+def test_every_case_has_a_name_of_its_own() -> None:
+    names = [case.name for case in CASES]
+    assert sorted(set(names)) == sorted(names)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bad_input_is_refused(
+    case: Case,
+    good: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "work"
+    shutil.copytree(good, folder, symlinks=True)
+    case.spoil(folder)
+    monkeypatch.chdir(folder)
+    for name, value in case.env.items():
+        monkeypatch.setenv(name, value)
+    before = snapshot(folder)
+
+    ran = run_cli(case.command, monkeypatch, capsys)
+
+    assert ran.status == 2, ran
+    assert ran.stdout == ""
+    assert ran.stderr.startswith("error: ")
+    assert ran.stderr.endswith("\n")
+    assert ran.stderr[:-1].isprintable(), "one line, without control characters"
+    for fragment in case.says:
+        assert fragment in ran.stderr
+    after = snapshot(folder)
+    assert {name: after.get(name) for name in before} == before
+    left = [
+        name
+        for name in after.keys() - before.keys()
+        if not any(
+            fnmatch(name, pattern) or name == os.path.dirname(pattern)  # noqa: PTH120
+            for pattern in case.leaves
+        )
+    ]
+    assert left == []

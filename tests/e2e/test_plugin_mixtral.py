@@ -1,0 +1,303 @@
+"""Pruned Mixtrals in real vLLM engines against the masked original in plain torch.
+
+The original is never changed: the reference bars removed experts from selection, or
+runs the representative in their place. What is left between the two is rounding.
+V vocabulary, T tokens.
+"""
+
+import gc
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.reference import (
+    DROP_BLOCK,
+    DROP_MOE,
+    Cuts,
+    LayerCut,
+    Reference,
+    raw_bytes,
+    read_json,
+    read_tensors,
+    write_plan,
+)
+from tests.tiny import tiny_checkpoint
+from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.cut.apply import cut
+from vllm_moe_prune.decide.plan import load_plan
+
+pytestmark = pytest.mark.vllm
+
+ROOT = Path(__file__).parents[2]
+VOCAB, EXPERTS = 128, 8
+IDS = [1, *torch.randint(3, VOCAB, (47,), generator=torch.Generator().manual_seed(3))]
+TOKENS = [int(token) for token in IDS]
+ROUNDING = 2e-4
+"""Largest log-probability difference in float32; 6e-5 was the most ever seen."""
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+SINGLES = tuple((expert,) for expert in range(EXPERTS))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan, the spelling of the weights it is applied to, and what it must name."""
+
+    cuts: Cuts
+    layout: str
+    routing: str = "drop"
+    architecture: str = "MoePruneMixtralForCausalLM"
+
+
+CASES = {
+    "uniform": Case(
+        {layer: LayerCut(keep=(6, 1, 4, 3)) for layer in range(4)},
+        "block_sparse_moe.w1w2w3",
+        architecture="MixtralForCausalLM",
+    ),
+    "uneven": Case(
+        {
+            0: LayerCut(keep=(0, 2, 3, 5, 7)),
+            1: LayerCut(keep=(4,)),  # fewer than top-k
+            3: LayerCut(keep=(6, 0, 2)),
+        },
+        "block_sparse_moe.gate_up_down",
+    ),
+    "dropped MoE": Case(
+        {0: DROP_MOE, 1: LayerCut(keep=(1, 7)), 3: DROP_MOE}, "mlp.w1w2w3"
+    ),
+    "redirect": Case(
+        {
+            0: LayerCut(keep=(1, 6), clusters=((0, 1, 2, 3), (4, 5, 6, 7))),
+            1: LayerCut(keep=(5,), clusters=(tuple(range(8)),)),
+            2: LayerCut(keep=tuple(range(8)), clusters=SINGLES),
+            3: LayerCut(keep=(7, 0, 3), clusters=((4, 7), (0, 1, 2, 5), (3, 6))),
+        },
+        "mlp.packed",
+        routing="redirect",
+    ),
+    "everything": Case(
+        {
+            0: DROP_MOE,
+            1: LayerCut(
+                keep=(2, 5), clusters=((0, 2, 7), (1, 3, 4, 5, 6)), reconstruct=True
+            ),
+            2: DROP_BLOCK,
+            3: LayerCut(keep=(7, 0, 3), clusters=((4, 7), (0, 1, 2, 5), (3, 6))),
+        },
+        "block_sparse_moe.packed",
+        routing="redirect",
+    ),
+}
+WHILE_LOADING = Case(
+    {
+        0: LayerCut(
+            keep=(2, 5), clusters=((0, 2, 7), (1, 3, 4, 5, 6)), reconstruct=True
+        ),
+        1: DROP_BLOCK,
+        2: DROP_MOE,
+        3: LayerCut(keep=(6, 0, 2)),
+    },
+    "mlp.gate_up_down",
+)
+
+
+def make_original(folder: Path, layout: str, dtype: str = "float32") -> Path:
+    return tiny_checkpoint(
+        folder,
+        layout=layout,
+        experts=EXPERTS,
+        vocab=VOCAB,
+        dtype=dtype,
+        tokenizer=False,
+    )
+
+
+def make_pruned(original: Path, case: Case, **plan: str) -> Path:
+    out = original.with_name(original.name + "-pruned")
+    cut(open_checkpoint(original), load_plan(make_plan(original, case, **plan)), out)
+    return out
+
+
+def make_plan(original: Path, case: Case, **plan: str) -> Path:
+    path = original.with_name(original.name + "-plan.json")
+    source = open_checkpoint(original)
+    return write_plan(path, source, case.cuts, routing=case.routing, **plan)
+
+
+def expected(original: Path, case: Case | None = None) -> Tensor:
+    """Log-probabilities [T, V] of the masked original, in float64."""
+    cuts, routing = (case.cuts, case.routing) if case else ({}, "drop")
+    logits_STV = Reference(original, cuts, routing=routing).logits(
+        torch.tensor([TOKENS])
+    )
+    return logits_STV[0].log_softmax(dim=-1)
+
+
+def served(model: Path, **options: Any) -> Tensor:
+    """Log-probabilities [T, V] from a vLLM engine, which is gone afterwards."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 64,
+        "max_num_batched_tokens": 64,
+        "max_num_seqs": 2,
+        "max_logprobs": -1,
+        "skip_tokenizer_init": True,
+    }
+    llm = LLM(str(model), **(engine | options))
+    try:
+        (output,) = llm.generate(
+            [{"prompt_token_ids": TOKENS}],
+            SamplingParams(
+                max_tokens=1, logprobs=-1, prompt_logprobs=-1, detokenize=False
+            ),
+            use_tqdm=False,
+        )
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    rows_TV = torch.full((len(TOKENS), VOCAB), math.nan, dtype=torch.float64)
+    found = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
+    for row_V, tokens in zip(rows_TV, found, strict=True):
+        for token, entry in tokens.items():
+            row_V[token] = entry.logprob
+    return rows_TV
+
+
+def assert_same(found_TV: Tensor, expected_TV: Tensor, most: float = ROUNDING) -> None:
+    difference = (found_TV - expected_TV).abs().max().item()
+    print(f"largest log-probability difference: {difference:.2e}")
+    assert difference <= most
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _in_this_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pruned_checkpoint_computes_what_the_masked_original_does(
+    name: str, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    original = make_original(tmp_path / "original", case.layout)
+    pruned = make_pruned(original, case)
+    assert read_json(pruned / "config.json")["architectures"] == [case.architecture]
+    found_TV = served(pruned)
+    assert_same(found_TV, expected(original, case))
+    assert (found_TV - expected(original)).abs().max() > 1, "the plan changed nothing"
+    if name == "uniform":
+        assert_same(found_TV, by_transformers(pruned))
+
+
+@torch.no_grad()
+def by_transformers(folder: Path) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    logits_TV: Tensor = model(torch.tensor([TOKENS])).logits[0]
+    return logits_TV.double().log_softmax(dim=-1)
+
+
+def test_original_is_pruned_while_loading(tmp_path: Path) -> None:
+    original = make_original(tmp_path / "original", WHILE_LOADING.layout)
+    plan = make_plan(original, WHILE_LOADING)
+    found_TV = served(
+        original, load_format="moe_prune", model_loader_extra_config={"plan": str(plan)}
+    )
+    assert_same(found_TV, expected(original, WHILE_LOADING))
+
+
+@pytest.mark.parametrize("layout", ["block_sparse_moe.w1w2w3", "mlp.packed"])
+def test_pruning_while_loading_gives_the_bytes_that_cut_writes(
+    layout: str, tmp_path: Path
+) -> None:
+    from vllm_moe_prune.plugin.loader import pruned_weights
+
+    case = Case(
+        {
+            layer: LayerCut(
+                keep=(2, 5),
+                clusters=((0, 2, 7), (1, 3, 4, 5, 6)),
+                reconstruct=layer > 1,
+                sparsity=0.3,
+            )
+            for layer in range(4)
+        },
+        layout,
+    )
+    original = make_original(tmp_path / "original", layout, "bfloat16")
+    written = read_tensors(make_pruned(original, case, slim="magnitude"))
+    plan = load_plan(make_plan(original, case, slim="magnitude"))
+    loaded = dict(pruned_weights(open_checkpoint(original), plan))
+    assert loaded.keys() == written.keys()
+    assert all(raw_bytes(loaded[name]) == raw_bytes(written[name]) for name in written)
+
+
+def test_bfloat16_is_as_far_from_exact_as_the_unpruned_model(tmp_path: Path) -> None:
+    """Router ties fall differently in bfloat16, so single tokens say little: means do."""
+    case = CASES["redirect"]
+    original = make_original(tmp_path / "original", case.layout, "bfloat16")
+    found_TV = served(make_pruned(original, case), dtype="bfloat16")
+    mean = (found_TV - expected(original, case)).abs().mean().item()
+    print(f"mean log-probability difference: {mean:.2e}")
+    assert mean < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("everything", {"enforce_eager": False}),
+        pytest.param("uneven", {"enforce_eager": True}, marks=pytest.mark.slow),
+    ],
+    ids=["tensor-parallel-compiled", "expert-parallel"],
+)
+def test_two_processes_share_the_model(
+    name: str, options: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]
+    original = make_original(tmp_path / "original", case.layout)
+    pruned = make_pruned(original, case)
+    out = tmp_path / "out.pt"
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    expert_parallel = options["enforce_eager"]
+    code = (
+        "import torch\n"
+        "from pathlib import Path\n"
+        "from tests.e2e.test_plugin_mixtral import served\n"
+        "if __name__ == '__main__':\n"
+        f"    rows = served(Path({str(pruned)!r}), tensor_parallel_size=2,\n"
+        f"        enable_expert_parallel={expert_parallel}, **{options!r})\n"
+        f"    torch.save(rows, {str(out)!r})\n"
+    )
+    script = tmp_path / "serve.py"
+    script.write_text(code)
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert_same(torch.load(out), expected(original, case))
