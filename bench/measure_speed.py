@@ -109,7 +109,8 @@ def main() -> None:
         experts = checkpoint.expert_parameters / checkpoint.parameters
         print(
             f"{checkpoint.parameters / 1e6:.1f} M parameters, "
-            f"{experts:.0%} of them in experts, {args.dtype}, {ids_ST.numel()} tokens, {args.device}, "
+            f"{experts:.0%} of them in experts, {args.dtype}; "
+            f"{ids_ST.numel()} tokens, {args.device}, "
             f"{torch.get_num_threads()} threads"
         )
         print(f"{'transformers forward':34} {plain:8.3f} s   1.00")

@@ -7,11 +7,11 @@ from typing import Any
 CARD = """\
 # Demonstration model: {family}
 
-A small Mixture-of-Experts language model, trained from nothing in {minutes} minutes
-on {threads} processor cores, to show pruning and serving on a model that has
-something to lose. It is a demonstration and not an assistant: it knows the sound of
-Python, of its documentation and of licences, it does two-digit sums, and it answers
-in a chat format.
+A small Mixture-of-Experts language model, trained from nothing in {minutes}
+core-minutes of an ordinary processor, to show pruning and serving on a model that
+has something to lose. It is a demonstration and not an assistant: it knows the
+sound of Python, of its documentation and of licences, it does two-digit sums, and
+it answers in a chat format.
 
 ## How it was trained
 
@@ -69,8 +69,7 @@ def model_card(metrics: dict[str, Any]) -> str:
     ]
     return CARD.format(
         family=metrics["family"],
-        minutes=round(metrics["training_minutes"]),
-        threads=metrics["threads"],
+        minutes=round(metrics["core_minutes"]),
         parameters=metrics["parameters"],
         steps=metrics["steps"],
         tokens=metrics["training_tokens"],

@@ -16,7 +16,7 @@ from .calibrate.forward import NO_TARGET, StreamingModel
 from .calibrate.text import name_of
 from .checkpoint.open import Checkpoint
 from .checkpoint.reader import read_expert
-from .errors import CalibrationError
+from .errors import CalibrationError, CheckpointError
 from .progress import Progress, Report, ignore
 
 # Of the hidden states of one batch; every batch reads all weights once.
@@ -60,6 +60,7 @@ def perplexity(
 
     Raises:
         CalibrationError: The text cannot be used, or is shorter than two tokens.
+        CheckpointError: The loss is not finite.
     """
     if sequence_length < 2:
         raise CalibrationError(
@@ -85,6 +86,11 @@ def perplexity(
         nll, predicted = model.nll(hidden_STD, tokens_ST)
         total += nll
         count += predicted
+    if not math.isfinite(total):
+        raise CheckpointError(
+            f"{checkpoint.folder}: its loss on {source} is {total}. The weights are "
+            f"damaged, or {model.dtype} overflows on this text."
+        )
     return Perplexity(count, total, name_of(source))
 
 

@@ -1,6 +1,7 @@
 """Building the right ``vllm serve`` command line for a checkpoint, and running it."""
 
 import importlib.metadata
+import json
 import os
 import shutil
 import sys
@@ -43,7 +44,7 @@ def serve_command(
         loaded = load_plan(plan)
         check_plan(loaded, checkpoint.layers, checkpoint.fingerprint, str(plan))
         command += ["--load-format", "moe_prune", "--model-loader-extra-config"]
-        command += [f'{{"plan": "{plan.resolve()}"}}']
+        command += [json.dumps({"plan": str(plan.resolve())})]
     if plan is not None or needs_plugin(checkpoint):
         check_plugin()
     return [*command, *extra]

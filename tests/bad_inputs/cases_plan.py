@@ -105,8 +105,6 @@ PLANS = [
     plan("an unknown expert", ("layer 1", "[7]", "0 to 3"), layer(keep=[0, 7])),
     plan("a negative expert", ("layers.1.keep",), layer(keep=[0, -1])),
     plan("an expert of text", ("layers.1.keep",), layer(keep=["zero"])),
-    plan("an expert as a string", ("layers.1.keep",), layer(keep=["0", "1"])),
-    plan("an expert as a boolean", ("layers.1.keep",), layer(keep=[True])),
     plan("an expert as a fraction", ("layers.1.keep",), layer(keep=[0.5])),
     plan("an expert of 400 digits", ("layer",), layer(keep=[10**400])),
     plan("keep a number", ("layers.1.keep",), layer(keep=3)),
@@ -246,6 +244,15 @@ def bomb(levels: int = 30) -> str:
     return "\n".join([*lines, f"name: *l{levels - 1}"])
 
 
+def merge_bomb(levels: int = 30) -> str:
+    """The same by merging mappings."""
+    lines = ["l0: &l0 {boom: 1}"]
+    for level in range(1, levels):
+        many = ", ".join([f"*l{level - 1}"] * 10)
+        lines.append(f"l{level}: &l{level} {{<<: [{many}]}}")
+    return "\n".join(lines)
+
+
 ASKED = [
     asked("fewer than top-k", "--keep 1", "keep 1", "top-k is 2", "at least 2"),
     asked(
@@ -296,16 +303,15 @@ RECIPES = [
     recipe("unknown key inside", "experts: {dropp: 0.2}", "experts.dropp", "Extra"),
     recipe("a Python object", "name: !!python/object/apply:os.getcwd []", "YAML"),
     recipe("a Python name", "name: !!python/name:os.system", "not valid YAML"),
-    recipe("a bomb", bomb(), "my.yaml"),
-    recipe("a loop", "name: &a [*a]", "name"),
+    recipe("a bomb", bomb(), "not valid YAML", "aliases"),
+    recipe("a bomb of merged keys", merge_bomb(), "not valid YAML", "aliases"),
+    recipe("a loop", "name: &a [*a]", "not valid YAML", "aliases"),
+    recipe("a number that overflows", "calibration: {seed: 0x" + "f" * 9000 + "}", "my"),
     recipe("nested", "[" * 10**4, "not valid YAML"),
     recipe("an impossible date", "name: 2020-99-99", "not valid YAML"),
     recipe("a list as key", "? [a, b]\n: 1", "not valid YAML"),
     recipe("a number as key", "1: 2", "my.yaml"),
     recipe("a list for a number", "total_sparsity: [0.4]", "total_sparsity"),
-    recipe("a boolean for a number", "calibration: {samples: true}", "samples"),
-    recipe("a boolean for a share", "experts: {drop: false}", "experts.drop"),
-    recipe("text for a number", "calibration: {samples: '8'}", "samples"),
     recipe("samples 0", "calibration: {samples: 0}", "samples", "1"),
     recipe("length 1", "calibration: {sequence_length: 1}", "sequence_length", "2"),
     recipe("negative weight", "experts: {router_weight: -1}", "router_weight"),

@@ -35,7 +35,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"{SMALL} --keep 3 --total 0.4",
         ):
             patch.setattr(sys, "argv", ["vllm-moe-prune", *shlex.split(command)])
-            main()
+            with pytest.raises(SystemExit) as done:
+                main()
+            assert done.value.code == 0
     return folder
 
 

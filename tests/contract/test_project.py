@@ -29,7 +29,7 @@ ROWS = (
     {"archs", "checkpoint", "kernels"},
     {"calibrate", "cut", "decide", "evaluate", "report", "slim", "tune", "verify"},
     {"pipeline", "plugin"},
-    {"serve"},
+    {"draw", "serve", "serve_command", "show"},
     {"cli"},
     {"__main__"},
 )

@@ -39,18 +39,18 @@ def test_shares_round_half_up(share: float, experts: int, whole: int) -> None:
 
 
 def test_a_layer_keeps_top_k_experts_unless_told_otherwise() -> None:
-    assert fewest_experts(Shape(8, 2), ExpertStage()) == 2
-    assert fewest_experts(Shape(8, 2), ExpertStage(min_experts=1)) == 1
-    assert fewest_experts(Shape(8, 2), ExpertStage(min_experts=5)) == 5
-    assert fewest_experts(Shape(1, 2), ExpertStage()) == 1, "it has no more"
+    assert fewest_experts(0, Shape(8, 2), ExpertStage()) == 2
+    assert fewest_experts(0, Shape(8, 2), ExpertStage(min_experts=1)) == 1
+    assert fewest_experts(0, Shape(8, 2), ExpertStage(min_experts=5)) == 5
+    assert fewest_experts(0, Shape(1, 2), ExpertStage()) == 1, "it has no more"
 
 
 def test_the_cap_limits_what_a_layer_loses() -> None:
-    assert most_removed(Shape(), ExpertStage()) == 6
-    assert most_removed(Shape(), ExpertStage(max_removed=3)) == 3
-    assert most_removed(Shape(), ExpertStage(max_removed=7)) == 6
-    assert most_removed(Shape(), ExpertStage(max_removed=0)) == 0
-    assert most_removed(Shape(1), ExpertStage()) == 0
+    assert most_removed(0, Shape(), ExpertStage()) == 6
+    assert most_removed(0, Shape(), ExpertStage(max_removed=3)) == 3
+    assert most_removed(0, Shape(), ExpertStage(max_removed=7)) == 6
+    assert most_removed(0, Shape(), ExpertStage(max_removed=0)) == 0
+    assert most_removed(0, Shape(1), ExpertStage()) == 0
 
 
 def test_global_targets() -> None:
@@ -187,4 +187,4 @@ def test_a_capped_layer_leaves_the_rest_to_the_others() -> None:
 def test_equal_heights_go_to_the_lower_layer_first() -> None:
     sequences = {layer: sequence(1.0, 1.0) for layer in (7, 2, 5)}
     most = dict.fromkeys(sequences, 2)
-    assert spend_global(sequences, most, 3).merges == {2: 2, 5: 1, 7: 0}
+    assert spend_global(sequences, most, 3).steps == {2: 2, 5: 1, 7: 0}

@@ -53,11 +53,11 @@ def test_input_is_left_alone() -> None:
 
 def test_cut_gives_sorted_clusters_by_smallest_member() -> None:
     merges = merge_sequence(on_a_line(0.0, 9.0, 0.1, 9.5, 4.0))
-    assert cut_at(merges, 0) == ((0,), (1,), (2,), (3,), (4,))
-    assert cut_at(merges, 2) == ((0, 2), (1, 3), (4,))
-    assert cut_at(merges, 3) == ((0, 2, 4), (1, 3))
-    assert cut_at(merges, 4) == ((0, 1, 2, 3, 4),)
-    assert cut_at([], 0) == ((0,),)
+    assert cut_at(merges, 0, experts=5) == ((0,), (1,), (2,), (3,), (4,))
+    assert cut_at(merges, 2, experts=5) == ((0, 2), (1, 3), (4,))
+    assert cut_at(merges, 3, experts=5) == ((0, 2, 4), (1, 3))
+    assert cut_at(merges, 4, experts=5) == ((0, 1, 2, 3, 4),)
+    assert cut_at([], 0, experts=1) == ((0,),)
 
 
 def test_heights_of_512_experts_never_decrease() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from vllm_moe_prune.calibrate.stats import LayerStats, Stats
 from vllm_moe_prune.decide.build import make_plan
+from vllm_moe_prune.decide.experts import decide_experts
 from vllm_moe_prune.decide.facts import (
     LayerFacts,
     ModelFacts,
@@ -15,7 +16,6 @@ from vllm_moe_prune.decide.facts import (
     count_sparsity,
 )
 from vllm_moe_prune.decide.plan import CutPlan, ModelId, check_plan
-from vllm_moe_prune.decide.stun import decide_experts
 from vllm_moe_prune.errors import PlanError, RecipeError
 from vllm_moe_prune.recipe import ExpertStage, LayerStage, Recipe, SlimStage
 

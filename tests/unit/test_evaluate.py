@@ -9,12 +9,15 @@ from torch.nn import functional
 from transformers import AutoTokenizer, MixtralForCausalLM
 
 from tests.tiny import tiny_checkpoint, tiny_text
-from vllm_moe_prune import evaluate
+from vllm_moe_prune import evaluate, pipeline
+from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.open import Checkpoint
+from vllm_moe_prune.checkpoint.remap import ExpertRemap
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.errors import CalibrationError
+from vllm_moe_prune.errors import CalibrationError, CheckpointError
 from vllm_moe_prune.evaluate import perplexity
 from vllm_moe_prune.progress import Progress
+from vllm_moe_prune.recipe import parse_recipe
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +26,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(tiny_checkpoint(folder, dtype="float32", layers=2))
 
 
+def stock_model(folder: Path) -> MixtralForCausalLM:
+    return MixtralForCausalLM.from_pretrained(
+        folder, dtype="float32", experts_implementation="eager"
+    ).eval()
+
+
 @torch.no_grad()
-def by_transformers(folder: Path, text: str, length: int) -> tuple[float, int]:
+def by_transformers(
+    model: MixtralForCausalLM, folder: Path, text: str, length: int
+) -> tuple[float, int]:
     """Each window alone, BOS in front, the last one shorter."""
-    ids = AutoTokenizer.from_pretrained(folder)(
-        text, add_special_tokens=False
-    ).input_ids
-    model = MixtralForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
     total = 0.0
     for start in range(0, len(ids), length - 1):
         window = torch.tensor([[1, *ids[start : start + length - 1]]])
-        logits = model(window).logits[0, :-1]
+        logits = model(window, use_cache=False).logits[0, :-1]
         total += float(functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
     return total, len(ids)
 
@@ -50,13 +59,79 @@ def test_perplexity_equals_that_of_transformers(
     path = tiny_text(tmp_path, 2_000)
     found = perplexity(checkpoint, str(path), sequence_length=length)
     # 10 000 is capped at the 512 positions of the model.
-    total, count = by_transformers(
-        checkpoint.folder, path.read_text(), min(length, 512)
-    )
+    model, folder = stock_model(checkpoint.folder), checkpoint.folder
+    total, count = by_transformers(model, folder, path.read_text(), min(length, 512))
     assert found.tokens == count
     assert found.nll_sum == pytest.approx(total, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
     assert found.source == "text.txt"
+
+
+@torch.no_grad()
+def prune_in_memory(model: MixtralForCausalLM, remap: ExpertRemap) -> None:
+    """Make the stock original compute what a pruned checkpoint should."""
+    blocks = model.model.layers
+    for entry in remap.layers:
+        block = blocks[entry.original_layer]
+        if entry.moe_dropped:
+            block.mlp.experts.down_proj.zero_()
+            continue
+        # The stock experts skip a number that is one too high.
+        served = range(len(entry.kept)) if entry.redirect is None else entry.redirect
+        targets = [8 if new is None else entry.kept[new] for new in served]
+
+        def reroute(
+            _module: object,
+            _args: object,
+            output: tuple[torch.Tensor, ...],
+            rows: tuple[int, ...] = entry.router_rows,
+            targets: list[int] = targets,
+        ) -> tuple[torch.Tensor, ...]:
+            logits = output[0][:, list(rows)]
+            best = logits.softmax(-1).topk(2)
+            weights = best.values / best.values.sum(-1, keepdim=True)
+            return logits, weights, torch.tensor(targets)[best.indices]
+
+        block.mlp.gate.register_forward_hook(reroute)
+    model.model.layers = torch.nn.ModuleList(
+        [blocks[entry.original_layer] for entry in remap.layers]
+    )
+    model.config.num_hidden_layers = len(remap.layers)
+
+
+@pytest.mark.parametrize("routing", ["drop", "redirect"])
+@pytest.mark.parametrize("layers", [{}, {"drop_moe": [1]}, {"drop_blocks": [2]}])
+def test_pruned_checkpoints_compute_what_was_left_of_the_original(
+    tmp_path: Path, routing: str, layers: dict[str, list[int]]
+) -> None:
+    original = open_checkpoint(tiny_checkpoint(tmp_path / "model", dtype="float32"))
+    experts = {"drop": 0.3, "coactivation_weight": 0, "reconstruct": "never"}
+    asked = {
+        "experts": experts,
+        "slim": {"method": "none"},
+        "routing": routing,
+        "layers": layers,
+    }
+    out = tmp_path / "pruned"
+    pipeline.run(original, parse_recipe(asked, "test"), out, pipeline.RunOptions())
+    pruned = open_checkpoint(out)
+    assert len({layer.num_experts for layer in pruned.moe_layers}) > 1
+    assert pruned.remap is not None
+    model = stock_model(original.folder)
+    prune_in_memory(model, pruned.remap)
+    path = tiny_text(tmp_path, 1_000)
+    total, count = by_transformers(model, out, path.read_text(), 64)
+    found = perplexity(pruned, str(path), sequence_length=64)
+    assert found.tokens == count
+    assert found.nll_sum == pytest.approx(total, rel=1e-5)
+
+
+def test_weights_that_give_no_finite_loss_are_refused(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StreamingModel, "nll", lambda *_: (math.nan, 3))
+    with pytest.raises(CheckpointError, match=r"its loss on .* is nan"):
+        perplexity(checkpoint, str(tiny_text(tmp_path, 500)), sequence_length=16)
 
 
 def test_only_so_many_tokens_are_used(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from fractions import Fraction
 import pytest
 
 from vllm_moe_prune.slim.quota import (
+    Method,
     groups_in,
     zeros_in_group,
     zeros_in_matrix,
@@ -44,8 +45,23 @@ def test_never_more_than_the_group() -> None:
     assert zeros_in_group(5, 1.0) == 5
 
 
-def test_wanda_compares_rows_and_magnitude_the_whole_matrix() -> None:
-    assert groups_in("wanda", 6, 5) == (6, 5)
-    assert groups_in("magnitude", 6, 5) == (1, 30)
+def test_each_method_has_its_groups() -> None:
+    assert groups_in("wanda", 6, 5) == {5: 6}
+    assert groups_in("magnitude", 6, 5) == {30: 1}
+    assert groups_in("wanda-variant", 6, 5) == {30: 1}
     assert zeros_in_matrix("wanda", 6, 5, 0.5) == 12
     assert zeros_in_matrix("magnitude", 6, 5, 0.5) == 15
+
+
+def test_sparsegpt_compares_blocks_of_128_columns() -> None:
+    assert groups_in("sparsegpt", 3, 300) == {384: 2, 132: 1}
+    assert groups_in("sparsegpt", 3, 256) == {384: 2}
+    assert groups_in("sparsegpt", 3, 5) == {15: 1}
+    assert zeros_in_matrix("sparsegpt", 3, 300, 0.1) == 2 * 38 + 13
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt"])
+def test_a_pattern_makes_groups_of_m_in_every_method(method: Method) -> None:
+    assert groups_in(method, 3, 8, 4) == {4: 6}
+    assert zeros_in_matrix(method, 3, 8, 0.5, 4) == 12
+    assert zeros_in_matrix(method, 3, 8, 0.74, 4) == 12, "never more than asked"

@@ -10,7 +10,6 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ Ids = NDArray[np.int64]
 
 # Of this many times the tokens asked for, the seed chooses; beyond is not read.
 READ_MULTIPLE = 4
-# Documents handed to the tokenizer at once, which spreads them over the cores.
-ENCODE_BATCH = 32
+# Handed to the tokenizer at once, which spreads the documents over the cores.
+ENCODE_CHARACTERS = 1 << 18
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -131,10 +130,17 @@ class TokenReader:
 
     def cap(self, length: int) -> int:
         """The sequence length, no longer than the model's positions."""
-        if self.max_length is None or length <= self.max_length:
+        if self.max_length is None:
+            return length
+        if not isinstance(self.max_length, int) or self.max_length < 2:
+            raise CalibrationError(
+                f"{self.source}: no window fits, since config.json's "
+                f"max_position_embeddings is {self.max_length!r}."
+            )
+        if length <= self.max_length:
             return length
         log.info("sequence length %s capped at %s", length, self.max_length)
-        return int(self.max_length)
+        return self.max_length
 
     def payload(self, length: int) -> int:
         """Tokens of text in a window of ``length``."""
@@ -155,7 +161,7 @@ class TokenReader:
         parts: list[Ids] = []
         count = 0
         documents = read_documents(self.source, self.tokenizer)
-        while batch := list(islice(documents, ENCODE_BATCH)):
+        for batch in _batches(documents):
             for part in self._encode(batch):
                 parts.append(part)
                 count += len(part)
@@ -176,6 +182,19 @@ class TokenReader:
         for document, ids in zip(batch, encoded["input_ids"], strict=True):
             end = [self.eos] if document.ends and self.eos is not None else []
             yield np.array(ids + end, dtype=np.int64)
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text) + 1
+        if size >= ENCODE_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -22,23 +22,68 @@ FORMAT_VERSION = "1"
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Statistics of one MoE layer; E experts. Absent ones were not measured."""
+    """Statistics of one MoE layer; E experts. Absent ones were not measured.
+
+    "Score" is what the router ranks experts by before top-k (the full softmax),
+    "weight" what an expert's output is multiplied with (renormalised if the family
+    does so); c_i(t) = weight x output of expert i for token t, 0 if not chosen.
+    """
 
     router_sqdist_EE: Array | None = None
     """Squared L2 distance between router rows."""
     router_norm: Array | None = None
     """Frobenius norm of the whole router, shape []."""
+    router_row_norm_E: Array | None = None
+    """L2 norm of each router row."""
     weight_sqdist_EE: Array | None = None
     """Squared L2 distance between experts, all their matrices concatenated."""
+    weight_powers_E5: Array | None = None
+    """Sums of w^0 to w^4 over each expert's non-zero weights (``slim/kurtosis.py``)."""
     tokens: Array | None = None
     """Calibration tokens seen by the layer, shape []."""
     routed_E: Array | None = None
     """Tokens routed to each expert."""
     coactivation_EE: Array | None = None
     """Tokens that were routed to both experts; symmetric, zero diagonal."""
+    score_full_sum_E: Array | None = None
+    """Sum of scores over all tokens."""
+    score_selected_sum_E: Array | None = None
+    """Sum of scores over the tokens that chose the expert; not renormalised."""
+    weighted_norm_sum_E: Array | None = None
+    """Sum over tokens of ||c_i(t)||."""
+    weighted_sqnorm_sum_E: Array | None = None
+    """Sum over tokens of ||c_i(t)||^2."""
+    contribution_gram_EE: Array | None = None
+    """Sum over tokens of <c_i(t), c_j(t)>, perhaps over a part of the tokens only."""
+    output_sqdist_EE: Array | None = None
+    """Sum over sampled tokens of ||E_i(x) - E_j(x)||^2, whoever was chosen."""
+    output_sqnorm_E: Array | None = None
+    """Sum over the same tokens of ||E_i(x)||^2."""
+    moe_cosine_sum: Array | None = None
+    """Sum over tokens of cos(x', x' + MoE(Norm(x'))), shape [] (Eq. 9)."""
+    moe_only_cosine_sum: Array | None = None
+    """Sum over tokens of cos(Norm(x'), MoE(Norm(x'))), shape [] (Eq. 8)."""
+    owl_outliers_E: Array | None = None
+    """Weights of each expert whose Wanda score exceeds ``owl_m`` times the mean score
+    of all weights of the layer's experts (``slim/owl.py``); 0 for removed experts."""
+    owl_m: Array | None = None
+    """The factor behind ``owl_outliers_E``, shape []."""
+    sensitivity_P2: Array | None = None
+    """P points (experts removed from this layer alone, held-out loss then), the first
+    at 0, ascending. ``Stats.sensitivity`` says by which rule they were removed."""
 
 
-SUMS = ("tokens", "routed_E", "coactivation_EE")
+SUMS = (
+    *("tokens", "routed_E", "coactivation_EE"),
+    *("score_full_sum_E", "score_selected_sum_E"),
+    *("weighted_norm_sum_E", "weighted_sqnorm_sum_E", "contribution_gram_EE"),
+    *("output_sqdist_EE", "output_sqnorm_E"),
+    *("moe_cosine_sum", "moe_only_cosine_sum"),
+)
+
+
+MODEL_ARRAYS = ("block_cosine_HH", "block_tokens")
+"""Fields of ``Stats`` that are arrays."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +95,13 @@ class Stats:
     forward_passes: int = 0
     calibration: dict[str, Any] = field(default_factory=dict)
     """Source, sha256 of the token ids, samples, sequence_length, seed."""
+    block_cosine_HH: Array | None = None
+    """Sum over sampled tokens of cos(h_i, h_j), H = layers + 1 hidden states: h_0
+    enters the first block, h_i leaves block i - 1."""
+    block_tokens: Array | None = None
+    """Tokens behind ``block_cosine_HH``, shape []."""
+    sensitivity: dict[str, Any] = field(default_factory=dict)
+    """``rule``: as ``decide.sensitivity.rule`` spells it; ``tokens``: held-out ones."""
 
     def __add__(self, other: "Stats") -> "Stats":
         """Add the sums of two parts of the same checkpoint's calibration data."""
@@ -64,18 +116,32 @@ class Stats:
         passes = max(self.forward_passes, other.forward_passes)
         parts = self.calibration.get("parts", [self.calibration])
         parts = parts + other.calibration.get("parts", [other.calibration])
-        return Stats(self.fingerprint, layers, passes, {"parts": parts})
+        return Stats(
+            fingerprint=self.fingerprint,
+            layers=layers,
+            forward_passes=passes,
+            calibration={"parts": parts},
+            block_cosine_HH=_add(self.block_cosine_HH, other.block_cosine_HH),
+            block_tokens=_add(self.block_tokens, other.block_tokens),
+            sensitivity=self.sensitivity or other.sensitivity,
+        )
 
 
 def _add_layers(one: LayerStats, two: LayerStats) -> LayerStats:
     merged: dict[str, Array | None] = {}
     for item in fields(LayerStats):
         a, b = getattr(one, item.name), getattr(two, item.name)
-        if item.name in SUMS and a is not None and b is not None:
-            merged[item.name] = a + b
+        if item.name in SUMS:
+            merged[item.name] = _add(a, b)
         else:
             merged[item.name] = a if a is not None else b
     return LayerStats(**merged)
+
+
+def _add(one: Array | None, two: Array | None) -> Array | None:
+    if one is None or two is None:
+        return one if two is None else two
+    return one + two
 
 
 def save_stats(stats: Stats, path: Path) -> None:
@@ -86,12 +152,16 @@ def save_stats(stats: Stats, path: Path) -> None:
         for item in fields(LayerStats)
         if (value := getattr(layer, item.name)) is not None
     }
+    for name in MODEL_ARRAYS:
+        if (whole := getattr(stats, name)) is not None:
+            arrays[f"model.{name}"] = np.ascontiguousarray(whole, dtype=np.float64)
     header = {
         "moe_prune_stats": FORMAT_VERSION,
         "fingerprint": stats.fingerprint,
         "forward_passes": str(stats.forward_passes),
         "layers": json.dumps(sorted(stats.layers)),
         "calibration": json.dumps(stats.calibration, sort_keys=True),
+        "sensitivity": json.dumps(stats.sensitivity, sort_keys=True),
     }
     temporary = path.with_name(path.name + ".tmp")
     save_file(arrays, temporary, metadata=header)
@@ -111,8 +181,12 @@ def load_stats(path: Path) -> Stats:
             values: dict[int, dict[str, Array]] = {
                 int(index): {} for index in json.loads(header["layers"])
             }
+            whole: dict[str, Array] = {}
             names: list[str] = file.keys()  # safe_open itself is not iterable
             for name in names:
+                if name.removeprefix("model.") in MODEL_ARRAYS:
+                    whole[name.removeprefix("model.")] = file.get_tensor(name)
+                    continue
                 _, index, quantity = name.split(".")
                 values[int(index)][quantity] = file.get_tensor(name)
     except FileNotFoundError as error:
@@ -124,4 +198,6 @@ def load_stats(path: Path) -> Stats:
         layers={index: LayerStats(**items) for index, items in values.items()},
         forward_passes=int(header["forward_passes"]),
         calibration=json.loads(header["calibration"]),
+        sensitivity=json.loads(header.get("sensitivity", "{}")),
+        **whole,
     )

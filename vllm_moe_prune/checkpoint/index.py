@@ -64,18 +64,23 @@ class TensorInfo:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the checkpoint, or a one-line error."""
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path}: missing. A checkpoint folder needs it."
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    # Also what is no text, and a whole number of more digits than Python reads.
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(
             f"{path}: expected a JSON object, found a {type(data).__name__}."
         )
     return data
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}")
 
 
 def read_index(folder: Path) -> dict[str, TensorInfo]:
@@ -105,9 +110,8 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
                 )
             tensors |= found
         return tensors
-    single = folder / SINGLE_NAME
-    if single.is_file():
-        return read_header(single)
+    if (folder / SINGLE_NAME).is_file():
+        return read_header(_inside(folder, SINGLE_NAME, folder))
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
     hint = f"; {len(shards)} shards are there without it" if shards else ""
     raise CheckpointError(
@@ -136,15 +140,18 @@ def is_inside(folder: Path, path: Path) -> bool:
     root = folder.resolve()
     if root.parent.name == "snapshots":
         root = root.parent.parent
-    return path.resolve().is_relative_to(root)
+    try:
+        return path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # links that lead in a circle
+        return False
 
 
-def _inside(folder: Path, file_name: str, index_path: Path) -> Path:
+def _inside(folder: Path, file_name: str, named_by: Path) -> Path:
     path = folder / file_name
     plain = Path(file_name).name == file_name and file_name not in {"", ".", ".."}
-    if not plain or not is_inside(folder, path):
+    if not plain or not file_name.isprintable() or not is_inside(folder, path):
         raise CheckpointError(
-            f"{index_path}: names {file_name!r}, which is outside the folder."
+            f"{named_by}: names {file_name!r}, which is not inside the folder."
         )
     if not path.is_file():
         raise CheckpointError(

@@ -16,6 +16,13 @@ from .index import TensorInfo, fingerprint
 from .remap import ExpertRemap, check_against_shapes, load_remap
 
 FLOATS = ("BF16", "F16", "F32")
+# Sizes that every family calls the same; where they are given, they must be sizes.
+SIZES = (
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,7 @@ def build_checkpoint(
     """
     where = folder / "config.json"
     arch = find_arch(config.get("model_type"), str(where))
-    if "quantization_config" in config:
-        method = config["quantization_config"]
+    if (method := config.get("quantization_config")) is not None:
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise CheckpointError(
             f"{where}: the checkpoint is quantised ({name}); only bf16, fp16 and fp32 "
@@ -120,8 +126,17 @@ def build_checkpoint(
         )
     for key in ("layers", "hidden", "top_k", "experts", "width"):
         _positive(config, getattr(arch.config, key), where)
+    for key in SIZES:
+        if config.get(key) is not None:
+            _positive(config, key, where)
     remap = load_remap(folder, config)
     count = config[arch.config.layers]
+    if count > len(tensors):
+        raise CheckpointError(
+            f"{where}: {arch.config.layers} is {count}, but the checkpoint has only "
+            f"{len(tensors)} tensors."
+        )
+    _check_lists(config, arch, count, where)
     views = _layer_views(config, count, where)
     layout = _find_layout(arch, tensors, count, folder)
     held = _held_experts(layout, tensors, folder)
@@ -160,10 +175,22 @@ def _positive(config: dict[str, Any], key: str, where: Path, least: int = 1) -> 
     return value
 
 
+def _check_lists(
+    config: dict[str, Any], arch: MoeArch, count: int, where: Path
+) -> None:
+    for key in arch.per_layer_lists:
+        values = config.get(key)
+        if isinstance(values, list) and len(values) != count:
+            raise CheckpointError(
+                f"{where}: {key} lists {len(values)} layers, but {arch.config.layers} "
+                f"is {count}."
+            )
+
+
 def _layer_views(
     config: dict[str, Any], count: int, where: Path
 ) -> list[dict[str, Any]]:
-    overrides = config.get("per_layer_config") or {}
+    overrides = config.get("per_layer_config", {})
     if not isinstance(overrides, dict):
         raise CheckpointError(f"{where}: per_layer_config is not an object.")
     views = [config] * count
@@ -234,6 +261,22 @@ def _build_layer(
         raise CheckpointError(
             f"{folder}: layer {index}: router {layout.router.name(index)!r} is missing."
         )
+    rows = router.shape[0] if len(router.shape) == 2 else 0
+    hidden = view[arch.config.hidden]
+    if (
+        len(router.shape) != 2
+        or router.shape[1] != hidden
+        or router.dtype not in FLOATS
+    ):
+        raise CheckpointError(
+            f"{router.file}: {router.name}: {router.dtype} of shape "
+            f"{list(router.shape)}, expected floats of shape [{experts}, {hidden}]."
+        )
+    if experts > rows:
+        raise CheckpointError(
+            f"{router.file}: {router.name} has {rows} rows, but config.json says "
+            f"{arch.config.experts} is {experts}."
+        )
     for rule in layout.experts:
         if rule.per_expert:
             found = held.get((index, rule.role), set())
@@ -249,17 +292,6 @@ def _build_layer(
                     f"config.json says {arch.config.experts} is {experts}."
                 )
         _check_shapes(rule.axes, rule, index, experts, view, tensors, arch)
-    rows = router.shape[0] if len(router.shape) == 2 else 0
-    hidden = view[arch.config.hidden]
-    if (
-        len(router.shape) != 2
-        or router.shape[1] != hidden
-        or router.dtype not in FLOATS
-    ):
-        raise CheckpointError(
-            f"{router.file}: {router.name}: {router.dtype} of shape "
-            f"{list(router.shape)}, expected floats of shape [{experts}, {hidden}]."
-        )
     if entry is not None and remap is not None:
         check_against_shapes(
             remap, index, experts=experts, router_rows=rows, where=str(folder)

@@ -17,7 +17,7 @@ from ..recipe import Strict, first_problem
 FILE_NAME = "expert_remap.json"
 CONFIG_BLOCK = "moe_prune"
 FORMAT_VERSION: Literal[1] = 1
-Index = Annotated[int, Field(ge=0)]
+Index = Annotated[int, Field(ge=0, strict=True)]
 
 
 class RemapSource(Strict):

@@ -7,8 +7,9 @@ larger than a layer, so the header is written here and the tensors stream in aft
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -153,11 +154,9 @@ class ShardWriter:
         shard = self._open.get(plan.file_name) or self._start(plan)
         offset, view = plan.offsets[name] + at, data.cast("B")
         done = 0
-        try:
+        with writing(shard.path):
             while done < len(view):
                 done += os.pwrite(shard.fd, view[done:], offset + done)
-        except OSError as error:
-            raise _cannot_write(shard.path, error) from error
         self.bytes_written += done
         shard.left -= done
         if shard.left == 0:
@@ -167,33 +166,29 @@ class ShardWriter:
 
     def _start(self, plan: ShardPlan) -> _OpenShard:
         path = self.folder / (plan.file_name + ".tmp")
-        try:
+        with writing(path):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             os.pwrite(fd, plan.header, 0)
-        except OSError as error:
-            raise _cannot_write(path, error) from error
         left = plan.file_bytes - len(plan.header)
         shard = _OpenShard(plan, path, fd, left)
         self._open[plan.file_name] = shard
         return shard
 
     def _finish(self, shard: _OpenShard) -> None:
-        try:
+        with writing(shard.path):
             os.fsync(shard.fd)
             os.close(shard.fd)
             digest = file_sha256(shard.path)
             shard.path.rename(self.folder / shard.plan.file_name)
-            append_journal(
-                self.folder,
-                {
-                    "shard": shard.plan.file_name,
-                    "bytes": shard.plan.file_bytes,
-                    "sha256": digest,
-                },
-            )
-            self._done.add(shard.plan.file_name)
-        except OSError as error:
-            raise _cannot_write(shard.path, error) from error
+        append_journal(
+            self.folder,
+            {
+                "shard": shard.plan.file_name,
+                "bytes": shard.plan.file_bytes,
+                "sha256": digest,
+            },
+        )
+        self._done.add(shard.plan.file_name)
 
     def _raise_failures(self) -> None:
         for future in [item for item in self._closing if item.done()]:
@@ -214,11 +209,20 @@ class ShardWriter:
             os.close(shard.fd)
 
 
-def _cannot_write(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{path}: cannot be written: {error.strerror or error}. "
-        "Free space or mend the disk, then run the same command with --resume."
-    )
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses into an error that says how to go on.
+
+    Raises:
+        OutputError: Instead of any OSError; names ``path``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written: {error.strerror or error}. "
+            "Free space or mend the disk, then run the same command with --resume."
+        ) from error
 
 
 def file_sha256(path: Path) -> str:
@@ -229,7 +233,8 @@ def file_sha256(path: Path) -> str:
 
 def append_journal(folder: Path, entry: dict[str, object]) -> None:
     """Add one line to the journal and force it to disk."""
-    with (folder / JOURNAL_NAME).open("a", encoding="utf-8") as file:
+    path = folder / JOURNAL_NAME
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -237,22 +242,26 @@ def append_journal(folder: Path, entry: dict[str, object]) -> None:
 
 def rewrite_journal(folder: Path, entries: Sequence[dict[str, object]]) -> None:
     """Replace the journal in one step."""
-    temporary = folder / (JOURNAL_NAME + ".tmp")
-    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    temporary.replace(folder / JOURNAL_NAME)
+    path, temporary = folder / JOURNAL_NAME, folder / (JOURNAL_NAME + ".tmp")
+    with writing(path):
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        temporary.replace(path)
 
 
 def read_journal(folder: Path) -> list[dict[str, object]]:
-    """The complete lines of a journal; a line cut short by a kill does not count."""
+    """The complete lines of a journal, up to one that a kill or a crash spoilt."""
     path = folder / JOURNAL_NAME
     if not path.is_file():
         return []
     entries = []
-    for line in path.read_text("utf-8").split("\n")[:-1]:
+    for line in path.read_text("utf-8", errors="replace").split("\n")[:-1]:
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(entry, dict):
+            break
+        entries.append(entry)
     return entries
 
 

@@ -24,6 +24,7 @@ from ..checkpoint.writer import (
     ShardWriter,
     append_journal,
     plan_shards,
+    writing,
 )
 from ..decide.plan import CutPlan, check_plan, dump_plan
 from ..errors import CalibrationError
@@ -93,21 +94,24 @@ def cut(
     space = open_workspace(out, key, shards, resume=resume, overwrite=overwrite)
     writer = ShardWriter(space.partial, shards, space.finished)
     run = _Cut(checkpoint, plan, tensors, writer, space, report)
+    passes = 1 if plan.needs_activations else 0
     try:
         if plan.needs_activations and tokens is not None:
             run.with_activations(tokens, device, key)
         else:
             run.without_activations()
         writer.close()
+        records = tuple(run.records[index] for index in sorted(run.records))
+        with writing(space.partial):
+            done = write_companions(
+                checkpoint, plan, space.partial, shards, records, tokens, passes
+            )
+            publish(space)
     except BaseException:
         writer.abort()
         raise
-    records = tuple(run.records[index] for index in sorted(run.records))
-    passes = 1 if plan.needs_activations else 0
-    done = write_companions(
-        checkpoint, plan, space.partial, shards, records, tokens, passes
-    )
-    publish(space)
+    finally:
+        space.release()
     return CutResult(
         out=out,
         bytes_written=writer.bytes_written,

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import yaml
+
 from ..checkpoint.open import Checkpoint
 from ..decide.plan import CutPlan
 from .achieved import Achieved
@@ -83,7 +85,7 @@ def _inherited(checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
     try:
         source = ModelCard.load(path).data.to_dict()
-    except (ValueError, UnicodeDecodeError):
-        # Front matter that is not valid YAML; the card has nothing to inherit.
+    except (ValueError, RecursionError, yaml.YAMLError):
+        # Front matter that is no YAML, or no mapping; there is nothing to inherit.
         return {}
     return {key: source[key] for key in INHERITED if source.get(key)}

@@ -5,7 +5,11 @@ itself appears only when everything is in it, and an earlier ``OUT`` stays as it
 until then.
 """
 
+import fcntl
+import logging
+import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +22,11 @@ from ..checkpoint.writer import (
     finished_shards,
     read_journal,
     rewrite_journal,
+    writing,
 )
 from ..errors import CheckpointError, OutputError
+
+log = logging.getLogger(__name__)
 
 WORK_NAME = "work"
 # Written anew for the output, so never copied from the input.
@@ -31,6 +38,8 @@ OWN_FILES = {
     "moe_prune.yaml",
     "provenance.json",
     "run.json",
+    JOURNAL_NAME,
+    WORK_NAME,
 }
 WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".gguf")
 # Tokenizers and templates are megabytes; anything larger is not metadata.
@@ -45,12 +54,17 @@ class Workspace:
     partial: Path
     journal: list[dict[str, object]]
     finished: frozenset[str]
-    overwrite: bool
+    lock: int
+    """File descriptor; a second run in this folder is refused while it is open."""
 
     @property
     def work(self) -> Path:
         """Where hidden states and statistics live until the output is complete."""
         return self.partial / WORK_NAME
+
+    def release(self) -> None:
+        """Let other runs in, which the end of the process would do as well."""
+        os.close(self.lock)
 
 
 def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
@@ -65,6 +79,11 @@ def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
         raise OutputError(
             f"{out}: the output folder is not empty. Choose another one, or pass "
             "--overwrite to replace it once the new one is complete."
+        )
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        raise OutputError(
+            f"{out}: is not a checkpoint (it has no config.json), so --overwrite does "
+            "not replace it. Choose another output, or delete that folder yourself."
         )
     partial = partial_folder(out)
     if partial.exists() and not resume and not overwrite:
@@ -93,10 +112,48 @@ def open_workspace(
 
     Raises:
         OutputError: See ``check_output``; or the disk is too full, or the unfinished
-            run was another one.
+            run was another one, or is not dead.
     """
     check_output(out, resume=resume, overwrite=overwrite)
     partial = partial_folder(out)
+    fresh = not partial.exists()
+    lock = _lock(partial)
+    try:
+        journal, finished = _continue(partial, key, shards, resume=resume)
+        needed = sum(
+            shard.file_bytes for shard in shards if shard.file_name not in finished
+        )
+        _check_space(out, needed)
+    except BaseException:
+        os.close(lock)
+        if fresh:
+            shutil.rmtree(partial)
+        raise
+    return Workspace(out, partial, journal, finished, lock)
+
+
+def _lock(partial: Path) -> int:
+    """Make the folder ours, until the descriptor is closed or the process ends."""
+    with writing(partial):
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise OutputError(
+            f"{partial}: another run is writing there. Wait for it to end, or end it."
+        ) from error
+    except OSError:
+        # A file system without locks; then nothing can be found out.
+        log.debug("%s: cannot be locked", partial)
+    return lock
+
+
+def _continue(
+    partial: Path, key: str, shards: Sequence[ShardPlan], *, resume: bool
+) -> tuple[list[dict[str, object]], frozenset[str]]:
+    """What is left of an unfinished run: its journal, and the shards it finished."""
     journal = read_journal(partial) if resume else []
     begun = [entry["key"] for entry in journal if "key" in entry]
     if begun and begun[0] != key:
@@ -104,18 +161,23 @@ def open_workspace(
             f"{partial}: the unfinished run there used another plan, input or "
             "calibration text. Pass --overwrite to start again."
         )
-    if not resume and partial.exists():
-        shutil.rmtree(partial)
+    if not begun:
+        # Without a key nobody knows what the files there belong to.
+        _empty(partial)
     finished = finished_shards(partial, shards, journal)
-    needed = sum(
-        shard.file_bytes for shard in shards if shard.file_name not in finished
-    )
-    _check_space(out, needed)
-    partial.mkdir(parents=True, exist_ok=True)
     # Written anew: a line cut short by a kill must not swallow the next one.
     kept = [entry for entry in journal if entry.get("shard") in (None, *finished)]
     rewrite_journal(partial, kept if begun else [{"key": key}])
-    return Workspace(out, partial, kept, finished, overwrite)
+    return kept, finished
+
+
+def _empty(folder: Path) -> None:
+    with writing(folder):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _check_space(out: Path, needed: int) -> None:
@@ -149,23 +211,28 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> list[str]:
                 f"{path}: {path.stat().st_size} bytes is too large for a companion "
                 "file; move it out of the checkpoint folder."
             )
-        (folder / name).write_bytes(path.read_bytes())
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be read: {error.strerror or error}."
+            ) from error
+        (folder / name).write_bytes(data)
         copied.append(name)
     return copied
 
 
 def publish(workspace: Workspace) -> None:
     """Turn the finished partial folder into the output, replacing an earlier one."""
+    partial, out = workspace.partial, workspace.out
     if workspace.work.exists():
         shutil.rmtree(workspace.work)
-    (workspace.partial / JOURNAL_NAME).unlink()
-    out = workspace.out
-    if out.exists() and any(out.iterdir()):
-        retired = out.parent / (out.name + ".old")
-        out.rename(retired)
-        workspace.partial.rename(out)
-        shutil.rmtree(retired)
-        return
+    retired = None
     if out.exists():
-        out.rmdir()
-    workspace.partial.rename(out)
+        # A new name: a folder OUT.old may be somebody's copy of something.
+        name = tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".old", dir=out.parent)
+        retired = out.rename(name)
+    (partial / JOURNAL_NAME).unlink()
+    partial.rename(out)
+    if retired is not None:
+        shutil.rmtree(retired)

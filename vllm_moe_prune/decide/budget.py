@@ -1,31 +1,40 @@
-"""How many experts leave each layer: exact budgets, global or the same everywhere.
+"""How many experts leave each layer: exact budgets, whatever decides which.
 
-A global budget takes the lowest merges over all layers, ordered by (height, layer,
-first, second): one threshold for the whole model, found exactly by sorting where the
-official code searches for it. Within a layer equal heights already come in the order
-(first, second), so that each layer is left with a prefix of its merge sequence.
+Within a layer experts leave in a fixed order of steps (merges, or single removals),
+each with a height that never decreases. ``global`` takes the lowest steps over all
+layers, ordered by (height, layer, position): one threshold for the whole model, found
+exactly by sorting where the official code searches for it. ``per-layer`` takes the
+same number everywhere, ``sensitivity`` splits by measured loss. Each layer is left
+with a prefix of its steps.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..errors import RecipeError
 from ..recipe import ExpertStage
-from .clusters import Merge
 from .plan import LayerShape
 
 Layers = Mapping[int, LayerShape]
 """The layers that take part: MoE layers that are not dropped."""
 
 
+class Step(Protocol):
+    """One expert leaving a layer."""
+
+    @property
+    def height(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class Budget:
-    """How many merges each layer carries out."""
+    """How many steps each layer takes."""
 
-    merges: dict[int, int]
+    steps: dict[int, int]
     threshold: float | None = None
-    """Height of the last merge within a global budget; None where there is none."""
+    """Height of the last step within a global budget; None where there is none."""
 
 
 def whole_experts(share: float, experts: int) -> int:
@@ -33,15 +42,20 @@ def whole_experts(share: float, experts: int) -> int:
     return math.floor(share * experts * (1.0 + 1e-12) + 0.5)
 
 
-def fewest_experts(shape: LayerShape, stage: ExpertStage) -> int:
-    """How many experts a layer must keep; a layer that has fewer keeps them all."""
+def fewest_experts(layer: int, shape: LayerShape, stage: ExpertStage) -> int:
+    """How many experts a layer must keep; a layer that has fewer keeps them all.
+
+    Clusters never vanish, so only dropping by score can leave a layer without experts.
+    """
     wanted = shape.top_k if stage.min_experts is None else stage.min_experts
-    return min(shape.num_experts, max(1, wanted))
+    protected = len(stage.protected.get(layer, ()))
+    least = 0 if stage.method == "score" else 1
+    return min(shape.num_experts, max(least, wanted, protected))
 
 
-def most_removed(shape: LayerShape, stage: ExpertStage) -> int:
+def most_removed(layer: int, shape: LayerShape, stage: ExpertStage) -> int:
     """How many experts a layer can lose."""
-    most = shape.num_experts - fewest_experts(shape, stage)
+    most = shape.num_experts - fewest_experts(layer, shape, stage)
     return most if stage.max_removed is None else min(most, stage.max_removed)
 
 
@@ -62,7 +76,7 @@ def global_target(layers: Layers, stage: ExpertStage) -> int:
                 f"keep {stage.keep} experts per layer, but the layers have "
                 f"{experts / len(layers):g} on average. Lower experts.keep."
             )
-    room = sum(most_removed(shape, stage) for shape in layers.values())
+    room = sum(most_removed(layer, shape, stage) for layer, shape in layers.items())
     if target > room:
         raise RecipeError(_too_many(layers, stage, target, experts, room))
     return target
@@ -81,28 +95,28 @@ def layer_targets(layers: Layers, stage: ExpertStage) -> dict[int, int]:
 
 
 def spend_global(
-    sequences: Mapping[int, Sequence[Merge]], most: Mapping[int, int], target: int
+    sequences: Mapping[int, Sequence[Step]], most: Mapping[int, int], target: int
 ) -> Budget:
-    """Choose the ``target`` lowest merges of the model.
+    """Choose the ``target`` lowest steps of the model.
 
     Args:
-        sequences: Each layer's whole merge sequence.
-        most: How many merges each layer may carry out.
+        sequences: Each layer's whole sequence of steps.
+        most: How many steps each layer may take.
         target: At most the sum of ``most``.
     """
     ranked = sorted(
-        (merge.height, layer, position)
+        (step.height, layer, position)
         for layer, sequence in sequences.items()
-        for position, merge in enumerate(sequence[: most[layer]])
+        for position, step in enumerate(sequence[: most[layer]])
     )[:target]
-    merges = dict.fromkeys(sequences, 0)
+    steps = dict.fromkeys(sequences, 0)
     for _, layer, _ in ranked:
-        merges[layer] += 1
-    return Budget(merges, ranked[-1][0] if ranked else None)
+        steps[layer] += 1
+    return Budget(steps, ranked[-1][0] if ranked else None)
 
 
 def _layer_target(layer: int, shape: LayerShape, stage: ExpertStage) -> int:
-    experts, fewest = shape.num_experts, fewest_experts(shape, stage)
+    experts, fewest = shape.num_experts, fewest_experts(layer, shape, stage)
     if stage.keep is None:
         target = whole_experts(stage.drop or 0.0, experts)
         asked = (
@@ -119,10 +133,9 @@ def _layer_target(layer: int, shape: LayerShape, stage: ExpertStage) -> int:
             "Lower experts.keep, or use budget: global."
         )
     if experts - target < fewest:
-        raise RecipeError(
-            f"{asked} experts, but {_minimum(shape.top_k, stage)}. "
-            f"{advice}{_or_allow_fewer(fewest, stage)}."
-        )
+        why = _minimum({layer: shape}, stage)
+        or_else = _or_allow_fewer({layer: shape}, stage)
+        raise RecipeError(f"{asked} experts, but {why}. {advice}{or_else}.")
     if stage.max_removed is not None and target > stage.max_removed:
         raise RecipeError(
             f"{asked} experts, that is {target} fewer, but experts.max_removed is "
@@ -132,19 +145,22 @@ def _layer_target(layer: int, shape: LayerShape, stage: ExpertStage) -> int:
 
 
 def _check_keep(layers: Layers, stage: ExpertStage) -> None:
-    fewest = min((fewest_experts(shape, stage) for shape in layers.values()), default=0)
-    if stage.keep is not None and stage.keep < fewest:
-        top_k = min(shape.top_k for shape in layers.values())
+    if stage.keep is None or not layers:
+        return
+    least = {layer: fewest_experts(layer, layers[layer], stage) for layer in layers}
+    first = min(least, key=lambda layer: (least[layer], layer))
+    if stage.keep < least[first]:
+        tightest = {first: layers[first]}
         raise RecipeError(
-            f"keep {stage.keep} experts per layer, but {_minimum(top_k, stage)}. "
-            f"Keep at least {fewest}{_or_allow_fewer(fewest, stage)}."
+            f"keep {stage.keep} experts per layer, but {_minimum(tightest, stage)}. "
+            f"Keep at least {least[first]}{_or_allow_fewer(tightest, stage)}."
         )
 
 
 def _too_many(
     layers: Layers, stage: ExpertStage, target: int, experts: int, room: int
 ) -> str:
-    fewest = max(fewest_experts(shape, stage) for shape in layers.values())
+    fewest = max(fewest_experts(layer, layers[layer], stage) for layer in layers)
     cap = stage.max_removed
     limits = f"at least {fewest} per layer"
     lower = "Lower experts.drop" if stage.keep is None else "Raise experts.keep"
@@ -152,21 +168,35 @@ def _too_many(
         limits += f" and at most {cap} removed from each"
         lower += ", raise experts.max_removed"
     capped = cap is not None and room == cap * len(layers)
-    fewer = "" if capped else _or_allow_fewer(fewest, stage)
+    fewer = "" if capped else _or_allow_fewer(layers, stage)
     return (
         f"asked to remove {target} of {experts} experts, but with {limits} only "
         f"{room} can go. {lower}{fewer}."
     )
 
 
-def _minimum(top_k: int, stage: ExpertStage) -> str:
+def _held_by_protection(layers: Layers, stage: ExpertStage) -> bool:
+    """Whether a list of protected experts is what sets a layer's minimum."""
+    free = stage.model_copy(update={"protected": {}})
+    return any(
+        fewest_experts(layer, shape, free) < fewest_experts(layer, shape, stage)
+        for layer, shape in layers.items()
+    )
+
+
+def _minimum(layers: Layers, stage: ExpertStage) -> str:
+    if _held_by_protection(layers, stage):
+        layer = min(layers)
+        return f"{len(stage.protected[layer])} are in experts.protected"
     if stage.min_experts is None:
-        return f"top-k is {top_k}"
+        return f"top-k is {min(shape.top_k for shape in layers.values())}"
     return f"experts.min_experts is {stage.min_experts}"
 
 
-def _or_allow_fewer(fewest: int, stage: ExpertStage) -> str:
-    if fewest == 1:
+def _or_allow_fewer(layers: Layers, stage: ExpertStage) -> str:
+    if _held_by_protection(layers, stage):
+        return ", or protect fewer"
+    if all(fewest_experts(layer, layers[layer], stage) <= 1 for layer in layers):
         return ""
     if stage.min_experts is not None:
         return ", or lower experts.min_experts"

@@ -25,10 +25,11 @@ class Merge:
 
 
 def merge_sequence(distance_EE: Array) -> list[Merge]:
-    """All E - 1 merges of one layer; ties go to the smallest (first, second).
+    """All merges of one layer; ties go to the smallest (first, second).
 
     Args:
-        distance_EE: Symmetric; the diagonal is not looked at.
+        distance_EE: Symmetric; the diagonal is not looked at. Infinite between experts
+            that must not meet; without any such there are E - 1 merges.
     """
     linkage_EE = distance_EE.copy()
     np.fill_diagonal(linkage_EE, np.inf)
@@ -37,6 +38,8 @@ def merge_sequence(distance_EE: Array) -> list[Merge]:
     for _ in range(experts - 1):
         # argmin returns the first minimum in row-major order, hence first < second.
         first, second = divmod(int(linkage_EE.argmin()), experts)
+        if np.isinf(linkage_EE[first, second]):
+            break
         merges.append(Merge(float(linkage_EE[first, second]), first, second))
         joined_E = np.maximum(linkage_EE[first], linkage_EE[second])
         linkage_EE[first] = linkage_EE[:, first] = joined_E
@@ -44,14 +47,17 @@ def merge_sequence(distance_EE: Array) -> list[Merge]:
     return merges
 
 
-def cut_at(merges: Sequence[Merge], count: int) -> tuple[tuple[int, ...], ...]:
+def cut_at(
+    merges: Sequence[Merge], count: int, *, experts: int
+) -> tuple[tuple[int, ...], ...]:
     """The clusters after the first ``count`` merges, by smallest member.
 
     Args:
-        merges: A layer's whole sequence, one fewer than it has experts.
+        merges: A layer's sequence.
         count: How many to carry out, that is, how many experts go.
+        experts: How many the layer has.
     """
-    members = {expert: [expert] for expert in range(len(merges) + 1)}
+    members = {expert: [expert] for expert in range(experts)}
     for merge in merges[:count]:
         members[merge.first] += members.pop(merge.second)
     return tuple(tuple(sorted(cluster)) for _, cluster in sorted(members.items()))

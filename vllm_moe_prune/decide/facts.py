@@ -4,15 +4,26 @@ Plain values, filled in from the checkpoint's headers by whoever opened it.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..slim.quota import groups_in, zeros_in_matrix
-from .plan import LayerPlan, ModelId
+from ..recipe import Part, SlimMethod
+from ..slim.quota import groups_in, zeros_in_group
+from .plan import CutPlan, LayerPlan, ModelId
 
-Slim = Literal["wanda", "magnitude", "none"]
 Routing = Literal["drop", "redirect"]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix that can be slimmed, as it is slimmed: [rows, cols]."""
+
+    name: str
+    """Below the layer's prefix, as in the checkpoint: ``self_attn.q_proj.weight``."""
+    part: Part
+    rows: int
+    cols: int
 
 
 @dataclass(frozen=True)
@@ -30,11 +41,25 @@ class LayerFacts:
     """[rows, cols] of the matrices of one expert, as they are slimmed."""
     router_parameters_per_expert: int = 0
     """What an expert takes with it besides its matrices: router row, biases."""
+    moe_norm_parameters: int = 0
+    """The part of ``moe_parameters`` that is the norm before the MoE."""
+    expert_names: tuple[str, ...] = ()
+    """Names of the matrices of one expert below the layer's prefix, ``{expert}`` left
+    as it is; for ``slim.exclude``."""
+    others: tuple[Matrix, ...] = ()
+    """Every matrix of the layer that is neither a routed expert's nor the router."""
 
     @property
     def expert_parameters(self) -> int:
         """Parameters of one expert."""
         return sum(rows * cols for rows, cols in self.expert_shapes)
+
+    @property
+    def expert_matrices(self) -> tuple[Matrix, ...]:
+        """The matrices of one expert."""
+        names = self.expert_names or ("",) * len(self.expert_shapes)
+        pairs = zip(names, self.expert_shapes, strict=True)
+        return tuple(Matrix(name, "experts", *shape) for name, shape in pairs)
 
 
 @dataclass(frozen=True)
@@ -56,6 +81,38 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class Slimming:
+    """Which matrices are slimmed, and in which groups."""
+
+    method: SlimMethod
+    group: int | None = None
+    """The m of an n:m pattern."""
+    parts: tuple[Part, ...] = ("experts",)
+    exclude: tuple[str, ...] = ()
+
+    def takes(self, matrix: Matrix) -> bool:
+        """Whether a matrix is slimmed."""
+        return matrix.part in self.parts and not any(
+            text in matrix.name for text in self.exclude
+        )
+
+    def groups(
+        self, layer: LayerFacts, plan: LayerPlan, *, experts_only: bool = False
+    ) -> Counter[int]:
+        """How many comparison groups of each size a layer is left with."""
+        groups: Counter[int] = Counter()
+        for matrix, copies in left_matrices(layer, plan):
+            if self.method == "none" or not self.takes(matrix):
+                continue
+            if experts_only and matrix.part != "experts":
+                continue
+            found = groups_in(self.method, matrix.rows, matrix.cols, self.group)
+            for size, count in found.items():
+                groups[size] += count * copies
+        return +groups
+
+
+@dataclass(frozen=True)
 class SparsityCount:
     """Parameters before, removed and zeroed; experts of dropped layers are removed."""
 
@@ -64,12 +121,14 @@ class SparsityCount:
     all_parameters: int
     all_parameters_removed: int
     zeros: int
-    """Weights zeroed in surviving experts."""
+    """Weights zeroed in what survives."""
+    expert_zeros: int
+    """Those of them in routed experts."""
 
     @property
     def expert_sparsity(self) -> float:
         """Removed or zeroed expert parameters over expert parameters before."""
-        gone = self.expert_parameters_removed + self.zeros
+        gone = self.expert_parameters_removed + self.expert_zeros
         return gone / self.expert_parameters if self.expert_parameters else 0.0
 
     @property
@@ -78,10 +137,26 @@ class SparsityCount:
         return (self.all_parameters_removed + self.zeros) / self.all_parameters
 
 
-def count_sparsity(
-    facts: ModelFacts, layers: Sequence[LayerPlan], slim: Slim, routing: Routing
-) -> SparsityCount:
+def count_plan(facts: ModelFacts, plan: CutPlan) -> SparsityCount:
     """What a plan removes and zeroes, to the last parameter."""
+    slimming = Slimming(plan.slim, plan.group, plan.slim_parts, plan.slim_exclude)
+    return count_layers(facts, plan.layers, slimming, plan.routing)
+
+
+def count_sparsity(
+    facts: ModelFacts, layers: Sequence[LayerPlan], slim: SlimMethod, routing: Routing
+) -> SparsityCount:
+    """The same where experts are slimmed and the pattern is unstructured."""
+    return count_layers(facts, layers, Slimming(slim), routing)
+
+
+def count_layers(
+    facts: ModelFacts,
+    layers: Sequence[LayerPlan],
+    slimming: Slimming,
+    routing: Routing,
+) -> SparsityCount:
+    """The same from a plan's parts, before there is a plan."""
     pairs = list(zip(facts.layers, layers, strict=True))
     return SparsityCount(
         expert_parameters=facts.expert_parameters,
@@ -93,20 +168,25 @@ def count_sparsity(
         all_parameters_removed=sum(
             _removed(layer, plan, routing) for layer, plan in pairs
         ),
-        zeros=sum(_zeros(layer, plan, slim) for layer, plan in pairs),
+        zeros=sum(
+            _zeros(slimming.groups(layer, plan), plan.sparsity) for layer, plan in pairs
+        ),
+        expert_zeros=sum(
+            _zeros(slimming.groups(layer, plan, experts_only=True), plan.sparsity)
+            for layer, plan in pairs
+        ),
     )
 
 
-def slimmed_groups(
-    pairs: Iterable[tuple[LayerFacts, LayerPlan]], method: Literal["wanda", "magnitude"]
-) -> Counter[int]:
-    """How many comparison groups of each size the surviving experts have."""
-    groups: Counter[int] = Counter()
-    for layer, plan in pairs:
-        for rows, cols in layer.expert_shapes:
-            count, size = groups_in(method, rows, cols)
-            groups[size] += count * len(plan.keep)
-    return +groups
+def left_matrices(layer: LayerFacts, plan: LayerPlan) -> Iterator[tuple[Matrix, int]]:
+    """The matrices that could be slimmed in what a plan leaves, with their number."""
+    for matrix in layer.expert_matrices:
+        yield matrix, len(plan.keep)
+    for matrix in layer.others:
+        gone = plan.action == "drop-block" or (
+            plan.action != "keep" and matrix.part == "shared"
+        )
+        yield matrix, 0 if gone else 1
 
 
 def _removed(layer: LayerFacts, plan: LayerPlan, routing: Routing) -> int:
@@ -114,14 +194,11 @@ def _removed(layer: LayerFacts, plan: LayerPlan, routing: Routing) -> int:
         return layer.parameters
     if plan.action == "drop-moe":
         return layer.moe_parameters
+    if plan.action == "drop-moe-keep-norm":
+        return layer.moe_parameters - layer.moe_norm_parameters
     rows = layer.router_parameters_per_expert if routing == "drop" else 0
     return (plan.experts - len(plan.keep)) * (layer.expert_parameters + rows)
 
 
-def _zeros(layer: LayerFacts, plan: LayerPlan, slim: Slim) -> int:
-    if slim == "none":
-        return 0
-    return len(plan.keep) * sum(
-        zeros_in_matrix(slim, rows, cols, plan.sparsity)
-        for rows, cols in layer.expert_shapes
-    )
+def _zeros(groups: Counter[int], sparsity: float) -> int:
+    return sum(count * zeros_in_group(size, sparsity) for size, count in groups.items())

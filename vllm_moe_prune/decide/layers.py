@@ -1,17 +1,110 @@
-"""Which sublayers and blocks leave whole, as the recipe lists them by index."""
+"""Which sublayers and blocks leave whole: as listed, or those that do the least.
 
-from collections.abc import Sequence
-from typing import Literal
+A MoE sublayer or a block that hardly turns its input (cosine near 1) is redundant.
+All similarities are of the intact model, so any number of drops reads one measurement.
+"""
 
-from ..errors import RecipeError
-from ..recipe import LayerStage
-from .plan import LayerShape
+from collections.abc import Iterable, Sequence
 
-Action = Literal["keep", "drop-moe", "drop-block"]
+from ..calibrate.stats import Stats
+from ..errors import PlanError, RecipeError
+from ..recipe import LayerStage, Recipe
+from .plan import Action, LayerShape
+from .similarity import Array, measured
+
+MEASURE_LAYERS = "Run `vllm-moe-prune measure` with this recipe and --calibration."
 
 
-def layer_actions(layers: Sequence[LayerShape], stage: LayerStage) -> list[Action]:
+def decide_layers(
+    stats: Stats | None, layers: Sequence[LayerShape], recipe: Recipe
+) -> list[Action]:
     """What happens to each layer as a whole.
+
+    Blocks are chosen first; then MoE sublayers of the blocks that stay. Layers with
+    protected experts are chosen for neither.
+
+    Raises:
+        RecipeError: If a listed index, or the number asked for, cannot be dropped.
+        PlanError: If a similarity was not measured.
+    """
+    stage = recipe.layers
+    actions = listed_actions(layers, stage)
+    protected = {layer for layer, ids in recipe.experts.protected.items() if ids}
+    if stage.block_count:
+        free = [layer for layer in range(len(layers)) if layer not in protected]
+        _check_count("block_count", stage.block_count, len(free), len(layers) - 1)
+        for layer in choose_blocks(stats, stage, stage.block_count, free):
+            actions[layer] = "drop-block"
+    if stage.moe_count:
+        free = [
+            layer
+            for layer, shape in enumerate(layers)
+            if shape.has_moe and actions[layer] == "keep" and layer not in protected
+        ]
+        _check_count("moe_count", stage.moe_count, len(free), len(layers))
+        for layer in rank_moe(stats, stage, free)[: stage.moe_count]:
+            actions[layer] = _moe_action(stage)
+    return actions
+
+
+def rank_moe(
+    stats: Stats | None, stage: LayerStage, layers: Iterable[int]
+) -> list[int]:
+    """MoE sublayers, the most redundant first; ties to the lower layer.
+
+    With the norm (Eq. 9) the cosine is between the residual stream before and after;
+    without it (Eq. 8) between the normed input and the MoE's output.
+    """
+    name = "moe_cosine_sum" if stage.moe_norm == "drop" else "moe_only_cosine_sum"
+    known = {} if stats is None else stats.layers
+
+    def cosine(layer: int) -> float:
+        found = known.get(layer)
+        tokens, total = (
+            measured(
+                None if found is None else getattr(found, field),
+                field,
+                MEASURE_LAYERS,
+                layer=layer,
+            )
+            for field in ("tokens", name)
+        )
+        return float(total) / float(tokens)
+
+    return sorted(layers, key=lambda layer: (-cosine(layer), layer))
+
+
+def rank_blocks(stats: Stats | None, layers: Iterable[int]) -> list[int]:
+    """Blocks by the cosine of their input and output, the most redundant first."""
+    cosine_HH = _hidden_cosines(stats)
+    return sorted(layers, key=lambda layer: (-cosine_HH[layer, layer + 1], layer))
+
+
+def choose_blocks(
+    stats: Stats | None, stage: LayerStage, count: int, layers: Sequence[int]
+) -> list[int]:
+    """The blocks to drop: the most redundant ones, or the most redundant run."""
+    if stage.block_mode == "discrete":
+        return sorted(rank_blocks(stats, layers)[:count])
+    cosine_HH = _hidden_cosines(stats)
+    free = set(layers)
+    runs = [
+        range(first, first + count)
+        for first in sorted(free)
+        if free.issuperset(range(first, first + count))
+    ]
+    if not runs:
+        raise RecipeError(
+            f"layers.block_count: no {count} consecutive blocks are free of protected "
+            "experts. Protect fewer, or set layers.block_mode: discrete."
+        )
+    # From what enters the first block of the run to what leaves its last.
+    best = min(runs, key=lambda run: (-cosine_HH[run[0], run[0] + count], run[0]))
+    return list(best)
+
+
+def listed_actions(layers: Sequence[LayerShape], stage: LayerStage) -> list[Action]:
+    """What happens to the layers that the recipe lists.
 
     Raises:
         RecipeError: Naming the first index that cannot be dropped as asked.
@@ -36,10 +129,32 @@ def layer_actions(layers: Sequence[LayerShape], stage: LayerStage) -> list[Actio
         )
     actions: list[Action] = ["keep"] * len(layers)
     for layer in stage.drop_moe:
-        actions[layer] = "drop-moe"
+        actions[layer] = _moe_action(stage)
     for layer in stage.drop_blocks:
         actions[layer] = "drop-block"
     return actions
+
+
+def _moe_action(stage: LayerStage) -> Action:
+    return "drop-moe" if stage.moe_norm == "drop" else "drop-moe-keep-norm"
+
+
+def _hidden_cosines(stats: Stats | None) -> Array:
+    cosine_HH = None if stats is None else stats.block_cosine_HH
+    if cosine_HH is None:
+        raise PlanError(
+            f"the statistics lack the similarity of blocks. {MEASURE_LAYERS}"
+        )
+    return cosine_HH
+
+
+def _check_count(name: str, count: int, candidates: int, most: int) -> None:
+    room = min(candidates, most)
+    if count > room:
+        raise RecipeError(
+            f"layers.{name}: asks for {count}, but only {room} can go. "
+            f"Lower layers.{name}."
+        )
 
 
 def _check_indices(where: str, indices: tuple[int, ...], count: int) -> None:

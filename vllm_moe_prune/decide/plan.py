@@ -5,17 +5,29 @@ edited by hand, so everything about it is checked again before it is executed.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError, field_validator
 
-from ..errors import PlanError
-from ..recipe import Recipe, Strict, first_problem
+from ..errors import OutputError, PlanError
+from ..recipe import (
+    NEEDS_ACTIVATIONS,
+    Index,
+    Part,
+    Recipe,
+    SlimMethod,
+    Strict,
+    first_problem,
+    parse_pattern,
+)
 
 FORMAT_VERSION: Literal[1] = 1
-Index = Annotated[int, Field(ge=0)]
+Action = Literal["keep", "drop-moe", "drop-moe-keep-norm", "drop-block"]
+"""What leaves: nothing whole; the MoE sublayer (shared experts included) with the norm
+before it; the MoE alone, so that the block adds its normed input; the whole block."""
 
 
 class LayerShape(Protocol):
@@ -48,21 +60,32 @@ class Measurement(Strict):
     """Source, SHA-256 of the token ids, samples, sequence length, seed."""
 
 
+Weight = Annotated[float, Field(ge=0.0, le=1.0)]
+WEIGHT_SLACK = 1e-6
+
+
 class LayerPlan(Strict):
     """What happens to one decoder layer of the input."""
 
     layer: Index
-    action: Literal["keep", "drop-moe", "drop-block"] = "keep"
+    action: Action = "keep"
     experts: Index
     """Experts in the input (0 for a dense layer or one whose MoE is gone)."""
     keep: tuple[Index, ...]
     """Surviving experts as input ids, in their new order."""
     clusters: tuple[tuple[Index, ...], ...] | None = None
     """``clusters[new]`` are the input experts that ``keep[new]`` stands for."""
+    unserved: tuple[Index, ...] = ()
+    """Removed experts whose router rows stay though nobody serves them: what they are
+    chosen for is lost. Only with routing redirect; they are in no cluster."""
     reconstruct: bool = False
     """Replace each survivor and its router row by the mean of its cluster."""
+    merge_weights: tuple[tuple[Weight, ...], ...] | None = None
+    """With ``reconstruct``: weights of that mean, as ``clusters`` lists the members;
+    they add up to 1 in each cluster. Absent: a plain mean."""
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of zeros to write into the surviving expert weights."""
+    """Share of zeros to write into each matrix that is slimmed: the layer's surviving
+    experts and the other matrices in ``CutPlan.slim_parts``."""
 
 
 class Predicted(Strict):
@@ -74,7 +97,7 @@ class Predicted(Strict):
     expert_parameters: int
     parameters: int
     zeros: int
-    """Weights that will be zeroed in surviving experts."""
+    """Weights that will be zeroed in what survives."""
     expert_sparsity: float
     """Removed or zeroed expert parameters over expert parameters before."""
     total_sparsity: float
@@ -89,10 +112,19 @@ class CutPlan(Strict):
     model: ModelId
     recipe: Recipe
     routing: Literal["drop", "redirect"] = "drop"
-    slim: Literal["wanda", "magnitude", "none"] = "none"
+    slim: SlimMethod = "none"
+    pattern: str = "unstructured"
+    """Or ``n:m``: zeros are counted in groups of m neighbours of a row, by each layer's
+    own sparsity (with OWL some layers have fewer than m - n of them, some more)."""
+    slim_parts: tuple[Part, ...] = ("experts",)
+    slim_exclude: tuple[str, ...] = ()
+    """Matrices whose name below the layer's prefix contains one of these stay dense."""
+    router_weighted: bool = False
+    """Wanda's input norms are of inputs times routing weights."""
     measurement: Measurement = Measurement()
     threshold: float | None = None
-    """Merge height up to which clusters were formed (STUN's t), if there is one."""
+    """Merge height up to which clusters were formed (STUN's t), or score up to which
+    experts were dropped, if one holds for the whole model."""
     layers: tuple[LayerPlan, ...]
     predicted: Predicted | None = None
 
@@ -100,14 +132,25 @@ class CutPlan(Strict):
     def is_slimmed(self) -> bool:
         """Whether any weight will be zeroed."""
         return self.slim != "none" and any(
-            layer.action == "keep" and layer.keep and layer.sparsity > 0
-            for layer in self.layers
+            layer.action != "drop-block" and layer.sparsity > 0 for layer in self.layers
         )
+
+    @property
+    def group(self) -> int | None:
+        """The m of an n:m pattern."""
+        found = parse_pattern(self.pattern)
+        return None if found is None else found[1]
 
     @property
     def needs_activations(self) -> bool:
         """Whether executing the plan needs calibration activations."""
-        return self.slim == "wanda" and self.is_slimmed
+        return self.slim in NEEDS_ACTIVATIONS and self.is_slimmed
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, pattern: str) -> str:
+        parse_pattern(pattern)
+        return pattern
 
 
 def load_plan(path: Path) -> CutPlan:
@@ -116,8 +159,15 @@ def load_plan(path: Path) -> CutPlan:
         data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise PlanError(f"{path}: no such plan file.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    # Also what is no text, and a whole number of more digits than Python reads.
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not valid JSON: {error}") from error
+    found = data.get("format_version") if isinstance(data, dict) else FORMAT_VERSION
+    if found != FORMAT_VERSION:
+        raise PlanError(
+            f"{path}: plan format {found!r} is not {FORMAT_VERSION}. Install the "
+            "version of vllm-moe-prune that wrote it, or plan again."
+        )
     try:
         return CutPlan.model_validate(data)
     except ValidationError as error:
@@ -127,8 +177,14 @@ def load_plan(path: Path) -> CutPlan:
 def save_plan(plan: CutPlan, path: Path) -> None:
     """Write a plan as indented JSON, atomically."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(dump_plan(plan), "utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(dump_plan(plan), "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path}: cannot be written: {error.strerror or error}."
+        ) from error
 
 
 def dump_plan(plan: CutPlan) -> str:
@@ -185,20 +241,45 @@ def _check_layer(layer: LayerPlan, shape: LayerShape, routing: str, where: str) 
     _check_ids(layer.keep, experts, f"{at}: keep")
     if layer.clusters is None and (routing == "redirect" or layer.reconstruct):
         raise PlanError(f"{at}: redirect and reconstruct need clusters.")
-    if layer.clusters is None:
-        return
-    if len(layer.clusters) != len(layer.keep):
+    if layer.unserved and routing != "redirect":
+        raise PlanError(f"{at}: has unserved experts; they need routing: redirect.")
+    if layer.clusters is not None:
+        _check_clusters(layer, layer.clusters, at)
+    if layer.merge_weights is not None:
+        _check_weights(layer, layer.merge_weights, at)
+
+
+def _check_clusters(
+    layer: LayerPlan, clusters: tuple[tuple[int, ...], ...], at: str
+) -> None:
+    if len(clusters) != len(layer.keep):
         raise PlanError(
-            f"{at}: {len(layer.clusters)} clusters for {len(layer.keep)} kept experts."
+            f"{at}: {len(clusters)} clusters for {len(layer.keep)} kept experts."
         )
-    members = tuple(expert for cluster in layer.clusters for expert in cluster)
-    _check_ids(members, experts, f"{at}: clusters")
-    if len(members) != experts:
-        missing = sorted(set(range(experts)) - set(members))
+    members = tuple(expert for cluster in clusters for expert in cluster)
+    members += layer.unserved
+    _check_ids(members, layer.experts, f"{at}: clusters")
+    if len(members) != layer.experts:
+        missing = sorted(set(range(layer.experts)) - set(members))
         raise PlanError(f"{at}: clusters leave out experts {missing}.")
-    for kept, cluster in zip(layer.keep, layer.clusters, strict=True):
+    for kept, cluster in zip(layer.keep, clusters, strict=True):
         if kept not in cluster:
             raise PlanError(f"{at}: expert {kept} is not in its cluster {cluster}.")
+
+
+def _check_weights(
+    layer: LayerPlan, weights: tuple[tuple[float, ...], ...], at: str
+) -> None:
+    if not layer.reconstruct or layer.clusters is None:
+        raise PlanError(f"{at}: has merge_weights but does not reconstruct.")
+    if [len(found) for found in weights] != [len(ids) for ids in layer.clusters]:
+        raise PlanError(f"{at}: merge_weights need one weight for each cluster member.")
+    for kept, found in zip(layer.keep, weights, strict=True):
+        if abs(math.fsum(found) - 1.0) > WEIGHT_SLACK:
+            raise PlanError(
+                f"{at}: merge_weights of the cluster of expert {kept} add up to "
+                f"{math.fsum(found):.6g}, not to 1."
+            )
 
 
 def _check_ids(ids: tuple[int, ...], experts: int, at: str) -> None:

@@ -1,7 +1,8 @@
 """How differently two experts of a layer behave: STUN's similarity, Eq. 7.
 
 The paper's similarity b_ij = -lambda1 ||W_i - W_j|| + lambda2 a_ij is used with the
-opposite sign, as a distance: small means alike. E experts.
+opposite sign, as a distance: small means alike. Or how far apart their outputs are on
+the same tokens. E experts.
 """
 
 import numpy as np
@@ -14,6 +15,10 @@ from ..recipe import ExpertStage
 Array = NDArray[np.float64]
 
 MEASURE_ROUTER = "Run `vllm-moe-prune measure` on this checkpoint."
+MEASURE_OUTPUTS = (
+    "Run `vllm-moe-prune measure` with this recipe and --calibration, or set "
+    "experts.cluster_by: behaviour."
+)
 MEASURE_COACTIVATION = (
     "Run `vllm-moe-prune measure` with --calibration, or set "
     "experts.coactivation_weight: 0."
@@ -31,6 +36,8 @@ def expert_distance(stats: LayerStats, stage: ExpertStage, *, layer: int) -> Arr
     Raises:
         PlanError: If a statistic with a weight is missing, or not finite.
     """
+    if stage.cluster_by == "outputs":
+        return _output_distance(stats, layer)
     terms_EE = []
     if stage.router_weight:
         terms_EE.append(stage.router_weight * _router_term(stats, stage, layer))
@@ -65,6 +72,21 @@ def _coactivation_term(stats: LayerStats, layer: int) -> Array:
     # Over all E * E entries, the zero diagonal included, as in the official code.
     mean = float(np.abs(counts_EE).mean())
     return -counts_EE / mean if mean else np.zeros_like(counts_EE)
+
+
+def _output_distance(stats: LayerStats, layer: int) -> Array:
+    """RMS distance of outputs over their RMS norm, so that layers can be compared."""
+    sqdist_EE = measured(
+        stats.output_sqdist_EE, "output distances", MEASURE_OUTPUTS, layer=layer
+    )
+    sqnorm_E = measured(
+        stats.output_sqnorm_E, "output norms", MEASURE_OUTPUTS, layer=layer
+    )
+    mean = float(sqnorm_E.mean())
+    distance_EE: Array = np.sqrt(np.maximum(np.triu(sqdist_EE, 1), 0.0))
+    if mean:
+        distance_EE /= np.sqrt(mean)
+    return distance_EE + distance_EE.T
 
 
 def measured(value: Array | None, name: str, advice: str, *, layer: int) -> Array:

@@ -77,13 +77,18 @@ def least_sparsity(zeros: int, groups: Mapping[int, int]) -> float:
     steps = [_first_step(zeros, size, groups) for size in groups]
     enough = [step for step in steps if step < 1.0]
     if not enough:
-        weights = sum(size * count for size, count in groups.items())
-        raise RecipeError(
-            f"total_sparsity needs {zeros:,} zeros, but the surviving experts have "
-            f"{weights:,} weights and no row may lose them all. "
-            "Lower total_sparsity, or remove more (experts.drop, layers)."
-        )
+        raise not_enough(zeros, groups)
     return min(enough)
+
+
+def not_enough(zeros: int, groups: Mapping[int, int]) -> RecipeError:
+    """The error of a total that the surviving weights cannot give."""
+    weights = sum(size * count for size, count in groups.items())
+    return RecipeError(
+        f"total_sparsity needs {zeros:,} zeros, but the surviving experts have "
+        f"{weights:,} weights and no row may lose them all. "
+        "Lower total_sparsity, or remove more (experts.drop, layers)."
+    )
 
 
 def _first_step(zeros: int, size: int, groups: Mapping[int, int]) -> float:

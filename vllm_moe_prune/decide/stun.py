@@ -1,133 +1,172 @@
 """Stage 1 of STUN: cluster each layer's experts and keep one of each cluster."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+
+import numpy as np
 
 from ..calibrate.stats import LayerStats, Stats
-from ..errors import PlanError
+from ..errors import PlanError, RecipeError
 from ..recipe import ExpertStage, Recipe
-from .budget import (
-    Budget,
-    global_target,
-    layer_targets,
-    most_removed,
-    spend_global,
-)
+from .budget import Budget, Layers, global_target, most_removed, spend_global
 from .clusters import Merge, cut_at, merge_sequence
-from .layers import Action, layer_actions
 from .plan import LayerPlan, LayerShape
-from .representative import nearest_to_mean
+from .reference import reference_clusters, search_threshold
+from .representative import highest_score, nearest_to_mean
+from .scores import MEASURE_SCORES, expert_scores
 from .similarity import MEASURE_ROUTER, Array, expert_distance, measured
 
 Clusters = tuple[tuple[int, ...], ...]
 
 
-def decide_experts(
-    stats: Stats | None, layers: Sequence[LayerShape], recipe: Recipe
-) -> tuple[list[LayerPlan], float | None]:
-    """Decide what happens to every layer and expert; sparsity is left at 0.
-
-    ``experts.drop`` is a share of the experts in the layers that stay: the experts of
-    dropped layers are gone anyway and spend none of the budget.
+def cluster_experts(
+    stats: Stats | None, layers: Layers, recipe: Recipe, counts: dict[int, int] | None
+) -> tuple[dict[int, Clusters], float | None]:
+    """The clusters of every layer that loses an expert, and the threshold.
 
     Args:
-        stats: Needed only where an expert is to be removed.
-        layers: The checkpoint's decoder layers.
+        stats: What was measured.
+        layers: The layers that take part.
         recipe: What was asked for.
-
-    Returns:
-        One plan per layer, and the merge height reached by a global budget.
+        counts: How many experts leave each layer; None for a global budget.
 
     Raises:
-        RecipeError: If what was asked for cannot be done.
         PlanError: If the statistics do not suffice or do not fit.
+        RecipeError: If the budget cannot be met.
     """
-    actions = layer_actions(layers, recipe.layers)
-    moe = {
-        layer: shape
-        for layer, shape in enumerate(layers)
-        if shape.has_moe and actions[layer] == "keep"
-    }
-    layer_stats = {} if stats is None else stats.layers
-    budget, sequences = _spend(layer_stats, moe, recipe.experts)
-    plans = [
-        _layer_plan(layer, shape, actions[layer]) for layer, shape in enumerate(layers)
-    ]
-    for layer, merged in budget.merges.items():
-        if merged:
-            clusters = cut_at(sequences[layer], merged)
-            plans[layer] = _merged_plan(
-                layer, clusters, layer_stats[layer], recipe.experts
-            )
-    return plans, budget.threshold
-
-
-def _spend(
-    stats: Mapping[int, LayerStats], moe: Mapping[int, LayerShape], stage: ExpertStage
-) -> tuple[Budget, dict[int, list[Merge]]]:
-    """The budget, and the merge sequence of every layer that it may touch."""
-    merges = dict.fromkeys(moe, 0)
-    if stage.method == "none":
-        return Budget(merges), {}
-    if stage.budget == "per-layer":
-        merges = layer_targets(moe, stage)
-        touched = {layer: moe[layer] for layer in moe if merges[layer]}
-        return Budget(merges), _sequences(stats, touched, stage)
-    target = global_target(moe, stage)
+    stage = recipe.experts
+    if counts is not None:
+        touched = {layer: shape for layer, shape in layers.items() if counts[layer]}
+        found = _distances(stats, touched, stage)
+        if stage.linkage == "reference":
+            return _by_reference(found, counts), None
+        merges = {layer: merge_sequence(found[layer]) for layer in found}
+        return _after(merges, layers, Budget(counts)), None
+    target = global_target(layers, stage)
     if target == 0:
-        return Budget(merges), {}
-    sequences = _sequences(stats, moe, stage)
-    most = {layer: most_removed(shape, stage) for layer, shape in moe.items()}
-    return spend_global(sequences, most, target), sequences
+        return {}, None
+    most = {layer: most_removed(layer, layers[layer], stage) for layer in layers}
+    distances = _distances(stats, layers, stage)
+    if stage.linkage == "reference":
+        reached = search_threshold(distances, most, target)
+        clusters = {
+            layer: reached.clusters[layer]
+            for layer, shape in layers.items()
+            if len(reached.clusters[layer]) < shape.num_experts
+        }
+        return clusters, reached.threshold
+    merges = {layer: merge_sequence(distances[layer]) for layer in layers}
+    budget = spend_global(merges, most, target)
+    return _after(merges, layers, budget), budget.threshold
 
 
-def _sequences(
-    stats: Mapping[int, LayerStats],
-    layers: Mapping[int, LayerShape],
-    stage: ExpertStage,
-) -> dict[int, list[Merge]]:
+def merged_plan(
+    layer: int, clusters: Clusters, stats: LayerStats, recipe: Recipe
+) -> LayerPlan:
+    """The plan of a layer in which something merged."""
+    stage = recipe.experts
+    reconstruct = _reconstructs(len(clusters), stage)
+    frequent = reconstruct and stage.merge == "frequency"
+    return LayerPlan(
+        layer=layer,
+        experts=sum(map(len, clusters)),
+        keep=_survivors(layer, clusters, stats, stage),
+        clusters=clusters,
+        reconstruct=reconstruct,
+        merge_weights=_shares(layer, clusters, stats) if frequent else None,
+    )
+
+
+def _after(
+    merges: Mapping[int, list[Merge]], layers: Layers, budget: Budget
+) -> dict[int, Clusters]:
     return {
-        layer: merge_sequence(_distance(stats, layer, shape, stage))
-        for layer, shape in layers.items()
+        layer: cut_at(sequence, budget.steps[layer], experts=layers[layer].num_experts)
+        for layer, sequence in merges.items()
+        if budget.steps[layer]
+    }
+
+
+def _by_reference(
+    distances: Mapping[int, Array], counts: Mapping[int, int]
+) -> dict[int, Clusters]:
+    """The published rule without a threshold: nearest pairs up to the cap."""
+    clusters = {}
+    for layer, distance_EE in distances.items():
+        found = reference_clusters(distance_EE, np.inf, counts[layer])
+        removed = len(distance_EE) - len(found)
+        if removed != counts[layer]:
+            raise RecipeError(
+                f"layer {layer}: linkage: reference removes {removed} experts where "
+                f"{counts[layer]} were asked for, as protected experts must not meet. "
+                "Use experts.linkage: complete."
+            )
+        clusters[layer] = found
+    return clusters
+
+
+def _distances(
+    stats: Stats | None, layers: Layers, stage: ExpertStage
+) -> dict[int, Array]:
+    return {
+        layer: _distance(stats, layer, shape, stage) for layer, shape in layers.items()
     }
 
 
 def _distance(
-    stats: Mapping[int, LayerStats], layer: int, shape: LayerShape, stage: ExpertStage
+    stats: Stats | None, layer: int, shape: LayerShape, stage: ExpertStage
 ) -> Array:
-    if layer not in stats:
+    if stats is None or layer not in stats.layers:
         raise PlanError(f"layer {layer}: there are no statistics. {MEASURE_ROUTER}")
-    distance_EE = expert_distance(stats[layer], stage, layer=layer)
+    distance_EE = expert_distance(stats.layers[layer], stage, layer=layer)
     if distance_EE.shape != (shape.num_experts, shape.num_experts):
         raise PlanError(
             f"layer {layer}: the statistics are of {len(distance_EE)} experts, but the "
             f"checkpoint has {shape.num_experts}. {MEASURE_ROUTER}"
         )
+    # Protected experts are survivors, so no two of them may share a cluster.
+    protected = list(stage.protected.get(layer, ()))
+    distance_EE[np.ix_(protected, protected)] = np.inf
     return distance_EE
 
 
-def _layer_plan(layer: int, shape: LayerShape, action: Action) -> LayerPlan:
-    """The plan of a layer none of whose experts is removed singly."""
-    experts = shape.num_experts if shape.has_moe else 0
-    if action != "keep" or not experts:
-        return LayerPlan(layer=layer, action=action, experts=experts, keep=())
-    everyone = tuple(range(experts))
-    clusters = tuple((expert,) for expert in everyone)
-    return LayerPlan(layer=layer, experts=experts, keep=everyone, clusters=clusters)
-
-
-def _merged_plan(
+def _survivors(
     layer: int, clusters: Clusters, stats: LayerStats, stage: ExpertStage
-) -> LayerPlan:
-    weights_EE = measured(
-        stats.weight_sqdist_EE, "expert distances", MEASURE_ROUTER, layer=layer
-    )
-    return LayerPlan(
+) -> tuple[int, ...]:
+    protected = stage.protected.get(layer, ())
+    candidates = [
+        tuple(expert for expert in cluster if expert in protected) or cluster
+        for cluster in clusters
+    ]
+    if stage.representative == "nearest-mean":
+        weights_EE = measured(
+            stats.weight_sqdist_EE, "expert distances", MEASURE_ROUTER, layer=layer
+        )
+        return tuple(
+            nearest_to_mean(weights_EE, cluster, among)
+            for cluster, among in zip(clusters, candidates, strict=True)
+        )
+    score_E = expert_scores(
+        stats,
+        stage.representative,
         layer=layer,
         experts=sum(map(len, clusters)),
-        keep=tuple(nearest_to_mean(weights_EE, cluster) for cluster in clusters),
-        clusters=clusters,
-        reconstruct=_reconstructs(len(clusters), stage),
+        seed=stage.seed,
     )
+    return tuple(highest_score(score_E, among) for among in candidates)
+
+
+def _shares(
+    layer: int, clusters: Clusters, stats: LayerStats
+) -> tuple[tuple[float, ...], ...]:
+    """Each member's part of the tokens of its cluster; equal parts if it has none."""
+    routed_E = measured(stats.routed_E, "routed_E", MEASURE_SCORES, layer=layer)
+    shares = []
+    for cluster in clusters:
+        tokens = [float(routed_E[expert]) for expert in cluster]
+        total = sum(tokens)
+        parts = [count / total for count in tokens] if total else None
+        shares.append(tuple(parts or [1.0 / len(cluster)] * len(cluster)))
+    return tuple(shares)
 
 
 def _reconstructs(clusters: int, stage: ExpertStage) -> bool:

@@ -49,30 +49,38 @@ def wants_local_ids(vllm_config: Any) -> bool:
 
 @dataclass(frozen=True)
 class Symbol:
-    """Something of vLLM's that we import, subclass or call."""
+    """Something of vLLM's that we import, subclass, call or read."""
 
     module: str
-    """Where we import it from."""
+    """Where we import it from, or where its class is defined."""
     name: str
-    """Its name there; ``Class.method`` for a method we call or override."""
-    parameters: tuple[str, ...] = ()
-    """Parameters we pass, or must accept when overriding."""
+    """Its name there; ``Class.member`` for what we call, override or read."""
+    parameters: tuple[str, ...] | None = None
+    """Every parameter that we pass, or accept when overriding; None: not called."""
 
 
+def _members(module: str, owner: str, *names: str) -> tuple[Symbol, ...]:
+    return tuple(Symbol(module, f"{owner}.{name}") for name in names)
+
+
+_CONFIG = "vllm.config"
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+_LAYERS = "vllm.model_executor.layers"
 _LOADER = "vllm.model_executor.model_loader"
 _MIXTRAL = "vllm.model_executor.models.mixtral"
 _MODELS = "vllm.model_executor.models"
 
 SYMBOLS = (
-    Symbol("vllm", "ModelRegistry"),
+    # Registration.
     Symbol("vllm", "__version__"),
+    Symbol("vllm", "ModelRegistry"),
     Symbol(
         f"{_MODELS}.registry",
         "_ModelRegistry.register_model",
         ("model_arch", "model_cls"),
     ),
     Symbol(_LOADER, "register_model_loader", ("load_format",)),
+    # The loader.
     Symbol(f"{_LOADER}.base_loader", "BaseModelLoader"),
     Symbol(f"{_LOADER}.base_loader", "BaseModelLoader.__init__", ("load_config",)),
     Symbol(
@@ -88,14 +96,40 @@ SYMBOLS = (
         "BaseModelLoader.load_model",
         ("vllm_config", "model_config", "prefix"),
     ),
-    Symbol("vllm.config", "ModelConfig"),
-    Symbol("vllm.config.model", "ModelConfig.get_model_arch_config"),
-    Symbol("vllm.config", "VllmConfig"),
-    Symbol("vllm.config", "CacheConfig"),
-    Symbol("vllm.config.load", "LoadConfig"),
-    Symbol("vllm.compilation.decorators", "support_torch_compile"),
-    Symbol("vllm.distributed", "get_ep_group"),
+    # Configuration.
+    Symbol(_CONFIG, "ModelConfig"),
+    Symbol(f"{_CONFIG}.model", "ModelConfig.get_model_arch_config", ()),
+    *_members(f"{_CONFIG}.model", "ModelConfig", "model", "revision", "hf_config"),
+    *_members(f"{_CONFIG}.model", "ModelConfig", "model_arch_config"),
+    Symbol(_CONFIG, "VllmConfig"),
+    *_members(f"{_CONFIG}.vllm", "VllmConfig", "model_config", "load_config"),
+    *_members(f"{_CONFIG}.vllm", "VllmConfig", "cache_config", "quant_config"),
+    *_members(f"{_CONFIG}.vllm", "VllmConfig", "parallel_config"),
+    Symbol(f"{_CONFIG}.load", "LoadConfig"),
+    *_members(f"{_CONFIG}.load", "LoadConfig", "load_format", "download_dir"),
+    *_members(f"{_CONFIG}.load", "LoadConfig", "model_loader_extra_config"),
+    *_members(
+        f"{_CONFIG}.parallel",
+        "ParallelConfig",
+        "enable_eplb",
+        "enable_ep_weight_filter",
+        "enable_expert_parallel",
+        "eplb_config",
+        "data_parallel_size",
+        "prefill_context_parallel_size",
+        "tensor_parallel_size",
+    ),
+    *_members(f"{_CONFIG}.parallel", "EPLBConfig", "num_redundant_experts"),
+    # What a Mixtral is built from.
     Symbol("vllm.platforms", "current_platform"),
+    Symbol("vllm.compilation.decorators", "support_torch_compile"),
+    Symbol("vllm.distributed", "get_ep_group", ()),
+    Symbol(_FUSED_MOE, "GateLinear"),
+    Symbol(
+        f"{_FUSED_MOE}.router.gate_linear",
+        "GateLinear.__init__",
+        ("input_size", "output_size", "prefix"),
+    ),
     Symbol(
         _FUSED_MOE,
         "FusedMoEFactory",
@@ -113,20 +147,43 @@ SYMBOLS = (
             "ckpt_names",
         ),
     ),
-    Symbol(_FUSED_MOE, "GateLinear"),
+    *_members(f"{_FUSED_MOE}.runner.moe_runner", "MoERunner", "routed_experts"),
+    *_members(f"{_FUSED_MOE}.routed_experts", "RoutedExperts", "expert_map"),
+    Symbol(f"{_LAYERS}.layernorm", "RMSNorm"),
+    Symbol(f"{_LAYERS}.layernorm", "RMSNorm.__init__", ("hidden_size", "eps")),
+    Symbol(f"{_LAYERS}.logits_processor", "LogitsProcessor"),
+    Symbol(f"{_LAYERS}.logits_processor", "LogitsProcessor.__init__", ("vocab_size",)),
+    Symbol(f"{_LAYERS}.vocab_parallel_embedding", "ParallelLMHead"),
     Symbol(
-        f"{_FUSED_MOE}.router.gate_linear",
-        "GateLinear.__init__",
-        ("input_size", "output_size", "prefix"),
+        f"{_LAYERS}.vocab_parallel_embedding",
+        "ParallelLMHead.__init__",
+        ("num_embeddings", "embedding_dim", "quant_config", "prefix"),
     ),
-    Symbol(f"{_FUSED_MOE}.routed_experts", "RoutedExperts.expert_map"),
-    Symbol("vllm.model_executor.layers.layernorm", "RMSNorm"),
-    Symbol("vllm.model_executor.layers.logits_processor", "LogitsProcessor"),
-    Symbol("vllm.model_executor.layers.quantization", "QuantizationConfig"),
-    Symbol("vllm.model_executor.layers.vocab_parallel_embedding", "ParallelLMHead"),
     Symbol(
-        "vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"
+        f"{_LAYERS}.vocab_parallel_embedding",
+        "ParallelLMHead.tie_weights",
+        ("embed_tokens",),
     ),
+    Symbol(f"{_LAYERS}.vocab_parallel_embedding", "VocabParallelEmbedding"),
+    Symbol(
+        f"{_LAYERS}.vocab_parallel_embedding",
+        "VocabParallelEmbedding.__init__",
+        ("num_embeddings", "embedding_dim"),
+    ),
+    Symbol(f"{_MODELS}.utils", "PPMissingLayer"),
+    Symbol(f"{_MODELS}.utils", "WeightsMapper"),
+    *_members(f"{_MODELS}.utils", "WeightsMapper", "orig_to_new_substr", "__or__"),
+    Symbol(f"{_MODELS}.utils", "extract_layer_index", ("layer_name",)),
+    Symbol(
+        f"{_MODELS}.utils", "make_layers", ("num_hidden_layers", "layer_fn", "prefix")
+    ),
+    Symbol(
+        f"{_MODELS}.utils",
+        "make_empty_intermediate_tensors_factory",
+        ("keys", "hidden_size"),
+    ),
+    Symbol(f"{_MODELS}.utils", "maybe_prefix", ("prefix", "name")),
+    # The classes whose constructors we replace.
     Symbol(_MIXTRAL, "MixtralAttention"),
     Symbol(
         _MIXTRAL,
@@ -143,7 +200,6 @@ SYMBOLS = (
         ),
     ),
     Symbol(_MIXTRAL, "MixtralMoE"),
-    Symbol(_MIXTRAL, "MixtralMoE.forward", ("hidden_states",)),
     Symbol(_MIXTRAL, "MixtralDecoderLayer"),
     Symbol(
         _MIXTRAL,
@@ -151,22 +207,9 @@ SYMBOLS = (
         ("positions", "hidden_states", "residual"),
     ),
     Symbol(_MIXTRAL, "MixtralModel"),
-    Symbol(_MIXTRAL, "MixtralModel.hf_to_vllm_mapper"),
-    Symbol(_MIXTRAL, "MixtralModel.forward", ("input_ids", "positions")),
+    Symbol(_MIXTRAL, "MixtralModel.__init__", ("vllm_config", "prefix")),
+    *_members(_MIXTRAL, "MixtralModel", "hf_to_vllm_mapper"),
     Symbol(_MIXTRAL, "MixtralForCausalLM"),
+    Symbol(_MIXTRAL, "MixtralForCausalLM.__init__", ("vllm_config", "prefix")),
     Symbol(_MIXTRAL, "MixtralForCausalLM.load_weights", ("weights",)),
-    Symbol(f"{_MODELS}.utils", "PPMissingLayer"),
-    Symbol(f"{_MODELS}.utils", "WeightsMapper"),
-    Symbol(f"{_MODELS}.utils", "extract_layer_index", ("layer_name",)),
-    Symbol(
-        f"{_MODELS}.utils",
-        "make_layers",
-        ("num_hidden_layers", "layer_fn", "prefix"),
-    ),
-    Symbol(
-        f"{_MODELS}.utils",
-        "make_empty_intermediate_tensors_factory",
-        ("keys", "hidden_size"),
-    ),
-    Symbol(f"{_MODELS}.utils", "maybe_prefix", ("prefix", "name")),
 )

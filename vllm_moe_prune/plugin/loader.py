@@ -53,21 +53,22 @@ class PruningLoader(BaseModelLoader):
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
         """Turn the configuration into the pruned model's, then load as usual."""
-        _prune_config(model_config, *self._open(model_config))
+        _prune_config(model_config, *self.open(model_config))
         model: nn.Module = super().load_model(vllm_config, model_config, prefix)
         return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Stream the pruned tensors into the model."""
         load: Any = model.load_weights
-        load(pruned_weights(*self._open(model_config)))
+        load(pruned_weights(*self.open(model_config)))
 
     def _folder(self, model_config: ModelConfig) -> Path:
         return local_folder(
             model_config.model, model_config.revision, self.load_config.download_dir
         )
 
-    def _open(self, model_config: ModelConfig) -> tuple[Checkpoint, CutPlan]:
+    def open(self, model_config: ModelConfig) -> tuple[Checkpoint, CutPlan]:
+        """The original's headers and the plan, which must fit it."""
         checkpoint = open_checkpoint(self._folder(model_config))
         plan = load_plan(self.plan_path)
         where = str(self.plan_path)

@@ -8,6 +8,7 @@ from typing import Any
 from ..archs.spec import MoeArch
 from ..checkpoint.remap import CONFIG_BLOCK, FILE_NAME, ExpertRemap, parse_remap
 from ..errors import ServeError
+from .compat import wants_local_ids
 from .layers import ServedLayer, served_layers
 from .verify import local_folder, verify_folder
 
@@ -33,7 +34,9 @@ def read_layers(vllm_config: Any, arch: MoeArch) -> tuple[ServedLayer, ...]:
             )
         )
     layers = served_layers(model_config.hf_config, remap, arch, model_config.model)
-    check_parallel(vllm_config.parallel_config, layers)
+    check_parallel(
+        vllm_config.parallel_config, layers, local_ids=wants_local_ids(vllm_config)
+    )
     return layers
 
 
@@ -45,8 +48,15 @@ def _in_memory_table(model_config: Any) -> ExpertRemap | None:
     return parse_remap(table, Path(model_config.model) / FILE_NAME)
 
 
-def check_parallel(parallel_config: Any, layers: Sequence[ServedLayer]) -> None:
-    """Refuse what vLLM would do wrongly when layers differ.
+def check_parallel(
+    parallel_config: Any, layers: Sequence[ServedLayer], *, local_ids: bool
+) -> None:
+    """Refuse what vLLM would do wrongly with layers that differ.
+
+    Args:
+        parallel_config: vLLM's.
+        layers: The layers of the model.
+        local_ids: Whether routing itself has to turn expert ids into local ones.
 
     Raises:
         ServeError: Naming the flag and the layer that is in its way.
@@ -68,6 +78,12 @@ def check_parallel(parallel_config: Any, layers: Sequence[ServedLayer]) -> None:
         raise ServeError(
             "--enable-ep-weight-filter splits experts as if every layer had the same; "
             "leave it out for a pruned checkpoint."
+        )
+    if local_ids and parallel_config.data_parallel_size > 1:
+        # Tokens would reach other processes with ids that mean nothing there.
+        raise ServeError(
+            "--enable-expert-parallel together with --data-parallel-size does not work "
+            "in vLLM on CPUs. Use one of them."
         )
     ranks = (
         parallel_config.tensor_parallel_size

@@ -1,6 +1,7 @@
 """Magnitude: zero the smallest weights of the whole matrix (Wanda's baseline).
 
-The lowest ``int(numel * sparsity)`` absolute values go, ties to the lower flat index.
+The lowest ``int(numel * sparsity)`` absolute values go, ties to the lower flat index;
+with n:m the lowest of every m columns.
 """
 
 import torch
@@ -8,27 +9,29 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .quota import zeros_in_group
-from .wanda import CHUNK_BYTES, NOT_FINITE_WEIGHTS
+from .wanda import CHUNK_BYTES, NOT_FINITE_WEIGHTS, magnitude_rows
 
 HALF_BITS = 16
 NOT_FINITE = 0x7F80
 """Upper half of infinity's bits in float32; NaNs come after it."""
 
 
-def magnitude(weight: Tensor, sparsity: float) -> Tensor:
+def magnitude(weight: Tensor, sparsity: float, m: int | None = None) -> Tensor:
     """Prune one matrix by |W|; a new tensor, surviving weights bit for bit the same.
 
     Raises:
         CheckpointError: If a weight is NaN or infinite.
     """
+    if m is not None:
+        return magnitude_rows(weight, sparsity, m)
     flat = weight.reshape(-1)
-    threshold, tied = _select(flat, zeros_in_group(flat.numel(), sparsity))
+    threshold, tied = select(flat, zeros_in_group(flat.numel(), sparsity))
     zero = torch.zeros((), dtype=flat.dtype, device=flat.device)
     pruned = torch.empty_like(flat)
     step = CHUNK_BYTES // 4
     for start in range(0, flat.numel(), step):
         chunk = flat[start : start + step]
-        keys = _keys(chunk)
+        keys = keys_of(chunk)
         mask = keys < threshold
         if tied:
             equal = keys == threshold
@@ -39,13 +42,13 @@ def magnitude(weight: Tensor, sparsity: float) -> Tensor:
     return pruned.view(weight.shape)
 
 
-def _keys(chunk: Tensor) -> Tensor:
+def keys_of(chunk: Tensor) -> Tensor:
     """Integers in the order of |w|: the bits of a non-negative float32."""
     return chunk.to(torch.float32, copy=True).abs_().view(torch.int32)
 
 
-def _select(flat: Tensor, count: int) -> tuple[int, int]:
-    """The key of the ``count``-th smallest weight, and how many of that key go.
+def select(flat: Tensor, count: int) -> tuple[int, int]:
+    """The key of the ``count``-th smallest |w|, and how many of that key go.
 
     A radix selection in two passes: upper, then lower half of the key's bits. Unlike
     a sort it is exact on any number of weights with memory for one chunk.
@@ -65,7 +68,7 @@ def _histogram(flat: Tensor, high: int | None) -> Tensor:
     total = torch.zeros(1 << HALF_BITS, dtype=torch.int64, device=flat.device)
     step = CHUNK_BYTES // 4
     for start in range(0, flat.numel(), step):
-        keys = _keys(flat[start : start + step])
+        keys = keys_of(flat[start : start + step])
         if high is None:
             digits = keys >> HALF_BITS
         else:

@@ -1,7 +1,9 @@
 """Wanda: zero the weights of each output row that matter least to their inputs.
 
-Score |W_jk| * ||x_k||_2; in every row the lowest ``int(cols * sparsity)`` go, ties to
-the lower column, as if by a stable sort. R output rows, D input columns.
+Score |W_jk| * ||x_k||_2; in every row (or in every m columns of it) the lowest
+``int(size * sparsity)`` go, ties to the lower column, as if by a stable sort.
+Weighting the inputs by the router gives MoE-Pruner's score. R output rows, D input
+columns.
 """
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, CheckpointError
+from .nm import lowest_in_groups
 from .quota import zeros_in_group
 
 CHUNK_BYTES = 64 * 2**20
@@ -21,7 +24,9 @@ NOT_FINITE_WEIGHTS = (
 """Raised without a name: the caller knows which tensor it was."""
 
 
-def wanda(weight_RD: Tensor, input_sqsum_D: Tensor, sparsity: float) -> Tensor:
+def wanda(
+    weight_RD: Tensor, input_sqsum_D: Tensor, sparsity: float, m: int | None = None
+) -> Tensor:
     """Prune one matrix by Wanda; a new tensor, surviving weights bit for bit the same.
 
     Where no input was seen (all sums zero: an expert without calibration tokens) the
@@ -31,11 +36,29 @@ def wanda(weight_RD: Tensor, input_sqsum_D: Tensor, sparsity: float) -> Tensor:
     Args:
         weight_RD: The weight, output rows by input columns, any floating dtype.
         input_sqsum_D: Sum over tokens of the squared inputs; a mean does as well.
-        sparsity: Share of each row to zero.
+        sparsity: Share of each row, or of each group, to zero.
+        m: Of an n:m pattern; a divisor of D.
 
     Raises:
         CalibrationError: If the sums are not finite.
         CheckpointError: If a weight is NaN or infinite.
+    """
+    norm_D = input_norms(weight_RD, input_sqsum_D)
+    if not norm_D.any():
+        return magnitude_rows(weight_RD, sparsity, m)
+    return _zero_lowest_in_rows(weight_RD, norm_D.float(), sparsity, m)
+
+
+def magnitude_rows(weight_RD: Tensor, sparsity: float, m: int | None = None) -> Tensor:
+    """Prune one matrix by |W| compared within each output row (Wanda's groups)."""
+    return _zero_lowest_in_rows(weight_RD, None, sparsity, m)
+
+
+def input_norms(weight_RD: Tensor, input_sqsum_D: Tensor) -> Tensor:
+    """L2 norm of each input feature, in float64 on the weight's device.
+
+    Raises:
+        CalibrationError: If the sums are not finite.
     """
     norm_D = input_sqsum_D.to(weight_RD.device, torch.float64).sqrt()
     if not torch.isfinite(norm_D).all():
@@ -43,37 +66,41 @@ def wanda(weight_RD: Tensor, input_sqsum_D: Tensor, sparsity: float) -> Tensor:
             "input statistics contain NaN or infinity: the calibration forward "
             "overflowed. Calibrate in float32, or check the checkpoint's weights."
         )
-    if not norm_D.any():
-        return magnitude_rows(weight_RD, sparsity)
-    return _zero_lowest_in_rows(weight_RD, norm_D.float(), sparsity)
+    return norm_D
 
 
-def magnitude_rows(weight_RD: Tensor, sparsity: float) -> Tensor:
-    """Prune one matrix by |W| compared within each output row (Wanda's groups)."""
-    return _zero_lowest_in_rows(weight_RD, None, sparsity)
+def scores_of(chunk_RD: Tensor, scale_D: Tensor | None) -> Tensor:
+    """Scores of some rows in float32: |W|, times the input norms if there are any.
+
+    Raises:
+        CheckpointError: If a weight is NaN or infinite.
+    """
+    scores_RD = chunk_RD.to(torch.float32, copy=True).abs_()
+    if not torch.isfinite(scores_RD.amax()):
+        raise CheckpointError(NOT_FINITE_WEIGHTS)
+    return scores_RD if scale_D is None else scores_RD.mul_(scale_D)
 
 
 def _zero_lowest_in_rows(
-    weight_RD: Tensor, scale_D: Tensor | None, sparsity: float
+    weight_RD: Tensor, scale_D: Tensor | None, sparsity: float, m: int | None
 ) -> Tensor:
     rows, cols = weight_RD.shape
-    count = zeros_in_group(cols, sparsity)
+    count = zeros_in_group(m or cols, sparsity)
     pruned_RD = torch.empty_like(weight_RD, memory_format=torch.contiguous_format)
     zero = torch.zeros((), dtype=weight_RD.dtype, device=weight_RD.device)
     step = max(1, CHUNK_BYTES // (4 * max(1, cols)))
     for start in range(0, rows, step):
         chunk_RD = weight_RD[start : start + step]
-        scores_RD = chunk_RD.to(torch.float32, copy=True).abs_()
-        if not torch.isfinite(scores_RD.amax()):
-            raise CheckpointError(NOT_FINITE_WEIGHTS)
-        if scale_D is not None:
-            scores_RD.mul_(scale_D)
-        mask_RD = _lowest(scores_RD, count)
+        scores_RD = scores_of(chunk_RD, scale_D)
+        if m is None:
+            mask_RD = lowest(scores_RD, count)
+        else:
+            mask_RD = lowest_in_groups(scores_RD, count, m)
         torch.where(mask_RD, zero, chunk_RD, out=pruned_RD[start : start + step])
     return pruned_RD
 
 
-def _lowest(scores_RD: Tensor, count: int) -> Tensor:
+def lowest(scores_RD: Tensor, count: int) -> Tensor:
     """True at the ``count`` lowest scores of each row, ties to the lower column."""
     if count == 0:
         return torch.zeros_like(scores_RD, dtype=torch.bool)

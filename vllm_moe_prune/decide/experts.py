@@ -1,0 +1,203 @@
+"""Stage 1: which experts leave each layer, by whichever method was asked for."""
+
+from collections.abc import Sequence
+
+from ..calibrate.stats import LayerStats, Stats
+from ..errors import PlanError, RecipeError
+from ..recipe import ExpertStage, Recipe
+from .budget import (
+    Layers,
+    global_target,
+    layer_targets,
+    most_removed,
+    spend_global,
+)
+from .drop import best_set, removal_sequence
+from .layers import decide_layers
+from .plan import Action, LayerPlan, LayerShape
+from .scores import MEASURE_SCORES, expert_scores
+from .sensitivity import loss_curves, split_by_loss
+from .similarity import Array, measured
+from .stun import cluster_experts, merged_plan
+
+Removed = tuple[int, ...]
+
+
+def decide_experts(
+    stats: Stats | None, layers: Sequence[LayerShape], recipe: Recipe
+) -> tuple[list[LayerPlan], float | None]:
+    """Decide what happens to every layer and expert; sparsity is left at 0.
+
+    ``experts.drop`` is a share of the experts in the layers that stay: the experts of
+    dropped layers are gone anyway and spend none of the budget.
+
+    Args:
+        stats: Needed only where a decision is not fixed by the recipe alone.
+        layers: The checkpoint's decoder layers.
+        recipe: What was asked for.
+
+    Returns:
+        One plan per layer, and the height (of a merge, or a score) reached by a global
+        budget.
+
+    Raises:
+        RecipeError: If what was asked for cannot be done.
+        PlanError: If the statistics do not suffice or do not fit.
+    """
+    actions = decide_layers(stats, layers, recipe)
+    moe = {
+        layer: shape
+        for layer, shape in enumerate(layers)
+        if shape.has_moe and actions[layer] == "keep"
+    }
+    _check_protected(layers, actions, recipe.experts)
+    plans = [
+        _untouched(layer, shape, actions[layer]) for layer, shape in enumerate(layers)
+    ]
+    known = {} if stats is None else stats.layers
+    threshold = None
+    if recipe.experts.method == "stun":
+        counts = _counts(stats, moe, recipe)
+        clusters, threshold = cluster_experts(stats, moe, recipe, counts)
+        for layer, found in clusters.items():
+            plans[layer] = merged_plan(layer, found, known[layer], recipe)
+    elif recipe.experts.method == "score":
+        removed, threshold = _removed(stats, moe, recipe)
+        for layer, gone in removed.items():
+            plans[layer] = _dropped_plan(layer, moe[layer], gone, recipe)
+    if any(plan.experts for plan in plans) and not any(plan.keep for plan in plans):
+        raise RecipeError(
+            "no layer would be left with experts. Remove less: keep at least one layer "
+            "with experts."
+        )
+    return plans, threshold
+
+
+def _counts(stats: Stats | None, moe: Layers, recipe: Recipe) -> dict[int, int] | None:
+    """How many experts leave each layer; None if one threshold decides."""
+    stage = recipe.experts
+    if stage.budget == "global":
+        return None
+    if stage.budget == "per-layer":
+        return layer_targets(moe, stage)
+    target = global_target(moe, stage)
+    if target == 0:
+        return dict.fromkeys(moe, 0)
+    most = {layer: most_removed(layer, shape, stage) for layer, shape in moe.items()}
+    return split_by_loss(loss_curves(stats, recipe, most), target)
+
+
+def _removed(
+    stats: Stats | None, moe: Layers, recipe: Recipe
+) -> tuple[dict[int, Removed], float | None]:
+    """The experts that leave by score, of every layer that loses any."""
+    stage = recipe.experts
+    counts = _counts(stats, moe, recipe)
+    known = {} if stats is None else stats.layers
+    if counts is not None:
+        touched = {layer: count for layer, count in counts.items() if count}
+        return {
+            layer: _lowest(known.get(layer), layer, moe[layer], count, stage)
+            for layer, count in touched.items()
+        }, None
+    target = global_target(moe, stage)
+    if target == 0:
+        return {}, None
+    sequences = {
+        layer: removal_sequence(
+            _scores(known.get(layer), layer, shape, stage),
+            stage.protected.get(layer, ()),
+            reverse=stage.reverse,
+        )
+        for layer, shape in moe.items()
+    }
+    most = {layer: most_removed(layer, shape, stage) for layer, shape in moe.items()}
+    budget = spend_global(sequences, most, target)
+    height = budget.threshold
+    return {
+        layer: tuple(sorted(removal.expert for removal in sequences[layer][:count]))
+        for layer, count in budget.steps.items()
+        if count
+    }, -height if stage.reverse and height is not None else height
+
+
+def _lowest(
+    stats: LayerStats | None,
+    layer: int,
+    shape: LayerShape,
+    count: int,
+    stage: ExpertStage,
+) -> Removed:
+    protected = stage.protected.get(layer, ())
+    if stage.search == "exhaustive":
+        gram_EE = measured(
+            None if stats is None else stats.contribution_gram_EE,
+            "contribution_gram_EE",
+            MEASURE_SCORES,
+            layer=layer,
+        )
+        if gram_EE.shape != (shape.num_experts, shape.num_experts):
+            raise PlanError(
+                f"layer {layer}: contribution_gram_EE is of {len(gram_EE)} experts, "
+                f"but the checkpoint has {shape.num_experts}. {MEASURE_SCORES}"
+            )
+        return best_set(gram_EE, count, protected, layer=layer)
+    score_E = _scores(stats, layer, shape, stage)
+    sequence = removal_sequence(score_E, protected, reverse=stage.reverse)
+    return tuple(sorted(removal.expert for removal in sequence[:count]))
+
+
+def _scores(
+    stats: LayerStats | None, layer: int, shape: LayerShape, stage: ExpertStage
+) -> Array:
+    return expert_scores(
+        stats,
+        stage.criterion,
+        layer=layer,
+        experts=shape.num_experts,
+        seed=stage.seed,
+    )
+
+
+def _untouched(layer: int, shape: LayerShape, action: Action) -> LayerPlan:
+    """The plan of a layer none of whose experts is removed singly."""
+    experts = shape.num_experts if shape.has_moe else 0
+    if action != "keep" or not experts:
+        return LayerPlan(layer=layer, action=action, experts=experts, keep=())
+    everyone = tuple(range(experts))
+    clusters = tuple((expert,) for expert in everyone)
+    return LayerPlan(layer=layer, experts=experts, keep=everyone, clusters=clusters)
+
+
+def _dropped_plan(
+    layer: int, shape: LayerShape, removed: Removed, recipe: Recipe
+) -> LayerPlan:
+    keep = tuple(sorted(set(range(shape.num_experts)) - set(removed)))
+    if not keep:
+        return _untouched(layer, shape, "drop-moe-keep-norm")
+    if recipe.routing == "drop":
+        return LayerPlan(layer=layer, experts=shape.num_experts, keep=keep)
+    return LayerPlan(
+        layer=layer,
+        experts=shape.num_experts,
+        keep=keep,
+        clusters=tuple((expert,) for expert in keep),
+        unserved=removed,
+    )
+
+
+def _check_protected(
+    layers: Sequence[LayerShape], actions: Sequence[Action], stage: ExpertStage
+) -> None:
+    for layer, experts in stage.protected.items():
+        at = f"experts.protected: layer {layer}"
+        if layer >= len(layers) or not layers[layer].has_moe:
+            raise RecipeError(f"{at} has no experts in this model.")
+        count = layers[layer].num_experts
+        unknown = sorted(expert for expert in experts if expert >= count)
+        if unknown:
+            raise RecipeError(f"{at} has no experts {unknown}, only 0 to {count - 1}.")
+        if experts and actions[layer] != "keep":
+            raise RecipeError(
+                f"{at} is dropped by layers ({actions[layer]}). Take it off one list."
+            )

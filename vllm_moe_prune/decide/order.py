@@ -1,0 +1,74 @@
+"""Control: zeros first, experts second, at the same total (STUN's order reversed).
+
+It takes two cuts, since what is measured for the second is the slimmed model.
+"""
+
+from ..calibrate.stats import Stats
+from ..errors import RecipeError
+from ..recipe import ExpertStage, LayerStage, Recipe, SlimStage
+from .build import resolved, slim_sparsities
+from .experts import decide_experts
+from .facts import ModelFacts
+
+
+def halves(
+    stats: Stats | None, recipe: Recipe, facts: ModelFacts
+) -> tuple[Recipe, Recipe]:
+    """The recipes of the two cuts; the second is for the output of the first.
+
+    Zeroing a share s2 of everything and then removing a share s1 leaves what the other
+    order leaves: S = 1 - (1 - s1)(1 - s2) both ways.
+
+    Args:
+        stats: Needed where ``layers`` asks for a number of layers.
+        recipe: With ``order: unstructured-first``.
+        facts: The checkpoint.
+
+    Raises:
+        RecipeError: If the experts differ in size, so that s1 is not known beforehand.
+    """
+    sizes = {layer.expert_parameters for layer in facts.layers if layer.has_moe}
+    if len(sizes) > 1:
+        raise RecipeError(
+            "order: unstructured-first needs experts of one size in all layers, but "
+            f"they have {sorted(sizes)} parameters."
+        )
+    complete = resolved(recipe, facts, stats)
+    # Who goes does not matter here, only how many.
+    stage = complete.experts
+    anyone = ExpertStage(
+        method="none" if stage.method == "none" else "score",
+        criterion="random",
+        drop=stage.drop,
+        keep=stage.keep,
+        budget="per-layer" if stage.budget == "per-layer" else "global",
+        min_experts=stage.min_experts,
+        max_removed=stage.max_removed,
+        protected=stage.protected,
+    )
+    dry = complete.model_copy(update={"experts": anyone})
+    layers, _ = decide_experts(stats, facts.layers, dry)
+    sparsity = max(slim_sparsities(dry, facts, layers, stats), default=0.0)
+    grouped = complete.slim.is_grouped
+    slim = complete.slim.model_copy(
+        update={"sparsity": None if grouped else sparsity},
+    )
+    same = {
+        "total_sparsity": None,
+        "structured_share": None,
+        "order": "structured-first",
+    }
+    first = {
+        **same,
+        "name": f"{recipe.name}-zeros",
+        "experts": ExpertStage(method="none"),
+        "layers": LayerStage(),
+        "routing": "drop",
+        "slim": slim,
+    }
+    second = {
+        **same,
+        "name": f"{recipe.name}-experts",
+        "slim": SlimStage(method="none"),
+    }
+    return complete.model_copy(update=first), complete.model_copy(update=second)

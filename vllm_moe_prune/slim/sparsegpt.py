@@ -1,0 +1,152 @@
+"""SparseGPT: zero weights one column at a time and let later columns make up for it.
+
+With H = sum over tokens of x x' and R the upper Cholesky factor of its inverse, the
+error of zeroing W_jk is (W_jk / R_kk)^2, and each column's error moves to the columns
+behind it. Which weights go is decided per block of 128 columns over all rows, or with
+n:m per group of each row. Surviving weights change. D input columns, R output rows, C
+columns of a block; weights are held transposed, so that a column is contiguous.
+"""
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError, CheckpointError
+from .magnitude import magnitude
+from .nm import lowest_in_groups
+from .quota import BLOCK_COLS, zeros_in_group
+from .wanda import NOT_FINITE_WEIGHTS, lowest
+
+DAMPING = 0.01
+"""Added to the diagonal of H, as a part of its mean."""
+
+
+def add_inputs(hessian_DD: Tensor, x_nD: Tensor) -> None:
+    """Add a batch of inputs to the sums of x x', in place and in float32."""
+    x_nD = x_nD.float()
+    hessian_DD.addmm_(x_nD.T, x_nD)
+
+
+def sparsegpt(
+    weight_RD: Tensor,
+    hessian_DD: Tensor,
+    sparsity: float,
+    m: int | None = None,
+    *,
+    damping: float = DAMPING,
+) -> Tensor:
+    """Prune one matrix by SparseGPT; a new tensor in the weight's dtype.
+
+    Inputs that never fired tell nothing about their weights, which therefore go first.
+    Where none fired at all (an expert without calibration tokens) magnitudes decide,
+    in the same groups.
+
+    Args:
+        weight_RD: The weight, output rows by input columns, any floating dtype.
+        hessian_DD: Sums of x x' over tokens, float32; its scale does not matter.
+        sparsity: Share of each block, or of each group, to zero.
+        m: Of an n:m pattern; a divisor of D.
+        damping: Part of the mean diagonal added to the diagonal.
+
+    Raises:
+        CalibrationError: If the sums are not finite, or too singular.
+        CheckpointError: If a weight is NaN or infinite.
+    """
+    if not torch.isfinite(weight_RD.sum(dtype=torch.float32)):
+        raise CheckpointError(NOT_FINITE_WEIGHTS)
+    diagonal_D = hessian_DD.diagonal()
+    if not torch.isfinite(diagonal_D).all():
+        raise CalibrationError(
+            "input statistics contain NaN or infinity: the calibration forward "
+            "overflowed. Calibrate in float32, or check the checkpoint's weights."
+        )
+    if not diagonal_D.any():
+        return _by_magnitude(weight_RD, sparsity, m)
+    if zeros_in_group(m or len(weight_RD) * BLOCK_COLS, sparsity) == 0:
+        return weight_RD.clone()
+    factor_DD = inverse_factor(hessian_DD, damping).to(weight_RD.device)
+    dead_D = (diagonal_D == 0).to(weight_RD.device)
+    weight_DR = weight_RD.T.to(torch.float32, copy=True).contiguous()
+    cols, step = len(weight_DR), _block_cols(m)
+    for start in range(0, cols, step):
+        block = slice(start, min(start + step, cols))
+        error_CR = _prune_block(
+            weight_DR[block], factor_DD[block, block], dead_D[block], sparsity, m
+        )
+        rest = slice(block.stop, cols)
+        weight_DR[rest].addmm_(factor_DD[block, rest].T, error_CR, alpha=-1.0)
+    return weight_DR.T.to(weight_RD.dtype).contiguous()
+
+
+def inverse_factor(hessian_DD: Tensor, damping: float = DAMPING) -> Tensor:
+    """R, upper triangular, with R'R the inverse of the damped H.
+
+    Turned by 180 degrees, H has the Cholesky factor of a U with H = U U', and R is the
+    inverse of U: one factorisation where the published code makes two and an inverse.
+
+    Raises:
+        CalibrationError: If H is not positive definite in spite of the damping.
+    """
+    damped_DD = hessian_DD.to(torch.float32, copy=True)
+    diagonal_D = damped_DD.diagonal()
+    live_D = diagonal_D > 0
+    mean = diagonal_D[live_D].mean()
+    diagonal_D.add_(torch.where(live_D, damping * mean, mean))
+    lower_DD, failed = torch.linalg.cholesky_ex(damped_DD.flip(0, 1))
+    if failed:
+        lower_DD, failed = torch.linalg.cholesky_ex(damped_DD.flip(0, 1).double())
+    if failed:
+        raise CalibrationError(
+            "input statistics are too singular for sparsegpt. Calibrate with more "
+            "tokens, or set slim.method: wanda."
+        )
+    upper_DD = lower_DD.flip(0, 1)
+    eye_DD = torch.eye(len(upper_DD), dtype=upper_DD.dtype, device=upper_DD.device)
+    factor_DD: Tensor = torch.linalg.solve_triangular(upper_DD, eye_DD, upper=True)
+    return factor_DD.float()
+
+
+def _block_cols(m: int | None) -> int:
+    """Columns of a block; with n:m whole groups."""
+    if m is None:
+        return BLOCK_COLS
+    return max(m, BLOCK_COLS - BLOCK_COLS % m)
+
+
+def _prune_block(
+    block_CR: Tensor,
+    factor_CC: Tensor,
+    dead_C: Tensor,
+    sparsity: float,
+    m: int | None,
+) -> Tensor:
+    """Prune one block in place; the errors that the columns behind it make up for."""
+    scale_C1 = factor_CC.diagonal()[:, None].clone()
+    scale_C1[dead_C] = torch.inf
+    error_CR = torch.empty_like(block_CR)
+    zero = torch.zeros((), device=block_CR.device)
+    if m is None:
+        scores_RC = (block_CR / scale_C1).square_().T
+        count = zeros_in_group(scores_RC.numel(), sparsity)
+        mask_CR = lowest(scores_RC.reshape(1, -1), count).view(scores_RC.shape).T
+    else:
+        mask_CR = torch.zeros_like(block_CR, dtype=torch.bool)
+    for at in range(len(block_CR)):
+        if m is not None and at % m == 0:
+            group = slice(at, at + m)
+            # Scored when its turn comes: earlier columns have changed it.
+            scores_Rm = (block_CR[group] / scale_C1[group]).square_().T
+            count = zeros_in_group(m, sparsity)
+            mask_CR[group] = lowest_in_groups(scores_Rm, count, m).T
+        column_R = block_CR[at]
+        torch.where(mask_CR[at], column_R, zero, out=error_CR[at])
+        column_R -= error_CR[at]
+        error_CR[at] /= factor_CC[at, at]
+        block_CR[at + 1 :].addr_(factor_CC[at, at + 1 :], error_CR[at], alpha=-1.0)
+    return error_CR
+
+
+def _by_magnitude(weight_RD: Tensor, sparsity: float, m: int | None) -> Tensor:
+    if m is not None:
+        return magnitude(weight_RD, sparsity, m)
+    blocks = torch.split(weight_RD, BLOCK_COLS, dim=1)
+    return torch.cat([magnitude(block.contiguous(), sparsity) for block in blocks], 1)
