@@ -7,11 +7,12 @@ from typing import Any
 CARD = """\
 # Demonstration model: {family}
 
-A small Mixture-of-Experts language model, trained from nothing in {minutes}
-core-minutes of an ordinary processor, to show pruning and serving on a model that
-has something to lose. It is a demonstration and not an assistant: it knows the
-sound of Python, of its documentation and of licences, it does two-digit sums, and
-it answers in a chat format.
+A small Mixture-of-Experts language model, trained from nothing in about {minutes}
+minutes of processor time, to show pruning and serving on a model that has something
+to lose.
+It is a demonstration and not an assistant: it knows the sound of Python, of its
+documentation and of licences, and it answers in a chat format, seldom correctly. How
+far it got with sums is in the second table.
 
 ## How it was trained
 

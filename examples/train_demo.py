@@ -16,33 +16,33 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import corpus
 import numpy as np
+import shipped_texts
 import torch
+from measure_demo import Tokens, evaluate, expert_shares, router_logits
 from model_card import model_card
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     MixtralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
+Rows = np.ndarray[Any, np.dtype[np.int64]]
+
 VOCABULARY = 1536
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+BOS, EOS, PAD = corpus.BOS, corpus.EOS, "<pad>"
 SPECIAL = [BOS, EOS, PAD, "<|system|>", "<|user|>", "<|assistant|>"]
 HERE = Path(__file__).resolve().parent
-
-Tokens = np.ndarray[Any, np.dtype[np.uint16]]
 
 
 def mixtral() -> PreTrainedConfig:
@@ -81,13 +81,13 @@ class Recipe:
     """How long and how hard to train."""
 
     seed: int = 1
-    steps: int = 4600
-    batch_tokens: int = 2048
+    steps: int = 700
+    batch_tokens: int = 4096
     window: int = 256
     long_window: int = 1024
-    long_share: float = 0.12
-    learning_rate: float = 3e-3
-    warmup: int = 200
+    long_share: float = 0.15
+    learning_rate: float = 4e-3
+    warmup: int = 100
     balance: float = 0.01
     z_loss: float = 1e-4
 
@@ -160,34 +160,12 @@ def batch(
     domains = generator.choice(
         list(corpus.MIXTURE), size=rows, p=list(corpus.MIXTURE.values())
     )
-    result = np.full((rows, window + 1), SPECIAL.index(BOS), np.int64)
+    shape = (rows, window + 1)
+    result: Rows = np.full(shape, SPECIAL.index(BOS), np.int64)
     for row, domain in enumerate(domains):
         start = generator.integers(len(streams[domain]) - window)
         result[row, 1:] = streams[domain][start : start + window]
     return torch.from_numpy(result)
-
-
-@contextmanager
-def router_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect what the routers say, whatever the family calls its outputs."""
-    seen: list[torch.Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-
-    routers = [m for n, m in model.named_modules() if n.endswith("mlp.gate")]
-    handles = [router.register_forward_hook(keep) for router in routers]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def expert_shares(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The fraction of the choices that went to each expert."""
-    chosen = logits.topk(top_k, dim=-1).indices.flatten()
-    return torch.bincount(chosen, minlength=logits.shape[-1]) / chosen.numel()
 
 
 def router_loss(logits: list[torch.Tensor], top_k: int, recipe: Recipe) -> torch.Tensor:
@@ -237,130 +215,13 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         average += (loss.item() - average) * (0.02 if step else 1.0)
-        if step % 50 == 0 or step + 1 == recipe.steps:
+        if step % 20 == 0 or step + 1 == recipe.steps:
             spent = time.monotonic() - started
             sys.stderr.write(
                 f"\rstep {step + 1}/{recipe.steps}  loss {average:.3f}  {spent:.0f} s "
             )
     sys.stderr.write("\n")
     return (time.process_time() - began) / 60
-
-
-def unigram_entropy(ids: Tokens) -> float:
-    """Nats per token that knowing only how common each token is would cost."""
-    counts = np.bincount(ids)
-    shares = counts[counts > 0] / len(ids)
-    return float(-(shares * np.log(shares)).sum())
-
-
-@torch.inference_mode()
-def text_loss(model: Any, ids: Tokens, window: int) -> float:
-    """Mean loss over windows that do not overlap, each opened by the BOS token."""
-    step = window - 1
-    whole = len(ids) // step * step
-    tokens = torch.from_numpy(ids.astype(np.int64))
-    pieces = [
-        *tokens[:whole].view(-1, step).split(8192 // window),
-        tokens[None, whole:],
-    ]
-    total = 0.0
-    for piece in pieces:
-        piece = functional.pad(piece, (1, 0), value=SPECIAL.index(BOS))
-        logits = model(input_ids=piece[:, :-1], use_cache=False).logits.float()
-        loss = functional.cross_entropy(
-            logits.flatten(0, 1), piece[:, 1:].flatten(), reduction="sum"
-        )
-        total += loss.item()
-    return total / len(ids)
-
-
-@torch.inference_mode()
-def answer(model: Any, tokenizer: Any, prompts: list[str], length: int) -> list[str]:
-    """Greedy continuations of prompts that are padded on the left."""
-    inputs = tokenizer(
-        prompts,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-        add_special_tokens=False,
-        return_token_type_ids=False,
-    )
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=length)
-    new = output[:, inputs["input_ids"].shape[1] :]
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in new]
-
-
-def exact_match(model: Any, tokenizer: Any) -> dict[str, float]:
-    """How often held-out sums are right, as plain text and as a question."""
-    pairs = corpus.sums()["heldout"]
-    random.Random(0).shuffle(pairs)
-    pairs = pairs[:400]
-    ordered = [(max(pair), min(pair)) for pair in pairs]
-
-    def asked(text: str) -> str:
-        messages = [{"role": "user", "content": text}]
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        )
-
-    tasks = {
-        "addition": [(f"{BOS}{a} + {b} =", f"{a + b}") for a, b in pairs],
-        "subtraction": [(f"{BOS}{a} - {b} =", f"{a - b}") for a, b in ordered],
-        "chat addition": [
-            (asked(f"What is {a} + {b}?"), f"{a} + {b} = {a + b}.") for a, b in pairs
-        ],
-        "chat subtraction": [
-            (asked(f"What is {a} - {b}?"), f"{a} - {b} = {a - b}.") for a, b in ordered
-        ],
-    }
-    result = {}
-    for name, task in tasks.items():
-        answers = answer(model, tokenizer, [prompt for prompt, _ in task], 14)
-        right = [
-            got.strip().split("\n")[0] == want
-            for got, (_, want) in zip(answers, task, strict=True)
-        ]
-        result[name] = sum(right) / len(right)
-    return result
-
-
-def evaluate(out: Path, texts: Path) -> dict[str, Any]:
-    """Measure the saved model, in the precision in which it will be served."""
-    model: Any = AutoModelForCausalLM.from_pretrained(out).eval()
-    model.set_experts_implementation("grouped_mm")
-    tokenizer: Any = AutoTokenizer.from_pretrained(out)
-    domains = {}
-    for domain in corpus.DOMAINS:
-        text = (texts / "heldout" / f"{domain}.txt").read_text(encoding="utf-8")
-        ids = np.array(tokenizer.encode(text, add_special_tokens=False), np.uint16)
-        loss = text_loss(model, ids, 256)
-        domains[domain] = {
-            "tokens": len(ids),
-            "loss": round(loss, 4),
-            "perplexity": round(math.exp(loss), 2),
-            "loss_at_1024": round(text_loss(model, ids, 1024), 4),
-            "unigram_entropy": round(unigram_entropy(ids), 4),
-        }
-    mixture = (texts / "calibration.txt").read_text(encoding="utf-8")
-    ids = np.array(tokenizer.encode(mixture, add_special_tokens=False), np.uint16)
-    usage = []
-    with torch.inference_mode(), router_logits(model) as routed:
-        rows = torch.from_numpy(ids[: len(ids) // 256 * 256].astype(np.int64))
-        for piece in rows.view(-1, 256).split(64):
-            model(input_ids=piece, use_cache=False)
-    layers = model.config.num_hidden_layers
-    for layer in range(layers):
-        logits = torch.cat(routed[layer::layers])
-        shares = expert_shares(logits, model.config.num_experts_per_tok)
-        usage.append([round(share, 4) for share in shares.tolist()])
-    return {
-        "domains": domains,
-        "arithmetic_exact_match": exact_match(model, tokenizer),
-        "expert_usage": usage,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
 
 
 def save(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -402,7 +263,7 @@ def main() -> None:
 
     documents = corpus.build(seed=0)
     if not (options.texts / "calibration.txt").exists():
-        corpus.write_texts(documents, options.texts, seed=0)
+        shipped_texts.write_texts(documents, options.texts, seed=0)
     train_only = (d.text for d in documents if d.split == "train")
     tokenizer = train_tokenizer(train_only)
     streams = token_streams(tokenizer, documents)

@@ -73,6 +73,7 @@ def write_plan(
             }
         )
     plan = {
+        "format_version": 1,
         "tool_version": "1.2.3",
         "model": {
             "model_type": checkpoint.config["model_type"],

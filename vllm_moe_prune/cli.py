@@ -3,72 +3,62 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from . import __version__
-from .errors import Interrupted, MoePruneError, OutputError
+from .errors import Interrupted, MoePruneError, said_by
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 # Typer keeps click's exceptions to itself; this one is for wrong command lines.
 UsageError: Any = typer.BadParameter.__base__
+NAME = "vllm-moe-prune"
+REPEAT = "Run the same command again to continue."
 RESUME = "Run the same command with --resume to continue."
 
 app = typer.Typer(
-    name="vllm-moe-prune",
+    name=NAME,
     help="Prune Mixture-of-Experts checkpoints and serve them with vLLM.",
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _flag(help_text: str, *names: str) -> Any:
+    return typer.Option(*names, help=help_text)
+
+
 Source = Annotated[str, typer.Argument(help="Checkpoint folder, or Hub id owner/name.")]
-Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a Hub id.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-RecipeName = Annotated[
-    str, typer.Option(help="A shipped recipe, or the path of a YAML file.")
-]
+Revision = Annotated[str | None, _flag("Branch, tag or commit of a Hub id.")]
+Json = Annotated[bool, _flag("Print JSON instead of tables.", "--json")]
+RecipeName = Annotated[str, _flag("A shipped recipe, or the path of a YAML file.")]
 Total = Annotated[
-    float | None,
-    typer.Option(help="Total sparsity of the expert parameters, 0 to 1."),
+    float | None, _flag("Total sparsity of the expert parameters, 0 to 1.")
 ]
-Drop = Annotated[
-    float | None, typer.Option(help="Share of the experts to remove, 0 to 1.")
-]
-Keep = Annotated[
-    int | None, typer.Option(help="Experts to keep per layer (a mean if global).")
-]
-Budget = Annotated[
-    str | None, typer.Option(help="global (uneven layers) or per-layer (uniform).")
-]
-Slim = Annotated[
-    str | None, typer.Option(help="wanda, magnitude or none, inside the survivors.")
-]
-Routing = Annotated[
-    str | None, typer.Option(help="drop (router rows go) or redirect (they stay).")
-]
+Drop = Annotated[float | None, _flag("Share of the experts to remove, 0 to 1.")]
+Keep = Annotated[int | None, _flag("Experts to keep per layer (a mean if global).")]
+Budget = Annotated[str | None, _flag("global (uneven layers) or per-layer (uniform).")]
+Slim = Annotated[str | None, _flag("wanda, magnitude or none, inside the survivors.")]
+Routing = Annotated[str | None, _flag("drop (router rows go) or redirect (they stay).")]
 Text = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        help="Text or .jsonl file, or hub:NAME[/CONFIG], to calibrate on.",
-    ),
+    str | None, _flag("Text or .jsonl file, or hub:NAME[/CONFIG], to calibrate on.")
 ]
-Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]
-Length = Annotated[int | None, typer.Option(help="Tokens per calibration window.")]
-Seed = Annotated[int | None, typer.Option(help="Chooses the calibration windows.")]
-Device = Annotated[str, typer.Option(help="Where the forward pass runs: cpu, cuda.")]
-Resume = Annotated[bool, typer.Option(help="Continue an interrupted run.")]
+Samples = Annotated[int | None, _flag("Calibration windows.")]
+Length = Annotated[int | None, _flag("Tokens per calibration window.")]
+Seed = Annotated[int | None, _flag("Chooses the calibration windows.")]
+Device = Annotated[str, _flag("Where the forward pass runs: cpu, cuda.")]
+Resume = Annotated[bool, _flag("Continue an interrupted run.", "--resume")]
 Overwrite = Annotated[
-    bool, typer.Option(help="Replace an existing output once the new one is complete.")
+    bool,
+    _flag("Replace an existing output once the new one is complete.", "--overwrite"),
 ]
 ShardSize = Annotated[
-    str, typer.Option(help="Largest output file, e.g. 5GB (decimal, as on the Hub).")
+    str, _flag("Largest output file, e.g. 5GB (decimal, as on the Hub).")
 ]
 
 
@@ -84,9 +74,7 @@ def _root(
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print it."),
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks of errors.")
-    ] = False,
+    debug: Annotated[bool, _flag("Show tracebacks of errors.", "--debug")] = False,
 ) -> None:
     if debug:
         os.environ["MOE_PRUNE_DEBUG"] = "1"
@@ -106,8 +94,9 @@ def inspect(source: Source, revision: Revision = None, as_json: Json = False) ->
 
 @app.command()
 def measure(
+    context: typer.Context,
     source: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Statistics file.")],
+    output: Annotated[Path, _flag("Statistics file.", "--output", "-o")],
     revision: Revision = None,
     recipe: RecipeName = "stun40",
     calibration: Text = None,
@@ -125,40 +114,30 @@ def measure(
     from .calibrate.stats import save_stats
     from .checkpoint.place import check_file
     from .checkpoint.source import open_checkpoint
-    from .draw import watching
+    from .draw import resumable, watching
     from .show import show_stats
 
-    asked = _recipe(
-        recipe,
-        calibration=calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-    )
+    asked = _recipe(context)
     pipeline.check_device(device)
     checkpoint = open_checkpoint(source, revision)
     check_file(output, checkpoint.folder)
     tokens = None
     if asked.needs_coactivation:
         tokens = pipeline.calibration_tokens(checkpoint, asked)
-    with (
-        _resumable("Run the same command again to continue."),
-        watching(as_json) as report,
-    ):
+    with resumable(REPEAT), watching(as_json) as report:
         options = pipeline.RunOptions(device=device, report=report)
         work = output.with_name(output.name + ".work")
         stats = pipeline.measure(checkpoint, asked, tokens, options, work)
     save_stats(stats, output)
-    show_stats(stats, output, as_json)
+    show_stats(checkpoint, stats, output, as_json)
 
 
 @app.command()
 def plan(
+    context: typer.Context,
     source: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Plan file.")],
-    stats: Annotated[
-        Path | None, typer.Option(help="Statistics, where experts are to go.")
-    ] = None,
+    output: Annotated[Path, _flag("Plan file.", "--output", "-o")],
+    stats: Annotated[Path | None, _flag("Statistics, where experts are to go.")] = None,
     revision: Revision = None,
     recipe: RecipeName = "stun40",
     total: Total = None,
@@ -182,22 +161,11 @@ def plan(
     from .calibrate.stats import load_stats
     from .checkpoint.place import check_file
     from .checkpoint.source import open_checkpoint
+    from .recipe import parse_size
     from .show import show_plan
 
-    asked = _recipe(
-        recipe,
-        total=total,
-        drop=drop,
-        keep=keep,
-        budget=budget,
-        slim=slim,
-        routing=routing,
-        calibration=calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-    )
-    max_shard_bytes = _size(shard_size)
+    asked = _recipe(context)
+    max_shard_bytes = parse_size(shard_size)
     checkpoint = open_checkpoint(source, revision)
     check_file(output, checkpoint.folder)
     loaded = load_stats(stats) if stats is not None else None
@@ -209,8 +177,8 @@ def plan(
 @app.command()
 def cut(
     source: Source,
-    plan: Annotated[Path, typer.Option(help="The plan to execute.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder.")],
+    plan: Annotated[Path, _flag("The plan to execute.")],
+    output: Annotated[Path, _flag("Output folder.", "--output", "-o")],
     revision: Revision = None,
     calibration: Text = None,
     device: Device = "cpu",
@@ -224,29 +192,22 @@ def cut(
     Example: `vllm-moe-prune cut CKPT --plan plan.json -o OUT`
     """
     from . import pipeline
-    from .calibrate.data import load_tokens
     from .checkpoint.source import open_checkpoint
     from .decide.plan import load_plan
-    from .draw import watching
+    from .draw import resumable, watching
+    from .recipe import parse_size
     from .show import show_cut
 
     started = time.monotonic()
-    max_shard_bytes = _size(shard_size)
+    max_shard_bytes = parse_size(shard_size)
     decided = load_plan(plan)
     checkpoint = open_checkpoint(source, revision)
-    with _resumable(RESUME), watching(as_json) as report:
+    with resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(
             device, resume, overwrite, max_shard_bytes, report
         )
-        pipeline.check_options(checkpoint, output, options)
-        tokens = None
-        if decided.needs_activations and calibration is not None:
-            tokens = load_tokens(
-                checkpoint,
-                decided.recipe.calibration.model_copy(update={"source": calibration}),
-            )
         result = pipeline.cut(
-            checkpoint, decided, output, options, tokens, where=str(plan)
+            checkpoint, decided, output, options, text=calibration, where=str(plan)
         )
     show_cut(checkpoint, decided, result, time.monotonic() - started, as_json)
 
@@ -255,7 +216,7 @@ def cut(
 def verify(
     output: Annotated[Path, typer.Argument(help="A pruned checkpoint folder.")],
     source: Annotated[
-        str | None, typer.Option(help="Compare every tensor with this original.")
+        str | None, _flag("Compare every tensor with this original.")
     ] = None,
     revision: Revision = None,
     as_json: Json = False,
@@ -277,6 +238,7 @@ def verify(
 
 @app.command()
 def run(
+    context: typer.Context,
     source: Source,
     output: Annotated[Path, typer.Argument(help="Output folder.")],
     revision: Revision = None,
@@ -292,7 +254,7 @@ def run(
     sequence_length: Length = None,
     seed: Seed = None,
     stats: Annotated[
-        Path | None, typer.Option(help="Use this statistics file, or keep it here.")
+        Path | None, _flag("Use this statistics file, or keep it here.")
     ] = None,
     device: Device = "cpu",
     shard_size: ShardSize = "5GB",
@@ -306,26 +268,15 @@ def run(
     """
     from . import pipeline
     from .checkpoint.source import open_checkpoint
-    from .draw import watching
+    from .draw import resumable, watching
+    from .recipe import parse_size
     from .show import show_cut, show_plan
 
     started = time.monotonic()
-    asked = _recipe(
-        recipe,
-        total=total,
-        drop=drop,
-        keep=keep,
-        budget=budget,
-        slim=slim,
-        routing=routing,
-        calibration=calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-    )
-    max_shard_bytes = _size(shard_size)
+    asked = _recipe(context)
+    max_shard_bytes = parse_size(shard_size)
     checkpoint = open_checkpoint(source, revision)
-    with _resumable(RESUME), watching(as_json) as report:
+    with resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(
             device, resume, overwrite, max_shard_bytes, report
         )
@@ -343,11 +294,10 @@ def serve(
     source: Source,
     revision: Revision = None,
     plan: Annotated[
-        Path | None,
-        typer.Option(help="Prune the original while loading; nothing is written."),
+        Path | None, _flag("Prune the original while loading; nothing is written.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the command, don't run it.")
+        bool, _flag("Print the command, don't run it.", "--dry-run")
     ] = False,
 ) -> None:
     """Check a checkpoint and become `vllm serve` for it; other flags go to vLLM.
@@ -363,7 +313,7 @@ def serve(
     if dry_run:
         typer.echo(shlex.join(command))
         return
-    err.print(f"+ {shlex.join(command)}", style="dim", markup=False)
+    err.print(f"+ {shlex.join(command)}", style="dim")
     run_server(command)
 
 
@@ -372,9 +322,7 @@ def evaluate(
     source: Source,
     text: Annotated[
         list[str],
-        typer.Option(
-            help="Held-out text or .jsonl file, or hub:NAME[/CONFIG]; repeatable."
-        ),
+        _flag("Held-out text or .jsonl file, or hub:NAME[/CONFIG]; repeatable."),
     ],
     revision: Revision = None,
     sequence_length: Annotated[
@@ -414,53 +362,33 @@ def evaluate(
     show_perplexities(results, as_json)
 
 
-def _recipe(name: str, **flags: Any) -> Any:
+def _recipe(context: typer.Context) -> "Recipe":
     """The named recipe with the flags that were given put over it."""
-    from .recipe import load_recipe, with_overrides
+    from .recipe import FLAGS, load_recipe, with_overrides
 
-    return with_overrides(load_recipe(name), flags)
-
-
-def _size(text: str) -> int:
-    from .recipe import parse_size
-
-    return parse_size(text)
-
-
-@contextmanager
-def _resumable(how: str) -> Iterator[None]:
-    """Let Ctrl-C and a failing disk say how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise Interrupted(f"what is finished is kept. {how}") from error
-    except OSError as error:
-        raise OutputError(f"{_said_by(error)} When that is mended: {how}") from error
+    given = context.params
+    flags = {name: given[name] for name in FLAGS if name in given}
+    return with_overrides(load_recipe(given["recipe"]), flags)
 
 
 def main() -> None:
     """Entry point: what is refused becomes one line and status 2."""
     try:
-        # Typer turns a Ctrl-C that nobody caught into 130.
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+        arguments = sys.argv[1:] or ["--help"]
+        status = app(arguments, prog_name=NAME, standalone_mode=False) or 0
     except UsageError as error:
-        hint = f" See `{error.ctx.command_path} --help`." if error.ctx else ""
-        _fail("error", error.format_message() + hint, 2)
+        command = error.ctx.command_path if error.ctx else NAME
+        said = error.format_message().rstrip(".")
+        _fail("error", f"{said}. See `{command} --help`.", 2)
     except (MoePruneError, OSError) as error:
         if os.environ.get("MOE_PRUNE_DEBUG"):
             raise
-        if isinstance(error, Interrupted):
-            _fail("interrupted", str(error), 130)
-        _fail("error", _said_by(error), 2)
-    if status == 130:
+        interrupted = isinstance(error, Interrupted)
+        label, status = ("interrupted", 130) if interrupted else ("error", 2)
+        _fail(label, said_by(error), status)
+    if status == 130:  # Typer's word for a Ctrl-C that nobody caught
         _fail("interrupted", "nothing was changed.", status)
     sys.exit(status)
-
-
-def _said_by(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}."
-    return str(error)
 
 
 def _fail(label: str, message: str, status: int) -> NoReturn:

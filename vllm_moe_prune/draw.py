@@ -10,23 +10,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
+from .errors import Interrupted, OutputError, said_by
 from .progress import Progress, Report
 
-GIB = 2**30
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+GIB, MIB = 2**30, 2**20
+# Paths and names are shown as they are, whatever brackets and colons they hold.
+out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def gib(size_bytes: float) -> str:
     """Bytes with a unit that suits them."""
-    if size_bytes >= 0.1 * GIB:
-        return f"{size_bytes / GIB:.2f} GiB"
-    return f"{size_bytes / 2**20:.2f} MiB"
+    name, unit = _unit(size_bytes)
+    return f"{size_bytes / unit:.2f} {name}"
+
+
+def _unit(size_bytes: float) -> tuple[str, int]:
+    return ("GiB", GIB) if size_bytes >= 0.1 * GIB else ("MiB", MIB)
 
 
 def duration(seconds: float) -> str:
@@ -45,23 +52,39 @@ def print_json(data: dict[str, Any]) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table on stdout; numbers right, first column left."""
-    grid = Table(title=title, title_justify="left", title_style="bold")
+    out.print(Text(title, "bold"))
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for position, column in enumerate(columns):
         grid.add_column(column, justify="right" if position else "left")
     for row in rows:
         grid.add_row(*(str(cell) for cell in row))
     out.print(grid)
+    out.print()
 
 
 def facts(title: str, pairs: Sequence[tuple[str, object]]) -> None:
     """Names and values, aligned."""
-    grid = Table(title=title, title_justify="left", title_style="bold", box=None)
-    grid.add_column(justify="left", style="dim")
-    grid.add_column(justify="left")
-    grid.show_header = False
+    out.print(Text(title, "bold"))
+    width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
-        grid.add_row(name, str(value))
-    out.print(grid)
+        out.print(Text.assemble((f"  {name.ljust(width)}  ", "dim"), str(value)))
+    out.print()
+
+
+def hint(text: str) -> None:
+    """What to do next."""
+    out.print(Text(text, "dim"))
+
+
+@contextmanager
+def resumable(how: str) -> Iterator[None]:
+    """Let Ctrl-C and a failing disk say how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"what is finished is kept. {how}") from error
+    except OSError as error:
+        raise OutputError(f"{said_by(error)} When that is mended: {how}") from error
 
 
 @contextmanager
@@ -79,21 +102,27 @@ def watching(quiet: bool = False) -> Iterator[Report]:
 def _bar() -> Bar:
     return Bar(
         TextColumn("{task.description:8}"),
-        BarColumn(),
+        BarColumn(bar_width=None),  # what is left of the line
         TextColumn("{task.fields[detail]}"),
         console=err,
         transient=True,
+        expand=True,
     )
 
 
 def _detail(progress: Progress, elapsed_s: float) -> str:
     rate = progress.bytes_done / elapsed_s if elapsed_s > 0 else 0.0
     left = (progress.bytes_total - progress.bytes_done) / rate if rate else 0.0
+    name, unit = _unit(progress.bytes_total)
     return (
         f"layer {progress.layer} of {progress.layers}, "
-        f"{progress.bytes_done / GIB:.2f} of {progress.bytes_total / GIB:.2f} GiB, "
-        f"{rate / GIB:.2f} GiB/s, {duration(left)} left"
+        f"{progress.bytes_done / unit:.2f} of {progress.bytes_total / unit:.2f} {name}, "
+        f"{gib(rate)}/s, {duration(left)} left"
     )
+
+
+def _is_done(progress: Progress) -> bool:
+    return progress.bytes_done >= progress.bytes_total
 
 
 class _BarReport:
@@ -124,7 +153,7 @@ class _LineReport:
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
         start = self._start.setdefault(progress.stage, now)
-        if now - self._shown < 2.0:
+        if now - self._shown < 2.0 and not _is_done(progress):
             return
         self._shown = now
-        err.print(f"{progress.stage}: {_detail(progress, now - start)}", style="dim")
+        err.print(Text(f"{progress.stage}: {_detail(progress, now - start)}", "dim"))

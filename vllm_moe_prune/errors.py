@@ -15,6 +15,13 @@ Ctrl-C, as shells have it).
 """
 
 
+def said_by(error: Exception) -> str:
+    """What an error says; of Python's own about a file, without the number."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}."
+    return str(error)
+
+
 class MoePruneError(Exception):
     """Base class; catch this to catch everything the tool refuses."""
 

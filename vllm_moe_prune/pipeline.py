@@ -8,6 +8,7 @@ Each stage is one function here and one command of the command line. ``measure``
 """
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from .cut.output import check_output, partial_folder
 from .cut.predict import model_facts, with_prediction
 from .decide.build import make_plan
 from .decide.plan import CutPlan, Measurement, save_plan
-from .errors import RecipeError
+from .errors import PlanError, RecipeError
 from .progress import Report, ignore
 from .recipe import Recipe
 from .verify import Verified
@@ -71,6 +72,17 @@ def check_device(name: str) -> None:
         raise RecipeError(
             f"device {name!r} is not one of this machine's: {', '.join(there)}."
         )
+
+
+def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse what no statistics could make possible, before measuring them.
+
+    Raises:
+        RecipeError: What was asked for cannot be done with this checkpoint.
+    """
+    # A PlanError says that statistics are missing, and they are.
+    with suppress(PlanError):
+        make_plan(None, recipe, model_facts(checkpoint), tool_version=__version__)
 
 
 def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
@@ -124,12 +136,26 @@ def cut(
     options: RunOptions,
     tokens: Tokens | None = None,
     where: str = "plan",
+    text: str | None = None,
 ) -> CutResult:
-    """Execute a plan: read each layer once, write each shard once."""
+    """Execute a plan: read each layer once, write each shard once.
+
+    Args:
+        checkpoint: The input.
+        decided: The plan.
+        out: The output folder.
+        options: How to run.
+        tokens: What to calibrate on, if it has been read already.
+        where: How errors name the plan.
+        text: What to calibrate on instead of the plan's own text.
+    """
     started = time.monotonic()
     check_options(checkpoint, out, options)
     if tokens is None and decided.needs_activations:
-        tokens = load_tokens(checkpoint, decided.recipe.calibration)
+        asked = decided.recipe.calibration
+        if text is not None:
+            asked = asked.model_copy(update={"source": text})
+        tokens = load_tokens(checkpoint, asked)
     result = cut_checkpoint(
         checkpoint,
         decided,
@@ -173,6 +199,7 @@ def run(
     check_options(checkpoint, out, options)
     if stats_file is not None:
         check_file(stats_file, checkpoint.folder)
+    check_recipe(checkpoint, recipe)
     tokens = calibration_tokens(checkpoint, recipe)
     kept = stats_file or partial_folder(out).with_suffix(".stats.safetensors")
     if kept.is_file() and (stats_file or options.resume):

@@ -38,7 +38,12 @@ dense layers and Arctic's residual MLP. The router is none of them."""
 class Strict(BaseModel):
     """Base of every model read from a file: unknown keys are errors, values frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,  # they become the schema's descriptions
+    )
 
 
 class ExpertStage(Strict):
@@ -319,7 +324,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(
                 problem="aliases are not read; write it out", problem_mark=mark
             )

@@ -13,6 +13,7 @@ from .checkpoint.open import Checkpoint
 from .checkpoint.source import open_checkpoint
 from .decide.plan import check_plan, load_plan
 from .errors import ServeError
+from .plugin.verify import verify_folder
 
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN_NAME = "moe_prune"
@@ -37,6 +38,8 @@ def serve_command(
             its remap table is damaged, the plan does not fit.
     """
     checkpoint = open_checkpoint(source, revision)
+    if checkpoint.remap is not None:
+        verify_folder(checkpoint.folder)
     command = [find_vllm(), "serve", source]
     if revision is not None:
         command += ["--revision", revision]

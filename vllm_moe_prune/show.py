@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.open import Checkpoint
-from .draw import duration, facts, gib, out, print_json, table
+from .draw import duration, facts, gib, hint, out, print_json, table
 
 if TYPE_CHECKING:
     from .calibrate.stats import Stats
@@ -62,9 +62,9 @@ def show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:
         ],
     )
     if data["routing"] == "redirect":
-        out.print("Redirect routing: cut the original again instead of this one.")
+        hint("Redirect routing: cut the original again instead of this one.")
         return
-    out.print("Next: vllm-moe-prune run CKPT OUT --calibration TEXT", style="dim")
+    hint(f"Next: vllm-moe-prune run {_source(checkpoint)} OUT --calibration TEXT")
 
 
 def experts_text(counts: Sequence[int]) -> str:
@@ -74,7 +74,15 @@ def experts_text(counts: Sequence[int]) -> str:
     return f"{min(counts)}-{max(counts)} (mean {sum(counts) / len(counts):.1f})"
 
 
-def show_stats(stats: "Stats", path: Path, as_json: bool) -> None:
+def _source(checkpoint: Checkpoint) -> str:
+    """How the next command names a checkpoint."""
+    origin = checkpoint.origin
+    return str(checkpoint.folder) if origin.revision is None else origin.name
+
+
+def show_stats(
+    checkpoint: Checkpoint, stats: "Stats", path: Path, as_json: bool
+) -> None:
     """What ``measure`` collected."""
     data = {
         "stats": str(path),
@@ -92,9 +100,8 @@ def show_stats(stats: "Stats", path: Path, as_json: bool) -> None:
         f"{path}: statistics of {len(stats.layers)} layers from {passes} forward "
         f"pass{'' if passes == 1 else 'es'}, peak memory {gib(peak_rss_bytes())}"
     )
-    out.print(
-        f"Next: vllm-moe-prune plan CKPT --stats {path} -o plan.json", style="dim"
-    )
+    source = _source(checkpoint)
+    hint(f"Next: vllm-moe-prune plan {source} --stats {path} -o plan.json")
 
 
 def show_plan(
@@ -130,7 +137,7 @@ def show_plan(
         return
     table(
         f"Plan: {plan.recipe.name}",
-        ("layer", "experts", "kept", "removed", "zeros in survivors"),
+        ("layer", "experts", "kept", "removed", "zeros"),
         [
             (
                 layer.layer,
@@ -162,14 +169,14 @@ def show_plan(
         ],
     )
     if not brief:
-        out.print(f"Next: vllm-moe-prune cut CKPT --plan {path} -o OUT", style="dim")
+        hint(f"Next: vllm-moe-prune cut {_source(checkpoint)} --plan {path} -o OUT")
 
 
 def _removed(layer: "LayerPlan") -> list[int]:
     return sorted(set(range(layer.experts)) - set(layer.keep))
 
 
-def _short(ids: list[int], most: int = 10) -> str:
+def _short(ids: list[int], most: int = 8) -> str:
     text = " ".join(str(number) for number in ids[:most])
     return text + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
@@ -204,9 +211,8 @@ def show_cut(
         f"Wrote {result.out}",
         [
             (
-                "tensor bytes",
-                f"{gib(checkpoint.tensor_bytes)} -> "
-                f"{gib(result.file_bytes)} in safetensors files",
+                "size",
+                f"{gib(checkpoint.tensor_bytes)} -> {gib(result.file_bytes)}",
             ),
             ("sparsity of experts", f"{done.expert_sparsity:.2%}"),
             ("of all parameters", f"{done.total_sparsity:.2%}"),
@@ -224,7 +230,7 @@ def show_cut(
             f"layer {layer}: no calibration token reached experts {experts}; "
             "they were pruned by magnitude. More calibration text would help."
         )
-    out.print(f"Next: vllm-moe-prune serve {result.out}", style="dim")
+    hint(f"Next: vllm-moe-prune serve {result.out}")
 
 
 def show_verified(verified: "Verified", as_json: bool) -> None:
@@ -248,7 +254,7 @@ def show_verified(verified: "Verified", as_json: bool) -> None:
         "remap table and shapes agree"
     )
     if verified.expert_sparsity is None:
-        out.print("Pass --source CKPT to compare the weights too.", style="dim")
+        hint("Pass --source CKPT to compare the weights too.")
         return
     out.print(
         f"{verified.tensors_compared} tensors ({gib(verified.bytes_compared)}) agree "

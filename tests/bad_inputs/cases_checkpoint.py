@@ -12,6 +12,7 @@ from .case import (
     INDEX,
     RUN,
     SHARD,
+    SMALL,
     Case,
     Edit,
     Spoil,
@@ -246,11 +247,11 @@ INDEXES = [
         }.items()
     ),
     Case("index names a number", RUN, ("weight_map", "7"), shard_named(7)),
-    Case("index names 500 letters", RUN, ("missing",), shard_named("m" * 500)),
+    Case("index names 500 letters", RUN, ("too long",), shard_named("m" * 500)),
     Case(
         "index names escape codes",
         RUN,
-        ("missing",),
+        ("index.json", "x1b[31m"),
         shard_named("\x1b[31mmodel.safetensors"),
     ),
     Case("index without a map", RUN, ("weight_map",), holding(INDEX, "{}")),
@@ -282,7 +283,10 @@ WEIGHTS = [
         in_tensor(ROUTER, fill(value, row=2)),
     )
     for what, value in {"NaN": float("nan"), "infinity": float("inf")}.items()
-    for command in (RUN, "measure ckpt -o new.safetensors --calibration text.txt")
+    for command in (
+        RUN,
+        f"measure ckpt -o new.safetensors --calibration text.txt {SMALL}",
+    )
 ] + [
     Case(
         "NaN in a router, bytes copied",
@@ -298,13 +302,13 @@ WEIGHTS = [
         RUN,
         ("layer 1", "NaN or infinity", "experts [2]"),
         in_tensor(EXPERT, fill(float("nan"))),
-        leaves=("out.partial.stats.safetensors.work/*",),
+        leaves=("out.stats.safetensors.work/*",),
     ),
     *(
         Case(
             f"{what} in an expert, {method}",
             f"{RUN} --recipe slim.yaml",
-            (EXPERT, "NaN or infinit"),
+            ("ckpt", "layer 1", "expert 2", "NaN or infinit"),
             both(
                 in_tensor(EXPERT, fill(value)),
                 holding(
@@ -313,7 +317,7 @@ WEIGHTS = [
                     f"slim: {{method: {method}, sparsity: 0.5}}}}",
                 ),
             ),
-            leaves=("out.partial/*",),
+            leaves=("out.partial/*", "out.stats.safetensors"),
         )
         for method in ("wanda", "magnitude")
         for what, value in {"NaN": float("nan"), "infinity": float("inf")}.items()

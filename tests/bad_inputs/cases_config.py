@@ -42,9 +42,10 @@ CASES = [
     config("empty", ("not valid JSON",), holding(CONFIG, "")),
     config("not UTF-8", ("not valid JSON",), holding(CONFIG, b"{\xff}")),
     config("nested", ("not valid JSON",), holding(CONFIG, "[" * 10**5)),
-    config("a long number", ("not valid JSON",), holding(CONFIG, '{"a": 1' + "0" * 6000)),
-    config("NaN", ("not valid JSON", "NaN"), holding(CONFIG, '{"rms_norm_eps": NaN}')),
+    config("a long number", ("not valid JSON",), holding(CONFIG, "1" + "0" * 6000)),
+    config("NaN", ("not valid JSON", "NaN"), holding(CONFIG, '{"eps": NaN}')),
     config("empty object", ("model_type", "mixtral"), holding(CONFIG, "{}")),
+    config("no model_type", ("mixtral",), without_key(CONFIG, "model_type")),
     values(("model_type", "'bert'", "mixtral"), model_type="bert"),
     values(("model_type", "mixtral"), model_type=["mixtral"]),
     values(("model_type", "mixtral"), model_type="../mixtral"),
@@ -52,19 +53,21 @@ CASES = [
     values(("model_type", "'spec'", "mixtral"), model_type="spec"),
     *(
         config(f"no {key}", (key, "missing"), without_key(CONFIG, key))
-        for key in ("model_type", *COUNTS)
+        for key in COUNTS
     ),
     *(
-        config(f"{key} is {what}", (key,), with_keys(CONFIG, **{key: value}))
+        config(f"{key} is {what}", ("config.json",), with_keys(CONFIG, **{key: value}))
         for key in COUNTS
         for what, value in WRONG.items()
     ),
     values(("layer 1", "num_hidden_layers is 1"), num_hidden_layers=1),
     values(("layer 2", "missing"), num_hidden_layers=3),
-    values(("experts.4", "5 experts"), num_local_experts=5),
+    values(("4 rows", "num_local_experts is 5"), num_local_experts=5),
     values(("expert 3", "num_local_experts is 3"), num_local_experts=3),
     values(("num_experts_per_tok is 5", "4"), num_experts_per_tok=5),
-    values(("[32, 48]", "[64, 48]"), hidden_size=64),
+    values(("[4, 32]", "[4, 64]"), hidden_size=64),
+    values(("[48, 32]", "[96, 32]"), intermediate_size=96),
+    values(("architectures",), architectures="MixtralForCausalLM"),
     values(("quantised", "fp8"), quantization_config={"quant_method": "fp8"}),
     values(("quantised", "awq"), quantization_config="awq"),
     values(("per_layer_config",), per_layer_config=[1]),

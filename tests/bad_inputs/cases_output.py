@@ -5,7 +5,7 @@ import shutil
 import struct
 from pathlib import Path
 
-from .case import CUT, INDEX, RUN, SMALL, Case, both, in_json, split_header
+from .case import CUT, INDEX, RUN, SMALL, Case, both, in_json
 
 TEXT = f"--calibration text.txt {SMALL} --json"
 PLANNED = "--plan plan.json --calibration text.txt --json"
@@ -109,7 +109,7 @@ CASES = [
         "a link to the input",
         "link",
         "--overwrite",
-        ("link", "input"),
+        ("link", "is a link"),
         spoil=linked_output,
     ),
     *both_commands("a link", "link", "", ("link",), spoil=linked_elsewhere),
@@ -143,13 +143,14 @@ CASES = [
         "--resume",
         ("new.partial", "another plan", "--overwrite"),
         spoil=unfinished,
-        leaves=("new.partial.stats.safetensors",),
+        leaves=("new.stats.safetensors",),
     ),
     Case(
         "output: no space, run",
         RUN,
         ("GiB", "free"),
         too_large,
+        leaves=("out.stats.safetensors",),
     ),
     Case(
         "output: no space, cut",

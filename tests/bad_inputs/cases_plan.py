@@ -121,8 +121,8 @@ PLANS = [
         plan(f"sparsity {value}", ("layers.1.sparsity",), layer(sparsity=value))
         for value in (1.0, -0.1, 1.5, "half", None, True)
     ),
-    plan("sparsity NaN", ("NaN",), layer(sparsity=float("nan"))),
-    plan("sparsity infinite", ("Infinity",), layer(sparsity=float("inf"))),
+    plan("sparsity NaN", ("1.sparsity", "finite"), layer(sparsity=float("nan"))),
+    plan("sparsity infinite", ("1.sparsity", "finite"), layer(sparsity=float("inf"))),
     plan("clusters too few", ("layer 1", "1 clusters"), layer(clusters=[[0, 1, 2, 3]])),
     plan("clusters leave one out", ("layer 1", "leave out"), layer(
         keep=[0, 1], clusters=[[0, 2], [1]]
@@ -231,7 +231,7 @@ def recipe(name: str, text: str | bytes, *says: str) -> Case:
     return Case(
         f"recipe: {name}",
         f"{DECIDE} --recipe my.yaml",
-        ("my.yaml", *says),
+        says,
         holding("my.yaml", text),
     )
 
@@ -282,7 +282,7 @@ ASKED = [
     asked("to drop infinitely many", "--drop inf", "experts.drop"),
     asked("to drop and to keep", "--drop 0.2 --keep 3", "drop or keep"),
     asked("to keep none", "--keep 0", "experts.keep"),
-    asked("to keep half an expert", "--keep 1.5", "--keep", "1.5"),
+    asked("to keep half an expert", "--keep 1.5", "'--keep'", "plan --help"),
     asked("an unknown budget", "--budget lavish", "experts.budget", "lavish"),
     asked("an unknown method", "--slim fast", "slim.method", "fast"),
     asked("an unknown routing", "--routing random", "routing", "random"),
@@ -295,18 +295,23 @@ ASKED = [
 ]
 
 RECIPES = [
-    recipe("not YAML", "experts: [", "not valid YAML"),
-    recipe("not text", b"\xff\xfe\x00name", "not valid YAML"),
-    recipe("a list", "- stun", "dictionary"),
-    recipe("empty", "", "dictionary"),
-    recipe("unknown key", "expert: {drop: 0.2}", "expert", "Extra inputs"),
-    recipe("unknown key inside", "experts: {dropp: 0.2}", "experts.dropp", "Extra"),
+    recipe("not YAML", "experts: [", "my.yaml", "not valid YAML"),
+    recipe("not text", b"\xff\xfe\x00name", "my.yaml", "not valid YAML"),
+    recipe("a list", "- stun", "my.yaml", "dictionary"),
+    recipe("empty", "", "my.yaml", "dictionary"),
+    recipe("unknown key", "expert: {drop: 0.2}", "my.yaml", "expert", "Extra inputs"),
+    recipe(
+        "unknown key inside",
+        "experts: {dropp: 0.2}",
+        "my.yaml",
+        "experts.dropp",
+        "Extra",
+    ),
     recipe("a Python object", "name: !!python/object/apply:os.getcwd []", "YAML"),
     recipe("a Python name", "name: !!python/name:os.system", "not valid YAML"),
     recipe("a bomb", bomb(), "not valid YAML", "aliases"),
     recipe("a bomb of merged keys", merge_bomb(), "not valid YAML", "aliases"),
     recipe("a loop", "name: &a [*a]", "not valid YAML", "aliases"),
-    recipe("a number that overflows", "calibration: {seed: 0x" + "f" * 9000 + "}", "my"),
     recipe("nested", "[" * 10**4, "not valid YAML"),
     recipe("an impossible date", "name: 2020-99-99", "not valid YAML"),
     recipe("a list as key", "? [a, b]\n: 1", "not valid YAML"),

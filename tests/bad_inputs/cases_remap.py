@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from .case import Case, Edit, Spoil, deleted, holding, in_json, with_keys
+from .case import Case, Edit, Spoil, both, deleted, holding, in_json, with_keys
 
 TABLE = "out/expert_remap.json"
 CONFIG = "out/config.json"
@@ -146,6 +146,17 @@ SPOILT: dict[str, tuple[tuple[str, ...], Spoil]] = {
     "of another family": (
         ("model_type", "deepseek"),
         resealed(lambda table: table.update(model_type="deepseek")),
+    ),
+    "a survivor in the wrong cluster": (
+        ("layer 1", "cluster"),
+        resealed(lambda table: table["layers"][1]["clusters"].reverse()),
+    ),
+    "experts of a dropped sublayer": (
+        (),
+        both(
+            layer(moe=False, moe_dropped=True, kept=[], router_rows=[], clusters=None),
+            with_keys(CONFIG, per_layer_config={"1": {"num_local_experts": 0}}),
+        ),
     ),
 }
 

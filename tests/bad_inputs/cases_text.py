@@ -11,6 +11,7 @@ from .case import (
     deleted,
     holding,
     in_json,
+    leave_alone,
     with_keys,
 )
 
@@ -18,18 +19,29 @@ MEASURE = f"measure ckpt -o new.safetensors {SMALL} --json --calibration"
 EVAL = "eval ckpt --json --text"
 
 
-def text(name: str, file_name: str, content: str | bytes, *says: str) -> list[Case]:
+def text(
+    name: str,
+    file_name: str,
+    content: str | bytes,
+    *says: str,
+    spoil: Spoil = leave_alone,
+) -> list[Case]:
     """A bad text, to calibrate on and to judge by."""
-    spoil = holding(file_name, content)
+    spoils = both(holding(file_name, content), spoil)
     return [
-        Case(f"text: {name}, measure", f"{MEASURE} {file_name}", says, spoil),
-        Case(f"text: {name}, eval", f"{EVAL} {file_name}", says, spoil),
+        Case(f"text: {name}, measure", f"{MEASURE} {file_name}", says, spoils),
+        Case(f"text: {name}, eval", f"{EVAL} {file_name}", says, spoils),
     ]
 
 
 def tokenizer_gone(folder: Path) -> None:
     for path in (folder / "ckpt").glob("tokenizer*"):
         path.unlink()
+
+
+def without_bos(folder: Path) -> None:
+    """A tokenizer that puts nothing in front of a text."""
+    with_keys("ckpt/tokenizer.json", post_processor=None)(folder)
 
 
 def other_tokenizer(folder: Path) -> None:
@@ -83,15 +95,18 @@ TEXTS = [
     *text("nested JSONL", "d.jsonl", "[" * 10**5, "d.jsonl", "line 1"),
     *text("a long number", "i.jsonl", "1" + "0" * 6000, "i.jsonl", "line 1"),
     *text(
-        "odd messages",
+        "messages without a template",
         "c.jsonl",
-        '{"messages": [{"role": 1}, 2]}',
-        *("c.jsonl", "line 1", "messages"),
+        '{"messages": [{"role": "user", "content": "Hello"}]}',
+        *("c.jsonl", "line 1", "chat template"),
+        spoil=in_json(
+            "ckpt/tokenizer_config.json", lambda data: data.pop("chat_template")
+        ),
     ),
     Case("text: too short", f"{MEASURE} s.txt", ("s.txt", "windows", "2", "32"),
          holding("s.txt", "The old clock counts seven stones.")),
-    Case("text: too short, eval", f"{EVAL} s.txt", ("s.txt", "tokens"),
-         holding("s.txt", "A")),
+    Case("text: too short, eval", f"{EVAL} s.txt", ("s.txt", "1 tokens"),
+         both(holding("s.txt", "A"), without_bos)),
     Case("text: missing", f"{MEASURE} no.txt", ("no.txt", "no such")),
     Case("text: missing, eval", f"{EVAL} no.txt", ("no.txt", "no such")),
     Case("text: a folder", f"{MEASURE} ckpt", ("ckpt", "text file")),
@@ -101,7 +116,7 @@ TEXTS = [
     Case("text: none, eval", "eval ckpt", ("--text",)),
     Case("text: second one missing, eval",
          f"{EVAL} text.txt --text no.txt --max-tokens 40", ("no.txt", "no such")),
-    Case("text: half a Hub name", f"{MEASURE} hub:c4", ("hub:c4", "OWNER/NAME")),
+    Case("text: half a Hub name", f"{MEASURE} hub:/c4", ("hub:/c4", "OWNER/NAME")),
 ]  # fmt: skip
 
 TOKENIZERS = [
@@ -144,13 +159,13 @@ OPTIONS = [
     Case("run: samples 0", f"{RUN} --samples 0", ("samples",)),
     Case("run: samples huge", f"{RUN} --samples {10**15}", ("text.txt", "windows")),
     Case("run: sequence of 1", f"{RUN} --sequence-length 1", ("sequence_length",)),
-    Case("run: seed of text", f"{RUN} --seed best", ("--seed", "'best'")),
-    eval_flags("sequence of 1", "--sequence-length 1", "sequence", "2"),
-    eval_flags("no tokens", "--max-tokens 0", "max-tokens", "0"),
-    eval_flags("fewer than no tokens", "--max-tokens -5", "max-tokens", "-5"),
+    Case("run: seed of text", f"{RUN} --seed best", ("'--seed'", "run --help")),
+    eval_flags("sequence of 1", "--sequence-length 1", "'--sequence-length'", "2"),
+    eval_flags("no tokens", "--max-tokens 0", "'--max-tokens'", "2"),
+    eval_flags("fewer than no tokens", "--max-tokens -5", "'--max-tokens'", "2"),
     Case("no such command", "prune ckpt", ("'prune'",)),
     Case("no such option", "inspect ckpt --fast", ("--fast",)),
-    Case("no checkpoint", "inspect", ("SOURCE",)),
+    Case("no checkpoint", "inspect", ("argument", "vllm-moe-prune inspect --help")),
     Case("a word too many", "inspect ckpt out", ("out",)),
 ]  # fmt: skip
 

@@ -37,7 +37,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.setattr(sys, "argv", ["vllm-moe-prune", *shlex.split(command)])
             with pytest.raises(SystemExit) as done:
                 main()
-            assert done.value.code == 0
+            assert done.value.code == 0, command
     return folder
 
 

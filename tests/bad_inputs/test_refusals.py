@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from . import cases_checkpoint, cases_config, cases_output, cases_plan
-from . import cases_remap, cases_text
+from . import (
+    cases_checkpoint,
+    cases_config,
+    cases_output,
+    cases_plan,
+    cases_remap,
+    cases_text,
+)
 from .case import Case, run_cli, snapshot
 
 CASES = [

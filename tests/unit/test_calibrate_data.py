@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.tiny import sentences, tiny_checkpoint, tiny_text
+from tests.tiny import sentences, tiny_checkpoint, tiny_text, write_tokenizer
 from vllm_moe_prune.calibrate import text as text_module
 from vllm_moe_prune.calibrate.data import READ_MULTIPLE, TokenReader, load_tokens
 from vllm_moe_prune.checkpoint.open import Checkpoint
@@ -174,7 +174,7 @@ def test_without_the_datasets_package_its_name_is_given(
 
 @pytest.mark.parametrize("source", ["hub:", "hub:a/b/c/d", "hub:/b", "hub::train"])
 def test_a_hub_name_of_another_form_is_refused(source: str) -> None:
-    with pytest.raises(CalibrationError, match="expected hub:NAME"):
+    with pytest.raises(CalibrationError, match="expected hub:OWNER/NAME"):
         list(text_module.read_documents(source, None))
 
 
@@ -185,6 +185,8 @@ def test_a_hub_name_of_another_form_is_refused(source: str) -> None:
         ("a.txt", b"text\0text", "NUL bytes"),
         ("a.txt", b"caf\xe9 au lait", "not UTF-8 text .byte 0xe9"),
         ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not valid JSON: maximum recursion"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1: not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2: not valid JSON"),
         ("a.jsonl", b'{"content": "x"}\n', "neither 'text' nor 'messages'.*content"),
         ("a.jsonl", b"[1]\n", "neither 'text' nor 'messages'"),
@@ -248,6 +250,13 @@ def test_a_missing_file_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None
 def test_a_checkpoint_without_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "model", layers=1, tokenizer=False)
     with pytest.raises(CalibrationError, match="has no tokenizer"):
+        load_tokens(open_checkpoint(folder), asking(tiny_text(tmp_path)))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", layers=1, vocab=300, tokenizer=False)
+    write_tokenizer(folder, 512)
+    with pytest.raises(CalibrationError, match=r"gives token \d+ .* knows 300"):
         load_tokens(open_checkpoint(folder), asking(tiny_text(tmp_path)))
 
 

@@ -181,6 +181,26 @@ def test_a_misshapen_attention_is_refused(tmp_path: Path) -> None:
         StreamingModel(checkpoint)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rope_theta": "big"},
+        {"rope_scaling": {"rope_type": "x"}},
+        {"rms_norm_eps": "x"},
+    ],
+)
+def test_a_config_that_builds_no_model_is_one_line(
+    tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    folder = tiny_checkpoint(tmp_path, tokenizer=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | wrong))
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match="cannot build a") as caught:
+        StreamingModel(checkpoint)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_token_that_the_model_does_not_know_is_refused(tmp_path: Path) -> None:
     model = StreamingModel(open_checkpoint(tiny_checkpoint(tmp_path)))
     with pytest.raises(CalibrationError, match="token 512, but the model knows 512"):

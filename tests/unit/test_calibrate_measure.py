@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from transformers import MixtralForCausalLM
 
 from tests.tiny import tiny_checkpoint
@@ -17,11 +18,11 @@ from vllm_moe_prune.calibrate import boundary, distances
 from vllm_moe_prune.calibrate.boundary import BoundaryStore
 from vllm_moe_prune.calibrate.data import Tokens, sha256_of
 from vllm_moe_prune.calibrate.measure import measure
-from vllm_moe_prune.calibrate.stats import LayerStats, Stats
+from vllm_moe_prune.calibrate.stats import LayerStats, Stats, load_stats, save_stats
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_expert, read_router
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.errors import CheckpointError, OutputError
+from vllm_moe_prune.errors import CheckpointError, OutputError, PlanError
 from vllm_moe_prune.progress import Progress
 
 LAYOUTS = [layout.name for layout in find_arch("mixtral", "test").layouts]
@@ -168,6 +169,26 @@ def test_only_what_is_asked_for_is_measured(checkpoint: Checkpoint) -> None:
     assert layer.coactivation_EE is None
     layer = measure(checkpoint, router=False, weights=False).layers[0]
     assert layer == LayerStats()
+
+
+def test_repeating_gives_the_same_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    tokens = some_tokens()
+    for name in ("one", "two"):
+        save_stats(measure(checkpoint, tokens=tokens), tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert same(load_stats(tmp_path / "one"), measure(checkpoint, tokens=tokens))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [None, {}, {"moe_prune_stats": "0"}],
+)
+def test_a_file_that_is_not_of_this_format_is_refused(
+    tmp_path: Path, metadata: dict[str, str] | None
+) -> None:
+    save_file({"x": np.zeros(1)}, tmp_path / "stats", metadata=metadata)
+    with pytest.raises(PlanError, match="not a statistics file of format 1"):
+        load_stats(tmp_path / "stats")
 
 
 class Killed(BaseException):

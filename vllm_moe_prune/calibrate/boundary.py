@@ -5,11 +5,9 @@ the statistics of the layers before it if there are any. Saving takes at most ab
 tenth of the time: boundaries that come sooner are skipped.
 """
 
-import json
 import logging
 import re
 import shutil
-import struct
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ..checkpoint.index import read_header
 from ..checkpoint.reader import DTYPES, read_tensor
 from ..errors import CheckpointError, OutputError
+from .container import Part, write_safetensors
 from .stats import Stats, load_stats, save_stats
 
 log = logging.getLogger(__name__)
@@ -143,18 +142,7 @@ class BoundaryStore:
         return self.folder / f"stats-{layer:05d}.safetensors"
 
     def _write(self, path: Path, hidden_STD: torch.Tensor) -> None:
-        """A safetensors file, written without the copy the library would make."""
         data = hidden_STD.detach().cpu().contiguous()
-        entry = {
-            "dtype": NAMES[data.dtype],
-            "shape": list(data.shape),
-            "data_offsets": [0, data.nbytes],
-        }
-        content = {"__metadata__": {"key": self.key}, HIDDEN: entry}
-        header = json.dumps(content).encode()
-        header += b" " * (-len(header) % 8)
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(header)) + header)
-            file.write(data.flatten().view(torch.uint8).numpy().data)
-        temporary.replace(path)
+        view = data.flatten().view(torch.uint8).numpy().data
+        part = Part(NAMES[data.dtype], tuple(data.shape), view)
+        write_safetensors(path, {HIDDEN: part}, {"key": self.key})

@@ -123,10 +123,13 @@ class TokenReader:
     def __init__(self, checkpoint: Checkpoint, source: str) -> None:
         """Load the tokenizer; read no text yet."""
         self.source = source
+        self.folder = checkpoint.folder
         self.tokenizer = _load_tokenizer(checkpoint.folder)
         self.bos = _added_bos(self.tokenizer)
         self.eos: int | None = self.tokenizer.eos_token_id
         self.max_length = checkpoint.config.get("max_position_embeddings")
+        embedding = checkpoint.tensors.get(checkpoint.arch.embedding)
+        self.vocabulary = embedding.shape[0] if embedding else None
 
     def cap(self, length: int) -> int:
         """The sequence length, no longer than the model's positions."""
@@ -163,6 +166,7 @@ class TokenReader:
         documents = read_documents(self.source, self.tokenizer)
         for batch in _batches(documents):
             for part in self._encode(batch):
+                self._check(part)
                 parts.append(part)
                 count += len(part)
             if limit is not None and count >= limit:
@@ -171,6 +175,15 @@ class TokenReader:
         if count == 0:
             raise CalibrationError(f"{self.source}: is empty; there is no text in it.")
         return np.concatenate(parts)[:limit]
+
+    def _check(self, ids: Ids) -> None:
+        largest = int(ids.max(initial=self.bos or 0))
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            raise CalibrationError(
+                f"{self.folder}: its tokenizer gives token {largest}, but the model "
+                f"knows {self.vocabulary}. The tokenizer is another model's. (Text: "
+                f"{self.source})"
+            )
 
     def _encode(self, batch: list[Document]) -> Iterator[Ids]:
         encoded = self.tokenizer(

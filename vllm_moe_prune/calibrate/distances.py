@@ -11,12 +11,12 @@ import torch
 from ..archs.spec import TensorRule
 from ..checkpoint.index import read_bytes
 from ..checkpoint.open import Checkpoint, Layer
-from ..checkpoint.reader import DTYPES, read_router
+from ..checkpoint.reader import DTYPES, read_expert, read_router
 from ..errors import CheckpointError
 from .stats import Array
 
-# Of the fp32 copy of one chunk, all experts together; centring makes a second one.
-CHUNK_BYTES = 64 << 20
+# Of one chunk in fp32, all experts together.
+CHUNK_BYTES = 16 << 20
 
 
 def router_distances(checkpoint: Checkpoint, layer: Layer) -> tuple[Array, Array]:
@@ -43,14 +43,13 @@ def weight_distances(
     gram_EE = torch.zeros(experts, experts, dtype=torch.float64, device=device)
     for rule in checkpoint.layout.experts:
         for chunk_Ep in _chunks(checkpoint, layer, rule, device):
-            centred_Ep = chunk_Ep - chunk_Ep.mean(dim=0)
-            part_EE = (centred_Ep @ centred_Ep.T).double()
+            chunk_Ep -= chunk_Ep.mean(dim=0)
+            part_EE = (chunk_Ep @ chunk_Ep.T).double()
             if not bool(torch.isfinite(part_EE).all()):
-                bad = (~torch.isfinite(chunk_Ep).all(dim=1)).nonzero().flatten()
                 raise CheckpointError(
                     f"{checkpoint.folder}: layer {layer.index}: NaN or infinity in "
-                    f"{rule.template!r} of experts {bad.tolist()}. The checkpoint is "
-                    "damaged; download it again."
+                    f"the weights of experts {_not_finite(checkpoint, layer)}. The "
+                    "checkpoint is damaged; download it again."
                 )
             gram_EE += part_EE
     squares_E = gram_EE.diagonal()
@@ -87,6 +86,15 @@ def _chunks(
             data = read_bytes(info, base + start, base + stop)
             chunk_Ep[expert] = torch.frombuffer(data, dtype=dtype)
         yield chunk_Ep
+
+
+def _not_finite(checkpoint: Checkpoint, layer: Layer) -> list[int]:
+    return [
+        number
+        for number in range(layer.num_experts)
+        for expert in [read_expert(checkpoint, layer, number)]
+        if not all(bool(torch.isfinite(matrix).all()) for matrix in expert)
+    ]
 
 
 def _symmetric(sqdist_EE: Array) -> Array:

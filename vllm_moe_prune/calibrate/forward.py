@@ -33,7 +33,6 @@ from .stock import (
     MOE_NORM,
     activation,
     causal_mask,
-    find_class,
     stock_config,
     stock_layer,
     stock_norm,
@@ -73,11 +72,10 @@ class StreamingModel:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         arch = checkpoint.arch
-        self.config = stock_config(checkpoint)
-        self.rotary: torch.nn.Module = find_class(arch.hf_rotary)(self.config)
+        self.act = activation(checkpoint)
+        self.config, self.rotary = stock_config(checkpoint)
         self.rotary.to(self.device)
         self.dtype = DTYPES[self._info(arch.embedding).dtype]
-        self.act = activation(checkpoint)
         self.layers_run = 0
         for index in range(self.num_layers):
             self._check_names(index)

@@ -5,6 +5,7 @@ tokens in float64, so that parts measured on different machines can be added.
 """
 
 import json
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ..errors import PlanError
+from .container import Part, write_safetensors
 
 Array = NDArray[np.float64]
 FORMAT_VERSION = "1"
@@ -147,14 +148,14 @@ def _add(one: Array | None, two: Array | None) -> Array | None:
 def save_stats(stats: Stats, path: Path) -> None:
     """Write ``stats.safetensors`` atomically."""
     arrays = {
-        f"layers.{index}.{item.name}": np.ascontiguousarray(value, dtype=np.float64)
+        f"layers.{index}.{item.name}": np.asarray(value, np.float64, order="C")
         for index, layer in stats.layers.items()
         for item in fields(LayerStats)
         if (value := getattr(layer, item.name)) is not None
     }
     for name in MODEL_ARRAYS:
         if (whole := getattr(stats, name)) is not None:
-            arrays[f"model.{name}"] = np.ascontiguousarray(whole, dtype=np.float64)
+            arrays[f"model.{name}"] = np.asarray(whole, np.float64, order="C")
     header = {
         "moe_prune_stats": FORMAT_VERSION,
         "fingerprint": stats.fingerprint,
@@ -163,9 +164,11 @@ def save_stats(stats: Stats, path: Path) -> None:
         "calibration": json.dumps(stats.calibration, sort_keys=True),
         "sensitivity": json.dumps(stats.sensitivity, sort_keys=True),
     }
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(arrays, temporary, metadata=header)
-    temporary.replace(path)
+    parts = {
+        name: Part("F64", array.shape, array.reshape(-1).data)
+        for name, array in arrays.items()
+    }
+    write_safetensors(path, parts, header)
 
 
 def load_stats(path: Path) -> Stats:
@@ -189,15 +192,46 @@ def load_stats(path: Path) -> Stats:
                     continue
                 _, index, quantity = name.split(".")
                 values[int(index)][quantity] = file.get_tensor(name)
+        _check_shapes(values)
+        return Stats(
+            fingerprint=header["fingerprint"],
+            layers={index: LayerStats(**items) for index, items in values.items()},
+            forward_passes=int(header["forward_passes"]),
+            calibration=_object(header["calibration"]),
+            sensitivity=_object(header.get("sensitivity", "{}")),
+            **whole,
+        )
     except FileNotFoundError as error:
         raise PlanError(f"{path}: no such statistics file.") from error
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise PlanError(f"{path}: damaged statistics file: {error}") from error
-    return Stats(
-        fingerprint=header["fingerprint"],
-        layers={index: LayerStats(**items) for index, items in values.items()},
-        forward_passes=int(header["forward_passes"]),
-        calibration=json.loads(header["calibration"]),
-        sensitivity=json.loads(header.get("sensitivity", "{}")),
-        **whole,
-    )
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise PlanError(
+            f"{path}: damaged statistics file: {error}. Make it again with "
+            "`vllm-moe-prune measure`."
+        ) from error
+
+
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, found {text[:40]!r}")
+    return value
+
+
+def _check_shapes(layers: dict[int, dict[str, Array]]) -> None:
+    """Compare arrays with the axis letters their names end in."""
+    for index, arrays in layers.items():
+        experts: int | None = None
+        for name, array in arrays.items():
+            suffix = re.search(r"(?<=_)[A-Z][A-Z0-9]*$", name)
+            axes = suffix[0] if suffix else ""
+            if array.ndim == len(axes) and axes.startswith("E") and experts is None:
+                experts = len(array)
+            sizes = [{"E": experts, "5": 5, "2": 2}.get(axis) for axis in axes]
+            if array.ndim != len(axes) or any(
+                size not in (None, found)
+                for size, found in zip(sizes, array.shape, strict=True)
+            ):
+                raise ValueError(
+                    f"layer {index}: {name} has shape {list(array.shape)}, but the "
+                    f"layer has {experts} experts"
+                )

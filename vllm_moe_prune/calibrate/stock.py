@@ -4,7 +4,8 @@ Axes: b sequences, T tokens of a sequence, D hidden.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..errors import CheckpointError
 
 # Every family calls the norm before its MoE sublayer so.
 MOE_NORM = "post_attention_layernorm"
+ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 # Keys of config.json that only concern the MoE block, or the file itself.
 OURS = ("per_layer_config", "moe_prune", "architectures", "auto_map")
 
@@ -33,20 +35,37 @@ def find_class(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def stock_config(checkpoint: Checkpoint) -> Any:
-    """The family's transformers config, every layer alike."""
+def stock_config(checkpoint: Checkpoint) -> tuple[Any, torch.nn.Module]:
+    """The family's transformers config, every layer alike, and its rotary embedding.
+
+    Raises:
+        CheckpointError: Nothing can be built from config.json.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    arch = checkpoint.arch
     values = {key: value for key, value in checkpoint.config.items() if key not in OURS}
+    with _refusing(checkpoint, "a model"):
+        config = CONFIG_MAPPING[arch.model_type].from_dict(values)
+        config._attn_implementation = "sdpa"
+    rope = ", ".join(f"{key} {values[key]!r}" for key in ROPE if key in values)
+    with _refusing(checkpoint, f"a rotary embedding with {rope or 'no rope keys'}"):
+        rotary: torch.nn.Module = find_class(arch.hf_rotary)(config)
+    with _refusing(checkpoint, "a decoder layer"):
+        stock_layer(arch, config, 0)
+    return config, rotary
+
+
+@contextmanager
+def _refusing(checkpoint: Checkpoint, what: str) -> Iterator[None]:
     try:
-        config = CONFIG_MAPPING[checkpoint.arch.model_type].from_dict(values)
-    except (TypeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        yield
+    except Exception as error:  # each wrong value fails in its own way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: transformers refuses it: {reason}"
+            f"{checkpoint.folder / 'config.json'}: transformers cannot build {what} "
+            f"from it: {reason}."
         ) from error
-    config._attn_implementation = "sdpa"
-    return config
 
 
 def stock_layer(arch: MoeArch, config: Any, index: int) -> torch.nn.Module:
@@ -73,7 +92,7 @@ def activation(checkpoint: Checkpoint) -> Callable[[torch.Tensor], torch.Tensor]
     from transformers.activations import ACT2FN
 
     name = checkpoint.config.get("hidden_act", "silu")
-    if name not in ACT2FN:
+    if not isinstance(name, str) or name not in ACT2FN:
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'}: hidden_act {name!r} is not an "
             "activation that transformers knows."

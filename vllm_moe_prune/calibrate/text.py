@@ -33,7 +33,7 @@ def read_documents(source: str, tokenizer: Any) -> Iterator[Document]:
 
     Args:
         source: A UTF-8 text file; a ``.jsonl`` file whose records have ``text`` or
-            ``messages``; or ``hub:NAME[/CONFIG][:SPLIT]``.
+            ``messages``; or ``hub:OWNER/NAME[/CONFIG][:SPLIT]``.
         tokenizer: Renders ``messages`` with its chat template.
 
     Raises:
@@ -83,9 +83,10 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{path}: line {number}", json.loads(line)
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path}: not UTF-8 text. Convert it.") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", str(error))
         raise CalibrationError(
-            f"{path}: line {number}: not valid JSON: {error.msg}. "
+            f"{path}: line {number}: not valid JSON: {reason}. "
             "A .jsonl file has one JSON object per line."
         ) from error
 
@@ -116,7 +117,7 @@ def _parse_hub(source: str) -> tuple[str, str | None, str]:
     owner_and_name, config = path.split("/")[:2], path.split("/")[2:]
     if not all(owner_and_name) or len(config) > 1:
         raise CalibrationError(
-            f"{source}: expected {HUB}NAME[/CONFIG][:SPLIT], as in {EXAMPLE}."
+            f"{source}: expected {HUB}OWNER/NAME[/CONFIG][:SPLIT], as in {EXAMPLE}."
         )
     return "/".join(owner_and_name), config[0] if config else None, split or "train"
 

@@ -79,6 +79,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different; of two, each reader would pick one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("it holds a name twice")
+    return found
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"it holds {name}")
 
@@ -171,7 +179,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(MAX_HEADER_BYTES, path.stat().st_size):
                 raise CheckpointError(f"{path}: header claims {length} bytes.")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
     except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise CheckpointError(
             f"{path}: damaged or truncated safetensors file "

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..archs import find_arch
 from ..archs.spec import Layout, MoeArch
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RemapError
 from .index import TensorInfo, fingerprint
 from .remap import ExpertRemap, check_against_shapes, load_remap
 
@@ -129,7 +129,14 @@ def build_checkpoint(
     for key in SIZES:
         if config.get(key) is not None:
             _positive(config, key, where)
+    if not isinstance(config.get("architectures", []), list):
+        raise CheckpointError(f"{where}: architectures is not a list.")
     remap = load_remap(folder, config)
+    if remap is not None and remap.model_type != arch.model_type:
+        raise RemapError(
+            f"{folder}: the remap table is for model_type {remap.model_type!r}, "
+            f"config.json says {arch.model_type!r}."
+        )
     count = config[arch.config.layers]
     if count > len(tensors):
         raise CheckpointError(
@@ -270,7 +277,8 @@ def _build_layer(
     ):
         raise CheckpointError(
             f"{router.file}: {router.name}: {router.dtype} of shape "
-            f"{list(router.shape)}, expected floats of shape [{experts}, {hidden}]."
+            f"{list(router.shape)}, expected floats of shape [{experts}, {hidden}] "
+            "(E D, from config.json)."
         )
     if experts > rows:
         raise CheckpointError(
@@ -322,6 +330,7 @@ def _check_shapes(
     hidden, width = view[arch.config.hidden], view[arch.config.width]
     sizes = {"E": experts, "D": hidden, "F": width, "2F": 2 * width}
     expected = tuple(sizes[axis] for axis in axes.split())
+    dtype = None
     for expert in range(experts) if rule.per_expert else (None,):
         name = rule.name(index, expert)
         info = tensors.get(name)
@@ -332,4 +341,9 @@ def _check_shapes(
                 f"{info.file}: {name}: {info.dtype} of shape {list(info.shape)}, "
                 f"expected {'/'.join(FLOATS)} of shape {list(expected)} "
                 f"({axes}, from config.json)."
+            )
+        if info.dtype != (dtype := dtype or info.dtype):
+            raise CheckpointError(
+                f"{info.file}: {name} is {info.dtype}, the same matrix of expert 0 is "
+                f"{dtype}."
             )

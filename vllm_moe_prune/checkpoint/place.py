@@ -79,7 +79,7 @@ def _check_writable(output: Path) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise OutputError(f"{output}: cannot be made, {folder} is not a folder.")
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
         raise OutputError(
             f"{output}: cannot be made, {folder} is not writable. "
             "Choose another output, or change its permissions."

@@ -116,6 +116,8 @@ def parse_remap(data: bytes, where: Path) -> ExpertRemap:
         remap = ExpertRemap.model_validate_json(data)
     except ValidationError as error:
         raise RemapError(f"{where}: {first_problem(error)}") from error
+    if "format_version" not in remap.model_fields_set:
+        raise RemapError(f"{where}: format_version is missing.")
     for position, layer in enumerate(remap.layers):
         at = f"{where}: layer {position}"
         if layer.layer != position:
@@ -141,6 +143,8 @@ def _check_layer(layer: RemapLayer, routing: str, at: str) -> None:
         twice = sorted({expert for expert in ids if ids.count(expert) > 1})
         if twice:
             raise RemapError(f"{at}: {name} names experts {twice} more than once.")
+    if layer.clusters is not None:
+        _check_clusters(layer, layer.clusters, at)
     if routing == "drop":
         if layer.redirect is not None or layer.router_rows != layer.kept:
             raise RemapError(f"{at}: routing is 'drop' but router rows are redirected.")
@@ -156,6 +160,26 @@ def _check_layer(layer: RemapLayer, routing: str, at: str) -> None:
             f"{at}: redirect names new experts {outside}, out of range for "
             f"{len(layer.kept)} kept experts."
         )
+
+
+def _check_clusters(
+    layer: RemapLayer, clusters: tuple[tuple[int, ...], ...], at: str
+) -> None:
+    if len(clusters) != len(layer.kept):
+        raise RemapError(
+            f"{at}: {len(clusters)} clusters for {len(layer.kept)} kept experts."
+        )
+    members = [expert for cluster in clusters for expert in cluster]
+    if outside := sorted({each for each in members if each >= layer.experts_before}):
+        raise RemapError(
+            f"{at}: clusters name experts {outside}, out of range for "
+            f"{layer.experts_before} experts."
+        )
+    if len(set(members)) < len(members):
+        raise RemapError(f"{at}: clusters name an expert more than once.")
+    for kept, cluster in zip(layer.kept, clusters, strict=True):
+        if kept not in cluster:
+            raise RemapError(f"{at}: expert {kept} is not in its cluster {cluster}.")
 
 
 def check_against_shapes(

@@ -1,14 +1,19 @@
 """From what the user typed, a folder or a Hub id, to a checkpoint folder."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
 from .index import ITEM_BYTES, TensorInfo, read_index, read_json
 from .open import Checkpoint, Origin, build_checkpoint
+from .remap import CONFIG_BLOCK, FILE_NAME
+
+log = logging.getLogger(__name__)
 
 # Everything a safetensors checkpoint needs, and no second copy of the weights.
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md"]
+WANTED += ["*.tiktoken", "LICENSE*", "NOTICE*"]
 UNWANTED = ["consolidated*", "original/*", "*.bin", "*.pth", "*.gguf", "onnx/*"]
 
 
@@ -70,41 +75,81 @@ def _download(repo_id: str, revision: str | None) -> _Local:
             repo_id, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED
         )
     except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _refused(repo_id, revision, error.__cause__) from error
         raise CheckpointError(
             f"{repo_id}: not a local folder, not in the local Hub cache, and the Hub "
             "cannot be reached (or HF_HUB_OFFLINE is set)."
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else error
-        raise CheckpointError(f"{repo_id}: cannot be downloaded: {reason}") from error
+        raise _refused(repo_id, revision, error) from error
     # A snapshot folder is named after the commit it holds.
     return _Local(Path(folder), repo_id, Path(folder).name)
 
 
-def open_remote(repo_id: str, revision: str | None = None) -> Checkpoint:
-    """The headers of a Hub checkpoint without its weights (for ``inspect``)."""
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+def _refused(repo_id: str, revision: str | None, error: Exception) -> CheckpointError:
+    """What an answer of the Hub means, in one line."""
     from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        NotASafetensorsRepoError,
-        OfflineModeIsEnabled,
+        EntryNotFoundError,
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
-    try:
-        config = read_json(
-            Path(hf_hub_download(repo_id, "config.json", revision=revision))
+    log_in = "log in (`hf auth login`) or set HF_TOKEN."
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, RevisionNotFoundError):
+        meaning = f"has no revision {revision!r}. Give a branch, a tag or a commit."
+    elif isinstance(error, GatedRepoError):
+        meaning = f"is gated. Accept its terms on its page on the Hub, then {log_in}"
+    elif isinstance(error, RepositoryNotFoundError) or status in {401, 403}:
+        meaning = (
+            "no such folder, and no such repository on the Hub. If it is private, "
+            + log_in
         )
-        metadata = get_safetensors_metadata(repo_id, revision=revision)
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        if isinstance(error, HfHubHTTPError):
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{repo_id}: {reason}") from error
-        raise CheckpointError(
-            f"{repo_id}: the Hub cannot be reached (or HF_HUB_OFFLINE is set)."
-        ) from error
+    elif isinstance(error, EntryNotFoundError):
+        meaning = "the repository has no config.json, so it holds no model."
+    else:
+        meaning = f"cannot be downloaded: {' '.join(str(error).split())[:300]}"
+    return CheckpointError(f"{repo_id}: {meaning}")
+
+
+def open_remote(repo_id: str, revision: str | None = None) -> Checkpoint:
+    """The headers of a Hub checkpoint without its weights (for ``inspect``).
+
+    Raises:
+        CheckpointError: See ``open_checkpoint``.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return _look(repo_id, revision)
+    except CheckpointError:
+        raise
+    except HfHubHTTPError as error:
+        raise _refused(repo_id, revision, error) from error
+    except Exception as error:  # each HTTP library has its own for a lost connection
+        log.info("%s: not reached (%s), looking in the cache", repo_id, error)
+        return open_checkpoint(repo_id, revision)
+
+
+def _look(repo_id: str, revision: str | None) -> Checkpoint:
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    config_file = Path(hf_hub_download(repo_id, "config.json", revision=revision))
+    # Cached files lie in a folder named after their commit.
+    folder, commit = config_file.parent, config_file.parent.name
+    config = read_json(config_file)
+    if CONFIG_BLOCK in config:
+        hf_hub_download(repo_id, FILE_NAME, revision=commit)
+    try:
+        metadata = get_safetensors_metadata(repo_id, revision=commit)
     except NotASafetensorsRepoError as error:
         raise CheckpointError(f"{repo_id}: has no safetensors weights.") from error
+    except SafetensorsParsingError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{repo_id}: damaged weights: {reason}") from error
     tensors = {}
     for file_name, file in metadata.files_metadata.items():
         for name, info in file.tensors.items():
@@ -117,12 +162,11 @@ def open_remote(repo_id: str, revision: str | None = None) -> Checkpoint:
                 name,
                 str(info.dtype),
                 tuple(info.shape),
-                Path(file_name),
+                folder / file_name,
                 first,
                 last - first,
             )
-    origin = Origin(repo_id, revision)
-    return build_checkpoint(Path(repo_id), config, tensors, origin)
+    return build_checkpoint(folder, config, tensors, Origin(repo_id, commit))
 
 
 def open_headers(source: str | Path, revision: str | None = None) -> Checkpoint:

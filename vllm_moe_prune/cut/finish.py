@@ -96,13 +96,22 @@ def provenance(
 
 def write_run_record(out: Path, elapsed_s: float, *, resumed: bool) -> None:
     """``run.json``: time and memory, the one file that differs between equal runs."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     record = {
         "elapsed_s": round(elapsed_s, 3),
-        "peak_rss_bytes": peak,
+        "peak_rss_bytes": _peak_rss_bytes(),
         "resumed": resumed,
     }
     _write_json(out / "run.json", record)
+
+
+def _peak_rss_bytes() -> int:
+    """Of this process; ``ru_maxrss`` starts at what its parent had when it forked."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -19,6 +19,9 @@ from .sparsity import not_enough, zeros_at
 
 MEASURE_OWL = "Run `vllm-moe-prune measure` with this recipe and --calibration."
 
+JUST_BELOW = 1.0 - 1e-9
+"""Takes a sparsity off its step: far less than one weight, far more than rounding."""
+
 Groups = Mapping[int, Counter[int]]
 """Layer -> how many comparison groups of each size it is left with."""
 
@@ -60,7 +63,8 @@ def least_allocation(
 ) -> dict[int, float]:
     """Sparsities base + offset, with the smallest base that zeroes enough.
 
-    Each is kept between 0 and one weight less than the layer's largest group.
+    Each is kept between 0 and one weight less than the layer's largest group. Of layers
+    whose next weight is due at the same base the lower ones take it, as far as needed.
 
     Args:
         zeros: How many weights to zero.
@@ -96,7 +100,15 @@ def least_allocation(
     ]
     if not bases:
         raise not_enough(zeros, sum(counted.values(), Counter[int]()))
-    return {layer: sparsity(min(bases), layer) for layer in groups}
+    found = {layer: sparsity(min(bases), layer) for layer in groups}
+    spare = total(min(bases)) - zeros
+    for layer in sorted(counted, reverse=True):
+        below = found[layer] * JUST_BELOW
+        gain = zeros_at(found[layer], counted[layer]) - zeros_at(below, counted[layer])
+        if 0 < gain <= spare:
+            found[layer] = below
+            spare -= gain
+    return found
 
 
 def _outlier_ratio(

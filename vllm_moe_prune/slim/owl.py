@@ -18,7 +18,7 @@ def score_sum(weight_RD: Tensor, input_sqsum_D: Tensor) -> float:
     norm_D = input_norms(weight_RD, input_sqsum_D)
     total_D = torch.zeros_like(norm_D)
     for chunk_RD in _rows(weight_RD):
-        total_D += chunk_RD.float().abs_().sum(0, dtype=torch.float64)
+        total_D += chunk_RD.abs().sum(0, dtype=torch.float64)
     return float(total_D @ norm_D)
 
 
@@ -26,7 +26,7 @@ def outliers(weight_RD: Tensor, input_sqsum_D: Tensor, threshold: float) -> int:
     """How many Wanda scores of one matrix exceed a threshold (M times the mean)."""
     norm_D = input_norms(weight_RD, input_sqsum_D)
     return sum(
-        int((chunk_RD.double().abs_().mul_(norm_D) > threshold).sum())
+        int((chunk_RD.abs().double().mul_(norm_D) > threshold).sum())
         for chunk_RD in _rows(weight_RD)
     )
 
