@@ -151,7 +151,8 @@ def serve(folder: Path) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512"]
-    flags += ["--served-model-name", "demo", "--max-num-seqs", "4"]
+    # Eager: compiling would take longer than the few answers asked for here.
+    flags += ["--served-model-name", "demo", "--max-num-seqs", "4", "--enforce-eager"]
     console.print(
         f"$ vllm-moe-prune serve {folder.relative_to(HERE.parent)} {' '.join(flags)}",
         style="bold",

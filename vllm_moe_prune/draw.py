@@ -114,10 +114,10 @@ def _detail(progress: Progress, elapsed_s: float) -> str:
     rate = progress.bytes_done / elapsed_s if elapsed_s > 0 else 0.0
     left = (progress.bytes_total - progress.bytes_done) / rate if rate else 0.0
     name, unit = _unit(progress.bytes_total)
+    done, total = progress.bytes_done / unit, progress.bytes_total / unit
     return (
-        f"layer {progress.layer} of {progress.layers}, "
-        f"{progress.bytes_done / unit:.2f} of {progress.bytes_total / unit:.2f} {name}, "
-        f"{gib(rate)}/s, {duration(left)} left"
+        f"layer {progress.layer} of {progress.layers}, {done:.2f} of {total:.2f} "
+        f"{name}, {gib(rate)}/s, {duration(left)} left"
     )
 
 

@@ -225,11 +225,12 @@ def show_cut(
             ("peak memory", gib(peak_rss_bytes())),
         ],
     )
-    for layer, experts in unseen.items():
-        out.print(
-            f"layer {layer}: no calibration token reached experts {experts}; "
-            "they were pruned by magnitude. More calibration text would help."
+    if unseen:
+        facts(
+            "Experts that no calibration token reached, pruned by magnitude",
+            [(f"layer {layer}", _short(ids)) for layer, ids in unseen.items()],
         )
+        hint("More calibration text would help.")
     hint(f"Next: vllm-moe-prune serve {result.out}")
 
 
@@ -249,18 +250,20 @@ def show_verified(verified: "Verified", as_json: bool) -> None:
     if as_json:
         print_json(data)
         return
-    out.print(
-        f"{verified.folder}: {verified.layers} layers, {verified.experts} experts, "
-        "remap table and shapes agree"
-    )
+    checked = [
+        ("structure", f"{verified.layers} layers, {verified.experts} experts"),
+        ("remap table", "agrees with the weights"),
+    ]
+    if verified.expert_sparsity is not None:
+        size = gib(verified.bytes_compared)
+        checked += [
+            ("tensors", f"{verified.tensors_compared} ({size}) agree with the source"),
+            ("sparsity of experts", f"{verified.expert_sparsity:.2%}, recounted"),
+            ("of all parameters", f"{verified.total_sparsity:.2%}, recounted"),
+        ]
+    facts(f"Verified {verified.folder}", checked)
     if verified.expert_sparsity is None:
         hint("Pass --source CKPT to compare the weights too.")
-        return
-    out.print(
-        f"{verified.tensors_compared} tensors ({gib(verified.bytes_compared)}) agree "
-        f"with the source; recounted sparsity: {verified.expert_sparsity:.2%} of the "
-        f"experts, {verified.total_sparsity:.2%} of all parameters"
-    )
 
 
 def show_perplexities(results: Sequence["Perplexity"], as_json: bool) -> None:

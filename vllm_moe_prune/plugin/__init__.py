@@ -26,9 +26,10 @@ def register() -> None:
         ServeError: The installed vLLM is too old.
     """
     from ..archs import find_arch, supported
-    from .compat import check_version
+    from .compat import allow_amx, check_version
 
     check_version()
+    allow_amx()
 
     from vllm import ModelRegistry
     from vllm.model_executor.model_loader import register_model_loader

@@ -34,6 +34,19 @@ def check_version() -> None:
         )
 
 
+def allow_amx() -> None:
+    """Ask the kernel for this process's AMX tiles, where the processor has them.
+
+    Linux kills a process that uses tiles without having asked. vLLM's CPU attention
+    uses them as soon as it sees them, and only some of its paths ask first.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
 def wants_local_ids(vllm_config: Any) -> bool:
     """Whether the MoE kernel ignores the expert map, so that routing must apply it.
 

@@ -8,6 +8,7 @@ from typing import Any
 from ..archs.spec import MoeArch
 from ..checkpoint.remap import CONFIG_BLOCK, FILE_NAME, ExpertRemap, parse_remap
 from ..errors import ServeError
+from . import LOAD_FORMAT
 from .compat import wants_local_ids
 from .layers import ServedLayer, served_layers
 from .verify import local_folder, verify_folder
@@ -24,7 +25,10 @@ def read_layers(vllm_config: Any, arch: MoeArch) -> tuple[ServedLayer, ...]:
             something that a pruned model cannot do.
     """
     model_config = vllm_config.model_config
-    remap = _in_memory_table(model_config)
+    remap = None
+    # Only the loader may say so: a checkpoint must not vouch for its own table.
+    if vllm_config.load_config.load_format == LOAD_FORMAT:
+        remap = _in_memory_table(model_config)
     if remap is None:
         remap = verify_folder(
             local_folder(
