@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("family", nargs="?", default="mixtral")
     parser.add_argument("--recipe", default="stun40")
     options = parser.parse_args()
+    # An interrupted demo must not leave servers behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     original = HERE / f"demo-{options.family}"
     if not original.is_dir():
         known = sorted(path.name.removeprefix("demo-") for path in HERE.glob("demo-*/"))

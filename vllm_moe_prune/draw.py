@@ -38,11 +38,12 @@ def _unit(size_bytes: float) -> tuple[str, int]:
 
 def duration(seconds: float) -> str:
     """Seconds as a person says them."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def print_json(data: dict[str, Any]) -> None:

@@ -46,6 +46,12 @@ class Strict(BaseModel):
     )
 
 
+def refuse(*problems: str | Literal[False]) -> None:
+    """Raise the first problem, each given as ``condition and message``."""
+    if found := [problem for problem in problems if problem]:
+        raise ValueError(found[0])
+
+
 class ExpertStage(Strict):
     """Stage 1: which experts go (``docs/methods.md``)."""
 
@@ -91,31 +97,24 @@ class ExpertStage(Strict):
     """Kappa: ``selective`` averages clusters in layers with fewer clusters."""
 
     @model_validator(mode="after")
-    def _one_target(self) -> "ExpertStage":
-        if self.drop is not None and self.keep is not None:
-            raise ValueError("give drop or keep, not both")
-        if self.clusters_by_behaviour and not (
-            self.router_weight or self.coactivation_weight
-        ):
-            raise ValueError("router_weight and coactivation_weight are both zero")
-        return self
-
-    @model_validator(mode="after")
-    def _fits_the_method(self) -> "ExpertStage":
-        if self.method != "score" and (self.reverse or self.search == "exhaustive"):
-            raise ValueError("reverse and search: exhaustive need method: score")
-        if self.search == "exhaustive":
-            if self.criterion != "removal-loss" or self.reverse:
-                raise ValueError(
-                    "search: exhaustive needs criterion: removal-loss, not reversed"
-                )
-            if self.budget == "global":
-                raise ValueError(
-                    "search: exhaustive needs budget: per-layer or sensitivity"
-                )
-        for layer, experts in self.protected.items():
-            if len(set(experts)) < len(experts):
-                raise ValueError(f"protected: layer {layer} lists an expert twice")
+    def _consistent(self) -> "ExpertStage":
+        weights = self.router_weight or self.coactivation_weight
+        exhaustive = self.search == "exhaustive"
+        by_loss = self.criterion == "removal-loss" and not self.reverse
+        twice = [at for at, ids in self.protected.items() if len(set(ids)) < len(ids)]
+        refuse(
+            (self.drop is not None and self.keep is not None)
+            and "give drop or keep, not both",
+            (self.clusters_by_behaviour and not weights)
+            and "router_weight and coactivation_weight are both zero",
+            (self.method != "score" and (self.reverse or exhaustive))
+            and "reverse and search: exhaustive need method: score",
+            (exhaustive and not by_loss)
+            and "search: exhaustive needs criterion: removal-loss, not reversed",
+            (exhaustive and self.budget == "global")
+            and "search: exhaustive needs budget: per-layer or sensitivity",
+            bool(twice) and f"protected: layer {twice[0]} lists an expert twice",
+        )
         return self
 
     @property
@@ -146,31 +145,24 @@ class SlimStage(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "SlimStage":
-        parse_pattern(self.pattern)
-        if self.is_grouped and self.method == "wanda-variant":
-            raise ValueError("method: wanda-variant needs pattern: unstructured")
-        if self.is_grouped and self.sparsity is not None:
-            raise ValueError(f"pattern {self.pattern} sets the sparsity; give no other")
-        if self.router_weighted and not self.method.startswith("wanda"):
-            raise ValueError("router_weighted needs method: wanda or wanda-variant")
-        if not self.scope or len(set(self.scope)) < len(self.scope):
-            raise ValueError("scope needs at least one part, each once")
-        if "" in self.exclude:
-            raise ValueError("exclude: an empty string is in every name")
+        by_wanda = self.method in ("wanda", "wanda-variant")
+        repeated = len(set(self.scope)) < len(self.scope)
+        refuse(
+            (self.is_grouped and self.method == "wanda-variant")
+            and "method: wanda-variant needs pattern: unstructured",
+            (self.is_grouped and self.sparsity is not None)
+            and f"pattern {self.pattern} sets the sparsity; give no other",
+            (self.router_weighted and not by_wanda)
+            and "router_weighted needs method: wanda or wanda-variant",
+            (not self.scope or repeated) and "scope needs at least one part, each once",
+            "" in self.exclude and "exclude: an empty string is in every name",
+        )
         return self
 
     @property
     def is_grouped(self) -> bool:
         """Whether the pattern is n:m."""
         return parse_pattern(self.pattern) is not None
-
-    @property
-    def asked(self) -> float | None:
-        """The sparsity that method, pattern and ``sparsity`` ask for."""
-        found = parse_pattern(self.pattern)
-        if self.method == "none":
-            return 0.0
-        return self.sparsity if found is None else 1.0 - found[0] / found[1]
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
@@ -209,10 +201,12 @@ class LayerStage(Strict):
 
     @model_validator(mode="after")
     def _one_way(self) -> "LayerStage":
-        if self.drop_moe and self.moe_count is not None:
-            raise ValueError("give drop_moe or moe_count, not both")
-        if self.drop_blocks and self.block_count is not None:
-            raise ValueError("give drop_blocks or block_count, not both")
+        refuse(
+            (bool(self.drop_moe) and self.moe_count is not None)
+            and "give drop_moe or moe_count, not both",
+            (bool(self.drop_blocks) and self.block_count is not None)
+            and "give drop_blocks or block_count, not both",
+        )
         return self
 
 
@@ -238,39 +232,29 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        if self.total_sparsity is not None and self.slim.sparsity is not None:
-            raise ValueError("give total_sparsity or slim.sparsity, not both")
-        if (
-            self.total_sparsity is not None
-            and self.slim.is_grouped
-            and self.slim.allocation == "uniform"
-        ):
-            raise ValueError(
-                f"slim.pattern {self.slim.pattern} sets the sparsity of every layer; "
-                "leave out total_sparsity, or set slim.allocation: owl"
-            )
-        if self.structured_share is not None:
-            if self.total_sparsity is None or self.experts.method == "none":
-                raise ValueError(
-                    "structured_share needs total_sparsity and experts.method"
-                )
-            if self.experts.drop is not None or self.experts.keep is not None:
-                raise ValueError(
-                    "give structured_share or experts.drop or experts.keep, not two"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _routable(self) -> "Recipe":
-        method = self.experts.method
-        if self.routing == "redirect" and method == "score":
-            raise ValueError("routing: redirect needs the clusters of method: stun")
-        if self.routing == "preserve" and method == "stun":
-            raise ValueError("routing: preserve needs experts.method: score")
-        if self.routing == "preserve" and self.experts.min_experts == 0:
-            raise ValueError("routing: preserve needs at least one expert per layer")
-        if self.order == "unstructured-first" and self.slim.allocation == "owl":
-            raise ValueError("order: unstructured-first needs slim.allocation: uniform")
+        total, share = self.total_sparsity, self.structured_share
+        experts, slim = self.experts, self.slim
+        number = experts.drop is not None or experts.keep is not None
+        fixed = slim.is_grouped and slim.allocation == "uniform"
+        refuse(
+            (total is not None and slim.sparsity is not None)
+            and "give total_sparsity or slim.sparsity, not both",
+            (total is not None and fixed)
+            and f"slim.pattern {slim.pattern} sets the sparsity of every layer; "
+            "leave out total_sparsity, or set slim.allocation: owl",
+            (share is not None and (total is None or experts.method == "none"))
+            and "structured_share needs total_sparsity and experts.method",
+            (share is not None and number)
+            and "give structured_share or experts.drop or experts.keep, not two",
+            (self.routing == "redirect" and experts.method == "score")
+            and "routing: redirect needs the clusters of method: stun",
+            (self.routing == "preserve" and experts.method == "stun")
+            and "routing: preserve needs experts.method: score",
+            (self.routing == "preserve" and experts.min_experts == 0)
+            and "routing: preserve needs at least one expert per layer",
+            (self.order == "unstructured-first" and slim.allocation == "owl")
+            and "order: unstructured-first needs slim.allocation: uniform",
+        )
         return self
 
     @property
@@ -298,20 +282,16 @@ def shipped_recipes() -> list[str]:
 
 def load_recipe(name_or_path: str) -> Recipe:
     """Read a shipped recipe by name, or any YAML file."""
-    if name_or_path in shipped_recipes():
-        text = (
-            resources.files(__package__) / "recipes" / f"{name_or_path}.yaml"
-        ).read_bytes()
-    else:
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise RecipeError(
-                f"recipe {name_or_path!r}: no such file, and no shipped recipe has "
-                f"that name. Shipped: {', '.join(shipped_recipes())}."
-            )
-        text = path.read_bytes()
+    path = Path(name_or_path)
+    shipped = resources.files(__package__) / "recipes" / f"{name_or_path}.yaml"
+    if name_or_path not in shipped_recipes() and not path.is_file():
+        raise RecipeError(
+            f"recipe {name_or_path!r}: no such file, and no shipped recipe has "
+            f"that name. Shipped: {', '.join(shipped_recipes())}."
+        )
+    source = shipped if name_or_path in shipped_recipes() else path
     try:
-        data = yaml.load(text, _Loader)
+        data = yaml.load(source.read_bytes(), _Loader)
     # ValueError: a date or a number that there is not.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         line = " ".join(str(error).split())
@@ -378,8 +358,12 @@ def with_overrides(recipe: Recipe, flags: dict[str, Any]) -> Recipe:
         data["experts"]["drop"] = None
     if "drop" in given and "keep" not in given:
         data["experts"]["keep"] = None
+    if "drop" in given or "keep" in given:
+        data["structured_share"] = None
+    if "total" in given:
+        data["slim"]["sparsity"] = None
     if given.get("slim") == "none" and "total" not in given:
-        data["total_sparsity"] = None
+        data["total_sparsity"] = data["structured_share"] = None
     return parse_recipe(data, recipe.name)
 
 

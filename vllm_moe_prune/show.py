@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.open import Checkpoint
-from .draw import duration, facts, gib, hint, out, print_json, table
+from .draw import duration, facts, gib, hint, print_json, table
 
 if TYPE_CHECKING:
     from .calibrate.stats import Stats
@@ -49,12 +49,13 @@ def show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:
         print_json(data)
         return
     share = checkpoint.expert_parameters / checkpoint.parameters
+    held = [layer.num_experts for layer in moe]
     facts(
         str(checkpoint.folder),
         [
             ("family", f"{data['model_type']} ({data['layout']})"),
             ("layers", f"{data['layers']}, {data['moe_layers']} with experts"),
-            ("experts", f"{experts_text(counts)} per layer, top-{data['top_k']}"),
+            ("experts", f"{experts_text(held)} per layer, top-{data['top_k']}"),
             ("parameters", f"{checkpoint.parameters:,} ({share:.1%} in experts)"),
             ("size", f"{gib(checkpoint.tensor_bytes)} in {files} files"),
             ("dtypes", ", ".join(dtypes)),
@@ -95,10 +96,13 @@ def show_stats(
     if as_json:
         print_json(data)
         return
-    passes = stats.forward_passes
-    out.print(
-        f"{path}: statistics of {len(stats.layers)} layers from {passes} forward "
-        f"pass{'' if passes == 1 else 'es'}, peak memory {gib(peak_rss_bytes())}"
+    facts(
+        f"Wrote {path}",
+        [
+            ("layers with experts", len(stats.layers)),
+            ("forward passes", stats.forward_passes),
+            ("peak memory", gib(peak_rss_bytes())),
+        ],
     )
     source = _source(checkpoint)
     hint(f"Next: vllm-moe-prune plan {source} --stats {path} -o plan.json")
@@ -149,8 +153,8 @@ def show_plan(
             for layer in plan.layers
         ],
     )
-    kept = [len(layer.keep) for layer in plan.layers if layer.action == "keep"]
-    before = [layer.experts for layer in plan.layers]
+    kept = [len(layer.keep) for layer in plan.layers if layer.keep]
+    before = [layer.experts for layer in plan.layers if layer.experts]
     facts(
         "Predicted",
         [

@@ -1,7 +1,8 @@
 """Checks on a finished folder: shapes, counts, remap table, and its weights.
 
 Against its source, every surviving tensor is compared: copies bit for bit, means
-recomputed, slimmed matrices equal to the source wherever they are not zero.
+recomputed, slimmed matrices equal to the source wherever they are not zero, and as
+many zeros in each as the plan says.
 """
 
 import json
@@ -21,6 +22,7 @@ from .cut.slice import OutputTensor, output_tensors
 from .decide.plan import CutPlan, check_plan, load_plan
 from .errors import CheckpointError, RemapError
 from .progress import Progress, Report, ignore
+from .slim.quota import zeros_in_matrix
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def verify(
     zeros, done = 0, 0
     tensors = output_tensors(source, plan)
     for tensor in tensors:
-        zeros += _compare(source, output, tensor)
+        zeros += _compare(source, output, tensor, plan)
         done += output.tensors[tensor.name].nbytes
         layers = len(source.layers)
         at = layers if tensor.layer is None else tensor.layer
@@ -99,7 +101,9 @@ def _check_names(output: Checkpoint, source: Checkpoint, plan: CutPlan) -> None:
         )
 
 
-def _compare(source: Checkpoint, output: Checkpoint, tensor: OutputTensor) -> int:
+def _compare(
+    source: Checkpoint, output: Checkpoint, tensor: OutputTensor, plan: CutPlan
+) -> int:
     """Compare one tensor group by group; returns the zeros in an expert matrix."""
     info = output.tensors[tensor.name]
     counted = tensor.role not in (None, "router")
@@ -115,9 +119,35 @@ def _compare(source: Checkpoint, output: Checkpoint, tensor: OutputTensor) -> in
             raise CheckpointError(
                 f"{info.file}: {tensor.name}: {wrong} values differ from the source."
             )
+        if tensor.sparsity > 0:
+            halves = 2 if tensor.role == "gate_up" else 1
+            pairs = zip(found.chunk(halves), expected.chunk(halves), strict=True)
+            for matrix, original in pairs:
+                _check_zeros(matrix, original, tensor, plan, str(info.file))
         if counted:
             zeros += found.numel() - int(torch.count_nonzero(found))
     return zeros
+
+
+def _check_zeros(
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    tensor: OutputTensor,
+    plan: CutPlan,
+    where: str,
+) -> None:
+    """Count one slimmed matrix's zeros; the source's own may come on top."""
+    if plan.slim == "none":
+        return
+    rows, cols = found.shape
+    asked = zeros_in_matrix(plan.slim, rows, cols, tensor.sparsity, plan.group)
+    zeros = found.numel() - int(torch.count_nonzero(found))
+    written = int(((found == 0) & (expected != 0)).sum())
+    if zeros < asked or written > asked:
+        raise CheckpointError(
+            f"{where}: {tensor.name}: holds {zeros} zeros in a {rows} x {cols} matrix, "
+            f"the plan asks for {asked}."
+        )
 
 
 def _read_group(

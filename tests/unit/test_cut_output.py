@@ -133,7 +133,7 @@ def test_the_card_inherits_the_licence_of_the_source(
     "text",
     [
         "---\nlicense: [mit\n---\n",
-        f"---\nlicense: {'[' * 3000}\n---\n",
+        f"---\nlicense: {'[' * 600}\n---\n",
         "---\n- a\n- b\n---\n",
         "---\nlicense: mit\nlicense: apache\n---\n",
         "---\nmodel-index: 7\n---\n",

@@ -1,0 +1,1 @@
+"""Running a checkpoint layer by layer: text, streaming forward, what is summed."""

@@ -143,6 +143,7 @@ def build_checkpoint(
             f"{where}: {arch.config.layers} is {count}, but the checkpoint has only "
             f"{len(tensors)} tensors."
         )
+    _check_numbers(arch, tensors)
     _check_lists(config, arch, count, where)
     views = _layer_views(config, count, where)
     layout = _find_layout(arch, tensors, count, folder)
@@ -182,6 +183,24 @@ def _positive(config: dict[str, Any], key: str, where: Path, least: int = 1) -> 
     return value
 
 
+def _check_numbers(arch: MoeArch, tensors: dict[str, TensorInfo]) -> None:
+    """Refuse names whose numbers only some readers would take for a layer or expert."""
+    start, _, _ = arch.layer_prefix.partition("{layer}")
+    for name, info in tensors.items():
+        if name.startswith(start):
+            for part in name.split("."):
+                if part.isdecimal() and not _is_plain(part):
+                    raise CheckpointError(
+                        f"{info.file}: {name[:100]!r}: {part[:20]!r} is not a number "
+                        "of a layer or expert."
+                    )
+
+
+def _is_plain(number: str) -> bool:
+    """Whether a number is spelt as we would, and short enough to be converted."""
+    return len(number) < 10 and number == str(int(number))
+
+
 def _check_lists(
     config: dict[str, Any], arch: MoeArch, count: int, where: Path
 ) -> None:
@@ -197,13 +216,16 @@ def _check_lists(
 def _layer_views(
     config: dict[str, Any], count: int, where: Path
 ) -> list[dict[str, Any]]:
-    overrides = config.get("per_layer_config", {})
+    overrides = config.get("per_layer_config")
+    if overrides is None:
+        overrides = {}
     if not isinstance(overrides, dict):
         raise CheckpointError(f"{where}: per_layer_config is not an object.")
     views = [config] * count
     for key, values in overrides.items():
         if (
-            not str(key).isdecimal()
+            not key.isdecimal()
+            or not _is_plain(key)
             or int(key) >= count
             or not isinstance(values, dict)
         ):

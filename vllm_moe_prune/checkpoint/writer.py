@@ -197,6 +197,11 @@ class ShardWriter:
 
     def close(self) -> None:
         """Wait for the last shards; a tensor nobody wrote is a bug of ours."""
+        for plan in self.shards:
+            # Tensors without elements have nothing to be written.
+            if not any(plan.sizes.values()) and plan.file_name not in self.finished:
+                self._start(plan)
+                self._finish(self._open.pop(plan.file_name))
         for future in self._closing:
             future.result()
         self._pool.shutdown()

@@ -61,7 +61,7 @@ def _overrides(
 ) -> dict[str, dict[str, Any]]:
     """``per_layer_config``: what differs from the global values, and nothing else."""
     keys, skip_name = checkpoint.arch.config, checkpoint.arch.skip_name
-    earlier = config.get("per_layer_config", {})
+    earlier = config.get("per_layer_config") or {}
     overrides = {}
     for new, old in enumerate(survivors):
         entry = remap.layers[new]

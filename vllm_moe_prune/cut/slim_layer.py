@@ -12,14 +12,11 @@ from dataclasses import dataclass, field
 import torch
 
 from ..calibrate.experts import (
-    Activation,
     Routing,
     add_expert,
-    expert_hidden,
     expert_tokens,
     place,
     route,
-    token_chunks,
 )
 from ..calibrate.forward import StreamingModel
 from ..checkpoint.open import Checkpoint, Layer
@@ -27,9 +24,8 @@ from ..checkpoint.reader import Expert
 from ..checkpoint.writer import ShardWriter
 from ..decide.plan import CutPlan, LayerPlan
 from ..errors import CalibrationError, CheckpointError
-from ..slim.magnitude import magnitude
-from ..slim.wanda import magnitude_rows, wanda
 from .copy import tensor_view
+from .slim_expert import slim_by_data, slim_by_magnitude
 from .trimmed import survivor, trimmed_layer, trimmed_router
 
 
@@ -90,12 +86,14 @@ def slim_layer(
         expert = survivor(checkpoint, layer, layer_plan, new)
         if routing is None or x_ND is None or context.model is None:
             with _naming(checkpoint, layer, layer_plan, new):
-                slimmed = _by_magnitude(expert, layer_plan, plan)
+                slimmed = slim_by_magnitude(expert, plan, layer_plan.sparsity)
         else:
             act = context.model.act
             token_n, weight_n = expert_tokens(routing, new, trimmed.redirect)
             with _naming(checkpoint, layer, layer_plan, new):
-                slimmed = _by_wanda(expert, layer_plan.sparsity, x_ND, token_n, act)
+                slimmed = slim_by_data(
+                    expert, plan, layer_plan.sparsity, x_ND, token_n, weight_n, act
+                )
             if len(token_n) == 0:
                 record.unseen.append(layer_plan.keep[new])
             elif out_ND is not None:
@@ -137,48 +135,6 @@ def trimmed_routing(
         renormalise=checkpoint.arch.renormalise,
         where=f"{checkpoint.folder}: layer {layer.index}",
     )
-
-
-@torch.no_grad()
-def _by_wanda(
-    expert: Expert,
-    sparsity: float,
-    x_ND: torch.Tensor,
-    token_n: torch.Tensor,
-    act: Activation,
-) -> Expert:
-    expert = Expert(*(matrix.to(x_ND.device) for matrix in expert))
-    if len(token_n) == 0:
-        # Row by row, as Wanda would, so that the planned number of zeros holds.
-        return Expert(*(magnitude_rows(matrix, sparsity) for matrix in expert))
-    # The stored type may be another than that of the hidden states; it has to survive.
-    running = place(expert, x_ND)
-    width, hidden = expert.gate_FD.shape
-    x_sq_D = torch.zeros(hidden, dtype=torch.float64, device=x_ND.device)
-    inner_sq_F = torch.zeros(width, dtype=torch.float64, device=x_ND.device)
-    for at_n, _ in token_chunks(token_n, token_n, running):
-        x_nD = x_ND.index_select(0, at_n)
-        x_sq_D += _column_squares(x_nD)
-        inner_sq_F += _column_squares(expert_hidden(x_nD, running, act))
-    return Expert(
-        wanda(expert.gate_FD, x_sq_D, sparsity),
-        wanda(expert.up_FD, x_sq_D, sparsity),
-        wanda(expert.down_DF, inner_sq_F, sparsity),
-    )
-
-
-def _by_magnitude(expert: Expert, layer_plan: LayerPlan, plan: CutPlan) -> Expert:
-    if layer_plan.sparsity == 0 or plan.slim == "none":
-        return expert
-    return Expert(*(magnitude(matrix, layer_plan.sparsity) for matrix in expert))
-
-
-def _column_squares(x_nD: torch.Tensor) -> torch.Tensor:
-    """Sum of squares of each column, without a whole fp32 copy of ``x_nD``."""
-    total_D = torch.zeros(x_nD.shape[1], dtype=torch.float64, device=x_nD.device)
-    for start in range(0, len(x_nD), 2048):
-        total_D += x_nD[start : start + 2048].float().square().sum(dim=0)
-    return total_D
 
 
 def _zeros(matrix: torch.Tensor) -> int:

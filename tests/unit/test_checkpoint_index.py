@@ -1,0 +1,177 @@
+"""Headers and index: every tensor's bytes are found where the library finds them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.reference import raw_bytes, read_json, read_tensors
+from tests.tiny import tiny_checkpoint
+from vllm_moe_prune.checkpoint.index import (
+    read_bytes,
+    read_header,
+    read_index,
+)
+from vllm_moe_prune.checkpoint.index import (
+    read_json as read_checkpoint_json,
+)
+from vllm_moe_prune.checkpoint.reader import DTYPES, read_row, read_tensor
+from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00002-of-00003.safetensors"
+
+
+def make_model(folder: Path, **changes: int | str) -> Path:
+    small = {"layers": 2, "experts": 4, "hidden": 16, "width": 8, "vocab": 32}
+    return tiny_checkpoint(folder, tokenizer=False, **small | changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model")
+
+
+def one_of_each_type() -> dict[str, Tensor]:
+    values = torch.arange(24).reshape(2, 3, 4)
+    return {
+        name: (values % 2 if dtype == torch.bool else values).to(dtype)
+        for name, dtype in DTYPES.items()
+    } | {"scalar": torch.tensor(1.5), "empty": torch.empty(0, 4)}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_every_tensor_is_read_as_the_library_reads_it(
+    tmp_path: Path, shards: int
+) -> None:
+    model = make_model(tmp_path / "model", shards=shards)
+    found, expected = read_index(model), read_tensors(model)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(read_tensor(found[name]), tensor)
+        assert found[name].nbytes == tensor.nbytes
+        assert found[name].numel == tensor.numel()
+
+
+def test_every_type_is_read_whole_and_by_rows(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(one_of_each_type(), path)
+    found = read_index(tmp_path)
+    for name, tensor in load_file(path).items():
+        info = found[name]
+        assert raw_bytes(read_tensor(info)) == raw_bytes(tensor)
+        assert read_tensor(info).dtype == tensor.dtype
+        if name in DTYPES:
+            assert info.dtype == name
+            assert raw_bytes(read_row(info, 1)) == raw_bytes(tensor[1])
+
+
+def test_names_may_be_anything(tmp_path: Path) -> None:
+    names = ["a b", 'quo"te', "new\nline", "größe", "\U0001f9e0", "x" * 5000, "..", "/"]
+    save_file(
+        {name: torch.full((3,), float(number)) for number, name in enumerate(names)},
+        tmp_path / "model.safetensors",
+    )
+    found = read_index(tmp_path)
+    for number, name in enumerate(names):
+        assert read_tensor(found[name]).tolist() == [number] * 3
+
+
+def test_a_tensor_in_two_shards_is_refused(model: Path) -> None:
+    index = read_json(model / INDEX)
+    name = next(key for key, at in index["weight_map"].items() if at == SHARD)
+    first = model / "model-00001-of-00003.safetensors"
+    save_file(load_file(first) | {name: torch.zeros(2)}, first)
+    with pytest.raises(CheckpointError, match=f"holds '{name}', which the index"):
+        read_index(model)
+
+
+def test_a_header_read_again_after_the_file_shrank_is_an_error(model: Path) -> None:
+    """A download that is replaced while we read it."""
+    info = max(read_header(model / SHARD).values(), key=lambda item: item.offset)
+    os.truncate(model / SHARD, info.offset + 1)
+    with pytest.raises(CheckpointError, match=f"{SHARD}: ended at byte"):
+        read_bytes(info)
+
+
+def test_a_link_within_the_folder_is_followed(model: Path) -> None:
+    (model / "blob").mkdir()
+    (model / SHARD).rename(model / "blob" / "abc")
+    (model / SHARD).symlink_to(Path("blob") / "abc")
+    assert open_checkpoint(model).parameters > 0
+
+
+def test_links_of_a_hub_snapshot_are_followed(model: Path, tmp_path: Path) -> None:
+    repo = tmp_path / "models--acme--model"
+    snapshot = repo / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    for number, path in enumerate(sorted(model.iterdir())):
+        path.rename(repo / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    assert open_checkpoint(snapshot).parameters > 0
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, shards: int) -> None:
+    model = make_model(tmp_path / "model", shards=shards)
+    shard = sorted(model.glob("*.safetensors"))[0]
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="not inside the folder"):
+        read_index(model)
+
+
+def test_json_that_is_not_strict_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for text in ("{", "[]", '{"a": NaN}', '{"a": 1', "\xff", "[" * 100_000):
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(CheckpointError, match=r"config\.json: (not|expected)"):
+            read_checkpoint_json(path)
+
+
+def fingerprint_after(model: Path, tmp_path: Path, **changes: int | str) -> str:
+    changed = make_model(tmp_path / "changed", **changes)
+    found = open_checkpoint(changed).fingerprint
+    shutil.rmtree(changed)
+    return found
+
+
+def test_the_fingerprint_does_not_depend_on_files(model: Path, tmp_path: Path) -> None:
+    found = open_checkpoint(model).fingerprint
+    assert fingerprint_after(model, tmp_path, shards=1) == found
+    index = read_json(model / INDEX)
+    (model / INDEX).write_text(json.dumps(index | {"metadata": {"mood": "good"}}))
+    config = read_json(model / "config.json")
+    reordered = dict(sorted(config.items(), reverse=True))
+    (model / "config.json").write_text(json.dumps(reordered))
+    assert open_checkpoint(model).fingerprint == found
+
+
+def test_the_fingerprint_tells_models_apart(model: Path, tmp_path: Path) -> None:
+    found = {
+        open_checkpoint(model).fingerprint,
+        fingerprint_after(model, tmp_path, seed=1),
+        fingerprint_after(model, tmp_path, dtype="float16"),
+        fingerprint_after(model, tmp_path, vocab=48),
+        fingerprint_after(model, tmp_path, rope_theta="7"),
+        fingerprint_after(model, tmp_path, layout="mlp.packed"),
+    }
+    assert len(found) == 6
+
+
+def test_one_bit_of_one_router_changes_the_fingerprint(model: Path) -> None:
+    before = open_checkpoint(model).fingerprint
+    for path in model.glob("*.safetensors"):
+        tensors = load_file(path)
+        name = "model.layers.1.block_sparse_moe.gate.weight"
+        if name in tensors:
+            tensors[name].view(torch.int16)[3, 3] ^= 1
+            save_file(tensors, path)
+    assert open_checkpoint(model).fingerprint != before
