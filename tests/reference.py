@@ -29,6 +29,10 @@ class LayerCut:
     keep: Ids | None = None
     """None: all."""
     clusters: tuple[Ids, ...] | None = None
+    unserved: Ids = ()
+    """Removed experts whose router rows stay, and lead nowhere."""
+    weights: tuple[tuple[float, ...], ...] | None = None
+    """Of the cluster members in their mean; None: all alike."""
     reconstruct: bool = False
     action: str = "keep"
     sparsity: float = 0.0
@@ -38,6 +42,12 @@ class LayerCut:
         if self.action != "keep":
             return ()
         return tuple(range(experts)) if self.keep is None else self.keep
+
+    def means(self) -> list[tuple[Ids, tuple[float, ...]]]:
+        """What each survivor and its router row are averaged from: ids and weights."""
+        clusters = self.clusters if self.reconstruct and self.clusters else ()
+        even = tuple((1 / len(ids),) * len(ids) for ids in clusters)
+        return list(zip(clusters, self.weights or even, strict=False))
 
 
 DROP_MOE = LayerCut(action="drop-moe")
@@ -68,6 +78,8 @@ def write_plan(
                 "experts": layer.num_experts,
                 "keep": cut.kept(layer.num_experts),
                 "clusters": clusters,
+                "unserved": cut.unserved,
+                "merge_weights": cut.weights,
                 "reconstruct": cut.reconstruct,
                 "sparsity": cut.sparsity,
             }
@@ -275,11 +287,10 @@ class Reference:
 
     def _survivors(self, layer: int) -> list[Expert]:
         experts = experts_of(self.stored, layer)
-        cut = self._cut(layer)
-        if not cut.reconstruct or cut.clusters is None:
-            kept = [experts[expert] for expert in self._kept(layer)]
-        else:
-            kept = [_mean_expert([experts[i] for i in ids]) for ids in cut.clusters]
+        kept = [experts[expert] for expert in self._kept(layer)]
+        for new, (ids, weights) in enumerate(self._cut(layer).means()):
+            members = zip(*(experts[expert] for expert in ids), strict=True)
+            kept[new] = Expert(*(_mean(list(each), weights) for each in members))
         return [Expert(*(matrix.double() for matrix in expert)) for expert in kept]
 
     def _selection(self, layer: int, x_ND: Tensor) -> Tensor:
@@ -289,10 +300,10 @@ class Reference:
         logits_NE = x_ND @ router_ED.double().T
         top_k = self.config["num_experts_per_tok"]
         if self.routing == "drop":
-            if cut.reconstruct and cut.clusters is not None:
-                for expert, ids in zip(self._kept(layer), cut.clusters, strict=True):
-                    mean_D = _mean([router_ED[i] for i in ids])
-                    logits_NE[:, expert] = x_ND @ mean_D.double()
+            means = zip(self._kept(layer), cut.means(), strict=False)
+            for expert, (ids, weights) in means:
+                mean_D = _mean([router_ED[member] for member in ids], weights)
+                logits_NE[:, expert] = x_ND @ mean_D.double()
             barred = sorted(set(range(len(router_ED))) - set(self._kept(layer)))
             logits_NE[:, barred] = float("-inf")
             top_k = min(top_k, len(self._kept(layer)))
@@ -356,11 +367,8 @@ def _lowest(score_RC: Tensor, sparsity: float) -> Tensor:
     return torch.zeros_like(score_RC, dtype=torch.bool).scatter(1, order, value=True)
 
 
-def _mean_expert(experts: list[Expert]) -> Expert:
-    return Expert(*(_mean(list(matrices)) for matrices in zip(*experts, strict=True)))
-
-
-def _mean(tensors: list[Tensor]) -> Tensor:
+def _mean(tensors: list[Tensor], weights: tuple[float, ...]) -> Tensor:
     """The mean, rounded to the stored dtype."""
-    total = torch.stack([tensor.double() for tensor in tensors]).mean(dim=0)
+    pairs = zip(tensors, weights, strict=True)
+    total = torch.stack([tensor.double() * weight for tensor, weight in pairs]).sum(0)
     return total.to(tensors[0].dtype)

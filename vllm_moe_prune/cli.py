@@ -121,9 +121,7 @@ def measure(
     pipeline.check_device(device)
     checkpoint = open_checkpoint(source, revision)
     check_file(output, checkpoint.folder)
-    tokens = None
-    if asked.needs_coactivation:
-        tokens = pipeline.calibration_tokens(checkpoint, asked)
+    tokens = pipeline.measuring_tokens(checkpoint, asked)
     with resumable(REPEAT), watching(as_json) as report:
         options = pipeline.RunOptions(device=device, report=report)
         work = output.with_name(output.name + ".work")

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from .calibrate import routed
 from .calibrate.data import Tokens, load_tokens
 from .calibrate.measure import measure as measure_checkpoint
 from .calibrate.stats import Stats, load_stats, save_stats
@@ -28,12 +29,18 @@ from .cut.finish import write_run_record
 from .cut.output import check_output, partial_folder
 from .cut.predict import model_facts, with_prediction
 from .decide.build import make_plan
+from .decide.needs import needed_statistics, needs_tokens
 from .decide.plan import CutPlan, Measurement, save_plan
 from .errors import PlanError, RecipeError
 from .progress import Report, ignore
 from .recipe import Recipe
 from .verify import Verified
 from .verify import verify as verify_output
+
+ROUTER_FIELDS = frozenset({"router_sqdist_EE", "router_norm", "router_row_norm_E"})
+COUNTS = frozenset({"tokens", "routed_E", "coactivation_EE"})
+MEASURABLE = ROUTER_FIELDS | COUNTS | routed.FIELDS | {"weight_sqdist_EE"}
+"""The statistics that ``measure`` can collect."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +87,40 @@ def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
     Raises:
         RecipeError: What was asked for cannot be done with this checkpoint.
     """
+    check_measurable(recipe)
     # A PlanError says that statistics are missing, and they are.
     with suppress(PlanError):
         make_plan(None, recipe, model_facts(checkpoint), tool_version=__version__)
 
 
+def check_measurable(recipe: Recipe) -> None:
+    """Refuse a recipe whose decisions or order this version cannot carry out.
+
+    Raises:
+        RecipeError: Saying what is missing.
+    """
+    if missing := sorted(needed_statistics(recipe) - MEASURABLE):
+        raise RecipeError(
+            f"recipe {recipe.name}: its decisions need {', '.join(missing)}, which "
+            "measure does not collect. Choose another criterion, budget or allocation."
+        )
+    if recipe.order != "structured-first":
+        raise RecipeError(
+            f"recipe {recipe.name}: order {recipe.order} takes two cuts; run them one "
+            "after the other."
+        )
+
+
 def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
     """The calibration tokens, or None where the recipe needs no data at all."""
-    if not (recipe.needs_coactivation or recipe.needs_activations):
+    if not (needs_tokens(recipe) or recipe.needs_activations):
+        return None
+    return load_tokens(checkpoint, recipe.calibration)
+
+
+def measuring_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
+    """The calibration tokens, or None where the decisions need no data."""
+    if not needs_tokens(recipe):
         return None
     return load_tokens(checkpoint, recipe.calibration)
 
@@ -101,11 +134,15 @@ def measure(
 ) -> Stats:
     """Collect what the recipe's decisions need: 0 forward passes, or 1."""
     check_routers(checkpoint)
+    check_measurable(recipe)
+    needed = needed_statistics(recipe)
+    clusters = recipe.experts.method == "stun"
     return measure_checkpoint(
         checkpoint,
-        router=recipe.experts.method == "stun",
-        weights=recipe.experts.method == "stun",
-        tokens=tokens if recipe.needs_coactivation else None,
+        router=clusters or bool(needed & ROUTER_FIELDS),
+        weights=clusters,
+        tokens=tokens if needs_tokens(recipe) else None,
+        fields=needed & routed.FIELDS,
         device=options.device,
         report=options.report,
         work=work,

@@ -364,6 +364,12 @@ def with_overrides(recipe: Recipe, flags: dict[str, Any]) -> Recipe:
         data["slim"]["sparsity"] = None
     if given.get("slim") == "none" and "total" not in given:
         data["total_sparsity"] = data["structured_share"] = None
+    idle = given.keys() & {"drop", "keep"}
+    if idle and data["experts"]["method"] == "none":
+        raise RecipeError(
+            f"recipe {recipe.name}: {min(idle)} does nothing, because experts.method "
+            "is none. Choose a recipe that removes experts, such as stun40."
+        )
     return parse_recipe(data, recipe.name)
 
 

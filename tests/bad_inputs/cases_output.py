@@ -158,7 +158,13 @@ CASES = [
         ("GiB", "free"),
         both(too_large, unplanned),
     ),
-    Case("output: a link beside the weights", RUN, ("notes.txt",), linked_tokenizer),
+    Case(
+        "output: a link beside the weights",
+        RUN,
+        ("notes.txt", "link out"),
+        linked_tokenizer,
+        todo="companion files are checked when they are copied, after all work",
+    ),
     Case(
         "measure: into a folder",
         f"measure ckpt -o out {TEXT}",

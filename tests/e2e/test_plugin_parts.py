@@ -9,6 +9,8 @@ from torch import Tensor
 
 from vllm_moe_prune.archs import find_arch
 from vllm_moe_prune.errors import CheckpointError, ServeError
+from vllm_moe_prune.plugin import LOAD_FORMAT, register
+from vllm_moe_prune.plugin.compat import check_version
 from vllm_moe_prune.plugin.layers import ServedLayer
 from vllm_moe_prune.plugin.routing import route_rows, row_table
 from vllm_moe_prune.plugin.served import check_parallel
@@ -120,3 +122,33 @@ def test_rows_are_ranked_before_they_become_experts() -> None:
     other_process, _ = row_table(layer, (-1, 0))
     assert other_process.tolist() == [0, 0, 0, 0]
     assert row_table(layer, (-1, 0))[1].tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.vllm
+def test_registering_twice_is_harmless() -> None:
+    from vllm import ModelRegistry
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+
+    register()
+    register()
+    assert ARCH.pruned_architecture in ModelRegistry.get_supported_archs()
+    extra = {"plan": "plan.json"}
+    config = LoadConfig(load_format=LOAD_FORMAT, model_loader_extra_config=extra)
+    assert type(get_model_loader(config)).__name__ == "PruningLoader"
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        ("0.31.1", r"vLLM 0\.31\.1 is installed, .* 0\.32 or newer"),
+        ("dev", "calls itself 'dev'"),
+    ],
+)
+def test_older_vllm_is_refused(
+    version: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm.__version__", version)
+    with pytest.raises(ServeError, match=message):
+        check_version()

@@ -5,6 +5,7 @@ float32, so that what is left between the two is rounding.
 """
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,27 @@ def clusterings(draw: st.DrawFn, reconstruct: bool = False) -> LayerCut:
 
 
 @st.composite
+def weighted(draw: st.DrawFn) -> LayerCut:
+    """Clusters whose mean counts some members more."""
+    cut = draw(clusterings(reconstruct=True))
+    shares = [
+        draw(st.lists(st.integers(1, 9), min_size=len(ids), max_size=len(ids)))
+        for ids in cut.clusters or ()
+    ]
+    weights = tuple(tuple(one / sum(each) for one in each) for each in shares)
+    return replace(cut, weights=weights)
+
+
+@st.composite
+def unserved(draw: st.DrawFn) -> LayerCut:
+    """Survivors that serve their own rows only; all other rows lead nowhere."""
+    kept = draw(keeps()).keep or ()
+    gone = tuple(expert for expert in range(EXPERTS) if expert not in kept)
+    clusters = tuple((expert,) for expert in kept)
+    return LayerCut(keep=kept, clusters=clusters, unserved=gone)
+
+
+@st.composite
 def plans(draw: st.DrawFn, trimmed: st.SearchStrategy[LayerCut]) -> Cuts:
     """One layer keeps experts; any other may do so or lose its MoE or its block."""
     spared = draw(st.integers(0, LAYERS - 1))
@@ -128,23 +150,35 @@ def test_the_reference_agrees_with_transformers(
     assert_same(Reference(folder).logits(IDS_ST), logits_of_transformers(folder))
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(cuts=plans(keeps()))
 def test_dropping_experts_equals_barring_them(model: Path, cuts: Cuts) -> None:
     check_forward(model, cuts)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(cuts=plans(clusterings(reconstruct=True)))
 def test_reconstructing_equals_averaging_clusters(model: Path, cuts: Cuts) -> None:
     check_forward(model, cuts)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(cuts=plans(clusterings()))
 def test_redirecting_equals_running_the_representative_instead(
     model: Path, cuts: Cuts
 ) -> None:
+    check_forward(model, cuts, routing="redirect")
+
+
+@settings(max_examples=5)
+@given(cuts=plans(weighted()))
+def test_means_may_be_weighted(model: Path, cuts: Cuts) -> None:
+    check_forward(model, cuts)
+
+
+@settings(max_examples=5)
+@given(cuts=plans(unserved()))
+def test_what_an_unserved_row_is_chosen_for_is_lost(model: Path, cuts: Cuts) -> None:
     check_forward(model, cuts, routing="redirect")
 
 

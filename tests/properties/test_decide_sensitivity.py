@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_moe_prune.calibrate.stats import Stats
-from vllm_moe_prune.decide.experts import decide_experts
+from vllm_moe_prune.decide.experts import decide_experts, remove_counts
 from vllm_moe_prune.decide.sensitivity import loss_curves, rule, split_by_loss
 from vllm_moe_prune.decide.similarity import Array
 from vllm_moe_prune.errors import PlanError, RecipeError
@@ -128,3 +128,31 @@ def test_curves_hold_for_one_rule() -> None:
         bad = replace(stats, layers={**stats.layers, 1: layer})
         with pytest.raises(PlanError, match="layer 1: sensitivity"):
             decide_experts(bad, facts.layers, asked)
+
+
+@settings(max_examples=30)
+@given(
+    seed=SEEDS,
+    method=st.sampled_from(["stun", "score"]),
+    linkage=st.sampled_from(["complete", "reference"]),
+    data=st.data(),
+)
+def test_one_layer_alone_loses_what_a_curve_is_measured_with(
+    seed: int, method: str, linkage: str, data: st.DataObject
+) -> None:
+    """And more removals remove the same experts and one more (true linkage, scores)."""
+    counts = [6, 0, 7, 5]
+    layer = data.draw(st.sampled_from([0, 2, 3]))
+    stage = ExpertStage.model_validate({"method": method, "linkage": linkage})
+    recipe, facts = Recipe(experts=stage), toy_facts(*counts)
+    stats = toy_stats(np.random.default_rng(seed), *counts)
+    before: set[tuple[int, ...]] = set()
+    for removed in range(counts[layer]):
+        plans = remove_counts(stats, facts.layers, recipe, {layer: removed})
+        for plan in plans:
+            gone = plan.experts - len(plan.keep)
+            assert gone == (removed if plan.layer == layer else 0)
+        clusters = set(plans[layer].clusters or ())
+        if method == "stun" and linkage == "complete" and removed:
+            assert len(before - clusters) == 2, "two clusters became one"
+        before = clusters

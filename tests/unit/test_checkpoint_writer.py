@@ -231,9 +231,9 @@ def test_a_rename_that_fails_in_the_background_is_told(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, shards)
     (tmp_path / shards[0].file_name).mkdir()
     (tmp_path / shards[0].file_name / "in the way").touch()
-    writer.write("a", memoryview(raw_bytes(tensors["a"])))
-    writer.write("b", memoryview(raw_bytes(tensors["b"])))
-    with pytest.raises(OutputError, match="model-00001"):
+    with pytest.raises(OutputError, match="model-00001"):  # noqa: PT012
+        for name, tensor in tensors.items():
+            writer.write(name, memoryview(raw_bytes(tensor)))
         writer.close()
     writer.abort()
 

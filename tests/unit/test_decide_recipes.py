@@ -21,7 +21,13 @@ from vllm_moe_prune.decide.order import halves
 from vllm_moe_prune.decide.plan import CutPlan, check_plan, dump_plan
 from vllm_moe_prune.decide.sensitivity import rule
 from vllm_moe_prune.errors import PlanError, RecipeError
-from vllm_moe_prune.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
+from vllm_moe_prune.recipe import (
+    Recipe,
+    load_recipe,
+    parse_recipe,
+    shipped_recipes,
+    with_overrides,
+)
 
 COUNTS = (0, 8, 6, 8, 8, 7)
 FACTS = toy_facts(*COUNTS)
@@ -367,3 +373,24 @@ def test_outliers_of_another_factor_are_refused() -> None:
     other = recipe.slim.model_copy(update={"owl_m": 7.0})
     with pytest.raises(PlanError, match=r"counted with M = 3, but slim\.owl_m is 7"):
         make(recipe.model_copy(update={"slim": other}), stats)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "expected"),
+    [
+        ("max-compress", {"drop": 0.3}, {"structured_share": None}),
+        ("max-compress", {"keep": 6}, {"structured_share": None}),
+        (
+            "max-compress",
+            {"slim": "none"},
+            {"structured_share": None, "total_sparsity": None},
+        ),
+        ("wanda50", {"total": 0.6}, {"total_sparsity": 0.6}),
+        ("stun40", {"total": 0.6}, {"total_sparsity": 0.6}),
+    ],
+)
+def test_a_flag_replaces_the_recipes_own_way_of_saying_it(
+    name: str, flags: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    recipe = with_overrides(load_recipe(name), flags)
+    assert {key: getattr(recipe, key) for key in expected} == expected

@@ -27,6 +27,12 @@ def router_distances(checkpoint: Checkpoint, layer: Layer) -> tuple[Array, Array
     return _symmetric(sqdist_EE.numpy()), np.asarray(norm.numpy())
 
 
+def router_row_norms(checkpoint: Checkpoint, layer: Layer) -> Array:
+    """L2 norm of each router row."""
+    router_ED = read_router(checkpoint, layer).double()
+    return np.asarray(router_ED.square().sum(1).sqrt().numpy())
+
+
 @torch.no_grad()
 def weight_distances(
     checkpoint: Checkpoint, layer: Layer, device: torch.device | str = "cpu"

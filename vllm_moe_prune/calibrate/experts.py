@@ -7,6 +7,7 @@ Axes: N tokens, n the tokens of one expert, D hidden, F expert width, R router r
 K top-k.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from ..errors import CheckpointError
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 Read = Callable[[int], Expert]
+Visit = Callable[[int, torch.Tensor], None]
 
 TEMPORARY_BYTES = 256 << 20
 
@@ -116,6 +118,7 @@ def run_experts(
     layer: Layer,
     read: Read,
     act: Activation = functional.silu,
+    visit: Visit | None = None,
 ) -> torch.Tensor:
     """The MoE sublayer's output [N, D], in the dtype and on the device of ``x_ND``.
 
@@ -126,6 +129,7 @@ def run_experts(
         read: Gives an expert's weights; called once per expert that has tokens, in
             ascending order.
         act: The activation between gate and up.
+        visit: Sees every expert's weighted outputs, some tokens at a time.
     """
     out_ND = torch.zeros_like(x_ND)
     for number in range(layer.num_experts):
@@ -133,7 +137,8 @@ def run_experts(
         if len(token_n) == 0:
             continue
         expert = place(read(number), x_ND)
-        add_expert(out_ND, x_ND, token_n, weight_n, expert, act)
+        see = functools.partial(visit, number) if visit else None
+        add_expert(out_ND, x_ND, token_n, weight_n, expert, act, see)
     return out_ND
 
 
@@ -150,6 +155,7 @@ def add_expert(
     weight_n: torch.Tensor,
     expert: Expert,
     act: Activation = functional.silu,
+    see: Callable[[torch.Tensor], None] | None = None,
 ) -> None:
     """Add one expert's weighted output for its tokens to ``out_ND``, in place."""
     for at_n, weight in token_chunks(token_n, weight_n, expert):
@@ -157,6 +163,8 @@ def add_expert(
         down_nD = functional.linear(hidden_nF, expert.down_DF)
         # fp32 weight times stored dtype, rounded once: as transformers does it.
         scaled_nD = (down_nD * weight.unsqueeze(1)).to(out_ND.dtype)
+        if see is not None:
+            see(scaled_nD)
         # index_add_ is single-threaded on CPU; no token comes twice, so copy does it.
         scaled_nD += out_ND.index_select(0, at_n)
         out_ND.index_copy_(0, at_n, scaled_nD)

@@ -18,9 +18,10 @@ from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import read_expert
 from ..errors import CheckpointError
 from ..progress import Progress, Report, ignore
+from . import routed
 from .boundary import BoundaryStore
 from .data import Tokens
-from .distances import router_distances, weight_distances
+from .distances import router_distances, router_row_norms, weight_distances
 from .experts import Routing, run_experts
 from .forward import StreamingModel
 from .stats import FORMAT_VERSION, LayerStats, Stats
@@ -35,6 +36,7 @@ def measure(
     router: bool = True,
     weights: bool = True,
     tokens: Tokens | None = None,
+    fields: frozenset[str] = frozenset(),
     device: torch.device | str = "cpu",
     report: Report = ignore,
     work: Path | None = None,
@@ -46,6 +48,8 @@ def measure(
         router: Measure the router rows.
         weights: Measure the distances between experts' weights.
         tokens: Count routing and co-activation over these; one forward pass.
+        fields: Further sums of that pass, by their names in ``LayerStats`` and
+            ``Stats``; see ``routed.FIELDS``.
         device: Where the forward pass runs.
         report: Called after every layer.
         work: A folder for what a killed run needs to continue; gone at the end.
@@ -60,8 +64,9 @@ def measure(
             "(routing: redirect), so router rows and experts do not match. Measure and "
             "cut the original instead."
         )
-    run = _Measure(checkpoint, router, weights, tokens, device)
-    if work is None:
+    run = _Measure(checkpoint, router, weights, tokens, fields, device)
+    # Block similarity needs every hidden state, so it cannot start in the middle.
+    if work is None or fields & routed.BLOCKS:
         return run.all_layers(None, report)
     store = BoundaryStore(work, run.key)
     stats = run.all_layers(store, report)
@@ -77,6 +82,7 @@ class _Measure:
     router: bool
     weights: bool
     tokens: Tokens | None
+    fields: frozenset[str]
     device: torch.device | str
 
     @property
@@ -88,13 +94,17 @@ class _Measure:
             self.router,
             self.weights,
             self.tokens.sha256 if self.tokens else None,
+            sorted(self.fields),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @torch.no_grad()
     def all_layers(self, store: BoundaryStore | None, report: Report) -> Stats:
-        # Behind the last router there is nothing to measure.
-        last = self.checkpoint.moe_layers[-1].index
+        # Behind the last router there is nothing to measure, but for blocks.
+        whole = bool(self.fields & routed.BLOCKS)
+        last = len(self.checkpoint.layers) - 1
+        last = last if whole else self.checkpoint.moe_layers[-1].index
+        blocks = routed.BlockSamples()
         model = StreamingModel(self.checkpoint, self.device) if self.tokens else None
         hidden = torch.empty(0)
         start, stats = 0, Stats(self.checkpoint.fingerprint, {})
@@ -107,11 +117,12 @@ class _Measure:
         for layer in self.checkpoint.layers[start : last + 1]:
             found = self._weight_stats(layer) if layer.has_moe else LayerStats()
             if model:
-                hidden, routing = self._forward(
-                    model, layer, hidden, layer.index < last
-                )
-                if routing:
-                    found = _with_counts(found, routing, layer.num_experts)
+                go_on = whole or layer.index < last
+                if whole and layer.index == 0:
+                    blocks.add(hidden)
+                hidden, found = self._forward(model, layer, hidden, found, go_on)
+                if whole:
+                    blocks.add(hidden)
             if layer.has_moe:
                 stats.layers[layer.index] = found
             if store and layer.index < last:
@@ -121,37 +132,61 @@ class _Measure:
         # Layers that a killed run had finished belong to the same pass.
         run = (start + model.layers_run) / model.num_layers if model else 0
         calibration = self.tokens.describe() if self.tokens else {}
-        return replace(stats, forward_passes=math.ceil(run), calibration=calibration)
+        stats = replace(stats, forward_passes=math.ceil(run), calibration=calibration)
+        if not (whole and model):
+            return stats
+        cosine_HH, count = blocks.sums()
+        return replace(stats, block_cosine_HH=cosine_HH, block_tokens=count)
 
     def _weight_stats(self, layer: Layer) -> LayerStats:
         found = LayerStats()
         if self.router:
             sqdist_EE, norm = router_distances(self.checkpoint, layer)
-            found = replace(found, router_sqdist_EE=sqdist_EE, router_norm=norm)
+            found = replace(
+                found,
+                router_sqdist_EE=sqdist_EE,
+                router_norm=norm,
+                router_row_norm_E=router_row_norms(self.checkpoint, layer),
+            )
         if self.weights:
             sqdist_EE = weight_distances(self.checkpoint, layer, self.device)
             found = replace(found, weight_sqdist_EE=sqdist_EE)
         return found
 
     def _forward(
-        self, model: StreamingModel, layer: Layer, hidden: torch.Tensor, go_on: bool
-    ) -> tuple[torch.Tensor, Routing | None]:
-        """Run one layer; the last one only up to its router."""
+        self,
+        model: StreamingModel,
+        layer: Layer,
+        hidden: torch.Tensor,
+        found: LayerStats,
+        go_on: bool,
+    ) -> tuple[torch.Tensor, LayerStats]:
+        """Run one layer and sum; the last one only as far as something is summed."""
         hidden = model.attend(layer.index, hidden)
         if not layer.has_moe:
-            return hidden, None
+            return hidden, found
         x_ND = model.moe_input(layer.index, hidden)
         routing = model.route(layer, x_ND)
-        if go_on:
-            out_ND = run_experts(
-                x_ND,
-                routing,
-                layer,
-                lambda expert: read_expert(self.checkpoint, layer, expert),
-                model.act,
-            )
-            hidden += out_ND.view_as(hidden)
-        return hidden, routing
+        found = _with_counts(found, routing, layer.num_experts)
+        if self.fields & routed.SCORES:
+            found = routed.with_scores(found, routing)
+        if not go_on and not self.fields & (routed.CONTRIBUTIONS | routed.COSINES):
+            return hidden, found
+        contributions = routed.Contributions(layer.num_experts)
+        out_ND = run_experts(
+            x_ND,
+            routing,
+            layer,
+            lambda expert: read_expert(self.checkpoint, layer, expert),
+            model.act,
+            contributions if self.fields & routed.CONTRIBUTIONS else None,
+        )
+        if self.fields & routed.CONTRIBUTIONS:
+            found = contributions.added_to(found)
+        if self.fields & routed.COSINES:
+            found = routed.with_cosines(found, hidden.flatten(0, 1), x_ND, out_ND)
+        hidden += out_ND.view_as(hidden)
+        return hidden, found
 
 
 def _with_counts(found: LayerStats, routing: Routing, experts: int) -> LayerStats:

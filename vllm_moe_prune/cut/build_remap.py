@@ -3,7 +3,7 @@
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.remap import ExpertRemap, RemapLayer, RemapSource
 from ..decide.plan import CutPlan, LayerPlan
-from .slice import keeps_router
+from .slice import keeps_router, redirect_of
 
 
 def build_remap(checkpoint: Checkpoint, plan: CutPlan) -> ExpertRemap:
@@ -63,15 +63,11 @@ def _cut_entry(
             router_rows=(),
         )
     kept = tuple(entry.kept[expert] for expert in layer_plan.keep)
-    router_rows, redirect = kept, None
-    if keeps_router(plan, layer_plan) and layer_plan.clusters is not None:
-        serves = {
-            expert: new
-            for new, cluster in enumerate(layer_plan.clusters)
-            for expert in cluster
-        }
+    router_rows = kept
+    redirect: tuple[int | None, ...] | None = None
+    if keeps_router(plan, layer_plan):
         router_rows = entry.router_rows
-        redirect = tuple(serves[row] for row in range(layer_plan.experts))
+        redirect = redirect_of(layer_plan)
     elif plan.routing == "redirect":
         redirect = tuple(range(len(kept)))
     return RemapLayer(

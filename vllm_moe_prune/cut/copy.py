@@ -40,7 +40,8 @@ def build_tensor(checkpoint: Checkpoint, tensor: OutputTensor) -> torch.Tensor:
 
 def group_mean(checkpoint: Checkpoint, group: Group) -> torch.Tensor:
     """The mean of a group's pieces; a single piece unchanged."""
-    return mean_of([_read_piece(checkpoint, piece) for piece in group])
+    tensors = [_read_piece(checkpoint, piece) for piece in group]
+    return mean_of(tensors, [piece.weight for piece in group])
 
 
 def tensor_view(tensor: torch.Tensor) -> memoryview:

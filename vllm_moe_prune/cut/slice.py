@@ -21,6 +21,8 @@ class Piece:
 
     source: str
     row: int | None = None
+    weight: float | None = None
+    """Its weight in the mean of its group; None in a plain mean."""
 
 
 Group = tuple[Piece, ...]
@@ -76,6 +78,17 @@ def output_tensors(checkpoint: Checkpoint, plan: CutPlan) -> list[OutputTensor]:
 
 
 def _check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
+    for layer_plan in plan.layers:
+        if layer_plan.action == "drop-moe-keep-norm":
+            raise PlanError(
+                f"layer {layer_plan.layer}: action drop-moe-keep-norm can be planned "
+                "but not cut. Use drop-moe, which takes the norm along."
+            )
+    if plan.slim != "none" and (plan.slim_parts != ("experts",) or plan.slim_exclude):
+        raise PlanError(
+            f"slim.scope {list(plan.slim_parts)} and slim.exclude can be planned but "
+            "not cut. Slim the experts alone, without exceptions."
+        )
     if not any(layer.keep for layer in plan.layers):
         raise PlanError(
             f"the plan leaves no layer of {checkpoint.origin.name} with experts; keep "
@@ -134,11 +147,31 @@ def _layer_tensors(
         yield from _experts(checkpoint, layer, layer_plan, plan, new_index)
 
 
-def _members(layer_plan: LayerPlan) -> list[tuple[int, ...]]:
-    """For each survivor the experts it is built from: itself, or its whole cluster."""
-    if layer_plan.reconstruct and layer_plan.clusters is not None:
-        return list(layer_plan.clusters)
-    return [(expert,) for expert in layer_plan.keep]
+Members = tuple[tuple[int, float | None], ...]
+"""Input experts and their weights in a mean."""
+
+
+def members_of(layer_plan: LayerPlan, new: int) -> Members:
+    """The experts a survivor is built from: itself, or its whole cluster."""
+    if not layer_plan.reconstruct or layer_plan.clusters is None:
+        return ((layer_plan.keep[new], None),)
+    cluster = layer_plan.clusters[new]
+    if layer_plan.merge_weights is None:
+        return tuple((expert, None) for expert in cluster)
+    return tuple(zip(cluster, layer_plan.merge_weights[new], strict=True))
+
+
+def _all_members(layer_plan: LayerPlan) -> list[Members]:
+    return [members_of(layer_plan, new) for new in range(len(layer_plan.keep))]
+
+
+def redirect_of(layer_plan: LayerPlan) -> tuple[int | None, ...]:
+    """For each router row the new expert that serves it; None: nothing does."""
+    serves: dict[int, int] = {}
+    for new, kept in enumerate(layer_plan.keep):
+        cluster = layer_plan.clusters[new] if layer_plan.clusters else (kept,)
+        serves |= dict.fromkeys(cluster, new)
+    return tuple(serves.get(row) for row in range(layer_plan.experts))
 
 
 def _router(
@@ -160,8 +193,8 @@ def _router(
             "router",
         )
     groups = tuple(
-        tuple(Piece(info.name, member) for member in members)
-        for members in _members(layer_plan)
+        tuple(Piece(info.name, old, weight) for old, weight in members)
+        for members in _all_members(layer_plan)
     )
     shape = (len(groups), *info.shape[1:])
     return OutputTensor(
@@ -177,7 +210,7 @@ def _experts(
     new_index: int,
 ) -> Iterator[OutputTensor]:
     sparsity = 0.0 if plan.slim == "none" else layer_plan.sparsity
-    members = _members(layer_plan)
+    survivors = _all_members(layer_plan)
     rules = checkpoint.layout.experts
 
     def build(
@@ -189,16 +222,20 @@ def _experts(
             name, one.dtype, shape, groups, layer.index, rule.role, sparsity
         )
 
-    for new, group in enumerate(members):
+    for new, members in enumerate(survivors):
         for rule in rules:
             if rule.per_expert:
-                names = [rule.name(layer.index, old) for old in group]
-                pieces = tuple(Piece(name) for name in names)
-                yield build(rule, new, (pieces,), checkpoint.tensors[names[0]])
+                pieces = tuple(
+                    Piece(rule.name(layer.index, old), None, weight)
+                    for old, weight in members
+                )
+                first = checkpoint.tensors[pieces[0].source]
+                yield build(rule, new, (pieces,), first)
     for rule in rules:
         if not rule.per_expert:
             name = rule.name(layer.index)
             groups = tuple(
-                tuple(Piece(name, old) for old in group) for group in members
+                tuple(Piece(name, old, weight) for old, weight in members)
+                for members in survivors
             )
             yield build(rule, None, groups, checkpoint.tensors[name])

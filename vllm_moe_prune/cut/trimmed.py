@@ -1,13 +1,14 @@
 """A layer as the plan leaves it before slimming: survivors, means, trimmed router."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import Expert, read_expert, read_router
 from ..decide.plan import CutPlan, LayerPlan
-from .slice import keeps_router
+from .slice import keeps_router, members_of, redirect_of
 
 
 def trimmed_layer(layer: Layer, layer_plan: LayerPlan, plan: CutPlan) -> Layer:
@@ -18,14 +19,9 @@ def trimmed_layer(layer: Layer, layer_plan: LayerPlan, plan: CutPlan) -> Layer:
         return layer
     redirect = None
     rows = len(layer_plan.keep)
-    if keeps_router(plan, layer_plan) and layer_plan.clusters is not None:
+    if keeps_router(plan, layer_plan):
         rows = layer_plan.experts
-        serves = {
-            expert: new
-            for new, cluster in enumerate(layer_plan.clusters)
-            for expert in cluster
-        }
-        redirect = tuple(serves[row] for row in range(rows))
+        redirect = redirect_of(layer_plan)
     return dataclasses.replace(
         layer,
         num_experts=len(layer_plan.keep),
@@ -41,36 +37,52 @@ def trimmed_router(
     router_ED = read_router(checkpoint, layer)
     if keeps_router(plan, layer_plan):
         return router_ED
-    if layer_plan.reconstruct and layer_plan.clusters is not None:
-        rows = [mean_of([router_ED[i] for i in ids]) for ids in layer_plan.clusters]
-        return torch.stack(rows)
-    return router_ED[list(layer_plan.keep)]
+    rows = []
+    for new in range(len(layer_plan.keep)):
+        members = members_of(layer_plan, new)
+        weights = [weight for _, weight in members]
+        rows.append(mean_of([router_ED[old] for old, _ in members], weights))
+    return torch.stack(rows)
 
 
 def survivor(
     checkpoint: Checkpoint, layer: Layer, layer_plan: LayerPlan, new: int
 ) -> Expert:
     """The weights of new expert ``new``: its own, or the mean of its cluster."""
-    if not (layer_plan.reconstruct and layer_plan.clusters is not None):
-        return read_expert(checkpoint, layer, layer_plan.keep[new])
+    members = members_of(layer_plan, new)
+    first = read_expert(checkpoint, layer, members[0][0])
+    if len(members) == 1:
+        return first
     # One member in memory at a time: sums in fp32, then the stored dtype.
-    ids = layer_plan.clusters[new]
-    first = read_expert(checkpoint, layer, ids[0])
-    sums = [matrix.to(torch.float32) for matrix in first]
-    for expert in ids[1:]:
-        for total, matrix in zip(
-            sums, read_expert(checkpoint, layer, expert), strict=True
-        ):
-            total += matrix
+    sums = [_weighted(matrix, members[0][1]) for matrix in first]
+    for old, weight in members[1:]:
+        matrices = read_expert(checkpoint, layer, old)
+        for total, matrix in zip(sums, matrices, strict=True):
+            total += _weighted(matrix, weight)
+    parts = 1 if members[0][1] is not None else len(members)
     dtype = first.gate_FD.dtype
-    return Expert(*(total.div_(len(ids)).to(dtype) for total in sums))
+    return Expert(*((total / parts).to(dtype) for total in sums))
 
 
-def mean_of(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Mean in fp32, rounded once to the stored dtype; a single one stays itself."""
+def mean_of(
+    tensors: Sequence[torch.Tensor], weights: Sequence[float | None]
+) -> torch.Tensor:
+    """Mean in fp32, rounded once to the stored dtype; a single one stays itself.
+
+    Args:
+        tensors: At least one.
+        weights: Adding up to 1, or all None for a plain mean.
+    """
     if len(tensors) == 1:
         return tensors[0]
-    total = tensors[0].to(torch.float32)
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return (total / len(tensors)).to(tensors[0].dtype)
+    total = _weighted(tensors[0], weights[0])
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total = total + _weighted(tensor, weight)
+    parts = 1 if weights[0] is not None else len(tensors)
+    return (total / parts).to(tensors[0].dtype)
+
+
+def _weighted(tensor: torch.Tensor, weight: float | None) -> torch.Tensor:
+    """A copy in fp32, times the weight if there is one."""
+    copied = tensor.to(torch.float32, copy=True)
+    return copied if weight is None else copied.mul_(weight)

@@ -1,6 +1,6 @@
 """Stage 1: which experts leave each layer, by whichever method was asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..calibrate.stats import LayerStats, Stats
 from ..errors import PlanError, RecipeError
@@ -45,26 +45,9 @@ def decide_experts(
         PlanError: If the statistics do not suffice or do not fit.
     """
     actions = decide_layers(stats, layers, recipe)
-    moe = {
-        layer: shape
-        for layer, shape in enumerate(layers)
-        if shape.has_moe and actions[layer] == "keep"
-    }
     _check_protected(layers, actions, recipe.experts)
-    plans = [
-        _untouched(layer, shape, actions[layer]) for layer, shape in enumerate(layers)
-    ]
-    known = {} if stats is None else stats.layers
-    threshold = None
-    if recipe.experts.method == "stun":
-        counts = _counts(stats, moe, recipe)
-        clusters, threshold = cluster_experts(stats, moe, recipe, counts)
-        for layer, found in clusters.items():
-            plans[layer] = merged_plan(layer, found, known[layer], recipe)
-    elif recipe.experts.method == "score":
-        removed, threshold = _removed(stats, moe, recipe)
-        for layer, gone in removed.items():
-            plans[layer] = _dropped_plan(layer, moe[layer], gone, recipe)
+    counts = _counts(stats, _staying(layers, actions), recipe)
+    plans, threshold = _with_removals(stats, layers, recipe, actions, counts)
     if any(plan.experts for plan in plans) and not any(plan.keep for plan in plans):
         raise RecipeError(
             "no layer would be left with experts. Remove less: keep at least one layer "
@@ -73,10 +56,64 @@ def decide_experts(
     return plans, threshold
 
 
+def remove_counts(
+    stats: Stats | None,
+    layers: Sequence[LayerShape],
+    recipe: Recipe,
+    counts: Mapping[int, int],
+) -> list[LayerPlan]:
+    """The same with the number of experts that leave each layer given.
+
+    What the sensitivity of a layer is measured with: ``counts = {layer: removed}``.
+
+    Args:
+        stats: What was measured.
+        layers: The checkpoint's decoder layers.
+        recipe: Says which experts leave first; its budget is not looked at.
+        counts: Layers that are not in it lose nothing.
+    """
+    actions = decide_layers(stats, layers, recipe)
+    _check_protected(layers, actions, recipe.experts)
+    every = dict.fromkeys(_staying(layers, actions), 0) | dict(counts)
+    return _with_removals(stats, layers, recipe, actions, every)[0]
+
+
+def _staying(layers: Sequence[LayerShape], actions: Sequence[Action]) -> Layers:
+    return {
+        layer: shape
+        for layer, shape in enumerate(layers)
+        if shape.has_moe and actions[layer] == "keep"
+    }
+
+
+def _with_removals(
+    stats: Stats | None,
+    layers: Sequence[LayerShape],
+    recipe: Recipe,
+    actions: Sequence[Action],
+    counts: Mapping[int, int] | None,
+) -> tuple[list[LayerPlan], float | None]:
+    moe = _staying(layers, actions)
+    plans = [
+        _untouched(layer, shape, actions[layer]) for layer, shape in enumerate(layers)
+    ]
+    known = {} if stats is None else stats.layers
+    threshold = None
+    if recipe.experts.method == "stun":
+        clusters, threshold = cluster_experts(stats, moe, recipe, counts)
+        for layer, found in clusters.items():
+            plans[layer] = merged_plan(layer, found, known[layer], recipe)
+    elif recipe.experts.method == "score":
+        removed, threshold = _removed(known, moe, recipe.experts, counts)
+        for layer, gone in removed.items():
+            plans[layer] = _dropped_plan(layer, moe[layer], gone, recipe)
+    return plans, threshold
+
+
 def _counts(stats: Stats | None, moe: Layers, recipe: Recipe) -> dict[int, int] | None:
     """How many experts leave each layer; None if one threshold decides."""
     stage = recipe.experts
-    if stage.budget == "global":
+    if stage.budget == "global" or stage.method == "none":
         return None
     if stage.budget == "per-layer":
         return layer_targets(moe, stage)
@@ -88,12 +125,12 @@ def _counts(stats: Stats | None, moe: Layers, recipe: Recipe) -> dict[int, int] 
 
 
 def _removed(
-    stats: Stats | None, moe: Layers, recipe: Recipe
+    known: Mapping[int, LayerStats],
+    moe: Layers,
+    stage: ExpertStage,
+    counts: Mapping[int, int] | None,
 ) -> tuple[dict[int, Removed], float | None]:
     """The experts that leave by score, of every layer that loses any."""
-    stage = recipe.experts
-    counts = _counts(stats, moe, recipe)
-    known = {} if stats is None else stats.layers
     if counts is not None:
         touched = {layer: count for layer, count in counts.items() if count}
         return {

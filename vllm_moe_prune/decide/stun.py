@@ -7,7 +7,7 @@ import numpy as np
 from ..calibrate.stats import LayerStats, Stats
 from ..errors import PlanError, RecipeError
 from ..recipe import ExpertStage, Recipe
-from .budget import Budget, Layers, global_target, most_removed, spend_global
+from .budget import Layers, global_target, most_removed, spend_global
 from .clusters import Merge, cut_at, merge_sequence
 from .plan import LayerPlan, LayerShape
 from .reference import reference_clusters, search_threshold
@@ -19,7 +19,10 @@ Clusters = tuple[tuple[int, ...], ...]
 
 
 def cluster_experts(
-    stats: Stats | None, layers: Layers, recipe: Recipe, counts: dict[int, int] | None
+    stats: Stats | None,
+    layers: Layers,
+    recipe: Recipe,
+    counts: Mapping[int, int] | None,
 ) -> tuple[dict[int, Clusters], float | None]:
     """The clusters of every layer that loses an expert, and the threshold.
 
@@ -40,7 +43,7 @@ def cluster_experts(
         if stage.linkage == "reference":
             return _by_reference(found, counts), None
         merges = {layer: merge_sequence(found[layer]) for layer in found}
-        return _after(merges, layers, Budget(counts)), None
+        return _after(merges, layers, counts), None
     target = global_target(layers, stage)
     if target == 0:
         return {}, None
@@ -56,7 +59,7 @@ def cluster_experts(
         return clusters, reached.threshold
     merges = {layer: merge_sequence(distances[layer]) for layer in layers}
     budget = spend_global(merges, most, target)
-    return _after(merges, layers, budget), budget.threshold
+    return _after(merges, layers, budget.steps), budget.threshold
 
 
 def merged_plan(
@@ -77,12 +80,12 @@ def merged_plan(
 
 
 def _after(
-    merges: Mapping[int, list[Merge]], layers: Layers, budget: Budget
+    merges: Mapping[int, list[Merge]], layers: Layers, counts: Mapping[int, int]
 ) -> dict[int, Clusters]:
     return {
-        layer: cut_at(sequence, budget.steps[layer], experts=layers[layer].num_experts)
+        layer: cut_at(sequence, counts[layer], experts=layers[layer].num_experts)
         for layer, sequence in merges.items()
-        if budget.steps[layer]
+        if counts[layer]
     }
 
 

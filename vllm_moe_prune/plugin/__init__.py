@@ -5,6 +5,7 @@ calls ``register`` once in every process; nothing here imports vLLM or torch bef
 that, and the model classes are named by string so that vLLM imports them when needed.
 
     compat.py    supported vLLM versions, vLLM's quirks, every vLLM symbol we use
+    served.py    from vLLM's configuration to checked layers; flags that are refused
     layers.py    what each decoder layer holds, from config.json and the remap table
     routing.py   routing over router rows that are not experts
     verify.py    is the checkpoint what its remap table says? (headers only)

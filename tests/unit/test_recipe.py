@@ -1,0 +1,233 @@
+"""Recipes: what is refused and how, what flags replace, what ships."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vllm_moe_prune.errors import RecipeError
+from vllm_moe_prune.recipe import (
+    FLAGS,
+    Recipe,
+    load_recipe,
+    parse_recipe,
+    parse_size,
+    shipped_recipes,
+    with_overrides,
+)
+
+
+def recipe(**data: Any) -> Recipe:
+    return parse_recipe(data, "test")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"mood": "good"}, "mood: Extra inputs"),
+        ({"experts": {"dorp": 0.2}}, "experts.dorp: Extra inputs"),
+        ({"slim": {"sparsity": 0.5, "ratio": 1}}, "slim.ratio: Extra inputs"),
+        ({"calibration": {"file": "x"}}, "calibration.file: Extra inputs"),
+        ({"layers": {"drop": [1]}}, "layers.drop: Extra inputs"),
+        ({"experts": {"drop": 1.0}}, "experts.drop: Input should be less than 1"),
+        ({"experts": {"drop": -0.1}}, "experts.drop: Input should be greater"),
+        ({"experts": {"drop": float("nan")}}, "experts.drop"),
+        ({"experts": {"drop": "half"}}, "experts.drop: Input should be a valid number"),
+        ({"experts": {"keep": 0}}, "experts.keep: Input should be greater"),
+        ({"experts": {"method": "luck"}}, "experts.method: Input should be 'stun'"),
+        ({"experts": {"drop": 0.2, "keep": 4}}, "give drop or keep, not both"),
+        (
+            {"experts": {"router_weight": 0, "coactivation_weight": 0}},
+            "router_weight and coactivation_weight are both zero",
+        ),
+        ({"total_sparsity": 1}, "total_sparsity: Input should be less than 1"),
+        (
+            {"total_sparsity": 0.4, "slim": {"sparsity": 0.5}},
+            "give total_sparsity or slim.sparsity, not both",
+        ),
+        ({"slim": {"pattern": "4:2"}}, "n:m with n < m"),
+        ({"routing": "random"}, "routing: Input should be 'drop'"),
+        ({"calibration": {"samples": 0}}, "calibration.samples"),
+        ({"calibration": {"sequence_length": 1}}, "calibration.sequence_length"),
+        ({"experts": None}, "experts: "),
+        ({"layers": {"drop_moe": 3}}, "layers.drop_moe: "),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(data: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(data, "mine.yaml")
+    message = str(caught.value)
+    assert message.startswith("recipe mine.yaml: ")
+    assert says in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("data", [None, [], "stun", 7, [{"name": "x"}]])
+def test_what_is_no_mapping_is_refused(data: object) -> None:
+    with pytest.raises(RecipeError, match="top level"):
+        parse_recipe(data, "test")
+
+
+def test_a_long_value_is_not_shown_whole() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({"experts": {"method": "x" * 10_000}}, "test")
+    assert len(str(caught.value)) < 300
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().routing = "redirect"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("data", "coactivation", "activations"),
+    [
+        ({}, True, True),
+        ({"experts": {"coactivation_weight": 0}}, False, True),
+        ({"experts": {"method": "none"}}, False, True),
+        ({"slim": {"method": "magnitude"}}, True, False),
+        ({"experts": {"method": "none"}, "slim": {"method": "none"}}, False, False),
+    ],
+)
+def test_a_recipe_knows_what_it_needs(
+    data: dict[str, Any], coactivation: bool, activations: bool
+) -> None:
+    found = recipe(**data)
+    assert found.needs_coactivation is coactivation
+    assert found.needs_activations is activations
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_every_flag_reaches_the_recipe(flag: str) -> None:
+    values = {
+        "total": 0.3,
+        "drop": 0.3,
+        "keep": 3,
+        "budget": "per-layer",
+        "slim": "magnitude",
+        "routing": "redirect",
+        "calibration": "text.txt",
+        "samples": 5,
+        "sequence_length": 77,
+        "seed": 9,
+    }
+    found: Any = with_overrides(Recipe(), {flag: values[flag]})
+    for attribute in FLAGS[flag]:
+        found = getattr(found, attribute)
+    assert found == values[flag]
+
+
+def test_flags_that_are_not_given_change_nothing() -> None:
+    for name in shipped_recipes():
+        before = load_recipe(name)
+        assert with_overrides(before, dict.fromkeys(FLAGS)) == before
+
+
+def test_a_flag_replaces_the_recipes_own_way_of_saying_it() -> None:
+    stun = recipe(total_sparsity=0.4, experts={"drop": 0.2})
+    found = with_overrides(stun, {"keep": 5})
+    assert (found.experts.keep, found.experts.drop) == (5, None)
+    found = with_overrides(recipe(experts={"keep": 5}), {"drop": 0.3})
+    assert (found.experts.keep, found.experts.drop) == (None, 0.3)
+    found = with_overrides(stun, {"slim": "none"})
+    assert (found.slim.method, found.total_sparsity) == ("none", None)
+    found = with_overrides(stun, {"slim": "none", "total": 0.3})
+    assert (found.slim.method, found.total_sparsity) == ("none", 0.3)
+    found = with_overrides(recipe(slim={"sparsity": 0.5}), {"total": 0.3})
+    assert (found.slim.sparsity, found.total_sparsity) == (None, 0.3)
+    shared = recipe(total_sparsity=0.5, structured_share=0.5)
+    found = with_overrides(shared, {"drop": 0.1})
+    assert (found.structured_share, found.experts.drop) == (None, 0.1)
+
+
+def test_flags_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(RecipeError, match="give drop or keep, not both"):
+        with_overrides(Recipe(), {"drop": 0.2, "keep": 3})
+
+
+@pytest.mark.parametrize("flag", [{"drop": 0.25}, {"keep": 4}])
+def test_a_flag_that_would_do_nothing_is_refused(flag: dict[str, float]) -> None:
+    wanda = recipe(name="wanda50", experts={"method": "none"}, slim={"sparsity": 0.5})
+    with pytest.raises(RecipeError, match=r"wanda50: (drop|keep) does nothing"):
+        with_overrides(wanda, flag)
+
+
+def test_flags_are_checked_like_the_file() -> None:
+    with pytest.raises(RecipeError, match=r"experts\.drop: Input should be less"):
+        with_overrides(Recipe(), {"drop": 1.5})
+    with pytest.raises(RecipeError, match=r"slim\.method"):
+        with_overrides(Recipe(), {"slim": "melt"})
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_survive_being_written_and_read(
+    name: str, tmp_path: Path
+) -> None:
+    shipped = load_recipe(name)
+    path = tmp_path / "copy.yaml"
+    data = shipped.model_dump(mode="json", exclude_defaults=True)
+    path.write_text(yaml.safe_dump(data))
+    assert load_recipe(str(path)) == shipped
+
+
+def test_a_file_is_read_before_it_is_taken_for_a_shipped_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shipped names win in every folder; a file is given by its path."""
+    (tmp_path / "stun40").write_text("name: mine\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("stun40").name == "stun40"
+    assert load_recipe("./stun40").name == "mine"
+
+
+def test_an_unknown_name_lists_the_shipped_ones(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"'stun41': no such file.*stun40"):
+        load_recipe("stun41")
+    with pytest.raises(RecipeError, match="no such file"):
+        load_recipe(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"a: [1",
+        b"\xff\xfe\x00",
+        b"a: &x 1\nb: *x\n",
+        b"!!python/object/apply:os.system [ls]",
+        b"[" * 600,
+        b"name: 2024-99-99\n",
+        b"\tname: x",
+    ],
+)
+def test_files_that_are_no_plain_yaml_are_refused(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(path))
+    assert "bad.yaml: not valid YAML" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5_000_000_000),
+        ("2GiB", 2 << 30),
+        (" 1.5 mb ", 1_500_000),
+        ("700kib", 700 << 10),
+        ("123", 123),
+        ("1e3", 1000),
+        ("60KB", 60_000),
+    ],
+)
+def test_sizes_are_decimal_or_binary_as_written(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "5TB", "-1GB", "0", "0.4", "inf", "nan", "1 2 GB", "5GBB", "x"]
+)
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError):
+        parse_size(text)
