@@ -104,11 +104,24 @@ def lowest(scores_RD: Tensor, count: int) -> Tensor:
     """True at the ``count`` lowest scores of each row, ties to the lower column."""
     if count == 0:
         return torch.zeros_like(scores_RD, dtype=torch.bool)
-    threshold_R1 = _kth_lowest(scores_RD, count)
+    count_R1 = torch.full((len(scores_RD), 1), count, device=scores_RD.device)
+    return lowest_up_to(scores_RD, _kth_lowest(scores_RD, count), count_R1)
+
+
+def lowest_up_to(scores_RD: Tensor, threshold_R1: Tensor, count_R1: Tensor) -> Tensor:
+    """True at as many scores of each row as asked for, ties to the lower column.
+
+    Args:
+        scores_RD: Finite.
+        threshold_R1: The highest score that goes, of each row.
+        count_R1: How many go; if 0 the threshold may be any not above the lowest.
+    """
     mask_RD = scores_RD <= threshold_R1
-    tied_R = mask_RD.sum(1, dtype=torch.int32) > count
+    tied_R = mask_RD.sum(1, dtype=torch.int32) > count_R1[:, 0]
     if tied_R.any():
-        mask_RD[tied_R] = _lowest_tied(scores_RD[tied_R], threshold_R1[tied_R], count)
+        mask_RD[tied_R] = _lowest_tied(
+            scores_RD[tied_R], threshold_R1[tied_R], count_R1[tied_R]
+        )
     return mask_RD
 
 
@@ -121,8 +134,8 @@ def _kth_lowest(scores_RD: Tensor, k: int) -> Tensor:
     return torch.kthvalue(scores_RD, k, dim=1, keepdim=True).values
 
 
-def _lowest_tied(scores_RD: Tensor, threshold_R1: Tensor, count: int) -> Tensor:
+def _lowest_tied(scores_RD: Tensor, threshold_R1: Tensor, count_R1: Tensor) -> Tensor:
     below_RD = scores_RD < threshold_R1
     equal_RD = scores_RD == threshold_R1
-    wanted_R1 = count - below_RD.sum(1, dtype=torch.int32, keepdim=True)
+    wanted_R1 = count_R1 - below_RD.sum(1, dtype=torch.int32, keepdim=True)
     return below_RD | (equal_RD & (equal_RD.cumsum(1, dtype=torch.int32) <= wanted_R1))

@@ -1,0 +1,1 @@
+"""vLLM model classes: one file per family, named after its ``model_type``."""

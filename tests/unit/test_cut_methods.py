@@ -1,0 +1,211 @@
+"""Every slimming method and every kind of mean, through a real cut."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import tiny_checkpoint
+from vllm_moe_prune.calibrate.data import Tokens, sha256_of
+from vllm_moe_prune.calibrate.forward import StreamingModel
+from vllm_moe_prune.checkpoint.open import Checkpoint
+from vllm_moe_prune.checkpoint.reader import Expert, read_expert, read_router
+from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.cut.apply import cut
+from vllm_moe_prune.decide.plan import CutPlan, LayerPlan, ModelId
+from vllm_moe_prune.recipe import Recipe
+from vllm_moe_prune.slim.magnitude import magnitude
+from vllm_moe_prune.slim.sparsegpt import sparsegpt
+from vllm_moe_prune.slim.wanda import wanda
+from vllm_moe_prune.slim.wanda_variant import wanda_variant
+from vllm_moe_prune.verify import verify
+
+EXPERTS = 4
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("methods") / "model"
+    return open_checkpoint(
+        tiny_checkpoint(folder, layers=2, experts=EXPERTS, dtype="float32")
+    )
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tokens:
+    ids = torch.randint(4, 500, (4, 16), generator=torch.Generator().manual_seed(2))
+    return Tokens(ids, "random", sha256_of(ids))
+
+
+def plan_for(checkpoint: Checkpoint, first: LayerPlan, **fields: object) -> CutPlan:
+    """A plan that does something to layer 0 and nothing to the other."""
+    everyone = tuple(range(EXPERTS))
+    other = LayerPlan(
+        layer=1,
+        experts=EXPERTS,
+        keep=everyone,
+        clusters=tuple((expert,) for expert in everyone),
+    )
+    model = ModelId(
+        model_type="mixtral", fingerprint=checkpoint.fingerprint, source="test"
+    )
+    return CutPlan.model_validate(
+        {
+            "tool_version": "0",
+            "model": model,
+            "recipe": Recipe(),
+            "layers": (first, other),
+            **fields,
+        }
+    )
+
+
+def everyone_at(sparsity: float) -> LayerPlan:
+    keep = tuple(range(EXPERTS))
+    return LayerPlan(layer=0, experts=EXPERTS, keep=keep, sparsity=sparsity)
+
+
+def inputs_of(
+    checkpoint: Checkpoint, tokens: Tokens, expert: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What enters an expert of layer 0, what enters its down matrix, the weights."""
+    model = StreamingModel(checkpoint)
+    hidden = model.attend(0, model.embed(tokens.ids_ST))
+    x = model.moe_input(0, hidden)
+    routing = model.route(checkpoint.layers[0], x)
+    chosen = routing.ids_NK == expert
+    rows = chosen.any(dim=1)
+    weights = (routing.weights_NK * chosen).sum(dim=1)[rows]
+    gate, up, _ = read_expert(checkpoint, checkpoint.layers[0], expert)
+    inner = torch.nn.functional.silu(x[rows] @ gate.T) * (x[rows] @ up.T)
+    return x[rows], inner, weights
+
+
+def naive(
+    method: str, group: int | None, weight: torch.Tensor, inputs: torch.Tensor
+) -> torch.Tensor:
+    squares = inputs.double().square().sum(dim=0)
+    if method == "wanda":
+        return wanda(weight, squares, 0.5, group)
+    if method == "wanda-variant":
+        return wanda_variant(weight, squares, 0.5)
+    if method == "sparsegpt":
+        return sparsegpt(weight, inputs.T @ inputs, 0.5, group)
+    return magnitude(weight, 0.5, group)
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern", "router_weighted"),
+    [
+        ("wanda", "unstructured", False),
+        ("wanda", "2:4", False),
+        ("wanda", "unstructured", True),
+        ("wanda-variant", "unstructured", False),
+        ("sparsegpt", "unstructured", False),
+        ("sparsegpt", "4:8", False),
+        ("magnitude", "unstructured", False),
+        ("magnitude", "2:4", False),
+    ],
+)
+def test_a_cut_slims_as_the_method_does_on_what_reaches_each_expert(
+    checkpoint: Checkpoint,
+    tokens: Tokens,
+    tmp_path: Path,
+    method: str,
+    pattern: str,
+    router_weighted: bool,
+) -> None:
+    plan = plan_for(
+        checkpoint,
+        everyone_at(0.5),
+        slim=method,
+        pattern=pattern,
+        router_weighted=router_weighted,
+    )
+    cut(checkpoint, plan, tmp_path / "out", tokens=tokens)
+    verify(tmp_path / "out", checkpoint)
+    output = open_checkpoint(tmp_path / "out")
+    for expert in range(EXPERTS):
+        x, inner, weights = inputs_of(checkpoint, tokens, expert)
+        if router_weighted:
+            x, inner = x * weights[:, None], inner * weights[:, None]
+        before = read_expert(checkpoint, checkpoint.layers[0], expert)
+        found = read_expert(output, output.layers[0], expert)
+        expected = Expert(
+            *(
+                naive(method, plan.group, matrix, entering)
+                for matrix, entering in zip(before, (x, x, inner), strict=True)
+            )
+        )
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+            if pattern != "unstructured":
+                assert plan.group is not None
+                zeros = (mine.view(-1, plan.group) == 0).sum(dim=1)
+                assert (zeros == plan.group // 2).all()
+
+
+def test_merge_weights_give_the_weighted_mean_of_experts_and_router_rows(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    first = LayerPlan(
+        layer=0,
+        experts=EXPERTS,
+        keep=(1, 3),
+        clusters=((0, 1), (2, 3)),
+        reconstruct=True,
+        merge_weights=((0.25, 0.75), (0.9, 0.1)),
+    )
+    cut(checkpoint, plan_for(checkpoint, first), tmp_path / "out")
+    verify(tmp_path / "out", checkpoint)
+    output = open_checkpoint(tmp_path / "out")
+    layer = checkpoint.layers[0]
+    old = [read_expert(checkpoint, layer, expert) for expert in range(EXPERTS)]
+    router = read_router(checkpoint, layer)
+    found_router = read_router(output, output.layers[0])
+    for new, (a, b, one, two) in enumerate([(0, 1, 0.25, 0.75), (2, 3, 0.9, 0.1)]):
+        found = read_expert(output, output.layers[0], new)
+        for mine, left, right in zip(found, old[a], old[b], strict=True):
+            torch.testing.assert_close(mine, one * left + two * right)
+        torch.testing.assert_close(found_router[new], one * router[a] + two * router[b])
+
+
+def test_unserved_experts_keep_their_router_rows_and_lose_their_tokens(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    first = LayerPlan(
+        layer=0,
+        experts=EXPERTS,
+        keep=(0, 2, 3),
+        clusters=((0,), (2,), (3,)),
+        unserved=(1,),
+    )
+    cut(checkpoint, plan_for(checkpoint, first, routing="redirect"), tmp_path / "out")
+    output = open_checkpoint(tmp_path / "out")
+    assert output.layers[0].redirect == (0, None, 1, 2)
+    before = read_router(checkpoint, checkpoint.layers[0])
+    assert torch.equal(read_router(output, output.layers[0]), before)
+
+
+@pytest.mark.parametrize("what", ["action", "parts"])
+def test_what_can_be_planned_but_not_cut_is_refused(
+    checkpoint: Checkpoint, tmp_path: Path, what: str
+) -> None:
+    from vllm_moe_prune.errors import PlanError
+
+    if what == "action":
+        first = LayerPlan(
+            layer=0, experts=EXPERTS, keep=(), action="drop-moe-keep-norm"
+        )
+        plan = plan_for(checkpoint, first)
+    else:
+        plan = plan_for(
+            checkpoint,
+            everyone_at(0.5),
+            slim="magnitude",
+            slim_parts=("experts", "attention"),
+        )
+    with pytest.raises(PlanError, match="can be planned but not cut"):
+        cut(checkpoint, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
