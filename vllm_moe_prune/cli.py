@@ -376,8 +376,9 @@ def main() -> None:
         status = app(arguments, prog_name=NAME, standalone_mode=False) or 0
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else NAME
-        said = error.format_message().rstrip(".")
-        _fail("error", f"{said}. See `{command} --help`.", 2)
+        said = error.format_message()
+        stop = "" if said.endswith((".", "?")) else "."
+        _fail("error", f"{said}{stop} See `{command} --help`.", 2)
     except (MoePruneError, OSError) as error:
         if os.environ.get("MOE_PRUNE_DEBUG"):
             raise

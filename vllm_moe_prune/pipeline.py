@@ -7,6 +7,7 @@ Each stage is one function here and one command of the command line. ``measure``
 (one streaming pass), ``verify`` checks. ``run`` is all four and can be resumed.
 """
 
+import json
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from . import __version__
 from .calibrate import routed
 from .calibrate.data import Tokens, load_tokens
+from .calibrate.forward import StreamingModel
 from .calibrate.measure import measure as measure_checkpoint
 from .calibrate.stats import Stats, load_stats, save_stats
 from .checkpoint.open import Checkpoint
@@ -33,7 +35,7 @@ from .decide.needs import needed_statistics, needs_tokens
 from .decide.plan import CutPlan, Measurement, save_plan
 from .errors import PlanError, RecipeError
 from .progress import Report, ignore
-from .recipe import Recipe
+from .recipe import Calibration, Recipe
 from .verify import Verified
 from .verify import verify as verify_output
 
@@ -111,18 +113,24 @@ def check_measurable(recipe: Recipe) -> None:
         )
 
 
+def _tokens(checkpoint: Checkpoint, calibration: Calibration) -> Tokens:
+    """Tokens for a forward pass, which is first seen to be possible."""
+    StreamingModel(checkpoint)  # compares config and tensors, reads no weight
+    return load_tokens(checkpoint, calibration)
+
+
 def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
     """The calibration tokens, or None where the recipe needs no data at all."""
     if not (needs_tokens(recipe) or recipe.needs_activations):
         return None
-    return load_tokens(checkpoint, recipe.calibration)
+    return _tokens(checkpoint, recipe.calibration)
 
 
 def measuring_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
     """The calibration tokens, or None where the decisions need no data."""
     if not needs_tokens(recipe):
         return None
-    return load_tokens(checkpoint, recipe.calibration)
+    return _tokens(checkpoint, recipe.calibration)
 
 
 def measure(
@@ -159,8 +167,11 @@ def plan(
     facts = model_facts(checkpoint)
     decided = make_plan(stats, recipe, facts, tool_version=__version__)
     if stats is not None:
+        # Ordered as a statistics file gives it back, so that a resumed run, which
+        # reads one, makes the same plan to the byte.
+        calibration = json.loads(json.dumps(stats.calibration, sort_keys=True))
         measurement = Measurement(
-            forward_passes=stats.forward_passes, calibration=stats.calibration
+            forward_passes=stats.forward_passes, calibration=calibration
         )
         decided = decided.model_copy(update={"measurement": measurement})
     return with_prediction(checkpoint, decided, max_shard_bytes)
@@ -192,7 +203,7 @@ def cut(
         asked = decided.recipe.calibration
         if text is not None:
             asked = asked.model_copy(update={"source": text})
-        tokens = load_tokens(checkpoint, asked)
+        tokens = _tokens(checkpoint, asked)
     result = cut_checkpoint(
         checkpoint,
         decided,

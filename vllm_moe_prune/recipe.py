@@ -294,9 +294,17 @@ def load_recipe(name_or_path: str) -> Recipe:
         data = yaml.load(source.read_bytes(), _Loader)
     # ValueError: a date or a number that there is not.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        line = " ".join(str(error).split())
-        raise RecipeError(f"recipe {name_or_path}: not valid YAML: {line}") from error
+        raise RecipeError(
+            f"recipe {name_or_path}: not valid YAML: {_yaml_problem(error)}"
+        ) from error
     return parse_recipe(data, name_or_path)
+
+
+def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}."
+    return " ".join(str(error).split())
 
 
 class _Loader(yaml.SafeLoader):
@@ -323,9 +331,12 @@ def first_problem(error: ValidationError) -> str:
     """The first problem pydantic found, as ``field.path: message (got value)``."""
     problem = error.errors()[0]
     place = ".".join(str(part) for part in problem["loc"]) or "top level"
+    said = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in {"missing", "value_error"}:
+        return f"{place}: {said}"  # what was got is everything around it
     got = reprlib.repr(problem["input"])
     shown = got if len(got) <= 60 else got[:57] + "..."
-    return f"{place}: {problem['msg']} (got {shown})"
+    return f"{place}: {said} (got {shown})"
 
 
 # Flag of the command line -> where it goes in the recipe.

@@ -182,9 +182,9 @@ def fill(value: float, row: int = 0) -> Any:
 SHARDS = [
     Case("shard missing", RUN, (NAME, "missing", "again"), deleted(SHARD)),
     Case("shard missing, inspect", "inspect ckpt", (NAME, "missing"), deleted(SHARD)),
-    Case("shard cut in half", RUN, (NAME, "truncated", AGAIN), halved),
-    Case("shard one byte short", RUN, (NAME, "truncated", AGAIN), cut_short(1)),
-    Case("shard one byte long", RUN, (NAME, "damaged", AGAIN), cut_short(-1)),
+    Case("shard cut in half", RUN, (NAME, "27552 bytes", "55104", AGAIN), halved),
+    Case("shard one byte short", RUN, (NAME, "55103", "55104"), cut_short(1)),
+    Case("shard one byte long", RUN, (NAME, "55105", "55104"), cut_short(-1)),
     Case("shard empty", RUN, (NAME, "(0 bytes)", AGAIN), holding(SHARD, b"")),
     Case("shard of four bytes", RUN, (NAME, "(4 bytes)"), holding(SHARD, b"abcd")),
     Case("shard a folder", RUN, (NAME, "missing"), is_a_folder(SHARD)),
@@ -331,6 +331,15 @@ WEIGHTS = [
     Case("router missing", RUN, ("layer 1", ROUTER), without_tensor(ROUTER)),
     Case("expert missing", RUN, ("layer 1", EXPERT), without_tensor(EXPERT)),
     Case("attention missing", RUN, (QUERY, "missing"), without_tensor(QUERY)),
+    Case(
+        "attention missing, slimmed only",
+        f"{RUN} --recipe slim.yaml",
+        (QUERY, "missing"),
+        both(
+            without_tensor(QUERY),
+            holding("slim.yaml", "{experts: {method: none}, slim: {sparsity: 0.5}}"),
+        ),
+    ),
     Case(
         "attention missing, cut",
         CUT,

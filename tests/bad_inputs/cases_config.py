@@ -90,7 +90,7 @@ CASES = [
     values(("num_key_value_heads",), num_key_value_heads=-1),
     values(("vocab_size",), vocab_size="512"),
     values(("vocab_size",), vocab_size=-1),
-    values(("rms_norm_eps",), rms_norm_eps="small"),
+    values(("config.json", "rms_norm_eps"), rms_norm_eps="small"),
     values(("hidden_act",), hidden_act="mystery"),
     values(("hidden_act",), hidden_act=["silu"]),
     values(("hidden_act",), hidden_act=None),
@@ -98,5 +98,5 @@ CASES = [
     values(("rope",), rope_theta=[1.0]),
     values(("rope",), rope_scaling={"rope_type": "mystery", "factor": 2.0}),
     values(("rope",), rope_scaling=7),
-    values(("sliding_window",), sliding_window="wide"),
+    values(("config.json", "sliding_window"), sliding_window="wide"),
 ]  # fmt: skip

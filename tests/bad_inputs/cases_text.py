@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from .case import (
     RUN,
     SMALL,
@@ -15,6 +17,7 @@ from .case import (
     with_keys,
 )
 
+NO_GPU = () if torch.cuda.is_available() else ("cuda", "cuda:0")
 MEASURE = f"measure ckpt -o new.safetensors {SMALL} --json --calibration"
 EVAL = "eval ckpt --json --text"
 
@@ -146,7 +149,7 @@ OPTIONS = [
     *(
         Case(f"device: {device}, {command.split()[0]}", f"{command} --device {device}",
              (f"'{device}'", "cpu"))
-        for device in ("banana", "cuda:99", "cpu:7", "cuda:-1", "meta")
+        for device in ("banana", "cuda:99", "cpu:7", "cuda:-1", "meta", *NO_GPU)
         for command in (RUN, f"{EVAL} text.txt")
     ),
     Case("device: banana, measure", f"{MEASURE} text.txt --device banana", ("banana",)),
@@ -163,7 +166,7 @@ OPTIONS = [
     eval_flags("sequence of 1", "--sequence-length 1", "'--sequence-length'", "2"),
     eval_flags("no tokens", "--max-tokens 0", "'--max-tokens'", "2"),
     eval_flags("fewer than no tokens", "--max-tokens -5", "'--max-tokens'", "2"),
-    Case("no such command", "prune ckpt", ("'prune'",)),
+    Case("no such command", "prune ckpt", ("'prune'", "vllm-moe-prune --help")),
     Case("no such option", "inspect ckpt --fast", ("--fast",)),
     Case("no checkpoint", "inspect", ("argument", "vllm-moe-prune inspect --help")),
     Case("a word too many", "inspect ckpt out", ("out",)),

@@ -13,7 +13,7 @@ from vllm_moe_prune.decide.facts import (
     LayerFacts,
     ModelFacts,
     SparsityCount,
-    count_sparsity,
+    count_plan,
 )
 from vllm_moe_prune.decide.plan import CutPlan, ModelId, check_plan
 from vllm_moe_prune.errors import PlanError, RecipeError
@@ -72,7 +72,7 @@ def planned(recipe: Recipe, stats: Stats | None = STATS) -> CutPlan:
 
 
 def counted(plan: CutPlan, facts: ModelFacts = FACTS) -> SparsityCount:
-    return count_sparsity(facts, plan.layers, plan.slim, plan.routing)
+    return count_plan(facts, plan)
 
 
 def test_near_experts_merge_and_the_middle_one_stays() -> None:

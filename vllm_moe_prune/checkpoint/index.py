@@ -9,6 +9,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     # Also what is no text, and a whole number of more digits than Python reads.
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+        raise CheckpointError(
+            f"{path}: not valid JSON: {error}. Download it again."
+        ) from error
     if not isinstance(data, dict):
         raise CheckpointError(
             f"{path}: expected a JSON object, found a {type(data).__name__}."
@@ -114,7 +117,8 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
             if unlisted := sorted(found.keys() - listed):
                 raise CheckpointError(
                     f"{folder / file_name}: holds {unlisted[0]!r}, which the index "
-                    f"does not list there ({len(unlisted)} such tensors)."
+                    f"does not list there ({len(unlisted)} such tensors). "
+                    "Download the checkpoint again."
                 )
             tensors |= found
         return tensors
@@ -131,7 +135,9 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
 def _weight_map(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: has no weight_map.")
+        raise CheckpointError(
+            f"{path}: has no weight_map. Download the checkpoint again."
+        )
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str):
             raise CheckpointError(
@@ -159,7 +165,8 @@ def _inside(folder: Path, file_name: str, named_by: Path) -> Path:
     plain = Path(file_name).name == file_name and file_name not in {"", ".", ".."}
     if not plain or not file_name.isprintable() or not is_inside(folder, path):
         raise CheckpointError(
-            f"{named_by}: names {file_name!r}, which is not inside the folder."
+            f"{named_by}: names {file_name!r}, which is not inside the folder. "
+            "Copy the file there."
         )
     if not path.is_file():
         raise CheckpointError(
@@ -181,9 +188,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise CheckpointError(f"{path}: header claims {length} bytes.")
             header = json.loads(file.read(length), object_pairs_hook=_unique)
     except (SafetensorError, OSError, ValueError, struct.error) as error:
+        said = str(error).removeprefix("Error while deserializing header: ")
         raise CheckpointError(
-            f"{path}: damaged or truncated safetensors file "
-            f"({path.stat().st_size} bytes): {error}. Download it again."
+            f"{path}: damaged or truncated safetensors file ({_sizes(path)}): {said}. "
+            "Download it again."
         ) from error
     start = 8 + length
     tensors = {}
@@ -205,6 +213,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             last - first,
         )
     return tensors
+
+
+def _sizes(path: Path) -> str:
+    """How long a damaged file is, and how long its header says it is."""
+    found = f"{path.stat().st_size} bytes"
+    guesses = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+    with suppress(*guesses, OSError, struct.error):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+        header.pop("__metadata__", None)
+        last = max(entry["data_offsets"][1] for entry in header.values())
+        return f"{found}, by its header {8 + length + last}"
+    return found
 
 
 def fingerprint(

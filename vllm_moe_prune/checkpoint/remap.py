@@ -99,13 +99,15 @@ def load_remap(folder: Path, config: dict[str, Any]) -> ExpertRemap | None:
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise RemapError(
-            f"{path}: missing; a pruned checkpoint cannot be used without it."
+            f"{path}: missing; a pruned checkpoint cannot be used without it. "
+            "Copy the whole folder again."
         ) from error
     digest = hashlib.sha256(data).hexdigest()
     if digest != block["remap_sha256"]:
         raise RemapError(
             f"{path}: SHA-256 is {digest[:12]}..., config.json says "
-            f"{str(block['remap_sha256'])[:12]}...; it was changed after the cut."
+            f"{str(block['remap_sha256'])[:12]}...; it was changed after the cut. "
+            "Copy the folder again, or repeat the cut."
         )
     return parse_remap(data, path)
 

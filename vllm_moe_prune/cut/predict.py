@@ -2,7 +2,7 @@
 
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.writer import MAX_SHARD_BYTES, plan_shards
-from ..decide.facts import LayerFacts, ModelFacts, count_sparsity
+from ..decide.facts import LayerFacts, ModelFacts, count_plan
 from ..decide.plan import CutPlan, ModelId, Predicted
 from .slice import output_tensors
 
@@ -57,9 +57,7 @@ def with_prediction(
     """The plan with its ``predicted`` block filled in."""
     tensors = output_tensors(checkpoint, plan)
     shards = plan_shards(tensors, max_shard_bytes)
-    count = count_sparsity(
-        model_facts(checkpoint), plan.layers, plan.slim, plan.routing
-    )
+    count = count_plan(model_facts(checkpoint), plan)
     predicted = Predicted(
         tensor_bytes=sum(sum(shard.sizes.values()) for shard in shards),
         file_bytes=sum(shard.file_bytes for shard in shards),

@@ -143,13 +143,6 @@ def count_plan(facts: ModelFacts, plan: CutPlan) -> SparsityCount:
     return count_layers(facts, plan.layers, slimming, plan.routing)
 
 
-def count_sparsity(
-    facts: ModelFacts, layers: Sequence[LayerPlan], slim: SlimMethod, routing: Routing
-) -> SparsityCount:
-    """The same where experts are slimmed and the pattern is unstructured."""
-    return count_layers(facts, layers, Slimming(slim), routing)
-
-
 def count_layers(
     facts: ModelFacts,
     layers: Sequence[LayerPlan],
