@@ -32,7 +32,7 @@ from .cut.output import check_output, partial_folder
 from .cut.predict import model_facts, with_prediction
 from .decide.build import make_plan
 from .decide.needs import needed_statistics, needs_tokens
-from .decide.plan import CutPlan, Measurement, save_plan
+from .decide.plan import CutPlan, Measurement, check_plan, save_plan
 from .errors import PlanError, RecipeError
 from .progress import Report, ignore
 from .recipe import Calibration, Recipe
@@ -199,6 +199,7 @@ def cut(
     """
     started = time.monotonic()
     check_options(checkpoint, out, options)
+    check_plan(decided, checkpoint.layers, checkpoint.fingerprint, where)
     if tokens is None and decided.needs_activations:
         asked = decided.recipe.calibration
         if text is not None:

@@ -38,11 +38,9 @@ dense layers and Arctic's residual MLP. The router is none of them."""
 class Strict(BaseModel):
     """Base of every model read from a file: unknown keys are errors, values frozen."""
 
+    # Docstrings of fields become the descriptions of the JSON Schema.
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,  # they become the schema's descriptions
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
@@ -294,9 +292,8 @@ def load_recipe(name_or_path: str) -> Recipe:
         data = yaml.load(source.read_bytes(), _Loader)
     # ValueError: a date or a number that there is not.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(
-            f"recipe {name_or_path}: not valid YAML: {_yaml_problem(error)}"
-        ) from error
+        why = _yaml_problem(error)
+        raise RecipeError(f"recipe {name_or_path}: not valid YAML: {why}") from error
     return parse_recipe(data, name_or_path)
 
 
@@ -313,9 +310,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(
-                problem="aliases are not read; write it out", problem_mark=mark
-            )
+            said = "aliases are not read; write it out"
+            raise yaml.MarkedYAMLError(problem=said, problem_mark=mark)
         return super().compose_node(parent, index)
 
 

@@ -14,7 +14,7 @@ from tests.reference import LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 FEW, MANY, EXPERTS = 3, 6, 8
 # The command line, and then a line with the peak in KiB.

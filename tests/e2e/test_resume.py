@@ -58,6 +58,8 @@ CUTS = {
     5: LayerCut(sparsity=0.3),
 }
 METHODS = ["none", "wanda"]
+# A file of the model that is larger than any shard.
+LARGE = "vocabulary.txt"
 
 
 def command_line(arguments: list[str], errors: Path, file_limit: int | None) -> None:
@@ -172,6 +174,7 @@ def resume(world: World, method: str, out: Path, *flags: str) -> None:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World(tmp_path_factory.mktemp("resume"))
     tiny_checkpoint(world.model, layers=LAYERS, experts=EXPERTS)
+    (world.model / LARGE).write_bytes(bytes(300_000))
     text = tiny_text(world.folder)
     calibration = {"source": str(text), "samples": 8, "sequence_length": 64}
     checkpoint = open_checkpoint(world.model)
@@ -391,6 +394,26 @@ def test_an_earlier_output_stays_until_the_new_one_is_complete(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-errors.txt"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(4))
+def test_killed_while_the_old_output_is_replaced_loses_neither(
+    world: World, tmp_path: Path, attempt: int
+) -> None:
+    """For a moment the old one lies beside its place, under a name of its own."""
+    out = tmp_path / "out"
+    shutil.copytree(world.finished("none"), out)
+    earlier, later = folder_bytes(out), folder_bytes(world.finished("wanda"))
+    process = world.start("wanda", out, "--overwrite")
+    kill_when(process, lambda: any(tmp_path.glob("out.*.old")))
+    aside = [path for path in tmp_path.glob("out.*.old") if any(path.iterdir())]
+    if out.exists():
+        assert folder_bytes(out) in (earlier, later)
+    else:
+        assert [folder_bytes(path) for path in aside] == [earlier]
+    if not out.exists() or folder_bytes(out) == earlier:
+        resume(world, "wanda", out, "--overwrite")
+
+
 def test_overwriting_forgets_an_unfinished_run(
     world: World, tmp_path: Path, half_done: GiveHalfDone
 ) -> None:
@@ -417,7 +440,7 @@ def test_a_full_disk_ends_in_one_line_and_can_be_resumed(
     finished = world.finished(method)
     limit = {
         "shard": largest(finished, "*.safetensors") - 1,
-        "companion": largest(finished, "tokenizer.json") - 1,
+        "companion": largest(finished, LARGE) - 1,
         "hidden states": 8 * 64 * 64 * 2,
     }[full]
     code = finish(world.start(method, out, file_limit=limit))

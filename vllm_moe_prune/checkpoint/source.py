@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MoePruneError
 from .index import ITEM_BYTES, TensorInfo, read_index, read_json
 from .open import Checkpoint, Origin, build_checkpoint
 from .remap import CONFIG_BLOCK, FILE_NAME
@@ -124,7 +124,7 @@ def open_remote(repo_id: str, revision: str | None = None) -> Checkpoint:
 
     try:
         return _look(repo_id, revision)
-    except CheckpointError:
+    except MoePruneError:
         raise
     except HfHubHTTPError as error:
         raise _refused(repo_id, revision, error) from error
