@@ -21,6 +21,7 @@ from .progress import Progress, Report, ignore
 
 # Of the hidden states of one batch; every batch reads all weights once.
 BATCH_BYTES = 1 << 30
+MAX_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """e to the mean negative log-likelihood."""
-        return math.exp(self.nll_sum / self.tokens)
+        """e to the mean negative log-likelihood; infinite beyond what a float holds."""
+        mean = self.nll_sum / self.tokens
+        return math.exp(mean) if mean < MAX_EXPONENT else math.inf
 
 
 def perplexity(
@@ -67,6 +69,7 @@ def perplexity(
             f"sequence length {sequence_length}: a token is predicted from the one "
             "before it, so it must be at least 2."
         )
+    model = StreamingModel(checkpoint, device)
     text = TokenReader(checkpoint, source)
     ids = text.read(max_tokens)
     windows_ST = _windows(text, ids, text.cap(sequence_length))
@@ -75,7 +78,6 @@ def perplexity(
             f"{source}: gives {len(ids)} tokens; nothing is left to predict. "
             "Use a longer text."
         )
-    model = StreamingModel(checkpoint, device)
     batches = list(_batches(checkpoint, windows_ST, model.dtype))
     total, count = 0.0, 0
     for number, tokens_ST in enumerate(batches):

@@ -8,6 +8,7 @@ Each stage is one function here and one command of the command line. ``measure``
 """
 
 import json
+import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from .cut.predict import model_facts, with_prediction
 from .decide.build import make_plan
 from .decide.needs import needed_statistics, needs_tokens
 from .decide.plan import CutPlan, Measurement, check_plan, save_plan
-from .errors import PlanError, RecipeError
+from .errors import OutputError, PlanError, RecipeError
 from .progress import Report, ignore
 from .recipe import Calibration, Recipe
 from .verify import Verified
@@ -228,6 +229,19 @@ def verify(
     return verify_output(folder, source, report)
 
 
+def _resumed_stats(path: Path, recipe: Recipe, tokens: Tokens | None) -> Stats:
+    """What an interrupted run measured, if it was of the same text."""
+    stats = load_stats(path)
+    if not needs_tokens(recipe) or tokens is None:
+        return stats
+    if stats.calibration.get("sha256") != tokens.sha256:
+        raise OutputError(
+            f"{path}: the interrupted run measured another calibration text. Resume "
+            "with that one, or start again with --overwrite."
+        )
+    return stats
+
+
 def run(
     checkpoint: Checkpoint,
     recipe: Recipe,
@@ -251,10 +265,14 @@ def run(
     check_recipe(checkpoint, recipe)
     tokens = calibration_tokens(checkpoint, recipe)
     kept = stats_file or partial_folder(out).with_suffix(".stats.safetensors")
-    if kept.is_file() and (stats_file or options.resume):
+    work = kept.with_name(kept.name + ".work")
+    if options.overwrite and not options.resume and work.is_dir():
+        shutil.rmtree(work)
+    if stats_file is not None and kept.is_file():
         stats = load_stats(kept)
+    elif options.resume and kept.is_file():
+        stats = _resumed_stats(kept, recipe, tokens)
     else:
-        work = kept.with_name(kept.name + ".work")
         stats = measure(checkpoint, recipe, tokens, options, work)
         save_stats(stats, kept)
     decided = plan(checkpoint, recipe, stats, options.max_shard_bytes)

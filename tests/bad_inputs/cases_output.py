@@ -163,7 +163,6 @@ CASES = [
         RUN,
         ("notes.txt", "link out"),
         linked_tokenizer,
-        todo="companion files are checked when they are copied, after all work",
     ),
     Case(
         "measure: into a folder",

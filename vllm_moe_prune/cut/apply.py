@@ -32,7 +32,7 @@ from ..progress import Progress, Report, ignore
 from .achieved import Achieved
 from .copy import write_tensor
 from .finish import write_companions
-from .output import Workspace, open_workspace, publish
+from .output import Workspace, companions, open_workspace, publish
 from .slice import OutputTensor, output_tensors
 from .slim_layer import LayerRecord, SlimContext, slim_layer, trimmed_routing
 from .trimmed import survivor, trimmed_layer
@@ -80,6 +80,7 @@ def cut(
 
     Raises:
         PlanError: The plan does not fit the checkpoint.
+        CheckpointError: A file beside the weights cannot be copied.
         OutputError: The output exists, the disk is full, a resume does not match.
     """
     check_plan(plan, checkpoint.layers, checkpoint.fingerprint, where)
@@ -88,6 +89,7 @@ def cut(
             f"{where}: slims by {plan.slim}, which needs calibration text. "
             "Pass --calibration FILE."
         )
+    companions(checkpoint)
     tensors = output_tensors(checkpoint, plan)
     shards = plan_shards(tensors, max_shard_bytes)
     key = _run_key(plan, shards, tokens)
@@ -153,7 +155,7 @@ class _Cut:
         self._by_layer: dict[int | None, list[OutputTensor]] = {}
         for tensor in tensors:
             self._by_layer.setdefault(tensor.layer, []).append(tensor)
-        self._bytes_total = sum(shard.file_bytes for shard in writer.shards)
+        self._bytes_total = sum(sum(shard.sizes.values()) for shard in writer.shards)
         self._new_index: dict[int, int] = {}
         for layer_plan in plan.layers:
             if layer_plan.action != "drop-block":

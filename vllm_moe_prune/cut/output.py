@@ -56,6 +56,7 @@ class Workspace:
     finished: frozenset[str]
     lock: int
     """File descriptor; a second run in this folder is refused while it is open."""
+    overwrite: bool
 
     @property
     def work(self) -> Path:
@@ -129,7 +130,7 @@ def open_workspace(
         if fresh:
             shutil.rmtree(partial)
         raise
-    return Workspace(out, partial, journal, finished, lock)
+    return Workspace(out, partial, journal, finished, lock, overwrite)
 
 
 def _lock(partial: Path) -> int:
@@ -188,13 +189,17 @@ def _check_space(out: Path, needed: int) -> None:
     if needed > free:
         raise OutputError(
             f"{out}: needs {needed / 2**30:.2f} GiB, but only {free / 2**30:.2f} GiB "
-            f"are free on that disk."
+            "are free on that disk. Make room, or choose a folder on another disk."
         )
 
 
-def copy_companions(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Copy everything that is not weights (tokenizer, templates, code) as it is."""
-    copied = []
+def companions(checkpoint: Checkpoint) -> list[Path]:
+    """Everything that is not weights (tokenizer, templates, code), to be copied.
+
+    Raises:
+        CheckpointError: A file is a link out of the folder, or implausibly large.
+    """
+    found = []
     for path in sorted(checkpoint.folder.iterdir()):
         name = path.name
         if (
@@ -211,15 +216,20 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> list[str]:
                 f"{path}: {path.stat().st_size} bytes is too large for a companion "
                 "file; move it out of the checkpoint folder."
             )
+        found.append(path)
+    return found
+
+
+def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the companion files byte for byte."""
+    for path in companions(checkpoint):
         try:
             data = path.read_bytes()
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be read: {error.strerror or error}."
             ) from error
-        (folder / name).write_bytes(data)
-        copied.append(name)
-    return copied
+        (folder / path.name).write_bytes(data)
 
 
 def publish(workspace: Workspace) -> None:
@@ -229,6 +239,11 @@ def publish(workspace: Workspace) -> None:
         shutil.rmtree(workspace.work)
     retired = None
     if out.exists():
+        if any(out.iterdir()) and not workspace.overwrite:
+            raise OutputError(
+                f"{out}: files appeared there during the run. Move them away, then "
+                "run the same command with --resume."
+            )
         # A new name: a folder OUT.old may be somebody's copy of something.
         name = tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".old", dir=out.parent)
         retired = out.rename(name)
