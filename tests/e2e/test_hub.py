@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from tests.reference import LayerCut, folder_bytes, read_json, write_plan
-from tests.tiny import tiny_checkpoint, tiny_text
+from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.apply import cut
 from vllm_moe_prune.decide.plan import load_plan
@@ -274,7 +274,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.fixture(scope="module")
 def online(world: World) -> dict[str, Result]:
     """Everything that is done while the Hub can be reached."""
-    text = tiny_text(world.folder)
     return world.session(
         {
             "inspect": ["inspect", "acme/looked_at", "--json"],
@@ -290,9 +289,8 @@ def online(world: World) -> dict[str, Result]:
                 "run",
                 "acme/model",
                 str(world.folder / "run"),
-                *("--revision", "v2", "--drop", "0.25", "--slim", "none", "--json"),
-                *("--samples", "2", "--sequence-length", "32"),
-                *("--calibration", str(text)),
+                *("--revision", "v2", "--recipe", "wanda50", "--slim", "magnitude"),
+                "--json",
             ],
             **{
                 f"{command} {repo}": (

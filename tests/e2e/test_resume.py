@@ -175,8 +175,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World(tmp_path_factory.mktemp("resume"))
     tiny_checkpoint(world.model, layers=LAYERS, experts=EXPERTS)
     (world.model / LARGE).write_bytes(bytes(300_000))
-    text = tiny_text(world.folder)
-    calibration = {"source": str(text), "samples": 8, "sequence_length": 64}
+    text = tiny_text(world.folder, characters=20_000)
+    calibration = {"source": str(text), "samples": 4, "sequence_length": 64}
     checkpoint = open_checkpoint(world.model)
     for method in METHODS:
         write_plan(
@@ -189,7 +189,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (world.folder / "recipe.yaml").write_text(
         "total_sparsity: 0.5\n"
         "experts: {drop: 0.3}\n"
-        f"calibration: {{source: {text}, samples: 8, sequence_length: 64}}\n"
+        f"calibration: {{source: {text}, samples: 4, sequence_length: 64}}\n"
     )
     return world
 
@@ -441,7 +441,7 @@ def test_a_full_disk_ends_in_one_line_and_can_be_resumed(
     limit = {
         "shard": largest(finished, "*.safetensors") - 1,
         "companion": largest(finished, LARGE) - 1,
-        "hidden states": 8 * 64 * 64 * 2,
+        "hidden states": 4 * 64 * 64 * 2,
     }[full]
     code = finish(world.start(method, out, file_limit=limit))
     message = said(out).strip().splitlines()[-1]
