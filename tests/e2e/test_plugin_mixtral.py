@@ -274,12 +274,12 @@ def test_bfloat16_stays_within_its_own_rounding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("everything", {"enforce_eager": False}),
+        ("everything", {}),
         pytest.param(
             "dropped MoE", {"enable_expert_parallel": True}, marks=pytest.mark.slow
         ),
     ],
-    ids=["tensor-parallel-compiled", "expert-parallel"],
+    ids=["tensor-parallel", "expert-parallel"],
 )
 def test_two_processes_share_the_model(
     name: str, options: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -222,7 +222,9 @@ def test_killed_cut_resumes_to_the_same_bytes(
     resume(world, method, out)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["none", pytest.param("wanda", marks=pytest.mark.slow)]
+)
 def test_cut_killed_again_and_again_gets_there(
     world: World, tmp_path: Path, method: str
 ) -> None:
@@ -257,23 +259,26 @@ def test_cut_killed_at_any_moment_resumes(
     resume(world, method, out)
 
 
+def test_an_unfinished_run_is_refused_without_resume(
+    world: World, tmp_path: Path, half_done: GiveHalfDone
+) -> None:
+    out = tmp_path / "out"
+    before = folder_bytes(half_done("none", out))
+    assert finish(world.start("none", out)) == 2
+    (line,) = said(out).splitlines()
+    assert line.startswith(f"error: {partial_of(out)}: an unfinished run is there")
+    assert "--resume" in line
+    assert folder_bytes(partial_of(out)) == before
+
+
 def test_a_process_of_its_own_does_the_same(
     world: World, tmp_path: Path, half_done: GiveHalfDone
 ) -> None:
-    """As typed: refused without ``--resume``, with it resumed."""
     out = tmp_path / "out"
-    partial = half_done("none", out)
-    before = folder_bytes(partial)
+    half_done("none", out)
     command = [sys.executable, "-m", "vllm_moe_prune"]
-    command += world.cut_arguments("none", out)
-    refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert refused.stderr.count("\n") == 1
-    assert "out.partial: an unfinished run is there. Pass --resume" in refused.stderr
-    assert folder_bytes(partial) == before
-    resumed = subprocess.run(
-        [*command, "--resume"], capture_output=True, text=True, check=False
-    )
+    command += world.cut_arguments("none", out, "--resume")
+    resumed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
     assert folder_bytes(out) == folder_bytes(world.finished("none"))
 

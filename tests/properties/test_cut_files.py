@@ -184,7 +184,7 @@ def test_survivors_and_their_router_rows_keep_their_bytes(
         assert f"model.layers.{new}.input_layernorm.weight" not in after
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_cutting_twice_equals_cutting_once(model: Path, data: st.DataObject) -> None:
     first = data.draw(plans())
@@ -224,7 +224,7 @@ def test_clusters_of_two_cuts_are_told_in_original_ids(
     assert layer["experts_before"] == EXPERTS
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @example(cuts={0: LayerCut(keep=(2,))}, size=1, slim="none", packed=True)
 @given(
     cuts=slimmed(),

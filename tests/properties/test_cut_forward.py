@@ -150,19 +150,19 @@ def test_the_reference_agrees_with_transformers(
     assert_same(Reference(folder).logits(IDS_ST), logits_of_transformers(folder))
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(cuts=plans(keeps()))
 def test_dropping_experts_equals_barring_them(model: Path, cuts: Cuts) -> None:
     check_forward(model, cuts)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(cuts=plans(clusterings(reconstruct=True)))
 def test_reconstructing_equals_averaging_clusters(model: Path, cuts: Cuts) -> None:
     check_forward(model, cuts)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(cuts=plans(clusterings()))
 def test_redirecting_equals_running_the_representative_instead(
     model: Path, cuts: Cuts
@@ -170,19 +170,19 @@ def test_redirecting_equals_running_the_representative_instead(
     check_forward(model, cuts, routing="redirect")
 
 
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(cuts=plans(weighted()))
 def test_means_may_be_weighted(model: Path, cuts: Cuts) -> None:
     check_forward(model, cuts)
 
 
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(cuts=plans(unserved()))
 def test_what_an_unserved_row_is_chosen_for_is_lost(model: Path, cuts: Cuts) -> None:
     check_forward(model, cuts, routing="redirect")
 
 
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(cuts=plans(clusterings(reconstruct=True)))
 def test_redirecting_to_averaged_experts(model: Path, cuts: Cuts) -> None:
     check_forward(model, cuts, routing="redirect")
