@@ -29,7 +29,7 @@ from .checkpoint.writer import MAX_SHARD_BYTES
 from .cut.apply import CutResult
 from .cut.apply import cut as cut_checkpoint
 from .cut.finish import write_run_record
-from .cut.output import check_output, partial_folder
+from .cut.output import check_output, companions, partial_folder
 from .cut.predict import model_facts, with_prediction
 from .decide.build import make_plan
 from .decide.needs import needed_statistics, needs_tokens
@@ -63,12 +63,13 @@ def check_options(checkpoint: Checkpoint, out: Path, options: RunOptions) -> Non
     Raises:
         RecipeError: The device is not there.
         OutputError: The output is in the way, cannot be written, or is the input.
-        CheckpointError: A router holds NaN.
+        CheckpointError: A router holds NaN, or a file beside the weights is a trap.
     """
     check_device(options.device)
     check_folder(out, checkpoint.folder)
     check_output(out, resume=options.resume, overwrite=options.overwrite)
     check_routers(checkpoint)
+    companions(checkpoint)
 
 
 def check_device(name: str) -> None:

@@ -1,7 +1,7 @@
 """The main job as a user does it: prune the demo model, serve it, talk to it.
 
-A real ``vllm serve`` with its default settings (compiled, bf16), started through
-``vllm-moe-prune serve``, and the real ``openai`` client.
+A real ``vllm serve`` (bf16; eager, since compiling takes minutes on two cores), started
+through ``vllm-moe-prune serve``, and the real ``openai`` client.
 """
 
 import os
@@ -41,6 +41,7 @@ def address(pruned: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"]
+    flags += ["--enforce-eager"]
     log = pruned.parent / "server.log"
     with log.open("wb") as output:
         server = subprocess.Popen(
