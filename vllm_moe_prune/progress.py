@@ -1,7 +1,9 @@
 """What a long stage tells whoever is watching, once per layer or 64 MiB."""
 
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -21,3 +23,13 @@ Report = Callable[[Progress], None]
 
 def ignore(progress: Progress) -> None:
     """The report of a caller that does not watch."""
+
+
+def peak_rss_bytes() -> int:
+    """Of this process; ``ru_maxrss`` starts at what its parent had when it forked."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

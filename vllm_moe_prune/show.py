@@ -1,12 +1,12 @@
 """What each command prints when it is done, as tables or as JSON."""
 
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.open import Checkpoint
 from .draw import duration, facts, gib, hint, print_json, table
+from .progress import peak_rss_bytes
 
 if TYPE_CHECKING:
     from .calibrate.stats import Stats
@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from .decide.plan import CutPlan, LayerPlan
     from .evaluate import Perplexity
     from .verify import Verified
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:

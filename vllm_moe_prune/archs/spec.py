@@ -7,7 +7,7 @@ tensors whose name carries ``{expert}``) and never looks at a family's name.
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Role = Literal["router", "gate", "up", "down", "gate_up"]
 
@@ -110,7 +110,3 @@ class MoeArch:
         """Whether a tensor leaves when the MoE sublayer of its layer is dropped."""
         prefix = self.layer_prefix.format(layer=layer)
         return name.removeprefix(prefix).startswith(self.moe_members)
-
-    def experts_in(self, layer_config: dict[str, Any]) -> int:
-        """The expert count one layer's view of config.json states."""
-        return int(layer_config[self.config.experts])

@@ -5,7 +5,6 @@ the same bytes; elapsed time and peak memory are reported by the command instead
 """
 
 import json
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ..checkpoint.open import Checkpoint
 from ..checkpoint.remap import FILE_NAME, dump_remap
 from ..checkpoint.writer import ShardPlan, index_json, index_needed
 from ..decide.plan import CutPlan, dump_plan
+from ..progress import peak_rss_bytes
 from .achieved import Achieved, achieved
 from .build_remap import build_remap
 from .card import model_card
@@ -98,20 +98,10 @@ def write_run_record(out: Path, elapsed_s: float, *, resumed: bool) -> None:
     """``run.json``: time and memory, the one file that differs between equal runs."""
     record = {
         "elapsed_s": round(elapsed_s, 3),
-        "peak_rss_bytes": _peak_rss_bytes(),
+        "peak_rss_bytes": peak_rss_bytes(),
         "resumed": resumed,
     }
     _write_json(out / "run.json", record)
-
-
-def _peak_rss_bytes() -> int:
-    """Of this process; ``ru_maxrss`` starts at what its parent had when it forked."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

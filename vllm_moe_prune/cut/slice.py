@@ -42,11 +42,6 @@ class OutputTensor:
     sparsity: float = 0.0
     """Zeros to write into it; above 0 only for expert matrices that are slimmed."""
 
-    @property
-    def is_copy(self) -> bool:
-        """True if every byte comes from the input unchanged."""
-        return self.sparsity == 0.0 and all(len(group) == 1 for group in self.groups)
-
 
 def keeps_router(plan: CutPlan, layer_plan: LayerPlan) -> bool:
     """Whether a layer's router stays whole, its rows redirected to the survivors.
