@@ -1,10 +1,12 @@
 # `make` lists the targets. PYTHON picks what .venv is made from, FAMILY the demo
-# model, ARGS goes to pytest: make test ARGS="-k mixtral"
+# model, ARGS goes to pytest: make test ARGS="-k mixtral", WORKERS run side by side
 
 PYTHON ?= python3
 FAMILY ?= mixtral
 ARGS ?=
+WORKERS ?= 2
 PY := .venv/bin/python
+PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test fast lint clean
@@ -22,10 +24,10 @@ demo: install ## Prune a demo model, compare, serve it (FAMILY=mixtral)
 	@$(PY) examples/demo.py "$(FAMILY)"
 
 test: install ## All tests, those that start vLLM included
-	@$(PY) -m pytest -q --durations=10 $(ARGS)
+	@$(PYTEST) --durations=10 $(ARGS)
 
 fast: install ## Tests that start no vLLM: under 3 minutes
-	@$(PY) -m pytest -q -m "not vllm and not slow and not gpu" $(ARGS)
+	@$(PYTEST) -m "not vllm and not slow and not gpu" $(ARGS)
 
 lint: install ## Formatting, lint, types, spelling
 	$(PY) -m ruff format --check

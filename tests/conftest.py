@@ -1,11 +1,19 @@
 """Options and markers shared by all tests."""
 
 import importlib.util
+import os
 
 import pytest
 from hypothesis import settings
 
 VLLM_TIMEOUT_S = 600
+
+# The models are tiny: more threads only wait for each other, and two workers share the
+# cores. Set before torch is imported; child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if hasattr(os, "sched_getaffinity"):
+    core = min(os.sched_getaffinity(0))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
 
 # Examples are the same on every run, and a busy machine is not a failure.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -35,6 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(missing)
             if not item.get_closest_marker("timeout"):
                 item.add_marker(pytest.mark.timeout(VLLM_TIMEOUT_S))
+            # One engine at a time, beside the other worker's tests (make test).
+            item.add_marker(pytest.mark.xdist_group("vllm"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
