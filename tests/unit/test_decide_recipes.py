@@ -21,13 +21,8 @@ from vllm_moe_prune.decide.order import halves
 from vllm_moe_prune.decide.plan import CutPlan, check_plan, dump_plan
 from vllm_moe_prune.decide.sensitivity import rule
 from vllm_moe_prune.errors import PlanError, RecipeError
-from vllm_moe_prune.recipe import (
-    Recipe,
-    load_recipe,
-    parse_recipe,
-    shipped_recipes,
-    with_overrides,
-)
+from vllm_moe_prune.recipe import Recipe, parse_recipe
+from vllm_moe_prune.recipe_file import load_recipe, shipped_recipes, with_overrides
 
 COUNTS = (0, 8, 6, 8, 8, 7)
 FACTS = toy_facts(*COUNTS)

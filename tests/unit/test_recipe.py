@@ -7,11 +7,10 @@ import pytest
 import yaml
 
 from vllm_moe_prune.errors import RecipeError
-from vllm_moe_prune.recipe import (
+from vllm_moe_prune.recipe import Recipe, parse_recipe
+from vllm_moe_prune.recipe_file import (
     FLAGS,
-    Recipe,
     load_recipe,
-    parse_recipe,
     parse_size,
     shipped_recipes,
     with_overrides,

@@ -1,0 +1,230 @@
+"""The commands that make a checkpoint from a checkpoint."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .flags import (
+    REPEAT,
+    RESUME,
+    Budget,
+    Device,
+    Drop,
+    Json,
+    Keep,
+    Length,
+    Overwrite,
+    RecipeName,
+    Resume,
+    Revision,
+    Routing,
+    Samples,
+    Seed,
+    ShardSize,
+    Slim,
+    Source,
+    Text,
+    Total,
+    asked_recipe,
+    flag,
+)
+
+
+def inspect(source: Source, revision: Revision = None, as_json: Json = False) -> None:
+    """Show what a checkpoint is and what can be done with it; reads headers only.
+
+    Example: `vllm-moe-prune inspect mistralai/Mixtral-8x7B-v0.1`
+    """
+    from ..checkpoint.source import open_headers
+    from ..show import show_checkpoint
+
+    show_checkpoint(open_headers(source, revision), as_json)
+
+
+def measure(
+    context: typer.Context,
+    source: Source,
+    output: Annotated[Path, flag("Statistics file.", "--output", "-o")],
+    revision: Revision = None,
+    recipe: RecipeName = "stun40",
+    calibration: Text = None,
+    samples: Samples = None,
+    sequence_length: Length = None,
+    seed: Seed = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Collect the statistics that a recipe's decisions need: 0 or 1 forward pass.
+
+    Example: `vllm-moe-prune measure CKPT -o stats.safetensors --calibration c4.txt`
+    """
+    from .. import pipeline
+    from ..calibrate.stats import save_stats
+    from ..checkpoint.place import check_file
+    from ..checkpoint.source import open_checkpoint
+    from ..draw import resumable, watching
+    from ..show import show_stats
+
+    asked = asked_recipe(context)
+    pipeline.check_device(device)
+    checkpoint = open_checkpoint(source, revision)
+    check_file(output, checkpoint.folder)
+    tokens = pipeline.measuring_tokens(checkpoint, asked)
+    with resumable(REPEAT), watching(as_json) as report:
+        options = pipeline.RunOptions(device=device, report=report)
+        work = output.with_name(output.name + ".work")
+        stats = pipeline.measure(checkpoint, asked, tokens, options, work)
+    save_stats(stats, output)
+    show_stats(checkpoint, stats, output, as_json)
+
+
+def plan(
+    context: typer.Context,
+    source: Source,
+    output: Annotated[Path, flag("Plan file.", "--output", "-o")],
+    stats: Annotated[Path | None, flag("Statistics, where experts are to go.")] = None,
+    revision: Revision = None,
+    recipe: RecipeName = "stun40",
+    total: Total = None,
+    drop: Drop = None,
+    keep: Keep = None,
+    budget: Budget = None,
+    slim: Slim = None,
+    routing: Routing = None,
+    calibration: Text = None,
+    samples: Samples = None,
+    sequence_length: Length = None,
+    seed: Seed = None,
+    shard_size: ShardSize = "5GB",
+    as_json: Json = False,
+) -> None:
+    """Decide everything and predict the size to the byte; writes no weights.
+
+    Example: `vllm-moe-prune plan CKPT --stats stats.safetensors --total 0.5 -o p.json`
+    """
+    from .. import pipeline
+    from ..calibrate.stats import load_stats
+    from ..checkpoint.place import check_file
+    from ..checkpoint.source import open_checkpoint
+    from ..recipe_file import parse_size
+    from ..show import show_plan
+
+    asked = asked_recipe(context)
+    max_shard_bytes = parse_size(shard_size)
+    checkpoint = open_checkpoint(source, revision)
+    check_file(output, checkpoint.folder)
+    loaded = load_stats(stats) if stats is not None else None
+    decided = pipeline.plan(checkpoint, asked, loaded, max_shard_bytes)
+    pipeline.save_plan(decided, output)
+    show_plan(checkpoint, decided, output, as_json)
+
+
+def cut(
+    source: Source,
+    plan: Annotated[Path, flag("The plan to execute.")],
+    output: Annotated[Path, flag("Output folder.", "--output", "-o")],
+    revision: Revision = None,
+    calibration: Text = None,
+    device: Device = "cpu",
+    shard_size: ShardSize = "5GB",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Execute a plan in one streaming pass; memory holds a layer, never the model.
+
+    Example: `vllm-moe-prune cut CKPT --plan plan.json -o OUT`
+    """
+    from .. import pipeline
+    from ..checkpoint.source import open_checkpoint
+    from ..decide.plan import load_plan
+    from ..draw import resumable, watching
+    from ..recipe_file import parse_size
+    from ..show import show_cut
+
+    started = time.monotonic()
+    max_shard_bytes = parse_size(shard_size)
+    decided = load_plan(plan)
+    checkpoint = open_checkpoint(source, revision)
+    with resumable(RESUME), watching(as_json) as report:
+        options = pipeline.RunOptions(
+            device, resume, overwrite, max_shard_bytes, report
+        )
+        result = pipeline.cut(
+            checkpoint, decided, output, options, text=calibration, where=str(plan)
+        )
+    show_cut(checkpoint, decided, result, time.monotonic() - started, as_json)
+
+
+def verify(
+    output: Annotated[Path, typer.Argument(help="A pruned checkpoint folder.")],
+    source: Annotated[
+        str | None, flag("Compare every tensor with this original.")
+    ] = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Check a pruned checkpoint: shapes, remap table, and weights against the source.
+
+    Example: `vllm-moe-prune verify OUT --source CKPT`
+    """
+    from .. import pipeline
+    from ..checkpoint.source import open_checkpoint
+    from ..draw import watching
+    from ..show import show_verified
+
+    original = open_checkpoint(source, revision) if source is not None else None
+    with watching(as_json) as report:
+        verified = pipeline.verify(output, original, report)
+    show_verified(verified, as_json)
+
+
+def run(
+    context: typer.Context,
+    source: Source,
+    output: Annotated[Path, typer.Argument(help="Output folder.")],
+    revision: Revision = None,
+    recipe: RecipeName = "stun40",
+    total: Total = None,
+    drop: Drop = None,
+    keep: Keep = None,
+    budget: Budget = None,
+    slim: Slim = None,
+    routing: Routing = None,
+    calibration: Text = None,
+    samples: Samples = None,
+    sequence_length: Length = None,
+    seed: Seed = None,
+    stats: Annotated[
+        Path | None, flag("Use this statistics file, or keep it here.")
+    ] = None,
+    device: Device = "cpu",
+    shard_size: ShardSize = "5GB",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Measure, plan, cut and verify in one go; after a kill, add --resume.
+
+    Example: `vllm-moe-prune run mistralai/Mixtral-8x7B-v0.1 ./mixtral-stun40`
+    """
+    from .. import pipeline
+    from ..checkpoint.source import open_checkpoint
+    from ..draw import resumable, watching
+    from ..recipe_file import parse_size
+    from ..show import show_cut, show_plan
+
+    started = time.monotonic()
+    asked = asked_recipe(context)
+    max_shard_bytes = parse_size(shard_size)
+    checkpoint = open_checkpoint(source, revision)
+    with resumable(RESUME), watching(as_json) as report:
+        options = pipeline.RunOptions(
+            device, resume, overwrite, max_shard_bytes, report
+        )
+        decided, result, _ = pipeline.run(checkpoint, asked, output, options, stats)
+    if not as_json:
+        show_plan(checkpoint, decided, output / "plan.json", as_json=False, brief=True)
+    show_cut(checkpoint, decided, result, time.monotonic() - started, as_json)
