@@ -10,109 +10,38 @@ Each stage is one function here and one command of the command line. ``measure``
 import json
 import shutil
 import time
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from . import __version__
 from .calibrate import routed
-from .calibrate.data import Tokens, load_tokens
+from .calibrate.data import Tokens, load_heldout, load_tokens
 from .calibrate.forward import StreamingModel
 from .calibrate.measure import measure as measure_checkpoint
 from .calibrate.stats import Stats, load_stats, save_stats
 from .checkpoint.open import Checkpoint
-from .checkpoint.place import check_file, check_folder
+from .checkpoint.place import check_file
 from .checkpoint.reader import check_routers
+from .checkpoint.source import open_checkpoint
 from .checkpoint.writer import MAX_SHARD_BYTES
 from .cut.apply import CutResult
 from .cut.apply import cut as cut_checkpoint
 from .cut.finish import write_run_record
-from .cut.output import check_output, companions, partial_folder
+from .cut.output import partial_folder
+from .cut.planned import LossJournal
 from .cut.predict import model_facts, with_prediction
 from .decide.build import make_plan
 from .decide.needs import needed_statistics, needs_tokens
-from .decide.plan import CutPlan, Measurement, check_plan, save_plan
-from .errors import OutputError, PlanError, RecipeError
+from .decide.order import halves
+from .decide.plan import CutPlan, Measurement, check_plan, save_plan, trimming
+from .errors import OutputError, PlanError
+from .preflight import RunOptions, check_device, check_options, check_recipe
+from .probe import with_owl, with_sensitivity
 from .progress import Report, ignore
-from .recipe import Calibration, Recipe
+from .recipe import Calibration, ExpertStage, Recipe, SlimStage
 from .verify import Verified
 from .verify import verify as verify_output
 
 ROUTER_FIELDS = frozenset({"router_sqdist_EE", "router_norm", "router_row_norm_E"})
-COUNTS = frozenset({"tokens", "routed_E", "coactivation_EE"})
-MEASURABLE = ROUTER_FIELDS | COUNTS | routed.FIELDS | {"weight_sqdist_EE"}
-"""The statistics that ``measure`` can collect."""
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How to run, as opposed to what to do (that is the recipe's)."""
-
-    device: str = "cpu"
-    resume: bool = False
-    overwrite: bool = False
-    max_shard_bytes: int = MAX_SHARD_BYTES
-    report: Report = ignore
-
-
-def check_options(checkpoint: Checkpoint, out: Path, options: RunOptions) -> None:
-    """Refuse what cannot work, before any work is done.
-
-    Raises:
-        RecipeError: The device is not there.
-        OutputError: The output is in the way, cannot be written, or is the input.
-        CheckpointError: A router holds NaN, or a file beside the weights is a trap.
-    """
-    check_device(options.device)
-    check_folder(out, checkpoint.folder)
-    check_output(out, resume=options.resume, overwrite=options.overwrite)
-    check_routers(checkpoint)
-    companions(checkpoint)
-
-
-def check_device(name: str) -> None:
-    """Refuse a device that is unknown or not in this machine.
-
-    Raises:
-        RecipeError: Saying which there are.
-    """
-    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if name not in there and not (name == "cuda" and len(there) > 1):
-        raise RecipeError(
-            f"device {name!r} is not one of this machine's: {', '.join(there)}."
-        )
-
-
-def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Refuse what no statistics could make possible, before measuring them.
-
-    Raises:
-        RecipeError: What was asked for cannot be done with this checkpoint.
-    """
-    check_measurable(recipe)
-    # A PlanError says that statistics are missing, and they are.
-    with suppress(PlanError):
-        make_plan(None, recipe, model_facts(checkpoint), tool_version=__version__)
-
-
-def check_measurable(recipe: Recipe) -> None:
-    """Refuse a recipe whose decisions or order this version cannot carry out.
-
-    Raises:
-        RecipeError: Saying what is missing.
-    """
-    if missing := sorted(needed_statistics(recipe) - MEASURABLE):
-        raise RecipeError(
-            f"recipe {recipe.name}: its decisions need {', '.join(missing)}, which "
-            "measure does not collect. Choose another criterion, budget or allocation."
-        )
-    if recipe.order != "structured-first":
-        raise RecipeError(
-            f"recipe {recipe.name}: order {recipe.order} takes two cuts; run them one "
-            "after the other."
-        )
 
 
 def _tokens(checkpoint: Checkpoint, calibration: Calibration) -> Tokens:
@@ -142,21 +71,67 @@ def measure(
     options: RunOptions,
     work: Path | None = None,
 ) -> Stats:
-    """Collect what the recipe's decisions need: 0 forward passes, or 1."""
+    """Collect what the recipe's decisions need: 0 forward passes, or 1.
+
+    A further one counts OWL's outliers; sensitivities are judged on held-out windows.
+    """
     check_routers(checkpoint)
-    check_measurable(recipe)
     needed = needed_statistics(recipe)
-    clusters = recipe.experts.method == "stun"
-    return measure_checkpoint(
-        checkpoint,
-        router=clusters or bool(needed & ROUTER_FIELDS),
-        weights=clusters,
-        tokens=tokens if needs_tokens(recipe) else None,
-        fields=needed & routed.FIELDS,
-        device=options.device,
-        report=options.report,
-        work=work,
-    )
+    later = needed & {"sensitivity_P2", "owl_outliers_E"}
+    first = work / "measured.safetensors" if work is not None and later else None
+    stats = _first_measured(first, recipe, tokens)
+    if stats is None and not needed - later and tokens is not None:
+        calibration = tokens.describe()
+        stats = Stats(checkpoint.fingerprint, {}, calibration=calibration)
+    if stats is None:
+        clusters = recipe.experts.method == "stun"
+        stats = measure_checkpoint(
+            checkpoint,
+            router=clusters or bool(needed & ROUTER_FIELDS),
+            weights=clusters,
+            tokens=tokens if needs_tokens(recipe) else None,
+            fields=needed & routed.FIELDS,
+            device=options.device,
+            report=options.report,
+            work=work,
+        )
+        if first is not None:
+            first.parent.mkdir(parents=True, exist_ok=True)
+            save_stats(stats, first)
+    if later and tokens is not None:
+        stats = _tried_out(checkpoint, recipe, stats, tokens, options, work)
+    if first is not None:
+        shutil.rmtree(first.parent)
+    return stats
+
+
+def _first_measured(
+    path: Path | None, recipe: Recipe, tokens: Tokens | None
+) -> Stats | None:
+    """What an interrupted ``measure`` had finished before its later phases."""
+    if path is None or not path.is_file():
+        return None
+    return _resumed_stats(path, recipe, tokens)
+
+
+def _tried_out(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    stats: Stats,
+    tokens: Tokens,
+    options: RunOptions,
+    work: Path | None,
+) -> Stats:
+    """Measure what decisions have to be tried out for: sensitivity, outliers."""
+    model = StreamingModel(checkpoint, options.device)
+    needed = needed_statistics(recipe)
+    if "sensitivity_P2" in needed:
+        heldout = load_heldout(checkpoint, recipe.calibration)
+        journal = LossJournal(None if work is None else work / "losses.jsonl")
+        stats = with_sensitivity(model, recipe, stats, heldout, journal, options.report)
+    if "owl_outliers_E" in needed:
+        stats = with_owl(model, recipe, stats, tokens, options.report)
+    return stats
 
 
 def plan(
@@ -169,6 +144,7 @@ def plan(
     facts = model_facts(checkpoint)
     decided = make_plan(stats, recipe, facts, tool_version=__version__)
     if stats is not None:
+        _check_trimming(decided, stats)
         # Ordered as a statistics file gives it back, so that a resumed run, which
         # reads one, makes the same plan to the byte.
         calibration = json.loads(json.dumps(stats.calibration, sort_keys=True))
@@ -177,6 +153,18 @@ def plan(
         )
         decided = decided.model_copy(update={"measurement": measurement})
     return with_prediction(checkpoint, decided, max_shard_bytes)
+
+
+def _check_trimming(decided: CutPlan, stats: Stats) -> None:
+    """Refuse outliers that were counted on other survivors than the plan's."""
+    slim = decided.recipe.slim
+    if slim.allocation != "owl" or not decided.is_slimmed:
+        return
+    if stats.trimming != trimming(decided):
+        raise PlanError(
+            "the outliers were counted on the survivors of another plan. Run "
+            "`vllm-moe-prune measure` with this recipe, its drop and its total."
+        )
 
 
 def cut(
@@ -259,6 +247,8 @@ def run(
         options: How to run.
         stats_file: Statistics to use if the file exists, and to write if not.
     """
+    if recipe.order == "unstructured-first":
+        return _run_zeros_first(checkpoint, recipe, out, options)
     started = time.monotonic()
     check_options(checkpoint, out, options)
     if stats_file is not None:
@@ -283,6 +273,33 @@ def run(
     verified = verify(out, checkpoint, options.report)
     write_run_record(out, time.monotonic() - started, resumed=options.resume)
     return decided, result, verified
+
+
+def _run_zeros_first(
+    checkpoint: Checkpoint, recipe: Recipe, out: Path, options: RunOptions
+) -> tuple[CutPlan, CutResult, Verified]:
+    """The control ``order: unstructured-first``: two runs, the second of the first's.
+
+    The folder between them is ``OUT.zeros``; it is gone at the end.
+    """
+    check_options(checkpoint, out, options)
+    layers = Recipe(
+        layers=recipe.layers,
+        calibration=recipe.calibration,
+        experts=ExpertStage(method="none"),
+        slim=SlimStage(method="none"),
+    )
+    stats = None
+    if needed_statistics(layers):
+        tokens = measuring_tokens(checkpoint, layers)
+        stats = measure(checkpoint, layers, tokens, options)
+    first, second = halves(stats, recipe, model_facts(checkpoint))
+    between = out.with_name(out.name + ".zeros")
+    if not (options.resume and between.is_dir()):
+        run(checkpoint, first, between, options)
+    result = run(open_checkpoint(between), second, out, options)
+    shutil.rmtree(between)
+    return result
 
 
 __all__ = [

@@ -178,6 +178,9 @@ class Calibration(Strict):
     samples: int = Field(default=128, ge=1)
     sequence_length: int = Field(default=2048, ge=2)
     seed: int = 0
+    heldout: int = Field(default=16, ge=1)
+    """Further windows, kept apart, on which candidates are judged (``tune``, and
+    ``experts.budget: sensitivity``)."""
 
 
 class LayerStage(Strict):

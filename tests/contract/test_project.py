@@ -38,7 +38,7 @@ ROWS = (
         "tune",
         "verify",
     },
-    {"pipeline", "plugin"},
+    {"pipeline", "plugin", "preflight"},
     {"draw", "serve", "serve_command", "show"},
     {"cli"},
     {"__main__"},

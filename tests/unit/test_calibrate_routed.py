@@ -103,6 +103,52 @@ def test_sums_equal_loops_over_tokens_in_every_layer(
             )
 
 
+def test_outputs_are_of_all_experts_and_contributions_of_the_chosen(
+    checkpoint: Checkpoint, tokens: Tokens, stats: Stats
+) -> None:
+    model = StreamingModel(checkpoint)
+    hidden = model.embed(tokens.ids_ST)
+    for layer in checkpoint.layers:
+        hidden = model.attend(layer.index, hidden)
+        x = model.moe_input(layer.index, hidden)
+        routing = model.route(layer, x)
+        outputs = []
+        for number in range(EXPERTS):
+            gate, up, down = read_expert(checkpoint, layer, number)
+            inner = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+            outputs.append((inner @ down.T).double())
+        sqdist = [[float((a - b).square().sum()) for b in outputs] for a in outputs]
+        weights = torch.zeros(len(x), EXPERTS, dtype=torch.float64)
+        for t in range(len(x)):
+            for expert, weight in zip(
+                routing.ids_NK[t].tolist(), routing.weights_NK[t], strict=True
+            ):
+                weights[t, expert] = weight
+        parts = [weights[:, [i]] * out for i, out in enumerate(outputs)]
+        gram = [[float((a * b).sum()) for b in parts] for a in parts]
+        found = stats.layers[layer.index]
+        for value, expected in (
+            (found.output_sqdist_EE, sqdist),
+            (found.contribution_gram_EE, gram),
+            (found.output_sqnorm_E, [float(out.square().sum()) for out in outputs]),
+        ):
+            torch.testing.assert_close(
+                torch.as_tensor(value),
+                torch.tensor(expected, dtype=torch.float64),
+                rtol=1e-4,
+                atol=1e-6,
+            )
+        # The diagonal of the Gram matrix is the removal loss of single experts.
+        torch.testing.assert_close(
+            torch.as_tensor(found.contribution_gram_EE).diagonal(),
+            torch.as_tensor(found.weighted_sqnorm_sum_E),
+            rtol=1e-4,
+            atol=1e-6,
+        )
+        out = sum(parts)
+        hidden += out.float().view_as(hidden)
+
+
 def test_block_cosines_pair_every_two_boundaries(
     checkpoint: Checkpoint, tokens: Tokens, stats: Stats
 ) -> None:

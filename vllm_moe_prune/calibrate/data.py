@@ -71,6 +71,23 @@ def load_tokens(checkpoint: Checkpoint, calibration: Calibration) -> Tokens:
     Raises:
         CalibrationError: No source, an unusable one, no tokenizer, or too little text.
     """
+    return _chosen(checkpoint, calibration, 0, calibration.samples)
+
+
+def load_heldout(checkpoint: Checkpoint, calibration: Calibration) -> Tokens:
+    """Windows of the same text that are kept apart, to judge candidates on.
+
+    Raises:
+        CalibrationError: As ``load_tokens``, or the text is too short for both.
+    """
+    first = calibration.samples
+    return _chosen(checkpoint, calibration, first, first + calibration.heldout)
+
+
+def _chosen(
+    checkpoint: Checkpoint, calibration: Calibration, first: int, last: int
+) -> Tokens:
+    """Windows ``first`` to ``last`` of the order in which the seed takes them."""
     source = calibration.source
     if source is None:
         raise CalibrationError(
@@ -83,12 +100,14 @@ def load_tokens(checkpoint: Checkpoint, calibration: Calibration) -> Tokens:
     samples = calibration.samples
     ids = text.read(READ_MULTIPLE * samples * payload)
     windows = len(ids) // payload
-    if windows < samples:
+    if windows < last:
+        apart = last - samples
         raise CalibrationError(
             f"{source}: gives {windows} windows of {length} tokens, but {samples} are "
-            "asked for. Use a longer text, or lower --samples or --sequence-length."
+            f"asked for{f' and {apart} apart to judge on' if first else ''}. "
+            "Use a longer text, or lower --samples or --sequence-length."
         )
-    chosen = _choose(windows, samples, calibration.seed)
+    chosen = sorted(_ranked(windows, calibration.seed)[first:last])
     rows = ids[: windows * payload].reshape(windows, payload)[chosen]
     ids_ST = text.with_bos(rows)
     return Tokens(
@@ -108,13 +127,12 @@ def sha256_of(ids_ST: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def _choose(windows: int, samples: int, seed: int) -> list[int]:
-    """Distinct windows in text order; a hash, so that no library's RNG matters."""
-    ranked = sorted(
+def _ranked(windows: int, seed: int) -> list[int]:
+    """All windows, mixed by a hash, so that no library's RNG matters."""
+    return sorted(
         range(windows),
         key=lambda window: hashlib.sha256(f"{seed} {window}".encode()).digest(),
     )
-    return sorted(ranked[:samples])
 
 
 class TokenReader:

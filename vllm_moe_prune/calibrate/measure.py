@@ -170,6 +170,15 @@ class _Measure:
         found = _with_counts(found, routing, layer.num_experts)
         if self.fields & routed.SCORES:
             found = routed.with_scores(found, routing)
+        if self.fields & routed.OUTPUTS:
+            found = routed.with_outputs(
+                found,
+                x_ND,
+                routing,
+                layer.num_experts,
+                lambda expert: read_expert(self.checkpoint, layer, expert),
+                model.act,
+            )
         if not go_on and not self.fields & (routed.CONTRIBUTIONS | routed.COSINES):
             return hidden, found
         contributions = routed.Contributions(layer.num_experts)

@@ -10,19 +10,23 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from .experts import Routing
+from ..checkpoint.reader import Expert
+from .experts import Activation, Read, Routing, expert_hidden, place
 from .stats import Array, LayerStats
 
 SCORES = frozenset({"score_full_sum_E", "score_selected_sum_E"})
 CONTRIBUTIONS = frozenset({"weighted_norm_sum_E", "weighted_sqnorm_sum_E"})
 COSINES = frozenset({"moe_cosine_sum", "moe_only_cosine_sum"})
 BLOCKS = frozenset({"block_cosine_HH", "block_tokens"})
-FIELDS = SCORES | CONTRIBUTIONS | COSINES | BLOCKS
+OUTPUTS = frozenset({"output_sqdist_EE", "output_sqnorm_E", "contribution_gram_EE"})
+FIELDS = SCORES | CONTRIBUTIONS | COSINES | BLOCKS | OUTPUTS
 """What this file measures; the counts are in ``measure``."""
 
 # Tokens processed at once; every sum over them is exact enough in fp32.
 CHUNK = 1 << 13
 SAMPLED_TOKENS = 1024
+# Of all experts' outputs for the sampled tokens; fewer tokens where these are many.
+OUTPUT_BYTES = 1 << 30
 
 
 def with_scores(found: LayerStats, routing: Routing) -> LayerStats:
@@ -109,9 +113,7 @@ class BlockSamples:
     def add(self, hidden_STD: torch.Tensor) -> None:
         """Take in the next boundary: before the first block, then behind each."""
         hidden_ND = hidden_STD.flatten(0, 1)
-        count = min(SAMPLED_TOKENS, len(hidden_ND))
-        at_m = torch.linspace(0, len(hidden_ND) - 1, count, dtype=torch.float64)
-        at_m = at_m.round().long().to(hidden_ND.device)
+        at_m = _sampled(len(hidden_ND), SAMPLED_TOKENS).to(hidden_ND.device)
         state_mD = hidden_ND.index_select(0, at_m).float()
         self._states.append(functional.normalize(state_mD, dim=-1).cpu())
 
@@ -120,3 +122,58 @@ class BlockSamples:
         states_HM = torch.stack([state.flatten() for state in self._states])
         cosine_HH = (states_HM @ states_HM.T).double().numpy()
         return cosine_HH, np.array(float(len(self._states[0])))
+
+
+def with_outputs(
+    found: LayerStats,
+    x_ND: torch.Tensor,
+    routing: Routing,
+    experts: int,
+    read: Read,
+    act: Activation,
+) -> LayerStats:
+    """Add what all experts give for the same sampled tokens, whoever was chosen.
+
+    Args:
+        found: The statistics so far.
+        x_ND: What enters the MoE sublayer.
+        routing: Whom it chose: contributions are outputs times its weights.
+        experts: How many there are.
+        read: Gives an expert's weights; called once each.
+        act: The activation between gate and up.
+    """
+    most = OUTPUT_BYTES // (experts * x_ND.shape[1] * x_ND.element_size())
+    at_m = _sampled(len(x_ND), min(SAMPLED_TOKENS, max(1, most))).to(x_ND.device)
+    x_mD = x_ND.index_select(0, at_m)
+    outputs_EmD = torch.stack(
+        [_output(x_mD, place(read(expert), x_mD), act) for expert in range(experts)]
+    )
+    weights_mE = torch.zeros(len(at_m), experts, device=x_ND.device)
+    weights_mE.scatter_(1, routing.ids_NK[at_m], routing.weights_NK[at_m].float())
+    outer_EE = torch.zeros(experts, experts, dtype=torch.float64, device=x_ND.device)
+    gram_EE = torch.zeros_like(outer_EE)
+    for token, weight_E in enumerate(weights_mE.double()):
+        output_ED = outputs_EmD[:, token].float()
+        product_EE = (output_ED @ output_ED.T).double()
+        outer_EE += product_EE
+        gram_EE += weight_E[:, None] * product_EE * weight_E
+    squares_E = outer_EE.diagonal()
+    sqdist_EE = squares_E[:, None] + squares_E - 2.0 * outer_EE
+    sqdist_EE = torch.triu(sqdist_EE.clamp(min=0.0), 1)
+    return replace(
+        found,
+        output_sqdist_EE=(sqdist_EE + sqdist_EE.T).cpu().numpy(),
+        output_sqnorm_E=squares_E.cpu().numpy().copy(),
+        contribution_gram_EE=gram_EE.cpu().numpy(),
+    )
+
+
+def _output(x_mD: torch.Tensor, expert: Expert, act: Activation) -> torch.Tensor:
+    return functional.linear(expert_hidden(x_mD, expert, act), expert.down_DF)
+
+
+def _sampled(tokens: int, most: int) -> torch.Tensor:
+    """Evenly spaced tokens, the first and the last among them."""
+    count = min(most, tokens)
+    at_m = torch.linspace(0, tokens - 1, count, dtype=torch.float64)
+    return at_m.round().long()

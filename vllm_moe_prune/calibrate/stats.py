@@ -103,6 +103,9 @@ class Stats:
     """Tokens behind ``block_cosine_HH``, shape []."""
     sensitivity: dict[str, Any] = field(default_factory=dict)
     """``rule``: as ``decide.sensitivity.rule`` spells it; ``tokens``: held-out ones."""
+    trimming: str = ""
+    """What stage 1 left when ``owl_outliers_E`` was counted (``decide.plan.trimming``);
+    empty where it was not."""
 
     def __add__(self, other: "Stats") -> "Stats":
         """Add the sums of two parts of the same checkpoint's calibration data."""
@@ -125,6 +128,7 @@ class Stats:
             block_cosine_HH=_add(self.block_cosine_HH, other.block_cosine_HH),
             block_tokens=_add(self.block_tokens, other.block_tokens),
             sensitivity=self.sensitivity or other.sensitivity,
+            trimming=self.trimming or other.trimming,
         )
 
 
@@ -163,6 +167,7 @@ def save_stats(stats: Stats, path: Path) -> None:
         "layers": json.dumps(sorted(stats.layers)),
         "calibration": json.dumps(stats.calibration, sort_keys=True),
         "sensitivity": json.dumps(stats.sensitivity, sort_keys=True),
+        "trimming": stats.trimming,
     }
     parts = {
         name: Part("F64", array.shape, array.reshape(-1).data)
@@ -199,6 +204,7 @@ def load_stats(path: Path) -> Stats:
             forward_passes=int(header["forward_passes"]),
             calibration=_object(header["calibration"]),
             sensitivity=_object(header.get("sensitivity", "{}")),
+            trimming=header.get("trimming", ""),
             **whole,
         )
     except FileNotFoundError as error:

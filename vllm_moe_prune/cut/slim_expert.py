@@ -46,18 +46,32 @@ def slim_by_data(
         act: The activation between gate and up.
     """
     expert = Expert(*(matrix.to(x_ND.device) for matrix in expert))
-    inputs = _inputs(expert, plan, x_ND, token_n, weight_n, act)
     if plan.slim == "sparsegpt":
+        inputs = _inputs(expert, plan, x_ND, token_n, weight_n, act)
         return _by_hessian(expert, plan, sparsity, inputs)
-    x_sq_D = torch.zeros(expert.gate_FD.shape[1], dtype=torch.float64).to(x_ND.device)
-    inner_sq_F = x_sq_D.new_zeros(expert.down_DF.shape[1])
-    for x_nD, inner_nF in inputs:
-        x_sq_D += _column_squares(x_nD)
-        inner_sq_F += _column_squares(inner_nF)
-    pairs = zip(expert, (x_sq_D, x_sq_D, inner_sq_F), strict=True)
+    squares = input_squares(expert, plan, x_ND, token_n, weight_n, act)
+    pairs = zip(expert, squares, strict=True)
     if plan.slim == "wanda-variant":
         return Expert(*(wanda_variant(w, sums, sparsity) for w, sums in pairs))
     return Expert(*(wanda(w, sums, sparsity, plan.group) for w, sums in pairs))
+
+
+@torch.no_grad()
+def input_squares(
+    expert: Expert,
+    plan: CutPlan,
+    x_ND: torch.Tensor,
+    token_n: torch.Tensor,
+    weight_n: torch.Tensor,
+    act: Activation,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums of squares of what enters gate [D], up [D] and down [F], in float64."""
+    x_sq_D = torch.zeros(expert.gate_FD.shape[1], dtype=torch.float64).to(x_ND.device)
+    inner_sq_F = x_sq_D.new_zeros(expert.down_DF.shape[1])
+    for x_nD, inner_nF in _inputs(expert, plan, x_ND, token_n, weight_n, act):
+        x_sq_D += _column_squares(x_nD)
+        inner_sq_F += _column_squares(inner_nF)
+    return x_sq_D, x_sq_D, inner_sq_F
 
 
 def _inputs(

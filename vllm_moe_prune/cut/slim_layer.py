@@ -8,6 +8,7 @@ calibrated on what the pruned model will really compute (spec, defect 3).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -74,35 +75,73 @@ def slim_layer(
     Returns:
         The record, and the MoE output [N, D] of the slimmed layer if wanted.
     """
-    checkpoint, plan = context.checkpoint, context.plan
     record = LayerRecord(layer.index)
+    out_ND = torch.zeros_like(x_ND) if want_output and x_ND is not None else None
+    for found in slimmed_experts(
+        context.checkpoint, context.plan, layer, layer_plan, context.model, x_ND
+    ):
+        if found.served is None:
+            pass
+        elif len(found.served.token_n) == 0:
+            record.unseen.append(layer_plan.keep[found.new])
+        elif out_ND is not None and x_ND is not None and context.model is not None:
+            running = place(found.expert, x_ND)
+            add_expert(out_ND, x_ND, *found.served, running, context.model.act)
+        record.expert_parameters += sum(matrix.numel() for matrix in found.expert)
+        record.zeros += sum(_zeros(matrix) for matrix in found.expert)
+        write_expert(context, new_index, found.new, found.expert)
+    return record, out_ND
+
+
+class Served(NamedTuple):
+    """The tokens one expert serves, and the weight of its output for each."""
+
+    token_n: torch.Tensor
+    weight_n: torch.Tensor
+
+
+class Slimmed(NamedTuple):
+    """One expert of a layer, trimmed and slimmed."""
+
+    new: int
+    expert: Expert
+    served: Served | None
+    """Of the calibration tokens; None where no data is used."""
+
+
+def slimmed_experts(
+    checkpoint: Checkpoint,
+    plan: CutPlan,
+    layer: Layer,
+    layer_plan: LayerPlan,
+    model: StreamingModel | None,
+    x_ND: torch.Tensor | None,
+) -> Iterator[Slimmed]:
+    """The experts a layer is left with, one at a time, as they will be written.
+
+    Args:
+        checkpoint: The input.
+        plan: Names the method.
+        layer: The input layer.
+        layer_plan: What the plan does to it.
+        model: For its routing; None for methods that need no activations.
+        x_ND: Calibration activations entering the MoE; None likewise.
+    """
     trimmed = trimmed_layer(layer, layer_plan, plan)
-    wants = want_output and x_ND is not None
-    out_ND = torch.zeros_like(x_ND) if wants and x_ND is not None else None
+    sparsity = layer_plan.sparsity
     routing = None
-    if x_ND is not None and context.model is not None:
-        routing = trimmed_routing(context.model, plan, layer, layer_plan, x_ND)
+    if x_ND is not None and model is not None:
+        routing = trimmed_routing(model, plan, layer, layer_plan, x_ND)
     for new in range(trimmed.num_experts):
         expert = survivor(checkpoint, layer, layer_plan, new)
-        if routing is None or x_ND is None or context.model is None:
-            with _naming(checkpoint, layer, layer_plan, new):
-                slimmed = slim_by_magnitude(expert, plan, layer_plan.sparsity)
-        else:
-            act = context.model.act
-            token_n, weight_n = expert_tokens(routing, new, trimmed.redirect)
-            with _naming(checkpoint, layer, layer_plan, new):
-                slimmed = slim_by_data(
-                    expert, plan, layer_plan.sparsity, x_ND, token_n, weight_n, act
-                )
-            if len(token_n) == 0:
-                record.unseen.append(layer_plan.keep[new])
-            elif out_ND is not None:
-                running = place(slimmed, x_ND)
-                add_expert(out_ND, x_ND, token_n, weight_n, running, act)
-        record.expert_parameters += sum(matrix.numel() for matrix in slimmed)
-        record.zeros += sum(_zeros(matrix) for matrix in slimmed)
-        write_expert(context, new_index, new, slimmed)
-    return record, out_ND
+        served = None
+        with _naming(checkpoint, layer, layer_plan, new):
+            if routing is None or x_ND is None or model is None:
+                expert = slim_by_magnitude(expert, plan, sparsity)
+            else:
+                served = Served(*expert_tokens(routing, new, trimmed.redirect))
+                expert = slim_by_data(expert, plan, sparsity, x_ND, *served, model.act)
+        yield Slimmed(new, expert, served)
 
 
 @contextmanager

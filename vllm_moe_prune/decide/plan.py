@@ -4,6 +4,7 @@ Indices are those of the *input* checkpoint. A plan is meant to be read, diffed 
 edited by hand, so everything about it is checked again before it is executed.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -190,6 +191,13 @@ def save_plan(plan: CutPlan, path: Path) -> None:
 def dump_plan(plan: CutPlan) -> str:
     """The plan as the text of plan.json."""
     return json.dumps(plan.model_dump(mode="json"), indent=1) + "\n"
+
+
+def trimming(plan: CutPlan) -> str:
+    """Identifies what stage 1 leaves: equal for plans that differ in zeros only."""
+    left = [layer.model_copy(update={"sparsity": 0.0}) for layer in plan.layers]
+    said = [plan.routing, *(layer.model_dump_json() for layer in left)]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
 def check_plan(

@@ -1,0 +1,97 @@
+"""OWL's outliers, counted on the model that stage 1 leaves, in one forward pass.
+
+Axes: N tokens, D hidden, F expert width, E experts of the input.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..calibrate.data import Tokens
+from ..calibrate.experts import add_expert, expert_tokens, place
+from ..calibrate.forward import StreamingModel
+from ..calibrate.stats import LayerStats, Stats
+from ..checkpoint.open import Layer
+from ..decide.plan import CutPlan, trimming
+from ..progress import Progress, Report, ignore
+from ..slim.owl import outliers, score_sum
+from .slim_expert import input_squares
+from .slim_layer import trimmed_routing
+from .trimmed import survivor, trimmed_layer
+
+
+@torch.no_grad()
+def with_outliers(
+    model: StreamingModel,
+    plan: CutPlan,
+    stats: Stats,
+    tokens: Tokens,
+    report: Report = ignore,
+) -> Stats:
+    """The statistics with each expert's outliers under ``plan.recipe.slim.owl_m``.
+
+    Args:
+        model: The input.
+        plan: What stage 1 leaves; its sparsities are not looked at.
+        stats: What was measured before.
+        tokens: Calibration tokens; their forward goes through the trimmed model.
+        report: Called after every layer.
+    """
+    found = dict(stats.layers)
+    hidden_STD = model.embed(tokens.ids_ST)
+    layers = model.checkpoint.layers
+    total = model.checkpoint.tensor_bytes
+    for layer in layers:
+        if plan.layers[layer.index].action != "drop-block":
+            known = found.get(layer.index, LayerStats())
+            hidden_STD, after = _through(model, plan, layer, known, hidden_STD)
+            if layer.has_moe:
+                found[layer.index] = after
+        done = layer.index + 1
+        share = total * done // len(layers)
+        report(Progress("outliers", done, len(layers), share, total))
+    return replace(
+        stats,
+        layers=found,
+        forward_passes=stats.forward_passes + 1,
+        trimming=trimming(plan),
+    )
+
+
+def _through(
+    model: StreamingModel,
+    plan: CutPlan,
+    layer: Layer,
+    known: LayerStats,
+    hidden_STD: torch.Tensor,
+) -> tuple[torch.Tensor, LayerStats]:
+    """One layer: two looks at each expert, first for the mean score, then to count."""
+    checkpoint, layer_plan = model.checkpoint, plan.layers[layer.index]
+    hidden_STD = model.attend(layer.index, hidden_STD)
+    trimmed = trimmed_layer(layer, layer_plan, plan)
+    if not trimmed.has_moe:
+        return hidden_STD, known
+    x_ND = model.moe_input(layer.index, hidden_STD)
+    routing = trimmed_routing(model, plan, layer, layer_plan, x_ND)
+    out_ND = torch.zeros_like(x_ND)
+    squares, scores, weights = [], 0.0, 0
+    for new in range(trimmed.num_experts):
+        expert = place(survivor(checkpoint, layer, layer_plan, new), x_ND)
+        served = expert_tokens(routing, new, trimmed.redirect)
+        squares.append(input_squares(expert, plan, x_ND, *served, model.act))
+        for matrix, sums in zip(expert, squares[-1], strict=True):
+            scores += score_sum(matrix, sums)
+            weights += matrix.numel()
+        add_expert(out_ND, x_ND, *served, expert, model.act)
+    factor = plan.recipe.slim.owl_m
+    threshold = factor * scores / weights
+    counted_E = np.zeros(layer.num_experts)
+    for new, sums_of in enumerate(squares):
+        expert = place(survivor(checkpoint, layer, layer_plan, new), x_ND)
+        counted_E[layer_plan.keep[new]] = sum(
+            outliers(matrix, sums, threshold)
+            for matrix, sums in zip(expert, sums_of, strict=True)
+        )
+    hidden_STD += out_ND.view_as(hidden_STD)
+    return hidden_STD, replace(known, owl_outliers_E=counted_E, owl_m=np.array(factor))

@@ -1,0 +1,286 @@
+"""The losses of models that plans would make, with nothing written.
+
+All plans run side by side, layer by layer, so that the weights are read once however
+many there are. Plans that agree on all layers so far share their hidden states: a
+sensitivity curve costs the layers above the one it varies, and no more.
+
+Axes: S sequences, T tokens of a sequence, D hidden, N = S*T tokens.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..calibrate.data import sha256_of
+from ..calibrate.experts import add_expert, expert_tokens, place
+from ..calibrate.forward import StreamingModel
+from ..checkpoint.open import Layer
+from ..checkpoint.writer import writing
+from ..decide.plan import CutPlan, LayerPlan
+from ..errors import CalibrationError, CheckpointError
+from ..progress import Progress, Report, ignore
+from .slim_layer import slimmed_experts, trimmed_routing
+from .trimmed import survivor, trimmed_layer
+
+STATE_BYTES = 1 << 30
+"""Of hidden states held at once; more plans than fit take further sweeps."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Summed next-token negative log-likelihood in nats, and how many tokens."""
+
+    nll: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        return self.nll / self.tokens
+
+
+@dataclass
+class _Branch:
+    """Plans that agree so far, and the hidden states they share."""
+
+    members: list[int]
+    states: list[torch.Tensor]
+    """Held-out hidden states [S, T, D], then the calibration's if any plan slims."""
+
+
+class LossJournal:
+    """Losses found so far, one line each, so that a killed search can continue."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Read what is there; a line cut short by a kill is left out."""
+        self._path = path
+        self.losses: dict[str, Loss] = {}
+        """By what ``planned_losses`` knows a plan by."""
+        if path is None or not path.is_file():
+            return
+        for line in path.read_text("utf-8").splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                loss = Loss(float(entry["nll"]), int(entry["tokens"]))
+                self.losses[str(entry["key"])] = loss
+
+    def add(self, key: str, loss: Loss) -> None:
+        """Keep a loss.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        self.losses[key] = loss
+        if self._path is None:
+            return
+        line = json.dumps({"key": key, "nll": loss.nll, "tokens": loss.tokens})
+        with writing(self._path.parent):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                # A line of its own, even behind one that was cut short.
+                file.write(("\n" if file.tell() else "") + line)
+
+    def clear(self) -> None:
+        """Delete the file: the search is done."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def planned_losses(
+    model: StreamingModel,
+    plans: Sequence[CutPlan],
+    heldout_ST: torch.Tensor,
+    calibration_ST: torch.Tensor | None = None,
+    *,
+    journal: LossJournal | None = None,
+    report: Report = ignore,
+    stage: str = "judge",
+) -> list[Loss]:
+    """What each plan's model loses on held-out tokens.
+
+    Args:
+        model: The input of all plans.
+        plans: Checked already; they may slim by data if there is calibration.
+        heldout_ST: Token ids that are predicted.
+        calibration_ST: Token ids that slimming is calibrated on.
+        journal: Losses known from before, and where new ones go.
+        report: Called after every layer of every sweep.
+        stage: How progress calls it.
+
+    Returns:
+        One loss per plan, infinite where a plan's model gives no finite one.
+
+    Raises:
+        CalibrationError: A plan needs calibration and there is none.
+    """
+    journal = journal or LossJournal()
+    if any(plan.needs_activations for plan in plans) and calibration_ST is None:
+        raise CalibrationError("a plan slims by data: calibration tokens are needed.")
+    keys = [_key(plan, heldout_ST, calibration_ST) for plan in plans]
+    todo = [at for at, key in enumerate(keys) if key not in journal.losses]
+    inputs = [heldout_ST]
+    if calibration_ST is not None and any(plans[at].needs_activations for at in todo):
+        inputs.append(calibration_ST)
+    width = int(model.checkpoint.config[model.checkpoint.arch.config.hidden])
+    size = sum(ids.numel() for ids in inputs) * width * model.dtype.itemsize
+    together = max(1, STATE_BYTES // size)
+    sweeps = math.ceil(len(todo) / together)
+    for sweep in range(sweeps):
+        chunk = todo[sweep * together : (sweep + 1) * together]
+        run = _Sweep(model, [plans[at] for at in chunk], report, stage, sweep, sweeps)
+        for at, loss in zip(chunk, run.losses(inputs), strict=True):
+            journal.add(keys[at], loss)
+    return [journal.losses[key] for key in keys]
+
+
+def _key(
+    plan: CutPlan, heldout_ST: torch.Tensor, calibration_ST: torch.Tensor | None
+) -> str:
+    """Identifies a loss: the plan's effect on which model, judged by which tokens."""
+    slim = (plan.slim, plan.pattern, plan.router_weighted, plan.slim_parts)
+    layers = [layer.model_dump_json() for layer in plan.layers]
+    texts = [sha256_of(heldout_ST)]
+    if plan.needs_activations and calibration_ST is not None:
+        texts.append(sha256_of(calibration_ST))
+    said = (plan.model.fingerprint, plan.routing, slim, plan.slim_exclude, layers)
+    return hashlib.sha256(repr((said, texts)).encode()).hexdigest()
+
+
+class _Sweep:
+    """One pass through the layers with some of the plans."""
+
+    def __init__(
+        self,
+        model: StreamingModel,
+        plans: Sequence[CutPlan],
+        report: Report,
+        stage: str,
+        sweep: int,
+        sweeps: int,
+    ) -> None:
+        self.model = model
+        self.checkpoint = model.checkpoint
+        self.plans = plans
+        self._report = report
+        self._stage = stage
+        self._sweep, self._sweeps = sweep, sweeps
+
+    def losses(self, inputs: Sequence[torch.Tensor]) -> list[Loss]:
+        states = [self.model.embed(ids_ST) for ids_ST in inputs]
+        branches = [_Branch(list(range(len(self.plans))), states)]
+        for layer in self.checkpoint.layers:
+            branches = [
+                after for branch in branches for after in self._through(layer, branch)
+            ]
+            self._tell(layer.index + 1)
+        found = [Loss(math.inf, 1)] * len(self.plans)
+        for branch in branches:
+            nll, tokens = self.model.nll(branch.states[0], inputs[0])
+            loss = Loss(nll if math.isfinite(nll) else math.inf, tokens)
+            for member in branch.members:
+                found[member] = loss
+        return found
+
+    def _through(self, layer: Layer, branch: _Branch) -> list[_Branch]:
+        """One layer; a branch whose plans differ in it splits."""
+        groups: dict[Hashable, list[int]] = {}
+        for member in branch.members:
+            groups.setdefault(self._what(layer, member), []).append(member)
+        skipped = [
+            _Branch(members, branch.states)
+            for members in groups.values()
+            if self._plan(layer, members).action == "drop-block"
+        ]
+        rest = [
+            members
+            for members in groups.values()
+            if self._plan(layer, members).action != "drop-block"
+        ]
+        if not rest:
+            return skipped
+        states = branch.states
+        if skipped:
+            states = [state.clone() for state in states]
+        # Plans differ behind the attention, so it runs once for all of them.
+        states = [self.model.attend(layer.index, state) for state in states]
+        split = []
+        for number, members in enumerate(rest):
+            last = number == len(rest) - 1
+            own = states if last else [state.clone() for state in states]
+            split.append(_Branch(members, self._moe(layer, members[0], own)))
+        return skipped + split
+
+    def _plan(self, layer: Layer, members: Sequence[int]) -> LayerPlan:
+        return self.plans[members[0]].layers[layer.index]
+
+    def _what(self, layer: Layer, member: int) -> Hashable:
+        """Everything a plan says about one layer."""
+        plan = self.plans[member]
+        layer_plan = plan.layers[layer.index]
+        slims = plan.slim != "none" and layer_plan.sparsity > 0
+        slim = (plan.slim, plan.pattern, plan.router_weighted) if slims else None
+        return plan.routing, layer_plan, slim
+
+    def _moe(
+        self, layer: Layer, member: int, states: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        plan = self.plans[member]
+        layer_plan = plan.layers[layer.index]
+        trimmed = trimmed_layer(layer, layer_plan, plan)
+        if not trimmed.has_moe:
+            return states
+        model = self.model
+        inputs = [model.moe_input(layer.index, state) for state in states]
+        try:
+            routings = [
+                trimmed_routing(model, plan, layer, layer_plan, x_ND) for x_ND in inputs
+            ]
+        except CheckpointError:
+            # This plan's model overflowed; its loss will not be finite either.
+            return [torch.full_like(state, math.nan) for state in states]
+        outputs = [torch.zeros_like(x_ND) for x_ND in inputs]
+        slims = plan.slim != "none" and layer_plan.sparsity > 0
+        slimmed = None
+        if slims:
+            by_data = plan.needs_activations
+            slimmed = slimmed_experts(
+                self.checkpoint,
+                plan,
+                layer,
+                layer_plan,
+                model if by_data else None,
+                inputs[-1] if by_data else None,
+            )
+        for new in range(trimmed.num_experts):
+            expert = next(slimmed).expert if slimmed else None
+            for x_ND, routing, out_ND in zip(inputs, routings, outputs, strict=True):
+                served = expert_tokens(routing, new, trimmed.redirect)
+                if len(served[0]) == 0:
+                    continue
+                if expert is None:
+                    expert = survivor(self.checkpoint, layer, layer_plan, new)
+                add_expert(out_ND, x_ND, *served, place(expert, x_ND), model.act)
+        for state, out_ND in zip(states, outputs, strict=True):
+            state += out_ND.view_as(state)
+        return states
+
+    def _tell(self, layers: int) -> None:
+        count = len(self.checkpoint.layers)
+        total = self.checkpoint.tensor_bytes
+        done = self._sweep * count + layers
+        self._report(
+            Progress(
+                self._stage,
+                done,
+                count * self._sweeps,
+                total * done // count,
+                total * self._sweeps,
+            )
+        )
