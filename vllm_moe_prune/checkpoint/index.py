@@ -61,6 +61,18 @@ class TensorInfo:
         """Number of elements."""
         return self.nbytes // ITEM_BYTES[self.dtype]
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes it takes in its file."""
+        return self.nbytes
+
+    def read(self, start: int, stop: int) -> bytearray:
+        """Bytes ``start`` to ``stop``; see ``read_bytes``."""
+        buffer = bytearray(stop - start)
+        with self.file.open("rb", buffering=0) as file:
+            _read_into(file.fileno(), memoryview(buffer), self.offset + start, self.file)
+        return buffer
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the checkpoint, or a one-line error."""
@@ -247,11 +259,7 @@ def fingerprint(
 
 def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> bytearray:
     """Bytes ``start`` to ``stop`` of a tensor, in memory of their own (no mmap)."""
-    stop = info.nbytes if stop is None else stop
-    buffer = bytearray(stop - start)
-    with info.file.open("rb", buffering=0) as file:
-        _read_into(file.fileno(), memoryview(buffer), info.offset + start, info.file)
-    return buffer
+    return info.read(start, info.nbytes if stop is None else stop)
 
 
 def _read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from ..archs import find_arch
 from ..archs.spec import Layout, MoeArch
 from ..errors import CheckpointError, RemapError
+from .compressed import CONFIG_KEY, Storage, dense_view
 from .index import TensorInfo, fingerprint
 from .remap import ExpertRemap, check_against_shapes, load_remap
 
@@ -61,6 +62,9 @@ class Checkpoint:
     layout: Layout
     layers: tuple[Layer, ...]
     remap: ExpertRemap | None
+    storage: Storage | None = None
+    """How expert weights are stored; None: dense. ``config`` and ``tensors`` are those
+    of the dense form in either case."""
 
     @property
     def moe_layers(self) -> list[Layer]:
@@ -89,8 +93,13 @@ class Checkpoint:
 
     @cached_property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors, headers not counted."""
+        """Bytes of all tensors in their dense form, headers not counted."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        """Bytes that all tensors take in the files."""
+        return sum(info.stored_bytes for info in self.tensors.values())
 
     def expert_names(self, layer: Layer) -> list[str]:
         """Names of every expert tensor of a layer."""
@@ -118,7 +127,8 @@ def build_checkpoint(
     """
     where = folder / "config.json"
     arch = find_arch(config.get("model_type"), str(where))
-    if (method := config.get("quantization_config")) is not None:
+    config, tensors, storage = dense_view(config, tensors, arch, str(where))
+    if (method := config.get(CONFIG_KEY)) is not None:
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise CheckpointError(
             f"{where}: the checkpoint is quantised ({name}); only bf16, fp16 and fp32 "
@@ -169,7 +179,9 @@ def build_checkpoint(
             f"{folder}: tensors of layer {min(beyond)} found, but config.json says "
             f"{arch.config.layers} is {count}."
         )
-    return Checkpoint(folder, config, tensors, origin, arch, layout, layers, remap)
+    return Checkpoint(
+        folder, config, tensors, origin, arch, layout, layers, remap, storage
+    )
 
 
 def _positive(config: dict[str, Any], key: str, where: Path, least: int = 1) -> int:

@@ -1,0 +1,1 @@
+"""Compressed expert weights: the format, a torch reference, and the fused kernels."""
