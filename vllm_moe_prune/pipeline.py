@@ -7,6 +7,7 @@ Each stage is one function here and one command of the command line. ``measure``
 (one streaming pass), ``verify`` checks. ``run`` is all four and can be resumed.
 """
 
+import dataclasses
 import json
 import shutil
 import time
@@ -19,14 +20,16 @@ from .calibrate.forward import StreamingModel
 from .calibrate.measure import measure as measure_checkpoint
 from .calibrate.stats import Stats, load_stats, save_stats
 from .checkpoint.open import Checkpoint
-from .checkpoint.place import check_file
+from .checkpoint.place import check_file, check_folder
 from .checkpoint.reader import check_routers
 from .checkpoint.source import open_checkpoint
 from .checkpoint.writer import MAX_SHARD_BYTES
+from .convert import Converted, parse_layout
+from .convert import convert as convert_checkpoint
 from .cut.apply import CutResult
 from .cut.apply import cut as cut_checkpoint
 from .cut.finish import write_run_record
-from .cut.output import partial_folder
+from .cut.output import check_output, partial_folder, staging_folder
 from .cut.planned import LossJournal
 from .cut.predict import model_facts, with_prediction
 from .decide.build import make_plan
@@ -195,20 +198,41 @@ def cut(
         if text is not None:
             asked = asked.model_copy(update={"source": text})
         tokens = _tokens(checkpoint, asked)
+    dense = out if options.layout == "dense" else staging_folder(out)
     result = cut_checkpoint(
         checkpoint,
         decided,
-        out,
+        dense,
         tokens=tokens,
         device=options.device,
         resume=options.resume,
-        overwrite=options.overwrite,
+        overwrite=options.overwrite or (options.resume and dense != out),
         max_shard_bytes=options.max_shard_bytes,
         report=options.report,
         where=where,
     )
+    if dense != out:
+        # Sizes are known only when every zero is: compressed in a second pass.
+        packed = convert(open_checkpoint(dense), out, options)
+        shutil.rmtree(dense)
+        result = dataclasses.replace(result, out=out, file_bytes=packed.file_bytes)
     write_run_record(out, time.monotonic() - started, resumed=options.resume)
     return result
+
+
+def convert(checkpoint: Checkpoint, out: Path, options: RunOptions) -> Converted:
+    """Write a checkpoint again in ``options.layout``, bit for bit the same weights."""
+    check_folder(out, checkpoint.folder)
+    check_output(out, resume=options.resume, overwrite=options.overwrite)
+    return convert_checkpoint(
+        checkpoint,
+        out,
+        options.layout,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        max_shard_bytes=options.max_shard_bytes,
+        report=options.report,
+    )
 
 
 def verify(
@@ -296,7 +320,8 @@ def _run_zeros_first(
     first, second = halves(stats, recipe, model_facts(checkpoint))
     between = out.with_name(out.name + ".zeros")
     if not (options.resume and between.is_dir()):
-        run(checkpoint, first, between, options)
+        dense = dataclasses.replace(options, layout="dense")
+        run(checkpoint, first, between, dense)
     result = run(open_checkpoint(between), second, out, options)
     shutil.rmtree(between)
     return result
@@ -307,8 +332,10 @@ __all__ = [
     "calibration_tokens",
     "check_device",
     "check_options",
+    "convert",
     "cut",
     "measure",
+    "parse_layout",
     "plan",
     "run",
     "save_plan",

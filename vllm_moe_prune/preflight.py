@@ -11,7 +11,8 @@ from .checkpoint.open import Checkpoint
 from .checkpoint.place import check_folder
 from .checkpoint.reader import check_routers
 from .checkpoint.writer import MAX_SHARD_BYTES
-from .cut.output import check_output, companions
+from .convert import LayoutName
+from .cut.output import check_output, companions, staging_folder
 from .cut.predict import model_facts
 from .decide.build import make_plan
 from .errors import PlanError, RecipeError
@@ -28,6 +29,8 @@ class RunOptions:
     overwrite: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
     report: Report = ignore
+    layout: LayoutName = "dense"
+    """How the output stores expert weights."""
 
 
 def check_options(checkpoint: Checkpoint, out: Path, options: RunOptions) -> None:
@@ -41,6 +44,9 @@ def check_options(checkpoint: Checkpoint, out: Path, options: RunOptions) -> Non
     check_device(options.device)
     check_folder(out, checkpoint.folder)
     check_output(out, resume=options.resume, overwrite=options.overwrite)
+    if options.layout != "dense":
+        staging = staging_folder(out)
+        check_output(staging, resume=options.resume, overwrite=options.overwrite)
     check_routers(checkpoint)
     companions(checkpoint)
 

@@ -10,6 +10,7 @@ from .progress import peak_rss_bytes
 
 if TYPE_CHECKING:
     from .calibrate.stats import Stats
+    from .convert import Converted
     from .cut.apply import CutResult
     from .decide.plan import CutPlan, LayerPlan
     from .evaluate import Perplexity
@@ -35,6 +36,8 @@ def show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:
         "files": files,
         "tensors": len(checkpoint.tensors),
         "tensor_bytes": checkpoint.tensor_bytes,
+        "stored": "bitmask" if checkpoint.storage else "dense",
+        "stored_bytes": checkpoint.stored_bytes,
         "parameters": checkpoint.parameters,
         "expert_parameters": checkpoint.expert_parameters,
         "pruned": checkpoint.remap is not None,
@@ -52,7 +55,8 @@ def show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:
             ("layers", f"{data['layers']}, {data['moe_layers']} with experts"),
             ("experts", f"{experts_text(held)} per layer, top-{data['top_k']}"),
             ("parameters", f"{checkpoint.parameters:,} ({share:.1%} in experts)"),
-            ("size", f"{gib(checkpoint.tensor_bytes)} in {files} files"),
+            ("size", f"{gib(checkpoint.stored_bytes)} in {files} files"),
+            *_compression(checkpoint),
             ("dtypes", ", ".join(dtypes)),
             ("already pruned", "yes" if data["pruned"] else "no"),
         ],
@@ -61,6 +65,15 @@ def show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:
         hint("Redirect routing: cut the original again instead of this one.")
         return
     hint(f"Next: vllm-moe-prune run {_source(checkpoint)} OUT --calibration TEXT")
+
+
+def _compression(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """What storing experts without their zeros saves."""
+    if checkpoint.storage is None:
+        return []
+    dense, stored = checkpoint.tensor_bytes, checkpoint.stored_bytes
+    saved = f"{gib(dense - stored)} of {gib(dense)} ({1 - stored / dense:.1%})"
+    return [("zeros not stored", f"saves {saved}")]
 
 
 def experts_text(counts: Sequence[int]) -> str:
@@ -230,6 +243,35 @@ def show_cut(
             [(f"layer {layer}", _short(ids)) for layer, ids in unseen.items()],
         )
         hint("More calibration text would help.")
+    hint(f"Next: vllm-moe-prune serve {result.out}")
+
+
+def show_converted(result: "Converted", as_json: bool) -> None:
+    """What ``convert`` wrote."""
+    if as_json:
+        print_json(
+            {
+                "output": str(result.out),
+                "layout": result.layout,
+                "dense_bytes": result.dense_bytes,
+                "stored_bytes": result.stored_bytes,
+                "file_bytes": result.file_bytes,
+                "dense_layers": list(result.dense_layers),
+            }
+        )
+        return
+    share = result.stored_bytes / result.dense_bytes
+    facts(
+        f"Wrote {result.out}",
+        [
+            ("layout", result.layout),
+            ("plain weights", gib(result.dense_bytes)),
+            ("as stored", f"{gib(result.stored_bytes)} ({share:.1%})"),
+        ],
+    )
+    if result.dense_layers:
+        layers = _short(list(result.dense_layers))
+        hint(f"Too few zeros to save bytes, stored dense: layers {layers}")
     hint(f"Next: vllm-moe-prune serve {result.out}")
 
 

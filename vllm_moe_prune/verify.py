@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint.compressed import CompressedTensor
 from .checkpoint.index import TensorInfo
 from .checkpoint.open import Checkpoint
 from .checkpoint.reader import read_row, read_tensor
@@ -58,6 +59,7 @@ def verify(
         )
     experts = sum(layer.num_experts for layer in output.moe_layers)
     if source is None:
+        check_compressed(output)
         return Verified(folder, len(output.layers), experts, 0, 0, 0, None, None)
     plan = load_plan(folder / "plan.json")
     check_plan(plan, source.layers, source.fingerprint, str(folder / "plan.json"))
@@ -82,6 +84,17 @@ def verify(
         (removed + zeros) / source.expert_parameters,
         (removed_all + zeros) / source.parameters,
     )
+
+
+def check_compressed(checkpoint: Checkpoint) -> None:
+    """Read every tensor that is stored compressed: do its parts fit together?
+
+    Raises:
+        CheckpointError: Naming the tensor and the row.
+    """
+    for info in checkpoint.tensors.values():
+        if isinstance(info, CompressedTensor):
+            info.read_rows(0, info.shape[0])
 
 
 def _check_names(output: Checkpoint, source: Checkpoint, plan: CutPlan) -> None:

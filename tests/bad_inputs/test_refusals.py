@@ -10,6 +10,7 @@ from _pytest.mark import ParameterSet
 
 from . import (
     cases_checkpoint,
+    cases_compressed,
     cases_config,
     cases_output,
     cases_plan,
@@ -20,6 +21,7 @@ from .case import Case, run_cli, snapshot
 
 CASES = [
     *cases_checkpoint.CASES,
+    *cases_compressed.CASES,
     *cases_config.CASES,
     *cases_output.CASES,
     *cases_plan.CASES,

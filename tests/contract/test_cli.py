@@ -31,6 +31,7 @@ RUNS = {
     "measure": f"measure ckpt -o new.safetensors --calibration text.txt {SMALL}",
     "plan": f"plan ckpt --stats stats.safetensors -o p.json --keep 3 {SMALL}",
     "cut": "cut ckpt --plan plan.json -o new --calibration text.txt",
+    "convert": "convert out new --layout bitmask",
     "verify": "verify out --source ckpt",
     "run": f"run ckpt new --calibration text.txt --keep 3 {SMALL}",
     "eval": "eval ckpt --text text.txt --sequence-length 64 --max-tokens 300",

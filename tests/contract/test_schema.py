@@ -21,6 +21,8 @@ FILES = {
     "plan": "plan.json",
     "expert_remap": "expert_remap.json",
 }
+# A block inside config.json, not a file of its own.
+BLOCK = "quantization_config"
 RUN = "run ckpt {} --calibration text.txt --samples 2 --sequence-length 32 --json {}"
 
 
@@ -46,7 +48,7 @@ def read(path: Path) -> Any:
     return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, BLOCK])
 def test_a_published_schema_is_that_of_the_code(name: str) -> None:
     path = SCHEMAS / f"{name}.schema.json"
     fresh = load_generator().generated()
@@ -55,7 +57,16 @@ def test_a_published_schema_is_that_of_the_code(name: str) -> None:
 
 def test_there_is_a_schema_for_each_file_and_no_other() -> None:
     found = sorted(path.name for path in SCHEMAS.iterdir())
-    assert found == sorted(f"{name}.schema.json" for name in FILES)
+    assert found == sorted(f"{name}.schema.json" for name in [*FILES, BLOCK])
+
+
+def test_a_compressed_checkpoint_is_what_the_schema_promises(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    ran = run_cli("convert ckpt packed --layout bitmask", monkeypatch, capsys)
+    assert ran.status == 0, ran
+    validator(BLOCK).validate(read(folder / "packed/config.json")[BLOCK])
 
 
 @pytest.mark.parametrize(
@@ -94,6 +105,7 @@ def test_shipped_recipes_are_what_the_schema_promises(name: str) -> None:
         ("recipe", {"expert": {}}),
         ("plan", {"format_version": 2}),
         ("expert_remap", {"layers": [{"kept": [-1]}]}),
+        (BLOCK, {"quant_method": "moe_prune", "format_version": 2}),
     ],
 )
 def test_a_schema_refuses_what_the_code_refuses(name: str, value: object) -> None:
@@ -116,5 +128,5 @@ def test_the_generator_says_what_is_stale(
             generator.main()
         lines = capsys.readouterr().out.splitlines()
         assert done.value.code == status
-        assert len(lines) == (len(FILES) + 1 if word else 0)
+        assert len(lines) == (len(FILES) + 2 if word else 0)
         assert all(line.startswith(word) for line in lines)

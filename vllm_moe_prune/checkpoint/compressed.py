@@ -22,7 +22,7 @@ from ..recipe import Strict, first_problem
 from .index import ITEM_BYTES, TensorInfo, read_bytes
 
 CONFIG_KEY = "quantization_config"
-METHOD = "moe_prune"
+METHOD: Literal["moe_prune"] = "moe_prune"
 FORMAT_VERSION: Literal[1] = 1
 PARTS = ("mask", "values", "offsets")
 DENSE = ".weight"
@@ -40,7 +40,7 @@ would otherwise load random experts with no more than a warning."""
 
 
 class Restored(Strict):
-    """Keys of config.json as the dense checkpoint has them; None: it has no such key."""
+    """Keys of config.json as the dense checkpoint has them; None: it lacks the key."""
 
     architectures: tuple[str, ...] | None = None
     transformers_weights: str | None = None
@@ -79,7 +79,9 @@ def parse_storage(block: Any, where: str) -> Storage:
     try:
         return Storage.model_validate(block)
     except ValidationError as error:
-        raise CheckpointError(f"{where}: {CONFIG_KEY}: {first_problem(error)}") from error
+        raise CheckpointError(
+            f"{where}: {CONFIG_KEY}: {first_problem(error)}"
+        ) from error
 
 
 def compressed_config(

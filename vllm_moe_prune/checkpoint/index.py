@@ -70,7 +70,9 @@ class TensorInfo:
         """Bytes ``start`` to ``stop``; see ``read_bytes``."""
         buffer = bytearray(stop - start)
         with self.file.open("rb", buffering=0) as file:
-            _read_into(file.fileno(), memoryview(buffer), self.offset + start, self.file)
+            _read_into(
+                file.fileno(), memoryview(buffer), self.offset + start, self.file
+            )
         return buffer
 
 

@@ -43,7 +43,8 @@ def _root(
 
 
 for command in (
-    *(prune.inspect, prune.measure, prune.plan, prune.cut, prune.verify, prune.run),
+    *(prune.inspect, prune.measure, prune.plan, prune.cut, prune.convert),
+    *(prune.verify, prune.run),
 ):
     app.command()(command)
 # What serve does not know goes on to vLLM.

@@ -42,6 +42,9 @@ Overwrite = Annotated[
 ShardSize = Annotated[
     str, flag("Largest output file, e.g. 5GB (decimal, as on the Hub).")
 ]
+Layout = Annotated[
+    str, flag("How expert weights are stored: dense, or bitmask (without zeros).")
+]
 
 
 def asked_recipe(context: typer.Context) -> "Recipe":

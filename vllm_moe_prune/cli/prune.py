@@ -14,6 +14,7 @@ from .flags import (
     Drop,
     Json,
     Keep,
+    Layout,
     Length,
     Overwrite,
     RecipeName,
@@ -128,6 +129,7 @@ def cut(
     revision: Revision = None,
     calibration: Text = None,
     device: Device = "cpu",
+    layout: Layout = "dense",
     shard_size: ShardSize = "5GB",
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -145,17 +147,49 @@ def cut(
     from ..show import show_cut
 
     started = time.monotonic()
+    stored = pipeline.parse_layout(layout)
     max_shard_bytes = parse_size(shard_size)
     decided = load_plan(plan)
     checkpoint = open_checkpoint(source, revision)
     with resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(
-            device, resume, overwrite, max_shard_bytes, report
+            device, resume, overwrite, max_shard_bytes, report, stored
         )
         result = pipeline.cut(
             checkpoint, decided, output, options, text=calibration, where=str(plan)
         )
     show_cut(checkpoint, decided, result, time.monotonic() - started, as_json)
+
+
+def convert(
+    source: Source,
+    output: Annotated[Path, typer.Argument(help="Output folder.")],
+    layout: Annotated[str, flag("bitmask (zeros are not stored) or dense.")],
+    revision: Revision = None,
+    shard_size: ShardSize = "5GB",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Store a checkpoint's expert weights without their zeros, or dense again.
+
+    Example: `vllm-moe-prune convert DENSE OUT --layout bitmask`
+    """
+    from .. import pipeline
+    from ..checkpoint.source import open_checkpoint
+    from ..draw import resumable, watching
+    from ..recipe_file import parse_size
+    from ..show import show_converted
+
+    stored = pipeline.parse_layout(layout)
+    max_shard_bytes = parse_size(shard_size)
+    checkpoint = open_checkpoint(source, revision)
+    with resumable(RESUME), watching(as_json) as report:
+        options = pipeline.RunOptions(
+            "cpu", resume, overwrite, max_shard_bytes, report, stored
+        )
+        result = pipeline.convert(checkpoint, output, options)
+    show_converted(result, as_json)
 
 
 def verify(
@@ -201,6 +235,7 @@ def run(
         Path | None, flag("Use this statistics file, or keep it here.")
     ] = None,
     device: Device = "cpu",
+    layout: Layout = "dense",
     shard_size: ShardSize = "5GB",
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -218,11 +253,12 @@ def run(
 
     started = time.monotonic()
     asked = asked_recipe(context)
+    stored = pipeline.parse_layout(layout)
     max_shard_bytes = parse_size(shard_size)
     checkpoint = open_checkpoint(source, revision)
     with resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(
-            device, resume, overwrite, max_shard_bytes, report
+            device, resume, overwrite, max_shard_bytes, report, stored
         )
         decided, result, _ = pipeline.run(checkpoint, asked, output, options, stats)
     if not as_json:

@@ -29,18 +29,15 @@ from ..errors import CheckpointError, OutputError
 log = logging.getLogger(__name__)
 
 WORK_NAME = "work"
-# Written anew for the output, so never copied from the input.
-OWN_FILES = {
-    "config.json",
-    "README.md",
+RECORDS = {
     "expert_remap.json",
     "plan.json",
     "moe_prune.yaml",
     "provenance.json",
     "run.json",
-    JOURNAL_NAME,
-    WORK_NAME,
 }
+# Written anew for the output of a cut, so never copied from its input.
+OWN_FILES = {"config.json", "README.md", JOURNAL_NAME, WORK_NAME} | RECORDS
 WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".gguf")
 # Tokenizers and templates are megabytes; anything larger is not metadata.
 MAX_COPIED_BYTES = 1 << 30
@@ -97,6 +94,11 @@ def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
 def partial_folder(out: Path) -> Path:
     """Where an output is built: beside it, on the same file system."""
     return out.parent / (out.name + ".partial")
+
+
+def staging_folder(out: Path) -> Path:
+    """Where the dense weights of a compressed output are until it is complete."""
+    return out.parent / (out.name + ".partial.dense")
 
 
 def open_workspace(
@@ -222,7 +224,24 @@ def companions(checkpoint: Checkpoint) -> list[Path]:
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Copy the companion files byte for byte."""
-    for path in companions(checkpoint):
+    _copy(companions(checkpoint), folder)
+
+
+def copy_records(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy what an earlier cut left beside the weights: table, plan, provenance.
+
+    Raises:
+        CheckpointError: A file is a link out of the folder.
+    """
+    found = [checkpoint.folder / name for name in sorted(RECORDS)]
+    for path in found:
+        if path.is_file() and not is_inside(checkpoint.folder, path):
+            raise CheckpointError(f"{path}: is a link out of the checkpoint folder.")
+    _copy([path for path in found if path.is_file()], folder)
+
+
+def _copy(paths: Sequence[Path], folder: Path) -> None:
+    for path in paths:
         try:
             data = path.read_bytes()
         except OSError as error:

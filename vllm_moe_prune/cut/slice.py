@@ -72,6 +72,27 @@ def output_tensors(checkpoint: Checkpoint, plan: CutPlan) -> list[OutputTensor]:
     return tensors + [_copy(checkpoint.tensors[name], name) for name in after]
 
 
+def names_in_order(checkpoint: Checkpoint) -> list[str]:
+    """Every tensor of a checkpoint in the order in which a cut writes its output."""
+    before, after, layers = _split_names(checkpoint)
+    names = list(before)
+    for layer in checkpoint.layers:
+        routed: list[str] = []
+        if layer.has_moe:
+            rules = checkpoint.layout.experts
+            routed = [checkpoint.layout.router.name(layer.index)]
+            routed += [
+                rule.name(layer.index, expert)
+                for expert in range(layer.num_experts)
+                for rule in rules
+                if rule.per_expert
+            ]
+            routed += [rule.name(layer.index) for rule in rules if not rule.per_expert]
+        known = set(routed)
+        names += [name for name in layers[layer.index] if name not in known] + routed
+    return names + after
+
+
 def _check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
     for layer_plan in plan.layers:
         if layer_plan.action == "drop-moe-keep-norm":

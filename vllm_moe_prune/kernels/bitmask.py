@@ -100,6 +100,18 @@ def unpack(packed: Bitmask) -> Tensor:
     return torch.from_numpy(out_RC).view(packed.values.dtype)
 
 
+def fits(matrix_RC: Tensor, n: int, m: int) -> bool:
+    """Whether every group of m neighbours in a row holds at most n non-zeros."""
+    rows, cols = matrix_RC.shape
+    if cols % m:
+        return False
+    bits_RC = _bits(matrix_RC)
+    return all(
+        bool((np.count_nonzero(bits_RC[a:b].reshape(-1, m), axis=1) <= n).all())
+        for a, b in _chunks(rows, cols)
+    )
+
+
 def check(packed: Bitmask, shape: tuple[int, int], where: str) -> None:
     """Refuse parts that do not describe one matrix, before anything relies on them.
 
@@ -120,8 +132,8 @@ def check(packed: Bitmask, shape: tuple[int, int], where: str) -> None:
         None if offsets_R1 is None else tuple(offsets_R1.shape),
         where,
     )
-    if mask_RB.dtype != torch.uint8 or offsets_R1 is not None is not (
-        offsets_R1.dtype == torch.int64
+    if mask_RB.dtype != torch.uint8 or (
+        offsets_R1 is not None and offsets_R1.dtype != torch.int64
     ):
         raise CheckpointError(f"{where}: the mask must be U8, the offsets I64.")
     mask = mask_RB.numpy()
@@ -175,9 +187,7 @@ def check_shapes(
         )
 
 
-def _check_groups(
-    mask_RB: NDArray[np.uint8], m: int, kept: int, where: str
-) -> None:
+def _check_groups(mask_RB: NDArray[np.uint8], m: int, kept: int, where: str) -> None:
     rows, cols = mask_RB.shape[0], mask_RB.shape[1] * 8
     for start, stop in _chunks(rows, cols):
         counts = _kept(mask_RB[start:stop]).reshape(stop - start, -1, m).sum(axis=2)
@@ -196,7 +206,8 @@ def _filled(kept_RC: NDArray[np.bool_], n: int, m: int) -> NDArray[np.bool_]:
     if (missing < 0).any():
         raise ValueError(f"a group of {m} holds more than {n} non-zeros")
     first = np.cumsum(~kept, axis=1) <= missing[:, None]
-    return (kept | (~kept & first)).reshape(kept_RC.shape)
+    filled: NDArray[np.bool_] = (kept | first).reshape(kept_RC.shape)
+    return filled
 
 
 def _bits(tensor: Tensor) -> NDArray[np.generic]:

@@ -1,0 +1,173 @@
+"""Storing a checkpoint compressed and dense again: the same weights, the same files."""
+
+import filecmp
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import tiny_checkpoint
+from vllm_moe_prune.checkpoint.compressed import CompressedTensor
+from vllm_moe_prune.checkpoint.open import Checkpoint
+from vllm_moe_prune.checkpoint.reader import read_tensor
+from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.cut.predict import model_facts
+from vllm_moe_prune.decide.plan import CutPlan, LayerPlan
+from vllm_moe_prune.errors import CheckpointError, OutputError
+from vllm_moe_prune.pipeline import RunOptions, convert, cut, verify
+from vllm_moe_prune.recipe import Recipe
+
+PACKED = RunOptions(layout="bitmask")
+LAYERS = 3
+TIMES = "run.json"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("source") / "ckpt"
+    tiny_checkpoint(folder, layers=LAYERS, experts=4, hidden=32, width=48)
+    return open_checkpoint(folder)
+
+
+def plan(source: Checkpoint, pattern: str = "unstructured") -> CutPlan:
+    """Half of the weights of all layers but the last become zero."""
+    return CutPlan(
+        tool_version="test",
+        model=model_facts(source).model,
+        recipe=Recipe(),
+        slim="magnitude",
+        pattern=pattern,
+        layers=tuple(
+            LayerPlan(
+                layer=index,
+                experts=4,
+                keep=(0, 2, 3),
+                sparsity=0.5 if index < LAYERS - 1 else 0.0,
+            )
+            for index in range(LAYERS)
+        ),
+    )
+
+
+def same_files(left: Path, right: Path) -> None:
+    names = {path.name for path in left.iterdir()}
+    assert names == {path.name for path in right.iterdir()}
+    _, different, unread = filecmp.cmpfiles(left, right, names - {TIMES}, shallow=False)
+    assert not different
+    assert not unread
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_there_and_back_is_the_same_folder_to_the_byte(
+    pattern: str, source: Checkpoint, tmp_path: Path
+) -> None:
+    dense, packed, again = (tmp_path / name for name in ("dense", "packed", "again"))
+    decided = plan(source, pattern)
+    cut(source, decided, dense, RunOptions(max_shard_bytes=40_000))
+    result = convert(open_checkpoint(dense), packed, PACKED)
+    convert(open_checkpoint(packed), again, RunOptions(max_shard_bytes=40_000))
+    same_files(dense, again)
+    # What is stored follows from the zeros: 48 % of two layers of three, less 1/16.
+    opened, plain = open_checkpoint(packed), open_checkpoint(dense)
+    assert result.dense_layers == (LAYERS - 1,)
+    assert result.stored_bytes == opened.stored_bytes < plain.tensor_bytes
+    assert opened.fingerprint == plain.fingerprint
+    for name, info in plain.tensors.items():
+        found = opened.tensors[name]
+        bits = [read_tensor(item).view(torch.int16) for item in (info, found)]
+        assert torch.equal(*bits), name
+        expert = ".experts." in name and ".layers.2." not in name
+        assert isinstance(found, CompressedTensor) == expert
+        if isinstance(found, CompressedTensor):
+            assert (found.offsets is None) == (pattern == "2:4")
+    checked = [verify(folder, source) for folder in (dense, packed)]
+    assert checked[0].zeros == checked[1].zeros > 0
+
+
+def test_cutting_into_the_layout_gives_what_converting_gives(
+    source: Checkpoint, tmp_path: Path
+) -> None:
+    dense, packed, direct = (tmp_path / name for name in ("dense", "packed", "direct"))
+    cut(source, plan(source), dense, RunOptions())
+    convert(open_checkpoint(dense), packed, PACKED)
+    cut(source, plan(source), direct, PACKED)
+    same_files(packed, direct)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "dense",
+        "direct",
+        "packed",
+    ]
+
+
+def test_compressing_what_is_compressed_changes_nothing(
+    source: Checkpoint, tmp_path: Path
+) -> None:
+    cut(source, plan(source), tmp_path / "once", PACKED)
+    convert(open_checkpoint(tmp_path / "once"), tmp_path / "twice", PACKED)
+    same_files(tmp_path / "once", tmp_path / "twice")
+
+
+def test_another_tools_zeros_are_compressed_too(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "ckpt", layers=1, experts=2, shards=1)
+    before = json.loads((folder / "config.json").read_text())
+    result = convert(open_checkpoint(folder), tmp_path / "packed", PACKED)
+    assert result.dense_layers == (0,)
+    after = json.loads((tmp_path / "packed/config.json").read_text())
+    assert after["architectures"] == before["architectures"]
+    convert(open_checkpoint(tmp_path / "packed"), tmp_path / "again", RunOptions())
+    assert json.loads((tmp_path / "again/config.json").read_text()) == before
+
+
+def test_transformers_refuses_instead_of_inventing_experts(
+    source: Checkpoint, tmp_path: Path
+) -> None:
+    cut(source, plan(source), tmp_path / "packed", PACKED)
+    with pytest.raises(OSError, match="vllm-moe-prune"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_experts_in_one_tensor_are_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "ckpt", layout="mlp.packed", layers=1)
+    with pytest.raises(CheckpointError, match=r"mlp\.packed"):
+        convert(open_checkpoint(folder), tmp_path / "out", PACKED)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_a_killed_conversion_continues_with_the_same_bytes(
+    source: Checkpoint, tmp_path: Path
+) -> None:
+    dense, whole, killed = (tmp_path / name for name in ("dense", "whole", "killed"))
+    cut(source, plan(source), dense, RunOptions())
+    small = RunOptions(layout="bitmask", max_shard_bytes=20_000)
+    convert(open_checkpoint(dense), whole, small)
+
+    def stop(progress: object) -> None:
+        if getattr(progress, "stage", "") == "convert":
+            raise KeyboardInterrupt
+
+    options = RunOptions(layout="bitmask", max_shard_bytes=20_000, report=stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(open_checkpoint(dense), killed, options)
+    assert not killed.exists()
+    with pytest.raises(OutputError, match="--resume"):
+        convert(open_checkpoint(dense), killed, small)
+    resumed = RunOptions(layout="bitmask", max_shard_bytes=20_000, resume=True)
+    convert(open_checkpoint(dense), killed, resumed)
+    same_files(whole, killed)
+
+
+def test_parts_are_named_so_that_no_reader_takes_them_for_something_else(
+    source: Checkpoint, tmp_path: Path
+) -> None:
+    cut(source, plan(source), tmp_path / "packed", PACKED)
+    with safe_open(tmp_path / "packed/model.safetensors", framework="pt") as file:
+        parts = [name for name in file.keys() if ".layers.0." in name]  # noqa: SIM118
+    experts = [name for name in parts if ".experts." in name]
+    assert len(experts) == 3 * 3 * 3
+    mangled = ("weight", "scale", "zero", "bias", "g_idx")
+    assert not any(word in name for name in experts for word in mangled)

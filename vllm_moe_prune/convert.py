@@ -1,0 +1,291 @@
+"""Changing how expert weights are stored: dense or compressed, both ways, bit for bit.
+
+A first pass counts non-zeros, so that every shard is planned to the byte before it is
+written; the second one writes. Memory holds one expert matrix.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from . import __version__
+from .checkpoint.compressed import DENSE, DTYPES, compressed_config
+from .checkpoint.index import ITEM_BYTES, TensorInfo, read_bytes
+from .checkpoint.open import Checkpoint, Layer
+from .checkpoint.reader import read_tensor
+from .checkpoint.writer import (
+    MAX_SHARD_BYTES,
+    ShardWriter,
+    index_json,
+    index_needed,
+    plan_shards,
+    tensor_bytes,
+    writing,
+)
+from .cut.copy import CHUNK_BYTES, tensor_view
+from .cut.output import (
+    companions,
+    copy_companions,
+    copy_records,
+    open_workspace,
+    publish,
+)
+from .cut.slice import names_in_order
+from .decide.plan import load_plan
+from .errors import CheckpointError, RecipeError
+from .kernels.bitmask import Bitmask, fits, pack
+from .progress import Progress, Report, ignore
+from .recipe import parse_pattern
+
+LayoutName = Literal["dense", "bitmask"]
+LAYOUTS: tuple[LayoutName, ...] = ("dense", "bitmask")
+NOTE = """
+## Stored compressed
+
+This copy stores its expert weights without their zeros. vLLM needs the plugin
+(`pip install vllm-moe-prune`) to read it, whatever is said above about the plain
+weights, which `vllm-moe-prune convert <this folder> OUT --layout dense` gives back.
+"""
+
+
+def parse_layout(name: str) -> LayoutName:
+    """The layout a user named.
+
+    Raises:
+        RecipeError: There is no such layout.
+    """
+    for layout in LAYOUTS:
+        if name == layout:
+            return layout
+    raise RecipeError(f"layout {name!r} is not one of: {', '.join(LAYOUTS)}.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one tensor of the dense form is written."""
+
+    info: TensorInfo
+    layer: int | None
+    parts: tuple[Part, ...]
+    group: tuple[int, int] | None = None
+    """(n, m) where it is compressed at a fixed rate."""
+
+    @property
+    def compressed(self) -> bool:
+        """Whether it is written in parts."""
+        return len(self.parts) > 1
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote."""
+
+    out: Path
+    layout: LayoutName
+    dense_bytes: int
+    """Of all tensors in their dense form."""
+    stored_bytes: int
+    file_bytes: int
+    dense_layers: tuple[int, ...]
+    """MoE layers that stayed dense, since compressing them would save nothing."""
+
+
+def convert(
+    checkpoint: Checkpoint,
+    out: Path,
+    layout: LayoutName,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    report: Report = ignore,
+) -> Converted:
+    """Write ``checkpoint`` to ``out`` in another layout; everything else stays.
+
+    Args:
+        checkpoint: The input, in either layout.
+        out: The output folder, which appears when everything is in it.
+        layout: How expert weights are stored there.
+        resume: Continue an interrupted conversion.
+        overwrite: Replace an existing output once the new one is complete.
+        max_shard_bytes: Size limit of one output file.
+        report: Called once per layer.
+
+    Raises:
+        CheckpointError: Experts are packed into one tensor per layer, or damaged.
+        OutputError: See ``open_workspace``.
+    """
+    companions(checkpoint)
+    plan, dense_layers = _plan(checkpoint, layout, report)
+    shards = plan_shards(
+        [part for item in plan for part in item.parts], max_shard_bytes
+    )
+    config = _config(checkpoint, layout, dense_layers)
+    digest = hashlib.sha256(checkpoint.fingerprint.encode() + layout.encode())
+    for shard in shards:
+        digest.update(shard.header)
+    key = digest.hexdigest()
+    space = open_workspace(out, key, shards, resume=resume, overwrite=overwrite)
+    writer = ShardWriter(space.partial, shards, space.finished)
+    try:
+        for done, item in enumerate(plan, 1):
+            _write(item, writer)
+            if done == len(plan) or plan[done].layer != item.layer:
+                at = len(checkpoint.layers) if item.layer is None else item.layer + 1
+                _tell(report, "convert", checkpoint, at)
+        writer.close()
+        with writing(space.partial):
+            if name := index_needed(shards):
+                index = index_json(shards, checkpoint.parameters)
+                (space.partial / name).write_bytes(index)
+            copy_companions(checkpoint, space.partial)
+            copy_records(checkpoint, space.partial)
+            _write_card(checkpoint, space.partial, layout)
+            text = json.dumps(config, indent=2) + "\n"
+            (space.partial / "config.json").write_text(text, "utf-8")
+            publish(space)
+    except BaseException:
+        writer.abort()
+        raise
+    finally:
+        space.release()
+    return Converted(
+        out,
+        layout,
+        checkpoint.tensor_bytes,
+        sum(sum(shard.sizes.values()) for shard in shards),
+        sum(shard.file_bytes for shard in shards),
+        dense_layers,
+    )
+
+
+def _plan(
+    checkpoint: Checkpoint, layout: LayoutName, report: Report
+) -> tuple[list[Stored], tuple[int, ...]]:
+    """Every tensor to be written, and the MoE layers that stay dense."""
+    compressed: dict[str, Stored] = {}
+    dense_layers = []
+    if layout == "bitmask":
+        group = _pattern(checkpoint)
+        for layer in checkpoint.moe_layers:
+            found = list(_compress(checkpoint, layer, group))
+            stored = sum(tensor_bytes(part) for item in found for part in item.parts)
+            if not found or stored >= sum(item.info.nbytes for item in found):
+                dense_layers.append(layer.index)
+            else:
+                compressed |= {item.info.name: item for item in found}
+            _tell(report, "count", checkpoint, layer.index + 1)
+    plan = []
+    for name in names_in_order(checkpoint):
+        info = checkpoint.tensors[name]
+        plain = Part(name, info.dtype, info.shape)
+        layer_index = checkpoint.arch.layer_of(name)
+        plan.append(compressed.get(name) or Stored(info, layer_index, (plain,)))
+    return plan, tuple(dense_layers)
+
+
+def _pattern(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """The n:m pattern a checkpoint was cut by, if it was."""
+    path = checkpoint.folder / "plan.json"
+    if checkpoint.remap is None or not path.is_file():
+        return None
+    return parse_pattern(load_plan(path).pattern)
+
+
+def _compress(
+    checkpoint: Checkpoint, layer: Layer, group: tuple[int, int] | None
+) -> Iterator[Stored]:
+    """The expert matrices of one layer in parts; nothing if they have to stay dense."""
+    if not all(rule.per_expert for rule in checkpoint.layout.experts):
+        raise CheckpointError(
+            f"{checkpoint.folder}: packs all experts of a layer into one tensor "
+            f"({checkpoint.layout.name}); only one tensor per expert can be compressed."
+        )
+    infos = [checkpoint.tensors[name] for name in checkpoint.expert_names(layer)]
+    if any(info.shape[1] % 8 or info.dtype not in DTYPES for info in infos):
+        return
+    for info in infos:
+        rows, cols = info.shape
+        matrix_RC = read_tensor(info)
+        fixed = group if group is not None and fits(matrix_RC, *group) else None
+        base = info.name.removesuffix(DENSE)
+        mask = Part(f"{base}.mask", "U8", (rows, cols // 8))
+        if fixed is not None:
+            shape: tuple[int, ...] = (rows, cols // fixed[1], fixed[0])
+            parts: tuple[Part, ...] = (Part(f"{base}.values", info.dtype, shape), mask)
+        else:
+            kept = int(torch.count_nonzero(_integers(matrix_RC)))
+            parts = (
+                Part(f"{base}.values", info.dtype, (kept,)),
+                Part(f"{base}.offsets", "I64", (rows + 1,)),
+                mask,
+            )
+        yield Stored(info, layer.index, parts, fixed)
+
+
+def _integers(matrix: torch.Tensor) -> torch.Tensor:
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+    return matrix.view(sizes[matrix.element_size()])
+
+
+def _write(item: Stored, writer: ShardWriter) -> None:
+    if not any(writer.needs(part.name) for part in item.parts):
+        return
+    info = item.info
+    if not item.compressed:
+        # Whole rows, since a compressed input unpacks whole rows.
+        step = max(
+            info.row_bytes, CHUNK_BYTES // max(info.row_bytes, 1) * info.row_bytes
+        )
+        for start in range(0, info.nbytes, max(step, ITEM_BYTES[info.dtype])):
+            stop = min(start + step, info.nbytes) if step else info.nbytes
+            writer.write(info.name, memoryview(read_bytes(info, start, stop)), start)
+        return
+    packed = pack(read_tensor(info), item.group)
+    for part, tensor in zip(item.parts, _tensors(packed), strict=True):
+        writer.write(part.name, tensor_view(tensor))
+
+
+def _tensors(packed: Bitmask) -> list[torch.Tensor]:
+    found = (packed.values, packed.offsets_R1, packed.mask_RB)
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _config(
+    checkpoint: Checkpoint, layout: LayoutName, dense_layers: tuple[int, ...]
+) -> dict[str, Any]:
+    if layout == "dense":
+        return checkpoint.config
+    # A pruned checkpoint gets the class that verifies it before it loads a weight.
+    arch = checkpoint.arch.pruned_architecture if checkpoint.remap else None
+    return compressed_config(
+        checkpoint.config, arch, tool_version=__version__, dense_layers=dense_layers
+    )
+
+
+def _write_card(checkpoint: Checkpoint, folder: Path, layout: LayoutName) -> None:
+    path = checkpoint.folder / "README.md"
+    if not path.is_file():
+        return
+    text = path.read_text("utf-8").removesuffix(NOTE)
+    note = NOTE if layout == "bitmask" else ""
+    (folder / "README.md").write_text(text + note, "utf-8")
+
+
+def _tell(report: Report, stage: str, checkpoint: Checkpoint, layers_done: int) -> None:
+    total, count = checkpoint.tensor_bytes, len(checkpoint.layers)
+    report(Progress(stage, layers_done, count, total * layers_done // count, total))
