@@ -29,6 +29,7 @@ ROWS = (
     {"archs", "checkpoint", "kernels"},
     {
         "calibrate",
+        "convert",
         "cut",
         "decide",
         "evaluate",
