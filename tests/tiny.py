@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from tests import families
 from vllm_moe_prune.archs import find_arch
-from vllm_moe_prune.archs.spec import Layout, MoeArch
+from vllm_moe_prune.archs.spec import GatedMlp, Layout, MoeArch
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -38,11 +39,11 @@ ENDS = "before noon,in the rain,without a word,once a year,for the last time,slo
 def tiny_checkpoint(
     folder: Path,
     *,
-    layout: str = "block_sparse_moe.w1w2w3",
+    layout: str | None = None,
     model_type: str = "mixtral",
     layers: int = 4,
-    experts: int = 8,
-    top_k: int = 2,
+    experts: int | None = None,
+    top_k: int | None = None,
     hidden: int = 64,
     width: int = 96,
     heads: int = 2,
@@ -56,6 +57,7 @@ def tiny_checkpoint(
     tokenizer: bool = True,
     tied: bool = False,
     sliding_window: int | None = None,
+    fp8: tuple[int, int] | None = None,
     **config: Any,
 ) -> Path:
     """Write a checkpoint folder as the Hub has them, and return it.
@@ -64,15 +66,19 @@ def tiny_checkpoint(
 
     Args:
         folder: Made if it is not there.
-        layout: A layout name of the family's table.
+        layout: A layout name of the family's table; None: as the Hub spells it.
+        experts: None: enough for the family's groups.
         clusters: Experts e and e + clusters resemble each other (weights and router
             rows); None: all are independent.
         shards: 1 writes ``model.safetensors`` without an index.
         tied: The embedding is the head; no head is written.
+        fp8: Size of the blocks of FP8 matrices; None: everything in ``dtype``.
         config: More keys for config.json, or others instead.
     """
     folder.mkdir(parents=True, exist_ok=True)
     arch = find_arch(model_type, "tiny_checkpoint")
+    counts = families.default_counts(model_type)
+    experts, top_k = experts or counts[0], top_k or counts[1]
     values = {
         "architectures": [arch.stock_architecture],
         "attention_dropout": 0.0,
@@ -81,33 +87,40 @@ def tiny_checkpoint(
         "hidden_act": "silu",
         "hidden_size": hidden,
         "initializer_range": 0.02,
-        "intermediate_size": width,
         "max_position_embeddings": max_positions,
         "model_type": model_type,
         "num_attention_heads": heads,
         "num_experts_per_tok": top_k,
         "num_hidden_layers": layers,
         "num_key_value_heads": kv_heads,
-        "num_local_experts": experts,
-        "output_router_logits": False,
         "rms_norm_eps": 1e-05,
         "rope_theta": 1000000.0,
-        "router_aux_loss_coef": 0.02,
-        "sliding_window": sliding_window,
         "tie_word_embeddings": tied,
         "torch_dtype": dtype,
         "transformers_version": "4.36.0",
         "use_cache": True,
         "vocab_size": vocab,
-    } | config
+    }
+    values |= families.family_fields(model_type, experts, width, heads, sliding_window)
+    values |= config
+    if fp8:
+        values["quantization_config"] = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": list(fp8),
+        }
     _write_json(folder / "config.json", values)
     _write_json(
         folder / "generation_config.json",
         {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2},
     )
+    layout = layout or families.LAYOUTS[model_type]
     found = next(item for item in arch.layouts if item.name == layout)
     draw = _Draw(seed, DTYPES[dtype], clusters)
     tensors = dict(_tensors(arch, found, values, draw, tied))
+    if fp8:
+        tensors = dict(_in_blocks(tensors, fp8))
     _write_shards(folder, tensors, shards)
     if tokenizer:
         write_tokenizer(folder, vocab)
@@ -139,39 +152,66 @@ def _tensors(
     arch: MoeArch, layout: Layout, config: dict[str, Any], draw: _Draw, tied: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     hidden, vocab = config["hidden_size"], config["vocab_size"]
-    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
-    queries = config["num_attention_heads"] * head_dim
-    keys = config["num_key_value_heads"] * head_dim
-    fan = hidden**-0.5
-    plain = {
-        "self_attn.q_proj.weight": ((queries, hidden), 1.5 * fan),
-        "self_attn.k_proj.weight": ((keys, hidden), 1.5 * fan),
-        "self_attn.v_proj.weight": ((keys, hidden), fan),
-        "self_attn.o_proj.weight": ((hidden, queries), queries**-0.5),
-    }
+    further = config.get(arch.config.mtp_layers or "", 0)
 
-    def norm(key: str) -> torch.Tensor:
-        return (1 + draw.normal(key, (hidden,), 0.1)).to(draw.dtype)
+    def norm(key: str, size: int = hidden) -> torch.Tensor:
+        return (1 + draw.normal(key, (size,), 0.1)).to(draw.dtype)
 
     yield arch.embedding, draw.normal("embed", (vocab, hidden), 0.7).to(draw.dtype)
-    for index in range(config["num_hidden_layers"]):
+    count = config["num_hidden_layers"]
+    for index in range(count + further):
         prefix = arch.layer_prefix.format(layer=index)
-        for name, (shape, scale) in plain.items():
+        matrices, norms = families.attention(config)
+        for name, shape in matrices:
+            wide = 1.5 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
+            scale = wide * shape[1] ** -0.5
             yield prefix + name, draw.normal(prefix + name, shape, scale).to(draw.dtype)
+        for name, size in norms:
+            yield prefix + name, norm(prefix + name, size)
         for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
             yield prefix + name, norm(prefix + name)
-        yield from _moe_tensors(layout, index, config, draw)
+        if index >= count or arch.pattern.has_moe(config, index):
+            yield from _moe_tensors(arch, layout, index, config, draw)
+            if arch.shared and config["n_shared_experts"]:
+                width = config[arch.config.width] * config["n_shared_experts"]
+                yield from _mlp(arch.shared, prefix, width, hidden, draw)
+            if arch.residual and arch.residual.present.read(config):
+                yield from _mlp(arch.residual.mlp, prefix, hidden, hidden, draw)
+                name = f"{prefix}{arch.residual.norm}.weight"
+                yield name, norm(name)
+        elif arch.dense_mlp:
+            width = config["intermediate_size"]
+            yield from _mlp(arch.dense_mlp, prefix, width, hidden, draw)
+        if index >= count:
+            for name, shape in families.mtp_matrices(config, index):
+                drawn = draw.normal(name, shape, shape[1] ** -0.5)
+                yield name, drawn.to(draw.dtype)
+            for name in families.MTP_NORMS:
+                yield prefix + name, norm(prefix + name)
     yield arch.final_norm, norm("final norm")
     if not tied:
-        head = draw.normal("head", (vocab, hidden), 2.5 * fan)
+        head = draw.normal("head", (vocab, hidden), 2.5 * hidden**-0.5)
         yield arch.head, head.to(draw.dtype)
 
 
-def _moe_tensors(
-    layout: Layout, index: int, config: dict[str, Any], draw: _Draw
+def _mlp(
+    mlp: GatedMlp, prefix: str, width: int, hidden: int, draw: _Draw
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    hidden, width = config["hidden_size"], config["intermediate_size"]
-    experts = range(config["num_local_experts"])
+    gate, up, down = mlp.names
+    for name, shape in (
+        (gate, (width, hidden)),
+        (up, (width, hidden)),
+        (down, (hidden, width)),
+    ):
+        drawn = draw.normal(prefix + name, shape, 1.5 * shape[1] ** -0.5)
+        yield prefix + name, drawn.to(draw.dtype)
+
+
+def _moe_tensors(
+    arch: MoeArch, layout: Layout, index: int, config: dict[str, Any], draw: _Draw
+) -> Iterator[tuple[str, torch.Tensor]]:
+    hidden, width = config["hidden_size"], config[arch.config.width]
+    experts = range(config[arch.config.experts])
     shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
 
     def matrix(role: str, expert: int) -> torch.Tensor:
@@ -187,6 +227,9 @@ def _moe_tensors(
         for expert in experts
     ]
     yield layout.router.name(index), torch.stack(rows).to(draw.dtype)
+    if bias := layout.rule("router_bias"):
+        # As published: fp32, and large enough to change which experts are chosen.
+        yield bias.name(index), draw.normal(f"layer {index} bias", (len(experts),), 0.2)
     for rule in layout.experts:
         if rule.per_expert:
             for expert in experts:
@@ -194,6 +237,28 @@ def _moe_tensors(
         else:
             packed = torch.stack([matrix(rule.role, expert) for expert in experts])
             yield rule.name(index), packed
+
+
+def _in_blocks(
+    tensors: dict[str, torch.Tensor], block: tuple[int, int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every linear layer but the router as e4m3 with one fp32 scale per block."""
+    rows, cols = block
+    for name, tensor in tensors.items():
+        linear = "proj" in name or ".w1." in name or ".w2." in name or ".w3." in name
+        if tensor.dim() != 2 or not linear or "eh_proj" in name:
+            yield name, tensor
+            continue
+        height, width = tensor.shape
+        padded = torch.nn.functional.pad(
+            tensor.float(), (0, -width % cols, 0, -height % rows)
+        )
+        tiles = padded.unflatten(1, (-1, cols)).unflatten(0, (-1, rows))
+        scale = tiles.abs().amax(dim=(1, 3)) / 448
+        spread = scale.repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+        weight = (padded / spread)[:height, :width]
+        yield name, weight.to(torch.float8_e4m3fn).contiguous()
+        yield name + "_scale_inv", scale
 
 
 def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:

@@ -101,10 +101,9 @@ def run_layer(model: StreamingModel, index: int, hidden_STD: torch.Tensor) -> No
     """One whole decoder layer, in place."""
     checkpoint = model.checkpoint
     layer = checkpoint.layers[index]
-    model.attend(index, hidden_STD)
-    if not layer.has_moe:
+    _, x_ND = model.enter(index, hidden_STD)
+    if x_ND is None:
         return
-    x_ND = model.moe_input(index, hidden_STD)
     out_ND = run_experts(
         x_ND,
         model.route(layer, x_ND),
@@ -112,6 +111,7 @@ def run_layer(model: StreamingModel, index: int, hidden_STD: torch.Tensor) -> No
         lambda expert: read_expert(checkpoint, layer, expert),
         model.act,
     )
+    model.add_shared(index, x_ND, out_ND)
     hidden_STD += out_ND.view_as(hidden_STD)
 
 
@@ -135,7 +135,7 @@ def _batches(
 
 
 def _progress(checkpoint: Checkpoint, index: int, batch: int, batches: int) -> Progress:
-    layers = len(checkpoint.layers)
+    layers = len(checkpoint.decoder_layers)
     done = batch * layers + index + 1
     return Progress(
         "evaluate",

@@ -119,7 +119,7 @@ def _compare(
 ) -> int:
     """Compare one tensor group by group; returns the zeros in an expert matrix."""
     info = output.tensors[tensor.name]
-    counted = tensor.role not in (None, "router")
+    counted = tensor.is_expert
     zeros = 0
     for position, group in enumerate(tensor.groups):
         expected = group_mean(source, group)

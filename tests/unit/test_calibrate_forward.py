@@ -109,7 +109,7 @@ def test_dropped_moe_sublayers_leave_attention_and_residual(
     model = StreamingModel(checkpoint)
     hidden_STD = model.embed(tokens_ST)
     run_layer(model, 0, hidden_STD)
-    model.attend(1, hidden_STD)
+    model.enter(1, hidden_STD)
     run_layer(model, 2, hidden_STD)
     lost = model.nll(hidden_STD, tokens_ST)[0] / tokens_ST[:, 1:].numel()
 

@@ -44,9 +44,9 @@ def naive(checkpoint: Checkpoint, tokens: Tokens) -> tuple[list[dict], list]:
     hidden = model.embed(tokens.ids_ST)
     states, sums = [hidden.flatten(0, 1).clone()], []
     for layer in checkpoint.layers:
-        hidden = model.attend(layer.index, hidden)
+        hidden, x = model.enter(layer.index, hidden)
+        assert x is not None
         before = hidden.flatten(0, 1).clone()
-        x = model.moe_input(layer.index, hidden)
         routing = model.route(layer, x)
         found = {
             "full": torch.zeros(EXPERTS, dtype=torch.float64),

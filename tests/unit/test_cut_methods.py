@@ -70,8 +70,8 @@ def inputs_of(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What enters an expert of layer 0, what enters its down matrix, the weights."""
     model = StreamingModel(checkpoint)
-    hidden = model.attend(0, model.embed(tokens.ids_ST))
-    x = model.moe_input(0, hidden)
+    _, x = model.enter(0, model.embed(tokens.ids_ST))
+    assert x is not None
     routing = model.route(checkpoint.layers[0], x)
     chosen = routing.ids_NK == expert
     rows = chosen.any(dim=1)

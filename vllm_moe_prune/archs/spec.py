@@ -6,10 +6,13 @@ tensors whose name carries ``{expert}``) and never looks at a family's name.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-Role = Literal["router", "gate", "up", "down", "gate_up"]
+Role = Literal["router", "router_bias", "gate", "up", "down", "gate_up"]
+ROUTER_ROLES = ("router", "router_bias")
+Scores = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,31 @@ class Layout:
         return next(rule for rule in self.rules if rule.role == "router")
 
     @property
+    def router_parts(self) -> tuple[TensorRule, ...]:
+        """What has a row per expert and is cut with the router, the router first."""
+        parts = (self.router, self.rule("router_bias"))
+        return tuple(rule for rule in parts if rule is not None)
+
+    @property
     def experts(self) -> tuple[TensorRule, ...]:
         """The rules of the expert matrices, in the order they are written."""
-        return tuple(rule for rule in self.rules if rule.role != "router")
+        return tuple(rule for rule in self.rules if rule.role not in ROUTER_ROLES)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of config.json, and what holds where it is absent or null.
+
+    A constant is a key without a name.
+    """
+
+    name: str | None
+    default: Any
+
+    def read(self, config: Mapping[str, Any]) -> Any:
+        """The value that ``config`` gives it."""
+        value = config.get(self.name) if self.name is not None else None
+        return self.default if value is None else value
 
 
 @dataclass(frozen=True)
@@ -70,6 +95,148 @@ class ConfigKeys:
     width: str
     layers: str = "num_hidden_layers"
     hidden: str = "hidden_size"
+    mtp_layers: str | None = None
+    """How many layers behind the last one predict further tokens ahead."""
+
+
+@dataclass(frozen=True)
+class MoePattern:
+    """Which decoder layers have experts, as two keys of config.json say it.
+
+    Layer i has them if ``i >= first`` and ``(i + offset) % frequency == 0``.
+    """
+
+    first: Key = Key(None, 0)
+    frequency: Key = Key(None, 1)
+    offset: int = 0
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of the keys that the family has."""
+        return tuple(key.name for key in (self.first, self.frequency) if key.name)
+
+    def has_moe(self, view: Mapping[str, Any], index: int) -> bool:
+        """Whether a layer has experts; ``view`` is the config as this layer sees it."""
+        first, frequency = self.first.read(view), self.frequency.read(view)
+        return bool(index >= first and (index + self.offset) % frequency == 0)
+
+    def renumbered(
+        self, config: Mapping[str, Any], has_moe: Sequence[bool | None]
+    ) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
+        """How config.json says which of the layers that are left have experts.
+
+        Args:
+            config: The config before, whose values stay if they can.
+            has_moe: One entry per layer that is left; None where it does not matter.
+
+        Returns:
+            Changed global values, and for layers that no global values describe
+            what they see instead.
+        """
+        dense = next((at for at, moe in enumerate(has_moe) if moe), len(has_moe))
+        changes: list[dict[str, int]] = [{}]
+        if self.first.name:
+            changes.append({self.first.name: dense})
+            if self.frequency.name:
+                changes.append({self.first.name: dense, self.frequency.name: 1})
+        elif self.frequency.name:
+            changes.append({self.frequency.name: 1})
+        for change in changes:
+            if not self._wrong({**config, **change}, has_moe):
+                return change, {}
+        wrong = self._wrong(config, has_moe)
+        return {}, {index: self._alone(index, moe) for index, moe in wrong.items()}
+
+    def _wrong(
+        self, config: Mapping[str, Any], has_moe: Sequence[bool | None]
+    ) -> dict[int, bool]:
+        return {
+            index: moe
+            for index, moe in enumerate(has_moe)
+            if moe is not None and self.has_moe(config, index) != moe
+        }
+
+    def _alone(self, index: int, moe: bool) -> dict[str, int]:
+        """Values under which one layer has, or has not, experts."""
+        if moe:
+            values = {self.first.name: 0, self.frequency.name: 1}
+        elif self.first.name:
+            values = {self.first.name: index + 1}
+        else:
+            values = {self.frequency.name: index + self.offset + 1}
+        return {name: value for name, value in values.items() if name is not None}
+
+
+@dataclass(frozen=True)
+class RouterKeys:
+    """How routers of the family decide; the keys are of config.json."""
+
+    scores: Key = Key(None, "softmax")
+    renormalise: Key = Key(None, True)
+    """Whether the chosen weights are rescaled to sum to one."""
+    scale: Key = Key(None, 1.0)
+    """Factor of the chosen weights, renormalised or not."""
+    groups: Key = Key(None, 1)
+    """Equal, contiguous groups of experts, the best of which are chosen from."""
+    top_groups: Key = Key(None, 1)
+    method: Key = Key(None, "")
+    ungrouped: tuple[str, ...] = ()
+    """Values of ``method`` under which groups are not looked at."""
+    group_best: int = 1
+    """A group is as good as the sum of its best this many experts."""
+    fp32: bool = False
+    """Whether logits are computed in fp32 rather than in the stored dtype."""
+
+
+@dataclass(frozen=True)
+class RouterRule:
+    """How the routers of one checkpoint decide: ``RouterKeys`` read from its config."""
+
+    scores: Scores = "softmax"
+    renormalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+    fp32: bool = False
+
+    def group_floor(self, top_k: int) -> int:
+        """Fewest experts of a group with which routing keeps its meaning.
+
+        Any ``top_groups`` groups then hold ``top_k`` experts, and a group has as many
+        as its score adds up.
+        """
+        return max(-(-top_k // self.top_groups), self.group_best)
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """An MLP that is no routed expert: down(act(gate(x)) * up(x))."""
+
+    prefix: str
+    """Below the layer's prefix: ``mlp.shared_experts.``"""
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """Gate, up and down below the layer's prefix."""
+        gate, up, down = (
+            f"{self.prefix}{part}.weight" for part in (self.gate, self.up, self.down)
+        )
+        return gate, up, down
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A dense MLP beside the experts, which then read the layer's input (Arctic)."""
+
+    mlp: GatedMlp
+    norm: str
+    """Its norm, below the layer's prefix."""
+    present: Key
+    """Whether the checkpoint has it; without it experts read what attention gives."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +254,29 @@ class MoeArch:
     """Names below ``layer_prefix`` that leave with a dropped MoE sublayer."""
     skip_name: str
     """What ``per_layer_config`` calls the MoE sublayer in its ``skip`` list."""
-    renormalise: bool
-    """Whether the top-k router weights are rescaled to sum to one."""
+    hf_config: str
+    """The transformers classes that attention, rotary embedding and norms are from."""
     hf_layer: str
     hf_rotary: str
     hf_norm: str
+    router: RouterKeys = RouterKeys()
+    pattern: MoePattern = MoePattern()
+    dense_mlp: GatedMlp | None = None
+    """The MLP of layers without experts."""
+    shared: GatedMlp | None = None
+    """Experts that every token uses, as one MLP, where the checkpoint has any."""
+    shared_count: Key = Key(None, 0)
+    """How many they are: the MLP is as wide as so many experts."""
+    dense_width: str = "intermediate_size"
+    """The config key of the width of ``dense_mlp``."""
+    residual: Residual | None = None
     per_layer_lists: tuple[str, ...] = ("layer_types",)
     """Keys of config.json that hold one entry per decoder layer."""
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
+    stock_vllm: bool = True
+    """Whether unmodified vLLM has the family."""
 
     def layer_of(self, name: str) -> int | None:
         """The decoder layer a tensor belongs to, or None for embeddings and head."""

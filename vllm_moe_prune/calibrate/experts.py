@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from ..archs.spec import RouterRule, Scores
 from ..checkpoint.open import Layer
 from ..checkpoint.reader import Expert
 from ..errors import CheckpointError
@@ -25,6 +26,18 @@ Visit = Callable[[int, torch.Tensor], None]
 TEMPORARY_BYTES = 256 << 20
 
 
+class Router(NamedTuple):
+    """A router and what it goes by."""
+
+    rows_RD: torch.Tensor
+    top_k: int
+    rule: RouterRule = RouterRule()
+    bias_R: torch.Tensor | None = None
+    """Added to the scores for choosing, not for weighting."""
+    groups_R: torch.Tensor | None = None
+    """The group of each row; None where all are one."""
+
+
 class Routing(NamedTuple):
     """What the router of one layer decided for every token."""
 
@@ -33,34 +46,65 @@ class Routing(NamedTuple):
     weights_NK: torch.Tensor
     """fp32, as transformers keeps them."""
     logits_NR: torch.Tensor
-    """In the stored dtype."""
+    """In the stored dtype, or fp32 where the family computes them so."""
+    scores: Scores = "softmax"
+    """What makes scores of them."""
 
 
-def route(
-    x_ND: torch.Tensor,
-    router_RD: torch.Tensor,
-    *,
-    top_k: int,
-    renormalise: bool,
-    where: str = "router",
-) -> Routing:
-    """Softmax over the router's logits, the best ``top_k`` of them.
+def route(x_ND: torch.Tensor, router: Router, where: str = "router") -> Routing:
+    """The best ``top_k`` rows of the best groups, and their weights.
+
+    Scores are the softmax or sigmoid of the logits. They choose, with the bias added;
+    as weights they are those without it, rescaled to sum to one if the rule says so,
+    times its scale.
 
     Raises:
         CheckpointError: A logit is NaN or infinite; ``where`` says which layer's.
     """
-    logits_NR = functional.linear(x_ND, router_RD)
+    rule, rows_RD = router.rule, router.rows_RD
+    inputs = (x_ND.float(), rows_RD.float()) if rule.fp32 else (x_ND, rows_RD)
+    logits_NR = functional.linear(*inputs)
     if not bool(torch.isfinite(logits_NR).all()):
         raise CheckpointError(
             f"{where}: the router's logits are NaN or infinite for some tokens. "
             f"The weights are damaged, or {x_ND.dtype} overflows on this text."
         )
-    probs_NR = functional.softmax(logits_NR.float(), dim=-1)
-    ids_NK = _top_k(probs_NR, top_k)
-    weights_NK = probs_NR.gather(1, ids_NK)
-    if renormalise:
+    scores_NR = scores_of(logits_NR, rule.scores)
+    choice_NR = scores_NR if router.bias_R is None else scores_NR + router.bias_R
+    if router.groups_R is not None:
+        choice_NR = _within_best_groups(choice_NR, router.groups_R, rule)
+    ids_NK = _top_k(choice_NR, router.top_k)
+    weights_NK = scores_NR.gather(1, ids_NK)
+    if rule.renormalise:
         weights_NK /= weights_NK.sum(dim=-1, keepdim=True)
-    return Routing(ids_NK, weights_NK, logits_NR)
+    weights_NK *= rule.scale
+    return Routing(ids_NK, weights_NK, logits_NR, rule.scores)
+
+
+def scores_of(logits_NR: torch.Tensor, kind: Scores) -> torch.Tensor:
+    """Scores in fp32: one distribution over all rows, or each row for itself."""
+    if kind == "sigmoid":
+        return logits_NR.float().sigmoid()
+    return functional.softmax(logits_NR.float(), dim=-1)
+
+
+def _within_best_groups(
+    choice_NR: torch.Tensor, groups_R: torch.Tensor, rule: RouterRule
+) -> torch.Tensor:
+    """Minus infinity outside the best ``rule.top_groups`` groups.
+
+    A group is as good as the sum of its best ``rule.group_best`` rows; where it has
+    fewer, of all of them.
+    """
+    totals = []
+    for group in range(rule.groups):
+        inside_NM = choice_NR[:, groups_R == group]
+        best = inside_NM.topk(min(rule.group_best, inside_NM.shape[1]), dim=-1)
+        totals.append(best.values.sum(dim=-1))
+    chosen_NG = torch.zeros(len(choice_NR), rule.groups, dtype=torch.bool)
+    chosen_NG = chosen_NG.to(choice_NR.device)
+    chosen_NG.scatter_(1, _top_k(torch.stack(totals, dim=1), rule.top_groups), True)
+    return choice_NR.masked_fill(~chosen_NG[:, groups_R], -torch.inf)
 
 
 def _top_k(probs_NR: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -11,26 +11,29 @@ n some of them, R router rows, K top-k, V vocabulary.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional
 
+from ..archs.spec import TensorRule
 from ..checkpoint.index import TensorInfo
 from ..checkpoint.open import Checkpoint, Layer
-from ..checkpoint.reader import DTYPES, read_router, read_tensor
+from ..checkpoint.reader import DTYPES, Expert, read_router_part, read_weight
 from ..errors import CalibrationError, CheckpointError
+from .dense import MOE_NORM, DensePart, dense_parts
 from .experts import (
     Activation,
     Read,
+    Router,
     Routing,
+    add_expert,
     expert_hidden,
     expert_tokens,
     route,
     run_experts,
 )
 from .stock import (
-    MOE_NORM,
     activation,
     causal_mask,
     stock_config,
@@ -85,7 +88,7 @@ class StreamingModel:
     @property
     def num_layers(self) -> int:
         """Decoder layers, with or without an MoE sublayer."""
-        return len(self.checkpoint.layers)
+        return len(self.checkpoint.decoder_layers)
 
     @property
     def forward_passes(self) -> int:
@@ -105,14 +108,35 @@ class StreamingModel:
         return functional.embedding(tokens_ST.to(self.device), table_VD)
 
     @torch.no_grad()
-    def attend(self, index: int, hidden_STD: torch.Tensor) -> torch.Tensor:
-        """Add layer ``index``'s attention to the hidden states, in place.
+    def enter(
+        self, index: int, hidden_STD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run layer ``index`` up to its experts, in place.
 
         (Of hidden states on another device, a copy on the model's is changed.)
-        A layer whose MoE sublayer is absent is done after this.
+
+        Returns:
+            The hidden states with all added to them that is not experts', and what
+            router and experts see, normed [N, D]; None where the layer has none and is
+            done.
         """
-        layer = self._build_layer(index)
+        layer = self.checkpoint.layers[index]
         hidden_STD = hidden_STD.to(self.device)
+        x_ND = None
+        if layer.has_moe and self._experts_read_input:
+            x_ND = self._normed(index, MOE_NORM, hidden_STD)
+        self._attend(index, hidden_STD)
+        for part in dense_parts(self.checkpoint, layer):
+            if part.norm is not None:
+                normed_ND = self._normed(index, part.norm, hidden_STD)
+                self._add_mlp(index, part, normed_ND, hidden_STD.view_as(normed_ND))
+        if layer.has_moe and x_ND is None:
+            x_ND = self._normed(index, MOE_NORM, hidden_STD)
+        self.layers_run += 1
+        return hidden_STD, x_ND
+
+    def _attend(self, index: int, hidden_STD: torch.Tensor) -> None:
+        layer = self._build_layer(index)
         sequences, length, _ = hidden_STD.shape
         position_embeddings, mask, masked_batch = None, None, 0
         position_ids = torch.arange(length, device=self.device).unsqueeze(0)
@@ -128,31 +152,47 @@ class StreamingModel:
                 attention_mask=mask,
                 position_ids=position_ids,
             )
-        self.layers_run += 1
-        return hidden_STD
 
     @torch.no_grad()
-    def moe_input(self, index: int, hidden_STD: torch.Tensor) -> torch.Tensor:
-        """What router and experts of a layer see: the normed hidden states [N, D]."""
-        prefix = self.checkpoint.arch.layer_prefix.format(layer=index)
-        norm = self._build_norm(f"{prefix}{MOE_NORM}.weight")
-        return self._apply_norm(norm, hidden_STD.flatten(0, 1))
+    def add_shared(self, index: int, x_ND: torch.Tensor, out_ND: torch.Tensor) -> None:
+        """Add what shared experts make of ``x_ND`` to the routed ones' output."""
+        for part in dense_parts(self.checkpoint, self.checkpoint.layers[index]):
+            if part.norm is None:
+                self._add_mlp(index, part, x_ND, out_ND)
 
     @torch.no_grad()
-    def route(self, layer: Layer, x_ND: torch.Tensor) -> Routing:
+    def route(
+        self,
+        layer: Layer,
+        x_ND: torch.Tensor,
+        read: Callable[[TensorRule], torch.Tensor] | None = None,
+    ) -> Routing:
         """Which router rows each token chooses, in the arithmetic of transformers.
+
+        Args:
+            layer: The layer, as it is or as a plan leaves it.
+            x_ND: What ``enter`` returned.
+            read: Gives the router and its bias; without it they are the checkpoint's.
 
         Raises:
             CheckpointError: The logits are not finite.
         """
-        router_RD = read_router(self.checkpoint, layer).to(x_ND)
-        return route(
-            x_ND,
-            router_RD,
-            top_k=layer.top_k,
-            renormalise=self.checkpoint.arch.renormalise,
-            where=f"{self.checkpoint.folder}: layer {layer.index}",
+        parts = {
+            rule.role: (
+                read(rule) if read else read_router_part(self.checkpoint, layer, rule)
+            ).to(self.device)
+            for rule in self.checkpoint.layout.router_parts
+        }
+        bias_R = parts.get("router_bias")
+        groups = layer.groups
+        router = Router(
+            parts["router"].to(x_ND.dtype),
+            layer.top_k,
+            self.checkpoint.rule,
+            None if bias_R is None else bias_R.float(),
+            None if groups is None else torch.tensor(groups, device=self.device),
         )
+        return route(x_ND, router, f"{self.checkpoint.folder}: layer {layer.index}")
 
     @torch.no_grad()
     def nll(
@@ -192,7 +232,28 @@ class StreamingModel:
         return info
 
     def _read(self, name: str) -> torch.Tensor:
-        return read_tensor(self._info(name)).to(self.device, self.dtype)
+        self._info(name)
+        return read_weight(self.checkpoint, name).to(self.device, self.dtype)
+
+    @property
+    def _experts_read_input(self) -> bool:
+        residual = self.checkpoint.arch.residual
+        return residual is not None and residual.present.read(self.checkpoint.config)
+
+    def _normed(self, index: int, norm: str, hidden_STD: torch.Tensor) -> torch.Tensor:
+        prefix = self.checkpoint.arch.layer_prefix.format(layer=index)
+        built = self._build_norm(f"{prefix}{norm}.weight")
+        return self._apply_norm(built, hidden_STD.flatten(0, 1))
+
+    def _add_mlp(
+        self, index: int, part: DensePart, x_ND: torch.Tensor, out_ND: torch.Tensor
+    ) -> None:
+        """Add an MLP of all tokens to ``out_ND``, in place."""
+        prefix = self.checkpoint.arch.layer_prefix.format(layer=index)
+        mlp = Expert(*(self._read(prefix + name) for name in part.mlp.names))
+        token_N = torch.arange(len(x_ND), device=self.device)
+        weight_N = torch.ones(len(x_ND), device=self.device)
+        add_expert(out_ND, x_ND, token_N, weight_N, mlp, self.act)
 
     def _build_layer(self, index: int) -> torch.nn.Module:
         prefix = self.checkpoint.arch.layer_prefix.format(layer=index)
@@ -213,13 +274,33 @@ class StreamingModel:
                     f"{info.file}: {info.name} has shape {list(info.shape)}, "
                     f"config.json asks for {list(tensor.shape)}."
                 )
-        if self.checkpoint.layers[index].has_moe:
+        layer = self.checkpoint.layers[index]
+        if layer.has_moe:
             self._info(f"{prefix}{MOE_NORM}.weight")
+        for part in dense_parts(self.checkpoint, layer):
+            self._check_mlp(prefix, part)
         for name in self.checkpoint.layer_names(index):
             inner = name.removeprefix(prefix)
             known = inner in expected or arch.is_moe_member(name, index)
-            if not known and not inner.endswith(IGNORED):
+            residual = arch.residual
+            beside = residual is not None and inner.startswith(
+                (residual.mlp.prefix, f"{residual.norm}.")
+            )
+            if not known and not beside and not inner.endswith(IGNORED):
                 log.warning("%s: %s is not used by the forward", index, name)
+
+    def _check_mlp(self, prefix: str, part: DensePart) -> None:
+        hidden, width = self.config.hidden_size, part.width
+        shapes = ((width, hidden), (width, hidden), (hidden, width))
+        for name, shape in zip(part.mlp.names, shapes, strict=True):
+            info = self._info(prefix + name)
+            if info.shape != shape:
+                raise CheckpointError(
+                    f"{info.file}: {info.name} has shape {list(info.shape)}, "
+                    f"config.json asks for {list(shape)}."
+                )
+        if part.norm is not None:
+            self._info(f"{prefix}{part.norm}.weight")
 
     def _build_norm(self, name: str) -> torch.nn.Module:
         return stock_norm(self.checkpoint.arch, self.config, self._read(name))
@@ -235,7 +316,10 @@ class StreamingModel:
         """Temporaries of one sequence in the attention: about 4 D and 4 heads wide."""
         config = self.config
         heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        head_dim = getattr(config, "qk_head_dim", None) or getattr(
+            config, "head_dim", None
+        )
+        head_dim = head_dim or config.hidden_size // heads
         wide = 4 * config.hidden_size + 4 * heads * head_dim
         return int(length * wide * self.dtype.itemsize)
 

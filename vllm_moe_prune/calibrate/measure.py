@@ -102,8 +102,9 @@ class _Measure:
     def all_layers(self, store: BoundaryStore | None, report: Report) -> Stats:
         # Behind the last router there is nothing to measure, but for blocks.
         whole = bool(self.fields & routed.BLOCKS)
-        last = len(self.checkpoint.layers) - 1
-        last = last if whole else self.checkpoint.moe_layers[-1].index
+        decoders = self.checkpoint.decoder_layers
+        last = len(decoders) - 1
+        last = last if whole else max(at.index for at in decoders if at.has_moe)
         blocks = routed.BlockSamples()
         model = StreamingModel(self.checkpoint, self.device) if self.tokens else None
         hidden = torch.empty(0)
@@ -114,7 +115,7 @@ class _Measure:
         elif model and self.tokens:
             hidden = model.embed(self.tokens.ids_ST)
         meter = _Meter(self.checkpoint, last, report)
-        for layer in self.checkpoint.layers[start : last + 1]:
+        for layer in decoders[start : last + 1]:
             found = self._weight_stats(layer) if layer.has_moe else LayerStats()
             if model:
                 go_on = whole or layer.index < last
@@ -162,10 +163,9 @@ class _Measure:
         go_on: bool,
     ) -> tuple[torch.Tensor, LayerStats]:
         """Run one layer and sum; the last one only as far as something is summed."""
-        hidden = model.attend(layer.index, hidden)
-        if not layer.has_moe:
+        hidden, x_ND = model.enter(layer.index, hidden)
+        if x_ND is None:
             return hidden, found
-        x_ND = model.moe_input(layer.index, hidden)
         routing = model.route(layer, x_ND)
         found = _with_counts(found, routing, layer.num_experts)
         if self.fields & routed.SCORES:
@@ -192,6 +192,7 @@ class _Measure:
         )
         if self.fields & routed.CONTRIBUTIONS:
             found = contributions.added_to(found)
+        model.add_shared(layer.index, x_ND, out_ND)
         if self.fields & routed.COSINES:
             found = routed.with_cosines(found, hidden.flatten(0, 1), x_ND, out_ND)
         hidden += out_ND.view_as(hidden)

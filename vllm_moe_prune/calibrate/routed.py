@@ -11,7 +11,14 @@ import torch
 from torch.nn import functional
 
 from ..checkpoint.reader import Expert
-from .experts import Activation, Read, Routing, expert_hidden, place
+from .experts import (
+    Activation,
+    Read,
+    Routing,
+    expert_hidden,
+    place,
+    scores_of,
+)
 from .stats import Array, LayerStats
 
 SCORES = frozenset({"score_full_sum_E", "score_selected_sum_E"})
@@ -35,7 +42,7 @@ def with_scores(found: LayerStats, routing: Routing) -> LayerStats:
     selected_E = torch.zeros_like(full_E)
     for start in range(0, len(routing.ids_NK), CHUNK):
         rows = slice(start, start + CHUNK)
-        probs_nE = functional.softmax(routing.logits_NR[rows].float(), dim=-1)
+        probs_nE = scores_of(routing.logits_NR[rows], routing.scores)
         chosen_nE = torch.zeros_like(probs_nE)
         ids_nK = routing.ids_NK[rows]
         chosen_nE.scatter_(1, ids_nK, probs_nE.gather(1, ids_nK))

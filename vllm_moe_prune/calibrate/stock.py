@@ -11,14 +11,19 @@ from typing import Any
 import torch
 
 from ..archs.spec import MoeArch
-from ..checkpoint.open import Checkpoint
+from ..checkpoint.open import MTP_OVERRIDES, OVERRIDES, Checkpoint
+from ..checkpoint.remap import CONFIG_BLOCK
 from ..errors import CheckpointError
+from .dense import MOE_NORM
 
-# Every family calls the norm before its MoE sublayer so.
-MOE_NORM = "post_attention_layernorm"
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 # Keys of config.json that only concern the MoE block, or the file itself.
-OURS = ("per_layer_config", "moe_prune", "architectures", "auto_map")
+OURS = (
+    *("architectures", "auto_map", "model_type", "quantization_config"),
+    *(OVERRIDES, MTP_OVERRIDES, CONFIG_BLOCK),
+)
+# The MLP of transformers' decoder layers.
+MLP = "mlp"
 
 
 class Nothing(torch.nn.Module):
@@ -41,12 +46,10 @@ def stock_config(checkpoint: Checkpoint) -> tuple[Any, torch.nn.Module]:
     Raises:
         CheckpointError: Nothing can be built from config.json.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     arch = checkpoint.arch
     values = {key: value for key, value in checkpoint.config.items() if key not in OURS}
     with _refusing(checkpoint, "a model"):
-        config = CONFIG_MAPPING[arch.model_type].from_dict(values)
+        config = find_class(arch.hf_config).from_dict(values)
         config._attn_implementation = "sdpa"
     rope = ", ".join(f"{key} {values[key]!r}" for key in ROPE if key in values)
     with _refusing(checkpoint, f"a rotary embedding with {rope or 'no rope keys'}"):
@@ -73,7 +76,7 @@ def stock_layer(arch: MoeArch, config: Any, index: int) -> torch.nn.Module:
     with torch.device("meta"):
         layer: torch.nn.Module = find_class(arch.hf_layer)(config, index)
     setattr(layer, MOE_NORM, torch.nn.Identity())
-    setattr(layer, arch.skip_name, Nothing())
+    setattr(layer, MLP, Nothing())
     return layer.eval()
 
 

@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from ..archs import find_arch
-from ..archs.spec import Layout, MoeArch
+from ..archs.spec import Layout, MoeArch, RouterRule
 from ..errors import CheckpointError, RemapError
-from .compressed import CONFIG_KEY, Storage, dense_view
+from .block_fp8 import SUFFIX, Blocks, read_blocks
+from .compressed import Storage, dense_view
+from .config_values import check_pattern, positive, router_rule
 from .index import TensorInfo, fingerprint
-from .remap import ExpertRemap, check_against_shapes, load_remap
+from .layers import Layer, LayerReader
+from .remap import ExpertRemap, load_remap
 
-FLOATS = ("BF16", "F16", "F32")
+__all__ = ["Checkpoint", "Layer", "Origin", "build_checkpoint"]
+
+# transformers' names for what single layers see instead of the global values; layers
+# that predict further tokens are counted from 0 again.
+OVERRIDES = "per_layer_config"
+MTP_OVERRIDES = "mtp_per_layer_config"
 # Sizes that every family calls the same; where they are given, they must be sizes.
 SIZES = (
     "max_position_embeddings",
@@ -35,22 +43,6 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One decoder layer as the checkpoint holds it."""
-
-    index: int
-    num_experts: int
-    """Experts with weights; 0 where there is no MoE sublayer."""
-    top_k: int
-    width: int
-    has_moe: bool
-    dropped: bool = False
-    """The MoE sublayer and its norm were removed by an earlier cut."""
-    redirect: tuple[int | None, ...] | None = None
-    """Router row -> expert, where the router still has rows of removed experts."""
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint; nothing but headers and routers has been read."""
 
@@ -61,10 +53,19 @@ class Checkpoint:
     arch: MoeArch
     layout: Layout
     layers: tuple[Layer, ...]
+    """Decoder layers, then those that only predict further tokens (MTP)."""
     remap: ExpertRemap | None
+    rule: RouterRule
+    blocks: Blocks | None = None
+    """Where weights are FP8: the blocks that share a scale."""
     storage: Storage | None = None
     """How expert weights are stored; None: dense. ``config`` and ``tensors`` are those
     of the dense form in either case."""
+
+    @property
+    def decoder_layers(self) -> list[Layer]:
+        """The layers that every token goes through."""
+        return [layer for layer in self.layers if not layer.mtp]
 
     @property
     def moe_layers(self) -> list[Layer]:
@@ -88,8 +89,10 @@ class Checkpoint:
 
     @cached_property
     def parameters(self) -> int:
-        """Number of parameters of the whole model."""
-        return sum(info.numel for info in self.tensors.values())
+        """Number of parameters of the whole model; scales are none."""
+        return sum(
+            info.numel for name, info in self.tensors.items() if not self.is_scale(name)
+        )
 
     @cached_property
     def tensor_bytes(self) -> int:
@@ -100,6 +103,14 @@ class Checkpoint:
     def stored_bytes(self) -> int:
         """Bytes that all tensors take in the files."""
         return sum(info.stored_bytes for info in self.tensors.values())
+
+    def is_scale(self, name: str) -> bool:
+        """Whether a tensor holds the scales of another one."""
+        return (
+            self.blocks is not None
+            and name.endswith(SUFFIX)
+            and name.removesuffix(SUFFIX) in self.tensors
+        )
 
     def expert_names(self, layer: Layer) -> list[str]:
         """Names of every expert tensor of a layer."""
@@ -128,17 +139,12 @@ def build_checkpoint(
     where = folder / "config.json"
     arch = find_arch(config.get("model_type"), str(where))
     config, tensors, storage = dense_view(config, tensors, arch, str(where))
-    if (method := config.get(CONFIG_KEY)) is not None:
-        name = method.get("quant_method") if isinstance(method, dict) else method
-        raise CheckpointError(
-            f"{where}: the checkpoint is quantised ({name}); only bf16, fp16 and fp32 "
-            "weights can be pruned. Start from the unquantised checkpoint."
-        )
+    blocks = read_blocks(config, where)
     for key in ("layers", "hidden", "top_k", "experts", "width"):
-        _positive(config, getattr(arch.config, key), where)
+        positive(config, getattr(arch.config, key), where)
     for key in SIZES:
         if config.get(key) is not None:
-            _positive(config, key, where)
+            positive(config, key, where)
     if not isinstance(config.get("architectures", []), list):
         raise CheckpointError(f"{where}: architectures is not a list.")
     remap = load_remap(folder, config)
@@ -155,11 +161,22 @@ def build_checkpoint(
         )
     _check_numbers(arch, tensors)
     _check_lists(config, arch, count, where)
-    views = _layer_views(config, count, where)
-    layout = _find_layout(arch, tensors, count, folder)
+    further = _mtp_layers(arch, config, tensors, count, where)
+    total = count + further
+    views = _layer_views(config, OVERRIDES, count, where)
+    views += _layer_views(config, MTP_OVERRIDES, further, where)
+    layout = _find_layout(arch, tensors, total, folder)
+    rule = router_rule(arch, config, where)
     held = _held_experts(layout, tensors, folder)
+    reader = LayerReader(folder, arch, layout, tensors, held, remap, rule, blocks)
     layers = tuple(
-        _build_layer(arch, layout, index, view, tensors, held, remap, folder)
+        reader.build(
+            index,
+            view,
+            # A layer that predicts further tokens always has experts.
+            dense=index < count and not _has_moe(arch, view, index, where),
+            mtp=index >= count,
+        )
         for index, view in enumerate(views)
     )
     if not any(layer.has_moe for layer in layers):
@@ -169,30 +186,61 @@ def build_checkpoint(
             f"{folder}: the remap table has {len(remap.layers)} layers, "
             f"config.json {count}."
         )
+    _check_beyond(arch, tensors, total, folder)
+    return Checkpoint(
+        folder,
+        config,
+        tensors,
+        origin,
+        arch,
+        layout,
+        layers,
+        remap,
+        rule,
+        blocks,
+        storage,
+    )
+
+
+def _has_moe(arch: MoeArch, view: dict[str, Any], index: int, where: Path) -> bool:
+    check_pattern(arch, view, where)
+    return arch.pattern.has_moe(view, index)
+
+
+def _mtp_layers(
+    arch: MoeArch,
+    config: dict[str, Any],
+    tensors: dict[str, TensorInfo],
+    count: int,
+    where: Path,
+) -> int:
+    """How many layers behind the last one the checkpoint really holds.
+
+    Some are published without them although config.json names them.
+    """
+    key = arch.config.mtp_layers
+    if key is None or config.get(key) is None:
+        return 0
+    named = positive(config, key, where, least=0)
+    indices = {arch.layer_of(name) for name in tensors}
+    held = len({index for index in indices if index is not None and index >= count})
+    return min(named, held)
+
+
+def _check_beyond(
+    arch: MoeArch, tensors: dict[str, TensorInfo], total: int, folder: Path
+) -> None:
     beyond = {
         index
         for name in tensors
-        if (index := arch.layer_of(name)) is not None and index >= count
+        if (index := arch.layer_of(name)) is not None and index >= total
     }
     if beyond:
         raise CheckpointError(
             f"{folder}: tensors of layer {min(beyond)} found, but config.json says "
-            f"{arch.config.layers} is {count}."
+            f"{arch.config.layers} is {total}."
         )
-    return Checkpoint(
-        folder, config, tensors, origin, arch, layout, layers, remap, storage
-    )
 
-
-def _positive(config: dict[str, Any], key: str, where: Path, least: int = 1) -> int:
-    value = config.get(key)
-    if key not in config:
-        raise CheckpointError(f"{where}: key {key!r} is missing.")
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise CheckpointError(
-            f"{where}: {key} is {value!r}; expected a whole number of at least {least}."
-        )
-    return value
 
 
 def _check_numbers(arch: MoeArch, tensors: dict[str, TensorInfo]) -> None:
@@ -226,13 +274,13 @@ def _check_lists(
 
 
 def _layer_views(
-    config: dict[str, Any], count: int, where: Path
+    config: dict[str, Any], name: str, count: int, where: Path
 ) -> list[dict[str, Any]]:
-    overrides = config.get("per_layer_config")
+    overrides = config.get(name)
     if overrides is None:
         overrides = {}
     if not isinstance(overrides, dict):
-        raise CheckpointError(f"{where}: per_layer_config is not an object.")
+        raise CheckpointError(f"{where}: {name} is not an object.")
     views = [config] * count
     for key, values in overrides.items():
         if (
@@ -242,7 +290,7 @@ def _layer_views(
             or not isinstance(values, dict)
         ):
             raise CheckpointError(
-                f"{where}: per_layer_config[{key!r}] does not describe one of the "
+                f"{where}: {name}[{key!r}] does not describe one of the "
                 f"layers 0 to {count - 1}."
             )
         views[int(key)] = config | values
@@ -277,107 +325,3 @@ def _held_experts(
                 key = int(match["layer"]), role
                 held.setdefault(key, set()).add(int(match["expert"]))
     return held
-
-
-def _build_layer(
-    arch: MoeArch,
-    layout: Layout,
-    index: int,
-    view: dict[str, Any],
-    tensors: dict[str, TensorInfo],
-    held: dict[tuple[int, str], set[int]],
-    remap: ExpertRemap | None,
-    folder: Path,
-) -> Layer:
-    where = folder / "config.json"
-    entry = remap.layers[index] if remap and index < len(remap.layers) else None
-    experts = _positive(view, arch.config.experts, where, least=0)
-    top_k = _positive(view, arch.config.top_k, where)
-    width = _positive(view, arch.config.width, where)
-    if experts == 0:
-        dropped = entry is not None and entry.moe_dropped
-        return Layer(index, 0, top_k, width, has_moe=False, dropped=dropped)
-    router = tensors.get(layout.router.name(index))
-    if router is None:
-        raise CheckpointError(
-            f"{folder}: layer {index}: router {layout.router.name(index)!r} is missing."
-        )
-    rows = router.shape[0] if len(router.shape) == 2 else 0
-    hidden = view[arch.config.hidden]
-    if (
-        len(router.shape) != 2
-        or router.shape[1] != hidden
-        or router.dtype not in FLOATS
-    ):
-        raise CheckpointError(
-            f"{router.file}: {router.name}: {router.dtype} of shape "
-            f"{list(router.shape)}, expected floats of shape [{experts}, {hidden}] "
-            "(E D, from config.json)."
-        )
-    if experts > rows:
-        raise CheckpointError(
-            f"{router.file}: {router.name} has {rows} rows, but config.json says "
-            f"{arch.config.experts} is {experts}."
-        )
-    for rule in layout.experts:
-        if rule.per_expert:
-            found = held.get((index, rule.role), set())
-            if missing := sorted(set(range(experts)) - found):
-                name = rule.name(index, missing[0])
-                raise CheckpointError(
-                    f"{folder}: layer {index}: config.json says {experts} experts, but "
-                    f"{name!r} is missing ({len(missing)} such tensors)."
-                )
-            if extra := sorted(found - set(range(experts))):
-                raise CheckpointError(
-                    f"{folder}: layer {index}: expert {extra[0]} found, but "
-                    f"config.json says {arch.config.experts} is {experts}."
-                )
-        _check_shapes(rule.axes, rule, index, experts, view, tensors, arch)
-    if entry is not None and remap is not None:
-        check_against_shapes(
-            remap, index, experts=experts, router_rows=rows, where=str(folder)
-        )
-    elif rows != experts:
-        raise CheckpointError(
-            f"{router.file}: {router.name} has {rows} rows, but the layer has "
-            f"{experts} experts."
-        )
-    if top_k > rows:
-        raise CheckpointError(
-            f"{where}: layer {index}: {arch.config.top_k} is {top_k}, but the router "
-            f"has only {rows} rows."
-        )
-    redirect = entry.redirect if entry is not None else None
-    return Layer(index, experts, top_k, width, has_moe=True, redirect=redirect)
-
-
-def _check_shapes(
-    axes: str,
-    rule: Any,
-    index: int,
-    experts: int,
-    view: dict[str, Any],
-    tensors: dict[str, TensorInfo],
-    arch: MoeArch,
-) -> None:
-    hidden, width = view[arch.config.hidden], view[arch.config.width]
-    sizes = {"E": experts, "D": hidden, "F": width, "2F": 2 * width}
-    expected = tuple(sizes[axis] for axis in axes.split())
-    dtype = None
-    for expert in range(experts) if rule.per_expert else (None,):
-        name = rule.name(index, expert)
-        info = tensors.get(name)
-        if info is None:
-            raise CheckpointError(f"layer {index}: {name!r} is missing.")
-        if info.shape != expected or info.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{info.file}: {name}: {info.dtype} of shape {list(info.shape)}, "
-                f"expected {'/'.join(FLOATS)} of shape {list(expected)} "
-                f"({axes}, from config.json)."
-            )
-        if info.dtype != (dtype := dtype or info.dtype):
-            raise CheckpointError(
-                f"{info.file}: {name} is {info.dtype}, the same matrix of expert 0 is "
-                f"{dtype}."
-            )

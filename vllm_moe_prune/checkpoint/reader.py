@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..archs.spec import TensorRule
 from ..errors import CheckpointError
+from .block_fp8 import SUFFIX
 from .index import TensorInfo, read_bytes
 from .open import Checkpoint, Layer
 
@@ -37,6 +39,18 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     return _as_tensor(read_bytes(info), info.dtype, info.shape)
 
 
+def read_weight(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor as the model computes with it: FP8 blocks times their scales."""
+    info = checkpoint.tensors[name]
+    weight = read_tensor(info)
+    if checkpoint.blocks is None or not checkpoint.is_scale(name + SUFFIX):
+        return weight
+    scale = read_tensor(checkpoint.tensors[name + SUFFIX])
+    embedding = checkpoint.tensors.get(checkpoint.arch.embedding)
+    dtype = torch.bfloat16 if embedding is None else DTYPES[embedding.dtype]
+    return checkpoint.blocks.dequantise(weight, scale, dtype)
+
+
 def read_row(info: TensorInfo, row: int) -> torch.Tensor:
     """One slice along axis 0, e.g. one expert of a packed tensor."""
     size = info.row_bytes
@@ -56,16 +70,27 @@ def read_router(checkpoint: Checkpoint, layer: Layer) -> torch.Tensor:
     Raises:
         CheckpointError: A value is NaN or infinite.
     """
-    info = checkpoint.tensors[checkpoint.layout.router.name(layer.index)]
-    router_ED = read_tensor(info)
-    finite = torch.isfinite(router_ED).all(dim=1)
+    return read_router_part(checkpoint, layer, checkpoint.layout.router)
+
+
+def read_router_part(
+    checkpoint: Checkpoint, layer: Layer, rule: TensorRule
+) -> torch.Tensor:
+    """The router [E, D] or its bias [E], as ``rule`` says, in the stored dtype.
+
+    Raises:
+        CheckpointError: A value is NaN or infinite.
+    """
+    info = checkpoint.tensors[rule.name(layer.index)]
+    rows = read_tensor(info)
+    finite = torch.isfinite(rows).reshape(len(rows), -1).all(dim=1)
     if not bool(finite.all()):
         bad = (~finite).nonzero().flatten().tolist()
         raise CheckpointError(
             f"{info.file}: {info.name}: NaN or infinity in the router row of "
             f"experts {bad}. The checkpoint is damaged; download it again."
         )
-    return router_ED
+    return rows
 
 
 def check_routers(checkpoint: Checkpoint) -> None:
@@ -75,7 +100,8 @@ def check_routers(checkpoint: Checkpoint) -> None:
         CheckpointError: Naming the router and its rows.
     """
     for layer in checkpoint.moe_layers:
-        read_router(checkpoint, layer)
+        for rule in checkpoint.layout.router_parts:
+            read_router_part(checkpoint, layer, rule)
 
 
 def read_expert(checkpoint: Checkpoint, layer: Layer, expert: int) -> Expert:
@@ -85,7 +111,7 @@ def read_expert(checkpoint: Checkpoint, layer: Layer, expert: int) -> Expert:
     for rule in layout.experts:
         name = rule.name(layer.index, expert)
         pieces[rule.role] = (
-            read_tensor(tensors[name])
+            read_weight(checkpoint, name)
             if rule.per_expert
             else read_row(tensors[name], expert)
         )

@@ -45,6 +45,9 @@ class RemapLayer(Strict):
     redirecting)."""
     redirect: tuple[Index | None, ...] | None = None
     """For each router row the new expert that serves it; None: nothing serves it."""
+    groups: tuple[Index, ...] | None = None
+    """For each router row its routing group in the original; None where the family's
+    routers know no groups. Equal, contiguous groups are what stock routers assume."""
     clusters: tuple[tuple[Index, ...], ...] | None = None
     """``clusters[new]``: the original experts that ``kept[new]`` stands for."""
     reconstructed: bool = False
@@ -61,6 +64,15 @@ class ExpertRemap(Strict):
     original_layers: Index
     dropped_blocks: tuple[Index, ...] = ()
     layers: tuple[RemapLayer, ...]
+    original_mtp_layers: Index = 0
+    mtp_layers: tuple[RemapLayer, ...] = ()
+    """Layers behind the last one that predict further tokens, in the same terms;
+    their indices go on from those of ``layers``."""
+
+    @property
+    def all_layers(self) -> tuple[RemapLayer, ...]:
+        """Decoder layers, then those that predict further tokens."""
+        return self.layers + self.mtp_layers
 
 
 def dump_remap(remap: ExpertRemap) -> bytes:
@@ -120,7 +132,7 @@ def parse_remap(data: bytes, where: Path) -> ExpertRemap:
         raise RemapError(f"{where}: {first_problem(error)}") from error
     if "format_version" not in remap.model_fields_set:
         raise RemapError(f"{where}: format_version is missing.")
-    for position, layer in enumerate(remap.layers):
+    for position, layer in enumerate(remap.all_layers):
         at = f"{where}: layer {position}"
         if layer.layer != position:
             raise RemapError(f"{at}: the table says layer {layer.layer}.")
@@ -130,7 +142,7 @@ def parse_remap(data: bytes, where: Path) -> ExpertRemap:
 
 def _check_layer(layer: RemapLayer, routing: str, at: str) -> None:
     if not layer.moe:
-        if layer.kept or layer.router_rows or layer.redirect:
+        if layer.kept or layer.router_rows or layer.redirect or layer.groups:
             raise RemapError(f"{at}: has no MoE sublayer but lists experts.")
         return
     if not layer.kept:
@@ -147,6 +159,11 @@ def _check_layer(layer: RemapLayer, routing: str, at: str) -> None:
             raise RemapError(f"{at}: {name} names experts {twice} more than once.")
     if layer.clusters is not None:
         _check_clusters(layer, layer.clusters, at)
+    if layer.groups is not None and len(layer.groups) != len(layer.router_rows):
+        raise RemapError(
+            f"{at}: groups must name one group for each of the "
+            f"{len(layer.router_rows)} router rows."
+        )
     if routing == "drop":
         if layer.redirect is not None or layer.router_rows != layer.kept:
             raise RemapError(f"{at}: routing is 'drop' but router rows are redirected.")
@@ -185,14 +202,14 @@ def _check_clusters(
 
 
 def check_against_shapes(
-    remap: ExpertRemap, layer: int, *, experts: int, router_rows: int, where: str
+    entry: RemapLayer, *, experts: int, router_rows: int, where: str
 ) -> None:
     """Compare one layer of the table with what the weights actually hold.
 
     Raises:
         RemapError: Naming the experts that are missing or too many.
     """
-    entry = remap.layers[layer]
+    layer = entry.layer
     if experts != len(entry.kept):
         missing = list(range(experts, len(entry.kept)))
         problem = f"experts {missing} are missing" if missing else "there are too many"

@@ -95,7 +95,7 @@ def achieved(
         after = sum(
             _numel(tensor)
             for tensor in tensors
-            if tensor.layer == layer.index and tensor.role not in (None, "router")
+            if tensor.layer == layer.index and tensor.is_expert
         )
         record = by_layer.get(layer.index, LayerRecord(layer.index))
         layers.append(
@@ -110,7 +110,11 @@ def achieved(
                 tuple(record.unseen),
             )
         )
-    after_all = sum(_numel(tensor) for tensor in tensors)
+    after_all = sum(
+        _numel(tensor)
+        for tensor in tensors
+        if not checkpoint.is_scale(tensor.groups[0][0].source)
+    )
     return Achieved(tuple(layers), checkpoint.parameters, after_all)
 
 

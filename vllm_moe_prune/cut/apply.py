@@ -217,11 +217,10 @@ class _Cut:
         self._write(index, include_experts=not slims)
         if is_last and not slims:
             return hidden
-        hidden = model.attend(index, hidden)
+        hidden, x_ND = model.enter(index, hidden)
         trimmed = trimmed_layer(layer, layer_plan, self.plan)
-        if not trimmed.has_moe:
+        if not trimmed.has_moe or x_ND is None:
             return hidden
-        x_ND = model.moe_input(index, hidden)
         if slims:
             record, out_ND = slim_layer(
                 context,
@@ -242,12 +241,13 @@ class _Cut:
                 model.act,
             )
         if out_ND is not None:
+            model.add_shared(index, x_ND, out_ND)
             hidden += out_ND.view_as(hidden)
         return hidden
 
     def _write(self, layer: int | None, *, include_experts: bool) -> None:
         for tensor in self._by_layer.get(layer, []):
-            if include_experts or tensor.role in (None, "router"):
+            if include_experts or not tensor.is_expert:
                 write_tensor(self.checkpoint, tensor, self.writer)
 
     def _record(self, record: LayerRecord) -> None:

@@ -3,7 +3,7 @@
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.remap import ExpertRemap, RemapLayer, RemapSource
 from ..decide.plan import CutPlan, LayerPlan
-from .slice import keeps_router, redirect_of
+from .slice import keeps_router, redirect_of, row_groups
 
 
 def build_remap(checkpoint: Checkpoint, plan: CutPlan) -> ExpertRemap:
@@ -11,15 +11,21 @@ def build_remap(checkpoint: Checkpoint, plan: CutPlan) -> ExpertRemap:
     earlier = checkpoint.remap
     layers: list[RemapLayer] = []
     dropped = list(earlier.dropped_blocks) if earlier else []
+    decoder_layers = 0
     for layer, layer_plan in zip(checkpoint.layers, plan.layers, strict=True):
-        entry = earlier.layers[layer.index] if earlier else _untouched(layer)
+        entry = earlier.all_layers[layer.index] if earlier else _untouched(layer)
         if layer_plan.action == "drop-block":
-            dropped.append(entry.original_layer)
+            if not layer.mtp:
+                dropped.append(entry.original_layer)
             continue
-        layers.append(_cut_entry(entry, layer_plan, plan, len(layers)))
+        layers.append(_cut_entry(entry, layer, layer_plan, plan, len(layers)))
+        decoder_layers += not layer.mtp
     if earlier:
         source = earlier.source
+        original = earlier.original_layers, earlier.original_mtp_layers
     else:
+        decoders = len(checkpoint.decoder_layers)
+        original = decoders, len(checkpoint.layers) - decoders
         source = RemapSource(
             name=checkpoint.origin.name,
             revision=checkpoint.origin.revision,
@@ -30,9 +36,11 @@ def build_remap(checkpoint: Checkpoint, plan: CutPlan) -> ExpertRemap:
         model_type=checkpoint.arch.model_type,
         source=source,
         routing=plan.routing,
-        original_layers=earlier.original_layers if earlier else len(checkpoint.layers),
+        original_layers=original[0],
         dropped_blocks=tuple(sorted(dropped)),
-        layers=tuple(layers),
+        layers=tuple(layers[:decoder_layers]),
+        original_mtp_layers=original[1],
+        mtp_layers=tuple(layers[decoder_layers:]),
     )
 
 
@@ -45,12 +53,16 @@ def _untouched(layer: Layer) -> RemapLayer:
         experts_before=layer.num_experts,
         kept=experts,
         router_rows=experts,
-        clusters=None,
+        groups=layer.groups,
     )
 
 
 def _cut_entry(
-    entry: RemapLayer, layer_plan: LayerPlan, plan: CutPlan, new_index: int
+    entry: RemapLayer,
+    layer: Layer,
+    layer_plan: LayerPlan,
+    plan: CutPlan,
+    new_index: int,
 ) -> RemapLayer:
     if not entry.moe or layer_plan.action == "drop-moe":
         return RemapLayer(
@@ -78,6 +90,7 @@ def _cut_entry(
         kept=kept,
         router_rows=router_rows,
         redirect=redirect,
+        groups=row_groups(layer, layer_plan, plan),
         clusters=_original_clusters(entry, layer_plan),
         reconstructed=entry.reconstructed or layer_plan.reconstruct,
     )

@@ -4,12 +4,13 @@ import copy
 import hashlib
 from typing import Any
 
-from ..checkpoint.open import Checkpoint
+from ..checkpoint.open import MTP_OVERRIDES, OVERRIDES, Checkpoint
 from ..checkpoint.remap import (
     CONFIG_BLOCK,
     FILE_NAME,
     FORMAT_VERSION,
     ExpertRemap,
+    RemapLayer,
     dump_remap,
 )
 from ..decide.plan import CutPlan
@@ -26,21 +27,38 @@ def pruned_config(
     """
     arch, keys = checkpoint.arch, checkpoint.arch.config
     config = copy.deepcopy(checkpoint.config)
-    survivors = [layer.layer for layer in plan.layers if layer.action != "drop-block"]
+    left = [layer.layer for layer in plan.layers if layer.action != "drop-block"]
+    decoders = len(checkpoint.decoder_layers)
+    survivors = [index for index in left if index < decoders]
+    further = [index for index in left if index >= decoders]
     for key in arch.per_layer_lists:
         if isinstance(config.get(key), list):
             config[key] = [config[key][index] for index in survivors]
     config[keys.layers] = len(survivors)
-    config[keys.experts] = max(len(entry.kept) for entry in remap.layers)
+    if keys.mtp_layers is not None and config.get(keys.mtp_layers) is not None:
+        config[keys.mtp_layers] = len(further)
+    config[keys.experts] = max(len(entry.kept) for entry in remap.all_layers)
     top_k = max(layer.top_k for layer in checkpoint.moe_layers)
     config[keys.top_k] = min(
-        top_k, max(len(entry.router_rows) for entry in remap.layers)
+        top_k, max(len(entry.router_rows) for entry in remap.all_layers)
     )
-    overrides = _overrides(checkpoint, survivors, remap, config)
-    config.pop("per_layer_config", None)
-    if overrides:
-        config["per_layer_config"] = overrides
-    stock = not overrides and plan.routing == "drop" and checkpoint.layout.stock_vllm
+    patterns = _patterns(checkpoint, survivors, remap, config)
+    overrides = {
+        OVERRIDES: _overrides(checkpoint, survivors, remap, config, patterns),
+        MTP_OVERRIDES: _mtp_overrides(checkpoint, further, remap, config),
+    }
+    for key, values in overrides.items():
+        config.pop(key, None)
+        if values:
+            config[key] = values
+    stock = (
+        not any(overrides.values())
+        and plan.routing == "drop"
+        and checkpoint.layout.stock_vllm
+        and all(
+            _equal_groups(entry, checkpoint.rule.groups) for entry in remap.all_layers
+        )
+    )
     config["architectures"] = [
         arch.stock_architecture if stock else arch.pruned_architecture
     ]
@@ -58,31 +76,74 @@ def _overrides(
     survivors: list[int],
     remap: ExpertRemap,
     config: dict[str, Any],
+    patterns: dict[int, dict[str, int]],
 ) -> dict[str, dict[str, Any]]:
     """``per_layer_config``: what differs from the global values, and nothing else."""
     keys, skip_name = checkpoint.arch.config, checkpoint.arch.skip_name
-    earlier = config.get("per_layer_config") or {}
+    rewritten = {keys.experts, keys.top_k, *checkpoint.arch.pattern.keys}
+    earlier = config.get(OVERRIDES) or {}
     overrides = {}
     for new, old in enumerate(survivors):
         entry = remap.layers[new]
         told = earlier.get(str(old), {})
-        layer = {
-            key: value
-            for key, value in told.items()
-            if key not in {keys.experts, keys.top_k}
-        }
+        layer = {key: told[key] for key in told if key not in rewritten}
+        layer |= patterns.get(new, {})
         if entry.moe_dropped:
             # A count of 0 makes readers of the global count fail, as they must.
             skipped = [name for name in told.get("skip", ()) if name != skip_name]
             layer |= {keys.experts: 0, "skip": [*skipped, skip_name]}
-        elif not entry.moe:
-            layer = dict(told)
-        else:
-            if len(entry.kept) != config[keys.experts]:
-                layer[keys.experts] = len(entry.kept)
-            top_k = min(checkpoint.layers[old].top_k, len(entry.router_rows))
-            if top_k != config[keys.top_k]:
-                layer[keys.top_k] = top_k
+        elif entry.moe:
+            layer |= _counts(checkpoint, old, entry, config)
         if layer:
             overrides[str(new)] = layer
     return overrides
+
+
+def _counts(
+    checkpoint: Checkpoint, old: int, entry: RemapLayer, config: dict[str, Any]
+) -> dict[str, int]:
+    """A layer's numbers of experts where they are not the global ones."""
+    keys = checkpoint.arch.config
+    found = {
+        keys.experts: len(entry.kept),
+        keys.top_k: min(checkpoint.layers[old].top_k, len(entry.router_rows)),
+    }
+    return {key: value for key, value in found.items() if value != config[key]}
+
+
+def _mtp_overrides(
+    checkpoint: Checkpoint,
+    further: list[int],
+    remap: ExpertRemap,
+    config: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """The same for layers that predict further tokens, counted from 0."""
+    overrides = {
+        str(new): _counts(checkpoint, old, entry, config)
+        for new, (old, entry) in enumerate(zip(further, remap.mtp_layers, strict=True))
+    }
+    return {key: values for key, values in overrides.items() if values}
+
+
+def _patterns(
+    checkpoint: Checkpoint,
+    survivors: list[int],
+    remap: ExpertRemap,
+    config: dict[str, Any],
+) -> dict[int, dict[str, int]]:
+    """Make ``config`` say which layers are dense; what it cannot, is returned."""
+    has_moe = [
+        None if entry.moe_dropped else checkpoint.layers[old].has_moe
+        for old, entry in zip(survivors, remap.layers, strict=True)
+    ]
+    changed, alone = checkpoint.arch.pattern.renumbered(config, has_moe)
+    config.update(changed)
+    return alone
+
+
+def _equal_groups(entry: RemapLayer, count: int) -> bool:
+    """Whether stock routers, which cut rows into equal groups, see the right ones."""
+    if entry.groups is None:
+        return True
+    rows = len(entry.groups)
+    return entry.groups == tuple(row * count // rows for row in range(rows))

@@ -31,9 +31,10 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
 
 def _layer_facts(checkpoint: Checkpoint, layer: Layer, names: list[str]) -> LayerFacts:
     arch, tensors = checkpoint.arch, checkpoint.tensors
+    names = [name for name in names if not checkpoint.is_scale(name)]
     parameters = sum(tensors[name].numel for name in names)
     if not layer.has_moe:
-        return LayerFacts(0, layer.top_k, False, parameters)
+        return LayerFacts(0, layer.top_k, False, parameters, mtp=layer.mtp)
     moe = [name for name in names if arch.is_moe_member(name, layer.index)]
     hidden = checkpoint.config[arch.config.hidden]
     return LayerFacts(
@@ -47,7 +48,13 @@ def _layer_facts(checkpoint: Checkpoint, layer: Layer, names: list[str]) -> Laye
             (layer.width, hidden),
             (hidden, layer.width),
         ),
-        router_parameters_per_expert=hidden,
+        router_parameters_per_expert=sum(
+            hidden if rule.axes == "E D" else 1
+            for rule in checkpoint.layout.router_parts
+        ),
+        groups=layer.groups,
+        group_floor=layer.group_floor,
+        mtp=layer.mtp,
     )
 
 

@@ -8,7 +8,8 @@ averaged. Size prediction, writing and load-time pruning all read this one list.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..archs.spec import Role, TensorRule
+from ..archs.spec import ROUTER_ROLES, Role, TensorRule
+from ..checkpoint.block_fp8 import SUFFIX
 from ..checkpoint.index import TensorInfo
 from ..checkpoint.open import Checkpoint, Layer
 from ..decide.plan import CutPlan, LayerPlan
@@ -41,6 +42,11 @@ class OutputTensor:
     role: Role | None = None
     sparsity: float = 0.0
     """Zeros to write into it; above 0 only for expert matrices that are slimmed."""
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it holds weights of routed experts."""
+        return self.role is not None and self.role not in ROUTER_ROLES
 
 
 def keeps_router(plan: CutPlan, layer_plan: LayerPlan) -> bool:
@@ -110,6 +116,8 @@ def _check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
             f"the plan leaves no layer of {checkpoint.origin.name} with experts; keep "
             "at least one MoE sublayer."
         )
+    if checkpoint.blocks is not None:
+        _check_fp8(plan)
     for layer in checkpoint.layers:
         if layer.redirect not in (None, tuple(range(layer.num_experts))):
             raise PlanError(
@@ -117,6 +125,24 @@ def _check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
                 "of removed experts (routing: redirect), so rows and experts do not "
                 "match. Cut the original instead."
             )
+
+
+def _check_fp8(plan: CutPlan) -> None:
+    """Refuse what would change FP8 weights other than to zero."""
+    for layer_plan in plan.layers:
+        if layer_plan.reconstruct and any(
+            len(cluster) > 1 for cluster in layer_plan.clusters or ()
+        ):
+            raise PlanError(
+                f"layer {layer_plan.layer}: reconstruct averages experts, which fp8 "
+                "weights do not survive exactly. Set experts.reconstruct: never, or "
+                "start from bf16 weights."
+            )
+    if plan.is_slimmed and plan.slim == "sparsegpt":
+        raise PlanError(
+            "slim.method sparsegpt changes the weights that stay, which fp8 weights do "
+            "not survive exactly. Use wanda or magnitude, or start from bf16 weights."
+        )
 
 
 def _split_names(
@@ -149,7 +175,9 @@ def _layer_tensors(
     arch, layout = checkpoint.arch, checkpoint.layout
     old_prefix = arch.layer_prefix.format(layer=layer.index)
     new_prefix = arch.layer_prefix.format(layer=new_index)
-    routed = {layout.router.name(layer.index), *checkpoint.expert_names(layer)}
+    routed = {rule.name(layer.index) for rule in layout.router_parts}
+    routed |= {*checkpoint.expert_names(layer)}
+    routed |= {name + SUFFIX for name in routed if checkpoint.is_scale(name + SUFFIX)}
     dropped = layer_plan.action == "drop-moe"
     for name in names:
         if (layer.has_moe and name in routed) or (
@@ -159,7 +187,8 @@ def _layer_tensors(
         new_name = new_prefix + name.removeprefix(old_prefix)
         yield _copy(checkpoint.tensors[name], new_name, layer.index)
     if layer.has_moe and not dropped:
-        yield _router(checkpoint, layer, layer_plan, plan, new_index)
+        for rule in layout.router_parts:
+            yield _router(checkpoint, rule, layer, layer_plan, plan, new_index)
         yield from _experts(checkpoint, layer, layer_plan, plan, new_index)
 
 
@@ -190,14 +219,23 @@ def redirect_of(layer_plan: LayerPlan) -> tuple[int | None, ...]:
     return tuple(serves.get(row) for row in range(layer_plan.experts))
 
 
+def row_groups(
+    layer: Layer, layer_plan: LayerPlan, plan: CutPlan
+) -> tuple[int, ...] | None:
+    """The routing group of each router row that the plan leaves."""
+    if layer.groups is None or keeps_router(plan, layer_plan):
+        return layer.groups
+    return tuple(layer.groups[expert] for expert in layer_plan.keep)
+
+
 def _router(
     checkpoint: Checkpoint,
+    rule: TensorRule,
     layer: Layer,
     layer_plan: LayerPlan,
     plan: CutPlan,
     new_index: int,
 ) -> OutputTensor:
-    rule = checkpoint.layout.router
     info = checkpoint.tensors[rule.name(layer.index)]
     if keeps_router(plan, layer_plan):
         return OutputTensor(
@@ -206,7 +244,7 @@ def _router(
             info.shape,
             ((Piece(info.name),),),
             layer.index,
-            "router",
+            rule.role,
         )
     groups = tuple(
         tuple(Piece(info.name, old, weight) for old, weight in members)
@@ -214,7 +252,7 @@ def _router(
     )
     shape = (len(groups), *info.shape[1:])
     return OutputTensor(
-        rule.name(new_index), info.dtype, shape, groups, layer.index, "router"
+        rule.name(new_index), info.dtype, shape, groups, layer.index, rule.role
     )
 
 
@@ -247,6 +285,10 @@ def _experts(
                 )
                 first = checkpoint.tensors[pieces[0].source]
                 yield build(rule, new, (pieces,), first)
+                scale = first.name + SUFFIX
+                if checkpoint.is_scale(scale):
+                    name = rule.name(new_index, new) + SUFFIX
+                    yield _copy(checkpoint.tensors[scale], name, layer.index)
     for rule in rules:
         if not rule.per_expert:
             name = rule.name(layer.index)

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 
+from ..archs.spec import TensorRule
 from ..calibrate.experts import (
     Routing,
     add_expert,
     expert_tokens,
     place,
-    route,
 )
 from ..calibrate.forward import StreamingModel
 from ..checkpoint.open import Checkpoint, Layer
@@ -166,14 +166,11 @@ def trimmed_routing(
 ) -> Routing:
     """Routing over the rows that the plan leaves."""
     checkpoint = model.checkpoint
-    router_RD = trimmed_router(checkpoint, layer, layer_plan, plan).to(x_ND)
-    return route(
-        x_ND,
-        router_RD,
-        top_k=trimmed_layer(layer, layer_plan, plan).top_k,
-        renormalise=checkpoint.arch.renormalise,
-        where=f"{checkpoint.folder}: layer {layer.index}",
-    )
+
+    def read(rule: TensorRule) -> torch.Tensor:
+        return trimmed_router(checkpoint, rule, layer, layer_plan, plan)
+
+    return model.route(trimmed_layer(layer, layer_plan, plan), x_ND, read)
 
 
 def _zeros(matrix: torch.Tensor) -> int:

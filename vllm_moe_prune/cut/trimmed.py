@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 import torch
 
+from ..archs.spec import TensorRule
 from ..checkpoint.open import Checkpoint, Layer
-from ..checkpoint.reader import Expert, read_expert, read_router
+from ..checkpoint.reader import Expert, read_expert, read_router_part
 from ..decide.plan import CutPlan, LayerPlan
-from .slice import keeps_router, members_of, redirect_of
+from .slice import keeps_router, members_of, redirect_of, row_groups
 
 
 def trimmed_layer(layer: Layer, layer_plan: LayerPlan, plan: CutPlan) -> Layer:
@@ -27,14 +28,19 @@ def trimmed_layer(layer: Layer, layer_plan: LayerPlan, plan: CutPlan) -> Layer:
         num_experts=len(layer_plan.keep),
         top_k=min(layer.top_k, rows),
         redirect=redirect,
+        groups=row_groups(layer, layer_plan, plan),
     )
 
 
 def trimmed_router(
-    checkpoint: Checkpoint, layer: Layer, layer_plan: LayerPlan, plan: CutPlan
+    checkpoint: Checkpoint,
+    rule: TensorRule,
+    layer: Layer,
+    layer_plan: LayerPlan,
+    plan: CutPlan,
 ) -> torch.Tensor:
-    """The router rows after trimming, in their stored dtype."""
-    router_ED = read_router(checkpoint, layer)
+    """The router rows, or their biases, after trimming, in their stored dtype."""
+    router_ED = read_router_part(checkpoint, layer, rule)
     if keeps_router(plan, layer_plan):
         return router_ED
     rows = []

@@ -48,6 +48,12 @@ class LayerFacts:
     as it is; for ``slim.exclude``."""
     others: tuple[Matrix, ...] = ()
     """Every matrix of the layer that is neither a routed expert's nor the router."""
+    groups: tuple[int, ...] | None = None
+    """The routing group of each expert; None where all are one group."""
+    group_floor: int = 1
+    """Fewest experts that routing needs in each group."""
+    mtp: bool = False
+    """Behind the last layer of the model, predicting further tokens ahead."""
 
     @property
     def expert_parameters(self) -> int:

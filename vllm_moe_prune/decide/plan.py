@@ -7,6 +7,7 @@ edited by hand, so everything about it is checked again before it is executed.
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
@@ -42,6 +43,15 @@ class LayerShape(Protocol):
 
     @property
     def has_moe(self) -> bool: ...
+
+    @property
+    def groups(self) -> tuple[int, ...] | None: ...
+
+    @property
+    def group_floor(self) -> int: ...
+
+    @property
+    def mtp(self) -> bool: ...
 
 
 class ModelId(Strict):
@@ -225,7 +235,10 @@ def check_plan(
             f"{where}: lists layers {[layer.layer for layer in plan.layers]}, but the "
             f"checkpoint has layers 0 to {len(layers) - 1}, each to be listed once."
         )
-    if all(layer.action == "drop-block" for layer in plan.layers):
+    if all(
+        layer.action == "drop-block" or shape.mtp
+        for layer, shape in zip(plan.layers, layers, strict=True)
+    ):
         raise PlanError(f"{where}: drops every block; keep at least one.")
     for layer_plan, shape in zip(plan.layers, layers, strict=True):
         _check_layer(layer_plan, shape, plan.routing, where)
@@ -247,6 +260,8 @@ def _check_layer(layer: LayerPlan, shape: LayerShape, routing: str, where: str) 
             f"{at}: keeps no expert. Keep at least one, or set its action to drop-moe."
         )
     _check_ids(layer.keep, experts, f"{at}: keep")
+    if routing == "drop" and shape.groups is not None:
+        _check_groups(layer, shape.groups, shape.group_floor, at)
     if layer.clusters is None and (routing == "redirect" or layer.reconstruct):
         raise PlanError(f"{at}: redirect and reconstruct need clusters.")
     if layer.unserved and routing != "redirect":
@@ -255,6 +270,20 @@ def _check_layer(layer: LayerPlan, shape: LayerShape, routing: str, where: str) 
         _check_clusters(layer, layer.clusters, at)
     if layer.merge_weights is not None:
         _check_weights(layer, layer.merge_weights, at)
+
+
+def _check_groups(
+    layer: LayerPlan, groups: tuple[int, ...], floor: int, at: str
+) -> None:
+    """Every group must keep what grouped routing needs to mean what it did."""
+    kept = Counter(groups[expert] for expert in layer.keep)
+    for group in sorted(set(groups)):
+        least = min(floor, groups.count(group))
+        if kept[group] < least:
+            raise PlanError(
+                f"{at}: keeps {kept[group]} experts of group {group}, but routing "
+                f"needs at least {least} in each group."
+            )
 
 
 def _check_clusters(

@@ -82,7 +82,7 @@ class MoePruneMixtralMoE(MixtralMoE):
             top_k=layer.top_k,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
-            renormalize=ARCH.renormalise,
+            renormalize=True,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.experts",
             custom_routing_function=self._route if routed else None,

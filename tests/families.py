@@ -1,0 +1,137 @@
+"""What ``tests/tiny.py`` writes for each family: config fields and dense tensors.
+
+The fields are those of the published checkpoints. CPU builds of vLLM run MLA with the
+published latent sizes only (512 and 64), so the tiny models have them too.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+Shapes = Iterator[tuple[str, tuple[int, int]]]
+
+MLA = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+}
+GROUPED = {"n_group": 4, "topk_group": 2}
+LAYOUTS = {
+    "mixtral": "block_sparse_moe.w1w2w3",
+    "arctic": "block_sparse_moe.w1w2w3",
+    "deepseek": "mlp.gate_up_down",
+    "deepseek_v2": "mlp.gate_up_down",
+    "deepseek_v3": "mlp.gate_up_down",
+}
+# Experts and how many of them a token uses, where not asked for otherwise.
+EXPERTS = {"deepseek_v2": (16, 4), "deepseek_v3": (16, 4)}
+
+
+def default_counts(model_type: str) -> tuple[int, int]:
+    """Experts and top-k of a family's tiny checkpoint."""
+    return EXPERTS.get(model_type, (8, 2))
+
+
+def family_fields(
+    model_type: str, experts: int, width: int, heads: int, sliding_window: int | None
+) -> dict[str, Any]:
+    """The keys of config.json that not every family has."""
+    if model_type in ("mixtral", "arctic"):
+        fields: dict[str, Any] = {
+            "intermediate_size": width,
+            "num_local_experts": experts,
+            "router_aux_loss_coef": 0.02,
+            "sliding_window": sliding_window,
+        }
+        if model_type == "mixtral":
+            return fields | {"output_router_logits": False}
+        return fields | {
+            "enable_expert_tensor_parallelism": False,
+            "moe_eval_capacity_factor": 1,
+            "moe_layer_frequency": 1,
+            "moe_min_capacity": 0,
+            "moe_token_dropping": False,
+            "moe_train_capacity_factor": 1,
+            "parallel_attn_mlp_res": True,
+            "use_residual": True,
+        }
+    fields = {
+        "attention_bias": False,
+        "aux_loss_alpha": 0.001,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 2 * width,
+        "moe_intermediate_size": width,
+        "moe_layer_freq": 1,
+        "n_routed_experts": experts,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "scoring_func": "softmax",
+        "seq_aux": True,
+    }
+    if model_type == "deepseek":
+        return fields
+    fields |= MLA | GROUPED | {"num_key_value_heads": heads}
+    if model_type == "deepseek_v2":
+        extra = {"topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5}
+        return fields | extra
+    return fields | {
+        "norm_topk_prob": True,
+        "num_nextn_predict_layers": 0,
+        "n_shared_experts": 1,
+        "q_lora_rank": 48,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    }
+
+
+def attention(config: dict[str, Any]) -> tuple[Shapes, list[tuple[str, int]]]:
+    """Matrices [rows, cols] of a layer's attention, and norms with their sizes."""
+    if "kv_lora_rank" in config:
+        return _latent_attention(config), _latent_norms(config)
+    return _plain_attention(config), []
+
+
+def _plain_attention(config: dict[str, Any]) -> Shapes:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    keys = config["num_key_value_heads"] * head_dim
+    yield "self_attn.q_proj.weight", (heads * head_dim, hidden)
+    yield "self_attn.k_proj.weight", (keys, hidden)
+    yield "self_attn.v_proj.weight", (keys, hidden)
+    yield "self_attn.o_proj.weight", (hidden, heads * head_dim)
+
+
+def _latent_attention(config: dict[str, Any]) -> Shapes:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    nope, rope = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    latent, value = config["kv_lora_rank"], config["v_head_dim"]
+    queries = heads * (nope + rope)
+    if rank := config["q_lora_rank"]:
+        yield "self_attn.q_a_proj.weight", (rank, hidden)
+        yield "self_attn.q_b_proj.weight", (queries, rank)
+    else:
+        yield "self_attn.q_proj.weight", (queries, hidden)
+    yield "self_attn.kv_a_proj_with_mqa.weight", (latent + rope, hidden)
+    yield "self_attn.kv_b_proj.weight", (heads * (nope + value), latent)
+    yield "self_attn.o_proj.weight", (hidden, heads * value)
+
+
+def _latent_norms(config: dict[str, Any]) -> list[tuple[str, int]]:
+    norms = [("self_attn.kv_a_layernorm.weight", config["kv_lora_rank"])]
+    if rank := config["q_lora_rank"]:
+        norms.append(("self_attn.q_a_layernorm.weight", rank))
+    return norms
+
+
+def mtp_matrices(config: dict[str, Any], index: int) -> Shapes:
+    """What a layer that predicts a further token has beside a decoder layer's."""
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    prefix = f"model.layers.{index}."
+    yield prefix + "eh_proj.weight", (hidden, 2 * hidden)
+    yield prefix + "embed_tokens.weight", (vocab, hidden)
+    yield prefix + "shared_head.head.weight", (vocab, hidden)
+
+
+MTP_NORMS = ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")

@@ -1,0 +1,79 @@
+"""The streaming forward of each family against transformers' own, or plain torch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import tiny_checkpoint
+from vllm_moe_prune.calibrate.forward import StreamingModel
+from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.evaluate import run_layer
+
+
+@pytest.fixture(scope="module")
+def tokens_ST() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, 512, (3, 48), generator=generator)
+
+
+def stream(folder: Path, tokens_ST: torch.Tensor) -> float:
+    """Mean loss over all predicted tokens."""
+    model = StreamingModel(open_checkpoint(folder))
+    hidden_STD = model.embed(tokens_ST)
+    for index in range(model.num_layers):
+        run_layer(model, index, hidden_STD)
+    nll, count = model.nll(hidden_STD, tokens_ST)
+    return nll / count
+
+
+@torch.no_grad()
+def transformers_loss(folder: Path, tokens_ST: torch.Tensor, dtype: str) -> float:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, experts_implementation="eager"
+    )
+    return float(model.eval()(tokens_ST, labels=tokens_ST).loss)
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "v2": ("deepseek_v2", {}),
+    "v2-lite": (
+        "deepseek_v2",
+        {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
+    ),
+    "v2-query-lora": ("deepseek_v2", {"q_lora_rank": 24, "first_k_dense_replace": 2}),
+    "v3": ("deepseek_v3", {}),
+    "v3-two-shared": ("deepseek_v3", {"n_shared_experts": 2, "q_lora_rank": None}),
+    "v3-not-normalised": ("deepseek_v3", {"norm_topk_prob": False}),
+    "moonlight": ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
+    "v3-packed": ("deepseek_v3", {"layout": "mlp.packed"}),
+    "v3-yarn": (
+        "deepseek_v3",
+        {
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            }
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loss_is_that_of_transformers(
+    variant: str, tmp_path: Path, tokens_ST: torch.Tensor
+) -> None:
+    model_type, options = VARIANTS[variant]
+    folder = tiny_checkpoint(
+        tmp_path, model_type=model_type, dtype="float32", shards=1, layers=3, **options
+    )
+    reference = transformers_loss(folder, tokens_ST, "float32")
+    assert abs(reference - torch.tensor(512.0).log()) > 0.1
+    assert stream(folder, tokens_ST) == pytest.approx(reference, rel=1e-5)

@@ -1,0 +1,70 @@
+"""DeepSeek-MoE 16B: leading dense layers, shared experts, attention as in Llama."""
+
+from .spec import ConfigKeys, GatedMlp, Key, Layout, MoeArch, MoePattern, RouterKeys
+from .spec import TensorRule as R
+
+LAYER = "model.layers.{layer}."
+MLP = LAYER + "mlp."
+PATTERN = MoePattern(
+    first=Key("first_k_dense_replace", 0), frequency=Key("moe_layer_freq", 1)
+)
+CONFIG = ConfigKeys(
+    experts="n_routed_experts",
+    top_k="num_experts_per_tok",
+    width="moe_intermediate_size",
+)
+MOE_MEMBERS = ("mlp.", "post_attention_layernorm.")
+DENSE = GatedMlp("mlp.")
+SHARED = GatedMlp("mlp.shared_experts.")
+SHARED_COUNT = Key("n_shared_experts", 0)
+
+
+def layouts(*router: R) -> tuple[Layout, ...]:
+    """The Hub's spelling, and the packed weights that transformers 5 can save."""
+    return (
+        Layout(
+            "mlp.gate_up_down",
+            (
+                *router,
+                R(MLP + "experts.{expert}.gate_proj.weight", "F D", "gate"),
+                R(MLP + "experts.{expert}.up_proj.weight", "F D", "up"),
+                R(MLP + "experts.{expert}.down_proj.weight", "D F", "down"),
+            ),
+            stock_vllm=True,
+        ),
+        Layout(
+            "mlp.packed",
+            (
+                *router,
+                R(MLP + "experts.gate_up_proj", "E 2F D", "gate_up"),
+                R(MLP + "experts.down_proj", "E D F", "down"),
+            ),
+            stock_vllm=False,
+        ),
+    )
+
+
+ROUTER = R(MLP + "gate.weight", "E D", "router")
+
+ARCH = MoeArch(
+    model_type="deepseek",
+    stock_architecture="DeepseekForCausalLM",
+    pruned_architecture="MoePruneDeepseekForCausalLM",
+    config=CONFIG,
+    layouts=layouts(ROUTER),
+    layer_prefix=LAYER,
+    moe_members=MOE_MEMBERS,
+    skip_name="mlp",
+    router=RouterKeys(
+        scores=Key("scoring_func", "softmax"),
+        renormalise=Key("norm_topk_prob", False),
+    ),
+    pattern=PATTERN,
+    dense_mlp=DENSE,
+    shared=SHARED,
+    shared_count=SHARED_COUNT,
+    hf_config="transformers.models.llama.configuration_llama:LlamaConfig",
+    hf_layer="transformers.models.llama.modeling_llama:LlamaDecoderLayer",
+    hf_rotary="transformers.models.llama.modeling_llama:LlamaRotaryEmbedding",
+    hf_norm="transformers.models.llama.modeling_llama:LlamaRMSNorm",
+)

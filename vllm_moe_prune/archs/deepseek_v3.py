@@ -1,0 +1,50 @@
+"""DeepSeek-V3, R1 and Moonlight: MLA; sigmoid scores with a bias that only chooses."""
+
+from dataclasses import replace
+
+from .deepseek import (
+    CONFIG,
+    DENSE,
+    LAYER,
+    MLP,
+    MOE_MEMBERS,
+    PATTERN,
+    ROUTER,
+    SHARED,
+    SHARED_COUNT,
+)
+from .deepseek import layouts as deepseek_layouts
+from .spec import Key, MoeArch, RouterKeys
+from .spec import TensorRule as R
+
+BIAS = R(MLP + "gate.e_score_correction_bias", "E", "router_bias")
+HF = "transformers.models.deepseek_v3."
+
+ARCH = MoeArch(
+    model_type="deepseek_v3",
+    stock_architecture="DeepseekV3ForCausalLM",
+    pruned_architecture="MoePruneDeepseekV3ForCausalLM",
+    config=replace(CONFIG, mtp_layers="num_nextn_predict_layers"),
+    layouts=deepseek_layouts(ROUTER, BIAS),
+    layer_prefix=LAYER,
+    moe_members=MOE_MEMBERS,
+    skip_name="mlp",
+    router=RouterKeys(
+        scores=Key("scoring_func", "sigmoid"),
+        renormalise=Key("norm_topk_prob", True),
+        scale=Key("routed_scaling_factor", 2.5),
+        groups=Key("n_group", 1),
+        top_groups=Key("topk_group", 1),
+        method=Key("topk_method", "noaux_tc"),
+        group_best=2,
+        fp32=True,
+    ),
+    pattern=replace(PATTERN, first=Key("first_k_dense_replace", 3)),
+    dense_mlp=DENSE,
+    shared=SHARED,
+    shared_count=SHARED_COUNT,
+    hf_config=f"{HF}configuration_deepseek_v3:DeepseekV3Config",
+    hf_layer=f"{HF}modeling_deepseek_v3:DeepseekV3DecoderLayer",
+    hf_rotary=f"{HF}modeling_deepseek_v3:DeepseekV3RotaryEmbedding",
+    hf_norm=f"{HF}modeling_deepseek_v3:DeepseekV3RMSNorm",
+)

@@ -1,0 +1,37 @@
+"""The MLPs of a layer that are no routed experts, as the family's table names them."""
+
+from dataclasses import dataclass
+
+from ..archs.spec import GatedMlp
+from ..checkpoint.open import Checkpoint, Layer
+
+# Every family calls the norm before its MoE sublayer so.
+MOE_NORM = "post_attention_layernorm"
+
+
+@dataclass(frozen=True)
+class DensePart:
+    """One MLP that every token goes through."""
+
+    mlp: GatedMlp
+    width: int
+    norm: str | None
+    """Its norm below the layer's prefix; None: it reads what the experts read, and
+    leaves with them."""
+
+
+def dense_parts(checkpoint: Checkpoint, layer: Layer) -> list[DensePart]:
+    """The MLPs of a layer beside its experts, in the order they are added."""
+    arch, config = checkpoint.arch, checkpoint.config
+    parts = []
+    dense = not layer.has_moe and not layer.dropped
+    if dense and arch.dense_mlp is not None:
+        parts.append(DensePart(arch.dense_mlp, config[arch.dense_width], MOE_NORM))
+    residual = arch.residual
+    if not dense and residual is not None and residual.present.read(config):
+        width = config[arch.config.hidden]
+        parts.append(DensePart(residual.mlp, width, residual.norm))
+    shared = arch.shared_count.read(config)
+    if layer.has_moe and arch.shared is not None and shared:
+        parts.append(DensePart(arch.shared, shared * layer.width, None))
+    return parts

@@ -1,0 +1,88 @@
+"""FP8 weights with one scale per block, as DeepSeek-V3 ships them.
+
+A weight ``NAME`` [R, C] in e4m3 has a companion ``NAME_scale_inv`` [R/b, C/b] in fp32:
+weight = e4m3 value x the scale of its block. Removing an expert copies both; writing
+a zero changes one byte of the weight and no scale.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from .index import TensorInfo
+
+SUFFIX = "_scale_inv"
+DTYPE = "F8_E4M3"
+SCALE_DTYPES = ("F32", "BF16")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The size of the blocks that share a scale."""
+
+    rows: int
+    cols: int
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scales of a matrix."""
+        rows, cols = shape
+        return -(-rows // self.rows), -(-cols // self.cols)
+
+    def dequantise(
+        self, weight_RC: torch.Tensor, scale_BC: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The matrix in ``dtype``, multiplied in fp32 and rounded once."""
+        rows, cols = weight_RC.shape
+        scale = scale_BC.float().repeat_interleave(self.rows, 0)[:rows]
+        scale = scale.repeat_interleave(self.cols, 1)[:, :cols]
+        return (weight_RC.float() * scale).to(dtype)
+
+
+def read_blocks(config: Mapping[str, Any], where: Path) -> Blocks | None:
+    """The block size that config.json gives, or None for plain weights.
+
+    Raises:
+        CheckpointError: The checkpoint is quantised in some other way.
+    """
+    found = config.get("quantization_config")
+    if found is None:
+        return None
+    said = found if isinstance(found, dict) else {"quant_method": found}
+    sizes = said.get("weight_block_size")
+    block = said.get("quant_method") == "fp8" and said.get("fmt", "e4m3") == "e4m3"
+    if not block or not (isinstance(sizes, list) and len(sizes) == 2):
+        raise CheckpointError(
+            f"{where}: the checkpoint is quantised ({said.get('quant_method')}); only "
+            "bf16, fp16, fp32 and block-scaled fp8 (e4m3) weights can be pruned. Start "
+            "from the unquantised checkpoint."
+        )
+    if any(type(size) is not int or size < 1 for size in sizes):
+        raise CheckpointError(
+            f"{where}: weight_block_size is {sizes!r}, not two sizes."
+        )
+    return Blocks(*sizes)
+
+
+def check_scale(
+    tensors: Mapping[str, TensorInfo], info: TensorInfo, blocks: Blocks
+) -> None:
+    """Refuse an FP8 weight whose scales are missing or of another shape.
+
+    Raises:
+        CheckpointError: Naming the scale.
+    """
+    name = info.name + SUFFIX
+    scale = tensors.get(name)
+    if scale is None:
+        raise CheckpointError(f"{info.file}: {name!r}, the scales of fp8, is missing.")
+    expected = blocks.scale_shape(info.shape)
+    if scale.shape != expected or scale.dtype not in SCALE_DTYPES:
+        raise CheckpointError(
+            f"{scale.file}: {name}: {scale.dtype} of shape {list(scale.shape)}, "
+            f"expected {'/'.join(SCALE_DTYPES)} of shape {list(expected)} "
+            f"(blocks of {blocks.rows} x {blocks.cols})."
+        )

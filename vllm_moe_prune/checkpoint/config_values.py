@@ -1,0 +1,95 @@
+"""Values of config.json, checked as they are read: a config is hostile until then."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..archs.spec import Key, MoeArch, RouterRule
+from ..errors import CheckpointError
+
+FLOATS = ("BF16", "F16", "F32")
+SCORES = ("softmax", "sigmoid")
+
+
+def positive(config: Mapping[str, Any], key: str, where: Path, least: int = 1) -> int:
+    """A whole number of at least ``least`` that config.json must have.
+
+    Raises:
+        CheckpointError: It is missing or something else.
+    """
+    if key not in config:
+        raise CheckpointError(f"{where}: key {key!r} is missing.")
+    return whole(config[key], key, where, least)
+
+
+def whole(value: object, key: str | None, where: Path, least: int = 1) -> int:
+    """``value`` itself, if it is a whole number of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise CheckpointError(
+            f"{where}: {key} is {value!r}; expected a whole number of at least {least}."
+        )
+    return value
+
+
+def check_pattern(arch: MoeArch, view: Mapping[str, Any], where: Path) -> None:
+    """Refuse values of the keys that say which layers have experts.
+
+    Raises:
+        CheckpointError: Naming the key.
+    """
+    pattern = arch.pattern
+    whole(pattern.first.read(view), pattern.first.name, where, least=0)
+    whole(pattern.frequency.read(view), pattern.frequency.name, where)
+
+
+def router_rule(arch: MoeArch, config: Mapping[str, Any], where: Path) -> RouterRule:
+    """How the routers of a checkpoint decide.
+
+    Raises:
+        CheckpointError: Naming the key whose value no router could follow.
+    """
+    keys = arch.router
+    scores = keys.scores.read(config)
+    if scores not in SCORES:
+        raise CheckpointError(
+            f"{where}: {keys.scores.name} is {scores!r}; known are {', '.join(SCORES)}."
+        )
+    groups = _groups(arch, config, where)
+    top_groups = whole(keys.top_groups.read(config), keys.top_groups.name, where)
+    if groups > 1 and top_groups > groups:
+        raise CheckpointError(
+            f"{where}: {keys.top_groups.name} is {top_groups}, but there are only "
+            f"{groups} groups."
+        )
+    return RouterRule(
+        scores=scores,
+        renormalise=_flag(keys.renormalise, config, where),
+        scale=_factor(keys.scale, config, where),
+        groups=groups,
+        top_groups=top_groups if groups > 1 else 1,
+        group_best=keys.group_best,
+        fp32=keys.fp32,
+    )
+
+
+def _groups(arch: MoeArch, config: Mapping[str, Any], where: Path) -> int:
+    keys = arch.router
+    if keys.method.read(config) in keys.ungrouped:
+        return 1
+    return whole(keys.groups.read(config), keys.groups.name, where)
+
+
+def _flag(key: Key, config: Mapping[str, Any], where: Path) -> bool:
+    value = key.read(config)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{where}: {key.name} is {value!r}, not true or false.")
+    return value
+
+
+def _factor(key: Key, config: Mapping[str, Any], where: Path) -> float:
+    value = key.read(config)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise CheckpointError(f"{where}: {key.name} is {value!r}, not a factor.")
+    return float(value)

@@ -1,0 +1,209 @@
+"""One decoder layer as config, remap table and tensor headers together describe it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..archs.spec import Layout, MoeArch, RouterRule, TensorRule
+from ..errors import CheckpointError
+from .block_fp8 import DTYPE, Blocks, check_scale
+from .config_values import FLOATS, positive
+from .index import TensorInfo
+from .remap import ExpertRemap, RemapLayer, check_against_shapes
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer as the checkpoint holds it."""
+
+    index: int
+    num_experts: int
+    """Experts with weights; 0 where there is no MoE sublayer."""
+    top_k: int
+    width: int
+    has_moe: bool
+    dropped: bool = False
+    """The MoE sublayer and its norm were removed by an earlier cut."""
+    redirect: tuple[int | None, ...] | None = None
+    """Router row -> expert, where the router still has rows of removed experts."""
+    groups: tuple[int, ...] | None = None
+    """The routing group of each router row; None where all are one group."""
+    group_floor: int = 1
+    """Fewest experts of a group with which routing keeps its meaning."""
+    mtp: bool = False
+    """Behind the last layer of the model, predicting further tokens ahead."""
+
+
+@dataclass(frozen=True)
+class LayerReader:
+    """What building the layers of one checkpoint has in common."""
+
+    folder: Path
+    arch: MoeArch
+    layout: Layout
+    tensors: dict[str, TensorInfo]
+    held: dict[tuple[int, str], set[int]]
+    """Expert ids per (layer, role) as the tensor names tell."""
+    remap: ExpertRemap | None
+    rule: RouterRule
+    blocks: Blocks | None
+
+    def build(
+        self, index: int, view: dict[str, Any], *, dense: bool, mtp: bool
+    ) -> Layer:
+        """Check one layer; ``view`` is the config as it sees it.
+
+        Raises:
+            CheckpointError: Naming the key, tensor or expert that is wrong.
+            RemapError: The remap table contradicts the tensors.
+        """
+        where = self.folder / "config.json"
+        keys = self.arch.config
+        entry = self._entry(index)
+        experts = positive(view, keys.experts, where, least=0)
+        top_k = positive(view, keys.top_k, where)
+        width = positive(view, keys.width, where)
+        if experts == 0 or dense:
+            self._check_dense(index)
+            dropped = entry is not None and entry.moe_dropped
+            return Layer(index, 0, top_k, width, False, dropped, mtp=mtp)
+        rows = self._check_router(index, view, experts)
+        self._check_experts(index, view, experts)
+        if entry is not None:
+            check_against_shapes(
+                entry, experts=experts, router_rows=rows, where=str(self.folder)
+            )
+        elif rows != experts:
+            router = self.tensors[self.layout.router.name(index)]
+            raise CheckpointError(
+                f"{router.file}: {router.name} has {rows} rows, but the layer has "
+                f"{experts} experts."
+            )
+        if top_k > rows:
+            raise CheckpointError(
+                f"{where}: layer {index}: {keys.top_k} is {top_k}, but the router "
+                f"has only {rows} rows."
+            )
+        return Layer(
+            index,
+            experts,
+            top_k,
+            width,
+            has_moe=True,
+            redirect=entry.redirect if entry is not None else None,
+            groups=self._groups(index, rows, entry),
+            group_floor=self.rule.group_floor(top_k) if self.rule.groups > 1 else 1,
+            mtp=mtp,
+        )
+
+    def _entry(self, index: int) -> RemapLayer | None:
+        if self.remap is None:
+            return None
+        entries = self.remap.all_layers
+        return entries[index] if index < len(entries) else None
+
+    def _check_dense(self, index: int) -> None:
+        """A layer that config.json calls dense must not bring experts along."""
+        for rule in self.layout.router_parts:
+            if rule.name(index) in self.tensors:
+                raise CheckpointError(
+                    f"{self.folder}: layer {index} has no experts by config.json, but "
+                    f"{rule.name(index)!r} is there."
+                )
+
+    def _check_router(self, index: int, view: dict[str, Any], experts: int) -> int:
+        """The number of the router's rows."""
+        hidden = view[self.arch.config.hidden]
+        rows = None
+        for rule in self.layout.router_parts:
+            name = rule.name(index)
+            info = self.tensors.get(name)
+            if info is None:
+                raise CheckpointError(
+                    f"{self.folder}: layer {index}: router {name!r} is missing."
+                )
+            found = info.shape[0] if info.shape else 0
+            rows = found if rows is None else rows
+            sizes = {"E": rows, "D": hidden}
+            expected = tuple(sizes[axis] for axis in rule.axes.split())
+            if info.shape != expected or info.dtype not in FLOATS:
+                raise CheckpointError(
+                    f"{info.file}: {info.name}: {info.dtype} of shape "
+                    f"{list(info.shape)}, expected floats of shape {list(expected)} "
+                    f"({rule.axes}, from config.json)."
+                )
+            if experts > found:
+                raise CheckpointError(
+                    f"{info.file}: {info.name} has {found} rows, but config.json says "
+                    f"{self.arch.config.experts} is {experts}."
+                )
+        return rows or 0
+
+    def _check_experts(self, index: int, view: dict[str, Any], experts: int) -> None:
+        for rule in self.layout.experts:
+            if rule.per_expert:
+                found = self.held.get((index, rule.role), set())
+                if missing := sorted(set(range(experts)) - found):
+                    name = rule.name(index, missing[0])
+                    raise CheckpointError(
+                        f"{self.folder}: layer {index}: config.json says {experts} "
+                        f"experts, but {name!r} is missing ({len(missing)} such "
+                        "tensors)."
+                    )
+                if extra := sorted(found - set(range(experts))):
+                    raise CheckpointError(
+                        f"{self.folder}: layer {index}: expert {extra[0]} found, but "
+                        f"config.json says {self.arch.config.experts} is {experts}."
+                    )
+            self._check_shapes(rule, index, experts, view)
+
+    def _check_shapes(
+        self, rule: TensorRule, index: int, experts: int, view: dict[str, Any]
+    ) -> None:
+        keys = self.arch.config
+        hidden, width = view[keys.hidden], view[keys.width]
+        sizes = {"E": experts, "D": hidden, "F": width, "2F": 2 * width}
+        expected = tuple(sizes[axis] for axis in rule.axes.split())
+        allowed: tuple[str, ...] = FLOATS
+        if self.blocks is not None and rule.per_expert:
+            allowed = (*FLOATS, DTYPE)
+        dtype = None
+        for expert in range(experts) if rule.per_expert else (None,):
+            name = rule.name(index, expert)
+            info = self.tensors.get(name)
+            if info is None:
+                raise CheckpointError(f"layer {index}: {name!r} is missing.")
+            if info.shape != expected or info.dtype not in allowed:
+                raise CheckpointError(
+                    f"{info.file}: {name}: {info.dtype} of shape {list(info.shape)}, "
+                    f"expected {'/'.join(allowed)} of shape {list(expected)} "
+                    f"({rule.axes}, from config.json)."
+                )
+            if info.dtype != (dtype := dtype or info.dtype):
+                raise CheckpointError(
+                    f"{info.file}: {name} is {info.dtype}, the same matrix of expert 0 "
+                    f"is {dtype}."
+                )
+            if self.blocks is not None and info.dtype == DTYPE:
+                check_scale(self.tensors, info, self.blocks)
+
+    def _groups(
+        self, index: int, rows: int, entry: RemapLayer | None
+    ) -> tuple[int, ...] | None:
+        """The table's groups, or equal ones in order, as the family defines them."""
+        count = self.rule.groups
+        if count == 1:
+            return None
+        if entry is not None and entry.groups is not None:
+            if max(entry.groups) >= count:
+                raise CheckpointError(
+                    f"{self.folder}: layer {index}: the remap table names group "
+                    f"{max(entry.groups)}, but there are {count} groups."
+                )
+            return entry.groups
+        if rows % count:
+            raise CheckpointError(
+                f"{self.folder}: layer {index}: {rows} router rows do not divide into "
+                f"{count} groups ({self.arch.router.groups.name} in config.json)."
+            )
+        return tuple(row * count // rows for row in range(rows))
