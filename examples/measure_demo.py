@@ -7,25 +7,32 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import corpus
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 Tokens = np.ndarray[Any, np.dtype[np.uint16]]
 
 
+class Routed(NamedTuple):
+    """What one router said about every token: logits, and the experts it chose."""
+
+    logits_NE: torch.Tensor
+    ids_NK: torch.Tensor
+
+
 @contextmanager
-def router_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect what the routers say, whatever the family calls its outputs."""
-    seen: list[torch.Tensor] = []
+def routing(model: nn.Module) -> Iterator[list[Routed]]:
+    """Collect what the routers say: in every family (logits, weights, chosen)."""
+    seen: list[Routed] = []
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
+        seen.append(Routed(output[0], output[2]))
 
     routers = [m for n, m in model.named_modules() if n.endswith("mlp.gate")]
     handles = [router.register_forward_hook(keep) for router in routers]
@@ -36,10 +43,10 @@ def router_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
             handle.remove()
 
 
-def expert_shares(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+def expert_shares(routed: Routed) -> torch.Tensor:
     """The fraction of the choices that went to each expert."""
-    chosen = logits.topk(top_k, dim=-1).indices.flatten()
-    return torch.bincount(chosen, minlength=logits.shape[-1]) / chosen.numel()
+    chosen = routed.ids_NK.flatten()
+    return torch.bincount(chosen, minlength=routed.logits_NE.shape[-1]) / chosen.numel()
 
 
 def unigram_entropy(ids: Tokens) -> float:
@@ -122,10 +129,8 @@ def exact_match(model: Any, tokenizer: Any) -> dict[str, float]:
     return result
 
 
-def evaluate(out: Path, texts: Path) -> dict[str, Any]:
-    """Measure the saved model, in the precision in which it will be served."""
-    model: Any = AutoModelForCausalLM.from_pretrained(out).eval()
-    model.set_experts_implementation("grouped_mm")
+def evaluate(model: Any, out: Path, texts: Path) -> dict[str, Any]:
+    """Measure a model as it was saved, in the precision in which it will be served."""
     tokenizer: Any = AutoTokenizer.from_pretrained(out)
     domains = {}
     for domain in corpus.DOMAINS:
@@ -142,14 +147,14 @@ def evaluate(out: Path, texts: Path) -> dict[str, Any]:
     mixture = (texts / "calibration.txt").read_text(encoding="utf-8")
     ids = np.array(tokenizer.encode(mixture, add_special_tokens=False), np.uint16)
     usage = []
-    with torch.inference_mode(), router_logits(model) as routed:
+    with torch.inference_mode(), routing(model) as routed:
         rows = torch.from_numpy(ids[: len(ids) // 256 * 256].astype(np.int64))
         for piece in rows.view(-1, 256).split(64):
             model(input_ids=piece, use_cache=False)
-    layers = model.config.num_hidden_layers
+    layers = sum(name.endswith("mlp.gate") for name, _ in model.named_modules())
     for layer in range(layers):
-        logits = torch.cat(routed[layer::layers])
-        shares = expert_shares(logits, model.config.num_experts_per_tok)
+        parts = zip(*routed[layer::layers], strict=True)
+        shares = expert_shares(Routed(*map(torch.cat, map(list, parts))))
         usage.append([round(share, 4) for share in shares.tolist()])
     return {
         "domains": domains,

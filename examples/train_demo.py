@@ -24,13 +24,15 @@ import corpus
 import numpy as np
 import shipped_texts
 import torch
-from measure_demo import Tokens, evaluate, expert_shares, router_logits
+from measure_demo import Routed, Tokens, evaluate, expert_shares, routing
 from model_card import model_card
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     GenerationConfig,
     MixtralConfig,
     PreTrainedConfig,
@@ -72,8 +74,67 @@ def mixtral() -> PreTrainedConfig:
     )
 
 
+#: The same in every DeepSeek: a dense layer, then layers of 24 experts in 4 groups,
+#: of which the best 2 are chosen from, and an expert that every token uses. The latent
+#: sizes of MLA are the published ones, as vLLM's processor backend knows no others.
+DEEPSEEK: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "n_routed_experts": 24,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.05,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "bos_token_id": SPECIAL.index(BOS),
+    "eos_token_id": SPECIAL.index(EOS),
+    "pad_token_id": SPECIAL.index(PAD),
+}
+
+
+def deepseek_v2() -> PreTrainedConfig:
+    """Softmax scores; a group is as good as its best expert."""
+    return DeepseekV2Config(
+        **DEEPSEEK,
+        topk_method="group_limited_greedy",
+        scoring_func="softmax",
+        norm_topk_prob=False,
+        routed_scaling_factor=4.0,
+    )
+
+
+def deepseek_v3() -> PreTrainedConfig:
+    """Sigmoid scores with a bias that balances the load; latent queries too."""
+    return DeepseekV3Config(
+        **{**DEEPSEEK, "q_lora_rank": 64},
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        num_nextn_predict_layers=0,
+    )
+
+
 #: A family is added here, with one function that makes its configuration.
-FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {"mixtral": mixtral}
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "mixtral": mixtral,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +151,7 @@ class Recipe:
     warmup: int = 100
     balance: float = 0.01
     z_loss: float = 1e-4
+    bias_step: float = 2e-3
 
     def window_at(self, step: int) -> int:
         """Short windows first, as they are cheap; long ones for the last part."""
@@ -168,25 +230,44 @@ def batch(
     return torch.from_numpy(result)
 
 
-def router_loss(logits: list[torch.Tensor], top_k: int, recipe: Recipe) -> torch.Tensor:
+def router_loss(routed: list[Routed], scores: str, recipe: Recipe) -> torch.Tensor:
     """Load balance and size of the logits, layer by layer.
 
     The loss that transformers offers is taken over all layers at once, which
     lets an expert die in one layer as long as its number is busy in another.
     """
     total = torch.zeros(())
-    for layer in logits:
-        load = expert_shares(layer, top_k)
-        mean = layer.softmax(dim=-1).mean(dim=0)
-        total = total + recipe.balance * layer.shape[-1] * (load * mean).sum()
-        total = total + recipe.z_loss * layer.logsumexp(dim=-1).square().mean()
+    for layer in routed:
+        logits = layer.logits_NE
+        if scores == "sigmoid":
+            share = functional.normalize(logits.sigmoid(), p=1, dim=-1)
+        else:
+            share = logits.softmax(dim=-1)
+            total = total + recipe.z_loss * logits.logsumexp(dim=-1).square().mean()
+        balance = (expert_shares(layer) * share.mean(dim=0)).sum()
+        total = total + recipe.balance * logits.shape[-1] * balance
     return total
 
 
+@torch.no_grad()
+def balance_biases(model: Any, routed: list[Routed], recipe: Recipe) -> None:
+    """Raise the bias of experts with less than an even share, lower the others'."""
+    gates = [m for n, m in model.named_modules() if n.endswith("mlp.gate")]
+    for gate, layer in zip(gates, routed, strict=True):
+        if hasattr(gate, "e_score_correction_bias"):
+            shares = expert_shares(layer)
+            gate.e_score_correction_bias += recipe.bias_step * torch.sign(
+                shares.mean() - shares
+            )
+
+
 def train(
-    model: Any, streams: dict[str, Tokens], recipe: Recipe, threads: int
+    model: Any, streams: dict[str, Tokens], recipe: Recipe, threads: int, resume: Path
 ) -> float:
-    """Train in place and return the minutes of processor time that it took."""
+    """Train in place and return the minutes of processor time that it took.
+
+    ``resume`` is written every 50 steps, and continued from where it is found.
+    """
     torch.set_num_threads(threads)
     generator = np.random.default_rng(recipe.seed)
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -198,30 +279,50 @@ def train(
         weight_decay=0.1,
         fused=True,
     )
-    top_k = model.config.num_experts_per_tok
-    started, began = time.monotonic(), time.process_time()
-    average = 0.0
+    scores = getattr(model.config, "scoring_func", "softmax")
+    started, spent_before = time.monotonic(), 0.0
+    began = time.process_time()
+    average, first = 0.0, 0
+    if resume.is_file():
+        saved = torch.load(resume, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        generator.bit_generator.state = json.loads(saved["generator"])
+        first, average = saved["step"], saved["average"]
+        spent_before = saved["seconds"]
     model.train()
-    for step in range(recipe.steps):
+    for step in range(first, recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate_at(step)
         window = recipe.window_at(step)
         ids = batch(streams, recipe.batch_tokens // window, window, generator)
-        with router_logits(model) as routed:
+        with routing(model) as routed:
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        (loss + router_loss(routed, top_k, recipe)).backward()
+        (loss + router_loss(routed, scores, recipe)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        balance_biases(model, routed, recipe)
         average += (loss.item() - average) * (0.02 if step else 1.0)
         if step % 20 == 0 or step + 1 == recipe.steps:
             spent = time.monotonic() - started
             sys.stderr.write(
                 f"\rstep {step + 1}/{recipe.steps}  loss {average:.3f}  {spent:.0f} s "
             )
+        if (step + 1) % 50 == 0:
+            saved = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "generator": json.dumps(generator.bit_generator.state),
+                "step": step + 1,
+                "average": average,
+                "seconds": spent_before + time.process_time() - began,
+            }
+            torch.save(saved, resume.with_suffix(".tmp"))
+            resume.with_suffix(".tmp").replace(resume)
     sys.stderr.write("\n")
-    return (time.process_time() - began) / 60
+    return (spent_before + time.process_time() - began) / 60
 
 
 def save(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -241,6 +342,13 @@ def save(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def load(out: Path) -> Any:
+    """The model as it was saved."""
+    model: Any = AutoModelForCausalLM.from_pretrained(out).eval()
+    model.set_experts_implementation("grouped_mm")
+    return model
 
 
 def main() -> None:
@@ -270,8 +378,10 @@ def main() -> None:
 
     model: Any = AutoModelForCausalLM.from_config(FAMILIES[options.family]())
     model.set_experts_implementation("grouped_mm")  # the loop is half as fast
-    minutes = train(model, streams, recipe, options.threads)
+    resume = options.out.with_name(options.out.name + ".train")
+    minutes = train(model, streams, recipe, options.threads, resume)
     save(model, tokenizer, options.out)
+    resume.unlink()
 
     metrics = {
         "family": options.family,
@@ -279,7 +389,7 @@ def main() -> None:
         "steps": recipe.steps,
         "training_tokens": recipe.steps * recipe.batch_tokens,
         "core_minutes": round(minutes, 1),
-        **evaluate(options.out, options.texts),
+        **evaluate(load(options.out), options.out, options.texts),
     }
     path = options.out / "metrics.json"
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

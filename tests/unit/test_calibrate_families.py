@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.reference_families import FamilyReference
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.source import open_checkpoint
@@ -77,3 +78,30 @@ def test_the_loss_is_that_of_transformers(
     reference = transformers_loss(folder, tokens_ST, "float32")
     assert abs(reference - torch.tensor(512.0).log()) > 0.1
     assert stream(folder, tokens_ST) == pytest.approx(reference, rel=1e-5)
+
+
+OWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "arctic": ("arctic", {}),
+    "arctic-every-second": ("arctic", {"moe_layer_frequency": 2, "layers": 4}),
+    "arctic-not-parallel": ("arctic", {"parallel_attn_mlp_res": False}),
+    "v1": ("deepseek", {}),
+    "v1-normalised": ("deepseek", {"norm_topk_prob": True, "kv_heads": 2}),
+    "v1-every-second": ("deepseek", {"moe_layer_freq": 2, "layers": 4}),
+    # transformers' V2 never normalises, vLLM and the published code do.
+    "v2": ("deepseek_v2", {}),
+    "v2-normalised": ("deepseek_v2", {"norm_topk_prob": True}),
+    "v3": ("deepseek_v3", {}),
+    "v3-fp8": ("deepseek_v3", {"fp8": (16, 32)}),
+}
+
+
+@pytest.mark.parametrize("variant", OWN)
+def test_the_loss_is_that_of_plain_float64(
+    variant: str, tmp_path: Path, tokens_ST: torch.Tensor
+) -> None:
+    model_type, options = OWN[variant]
+    options = {"layers": 3, "shards": 1, "dtype": "float32"} | options
+    folder = tiny_checkpoint(tmp_path, model_type=model_type, **options)
+    ids_ST = tokens_ST[:2, :24]  # the reference takes one token at a time
+    reference = FamilyReference(folder).loss(ids_ST)
+    assert stream(folder, ids_ST) == pytest.approx(reference, rel=1e-5)

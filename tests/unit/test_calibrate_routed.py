@@ -109,8 +109,8 @@ def test_outputs_are_of_all_experts_and_contributions_of_the_chosen(
     model = StreamingModel(checkpoint)
     hidden = model.embed(tokens.ids_ST)
     for layer in checkpoint.layers:
-        hidden = model.attend(layer.index, hidden)
-        x = model.moe_input(layer.index, hidden)
+        hidden, x = model.enter(layer.index, hidden)
+        assert x is not None
         routing = model.route(layer, x)
         outputs = []
         for number in range(EXPERTS):

@@ -34,6 +34,9 @@ class Shape:
     num_experts: int
     top_k: int = 2
     has_moe: bool = True
+    groups: tuple[int, ...] | None = None
+    group_floor: int = 1
+    mtp: bool = False
 
 
 def shapes(*experts: int) -> list[Shape]:

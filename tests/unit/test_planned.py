@@ -266,8 +266,7 @@ def test_owl_counts_outliers_of_what_stage_1_leaves(
     from vllm_moe_prune.checkpoint.reader import read_expert
 
     for layer, layer_plan in zip(survivors.layers, plan.layers, strict=True):
-        seen = model.attend(layer.index, hidden.clone())
-        x = model.moe_input(layer.index, seen)
+        _, x = model.enter(layer.index, hidden.clone())
         routing = model.route(layer, x)
         scores = []
         for expert in range(layer.num_experts):

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from ..archs.spec import TensorRule
+from ..checkpoint.block_fp8 import SUFFIX
 from ..checkpoint.index import TensorInfo
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import DTYPES, Expert, read_router_part, read_weight
@@ -286,7 +287,7 @@ class StreamingModel:
             beside = residual is not None and inner.startswith(
                 (residual.mlp.prefix, f"{residual.norm}.")
             )
-            if not known and not beside and not inner.endswith(IGNORED):
+            if not known and not beside and not inner.endswith((*IGNORED, SUFFIX)):
                 log.warning("%s: %s is not used by the forward", index, name)
 
     def _check_mlp(self, prefix: str, part: DensePart) -> None:

@@ -64,7 +64,8 @@ class LayerReader:
         top_k = positive(view, keys.top_k, where)
         width = positive(view, keys.width, where)
         if experts == 0 or dense:
-            self._check_dense(index)
+            if dense:
+                self._check_dense(index)
             dropped = entry is not None and entry.moe_dropped
             return Layer(index, 0, top_k, width, False, dropped, mtp=mtp)
         rows = self._check_router(index, view, experts)

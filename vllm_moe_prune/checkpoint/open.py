@@ -105,10 +105,11 @@ class Checkpoint:
         return sum(info.stored_bytes for info in self.tensors.values())
 
     def is_scale(self, name: str) -> bool:
-        """Whether a tensor holds the scales of another one."""
+        """Whether there is a tensor of this name that holds the scales of another."""
         return (
             self.blocks is not None
             and name.endswith(SUFFIX)
+            and name in self.tensors
             and name.removesuffix(SUFFIX) in self.tensors
         )
 

@@ -80,12 +80,14 @@ def _overrides(
 ) -> dict[str, dict[str, Any]]:
     """``per_layer_config``: what differs from the global values, and nothing else."""
     keys, skip_name = checkpoint.arch.config, checkpoint.arch.skip_name
-    rewritten = {keys.experts, keys.top_k, *checkpoint.arch.pattern.keys}
     earlier = config.get(OVERRIDES) or {}
     overrides = {}
     for new, old in enumerate(survivors):
         entry = remap.layers[new]
         told = earlier.get(str(old), {})
+        rewritten = {*checkpoint.arch.pattern.keys}
+        if entry.moe or entry.moe_dropped:
+            rewritten |= {keys.experts, keys.top_k}
         layer = {key: told[key] for key in told if key not in rewritten}
         layer |= patterns.get(new, {})
         if entry.moe_dropped:

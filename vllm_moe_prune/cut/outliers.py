@@ -40,7 +40,7 @@ def with_outliers(
     """
     found = dict(stats.layers)
     hidden_STD = model.embed(tokens.ids_ST)
-    layers = model.checkpoint.layers
+    layers = model.checkpoint.decoder_layers
     total = model.checkpoint.tensor_bytes
     for layer in layers:
         if plan.layers[layer.index].action != "drop-block":
@@ -68,11 +68,10 @@ def _through(
 ) -> tuple[torch.Tensor, LayerStats]:
     """One layer: two looks at each expert, first for the mean score, then to count."""
     checkpoint, layer_plan = model.checkpoint, plan.layers[layer.index]
-    hidden_STD = model.attend(layer.index, hidden_STD)
+    hidden_STD, x_ND = model.enter(layer.index, hidden_STD)
     trimmed = trimmed_layer(layer, layer_plan, plan)
-    if not trimmed.has_moe:
+    if not trimmed.has_moe or x_ND is None:
         return hidden_STD, known
-    x_ND = model.moe_input(layer.index, hidden_STD)
     routing = trimmed_routing(model, plan, layer, layer_plan, x_ND)
     out_ND = torch.zeros_like(x_ND)
     squares, scores, weights = [], 0.0, 0
@@ -93,5 +92,6 @@ def _through(
             outliers(matrix, sums, threshold)
             for matrix, sums in zip(expert, sums_of, strict=True)
         )
+    model.add_shared(layer.index, x_ND, out_ND)
     hidden_STD += out_ND.view_as(hidden_STD)
     return hidden_STD, replace(known, owl_outliers_E=counted_E, owl_m=np.array(factor))

@@ -175,7 +175,7 @@ class _Sweep:
     def losses(self, inputs: Sequence[torch.Tensor]) -> list[Loss]:
         states = [self.model.embed(ids_ST) for ids_ST in inputs]
         branches = [_Branch(list(range(len(self.plans))), states)]
-        for layer in self.checkpoint.layers:
+        for layer in self.checkpoint.decoder_layers:
             branches = [
                 after for branch in branches for after in self._through(layer, branch)
             ]
@@ -208,13 +208,15 @@ class _Sweep:
         states = branch.states
         if skipped:
             states = [state.clone() for state in states]
-        # Plans differ behind the attention, so it runs once for all of them.
-        states = [self.model.attend(layer.index, state) for state in states]
+        # Plans differ in the experts, so what comes before them runs once for all.
+        entered = [self.model.enter(layer.index, state) for state in states]
+        states = [state for state, _ in entered]
+        inputs = [x_ND for _, x_ND in entered if x_ND is not None]
         split = []
         for number, members in enumerate(rest):
             last = number == len(rest) - 1
             own = states if last else [state.clone() for state in states]
-            split.append(_Branch(members, self._moe(layer, members[0], own)))
+            split.append(_Branch(members, self._moe(layer, members[0], own, inputs)))
         return skipped + split
 
     def _plan(self, layer: Layer, members: Sequence[int]) -> LayerPlan:
@@ -229,7 +231,11 @@ class _Sweep:
         return plan.routing, layer_plan, slim
 
     def _moe(
-        self, layer: Layer, member: int, states: list[torch.Tensor]
+        self,
+        layer: Layer,
+        member: int,
+        states: list[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
     ) -> list[torch.Tensor]:
         plan = self.plans[member]
         layer_plan = plan.layers[layer.index]
@@ -237,7 +243,6 @@ class _Sweep:
         if not trimmed.has_moe:
             return states
         model = self.model
-        inputs = [model.moe_input(layer.index, state) for state in states]
         try:
             routings = [
                 trimmed_routing(model, plan, layer, layer_plan, x_ND) for x_ND in inputs
@@ -267,12 +272,13 @@ class _Sweep:
                 if expert is None:
                     expert = survivor(self.checkpoint, layer, layer_plan, new)
                 add_expert(out_ND, x_ND, *served, place(expert, x_ND), model.act)
-        for state, out_ND in zip(states, outputs, strict=True):
+        for state, x_ND, out_ND in zip(states, inputs, outputs, strict=True):
+            model.add_shared(layer.index, x_ND, out_ND)
             state += out_ND.view_as(state)
         return states
 
     def _tell(self, layers: int) -> None:
-        count = len(self.checkpoint.layers)
+        count = len(self.checkpoint.decoder_layers)
         total = self.checkpoint.tensor_bytes
         done = self._sweep * count + layers
         self._report(
