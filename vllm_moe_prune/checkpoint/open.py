@@ -243,7 +243,6 @@ def _check_beyond(
         )
 
 
-
 def _check_numbers(arch: MoeArch, tensors: dict[str, TensorInfo]) -> None:
     """Refuse names whose numbers only some readers would take for a layer or expert."""
     start, _, _ = arch.layer_prefix.partition("{layer}")
