@@ -51,12 +51,18 @@ def print_json(data: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout; numbers right, first column left."""
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    text: Sequence[str] = (),
+) -> None:
+    """A table on stdout; numbers right, first column and those of text left."""
     out.print(Text(title, "bold"))
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for position, column in enumerate(columns):
-        grid.add_column(column, justify="right" if position else "left")
+        left = position == 0 or column in text
+        grid.add_column(column, justify="left" if left else "right")
     for row in rows:
         grid.add_row(*(str(cell) for cell in row))
     out.print(grid)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import RecipeError
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Part01 = Annotated[float, Field(ge=0.0, le=1.0)]
 Index = Annotated[int, Field(ge=0)]
 Criterion = Literal[
     "routing-score",
@@ -25,6 +26,8 @@ Criterion = Literal[
     "random",
 ]
 """How much an expert matters; the formulas are in ``decide/scores.py``."""
+Chooser = Literal["stun"] | Criterion
+Budget = Literal["global", "per-layer", "sensitivity"]
 SlimMethod = Literal["wanda", "wanda-variant", "magnitude", "sparsegpt", "none"]
 NEEDS_ACTIVATIONS = ("wanda", "wanda-variant", "sparsegpt")
 Part = Literal["experts", "attention", "shared", "mlp"]
@@ -62,7 +65,7 @@ class ExpertStage(Strict):
     """Share of all experts to remove, met exactly after rounding to whole experts."""
     keep: int | None = Field(default=None, ge=1)
     """Instead of ``drop``: mean number of experts kept per MoE layer."""
-    budget: Literal["global", "per-layer", "sensitivity"] = "global"
+    budget: Budget = "global"
     """Where experts go: the lowest of the model, the same everywhere, or split by the
     measured loss of each layer."""
     protected: dict[Index, tuple[Index, ...]] = {}
@@ -208,6 +211,40 @@ class LayerStage(Strict):
         return self
 
 
+class TuneStage(Strict):
+    """What ``tune`` tries out to find the best plan for a size."""
+
+    experts: tuple[Chooser, ...] = ("total-output", "reap", "routing-score", "stun")
+    """By which rules experts leave; the first is tried along with dropped layers."""
+    budgets: tuple[Budget, ...] = ("sensitivity", "global", "per-layer")
+    shares: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = (
+        0,
+        0.25,
+        0.5,
+        0.75,
+        1,
+    )
+    """Shares of the size that whole experts take; zeros take the rest."""
+    layer_counts: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2)
+    """How many MoE sublayers, or blocks, leave whole."""
+    slims: tuple[SlimMethod, ...] = ("wanda", "sparsegpt")
+    """How zeros are written: by the first, and in the end by the others too."""
+    owl: bool = True
+    """Whether zeros are in the end also spread by OWL."""
+    finalists: int = Field(default=4, ge=1)
+    """How many are left in the end at least."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TuneStage":
+        lists = (self.experts, self.budgets, self.shares, self.slims)
+        refuse(
+            any(not values for values in lists)
+            and "experts, budgets, shares and slims need at least one entry each",
+            ("none" in self.slims) and "slims: none writes no zeros",
+        )
+        return self
+
+
 class Recipe(Strict):
     """Everything a run needs to know besides the checkpoint."""
 
@@ -227,6 +264,8 @@ class Recipe(Strict):
     order: Literal["structured-first", "unstructured-first"] = "structured-first"
     """``unstructured-first`` slims before experts are chosen: a control, two cuts."""
     calibration: Calibration = Calibration()
+    tune: TuneStage | None = None
+    """Search for the best plan of ``total_sparsity`` instead of following one way."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":

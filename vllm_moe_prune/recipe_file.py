@@ -1,5 +1,6 @@
 """Where recipes come from: shipped ones, YAML files, and flags put over them."""
 
+from decimal import Decimal
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,11 @@ FLAGS = {
     "samples": ("calibration", "samples"),
     "sequence_length": ("calibration", "sequence_length"),
     "seed": ("calibration", "seed"),
+    "heldout": ("calibration", "heldout"),
 }
+
+
+SWEEPABLE = ("total", "drop", "keep")
 
 
 def with_overrides(recipe: Recipe, flags: dict[str, Any]) -> Recipe:
@@ -100,6 +105,38 @@ def with_overrides(recipe: Recipe, flags: dict[str, Any]) -> Recipe:
             "is none. Choose a recipe that removes experts, such as stun40."
         )
     return parse_recipe(data, recipe.name)
+
+
+MOST_SWEPT = 1000
+
+
+def swept(recipe: Recipe, sweep: str) -> list[Recipe]:
+    """One recipe for each value of ``KEY=FIRST:LAST:STEP``, named after the value.
+
+    Raises:
+        RecipeError: The sweep, or a recipe with one of its values, makes no sense.
+    """
+    key, _, values = sweep.partition("=")
+    try:
+        first, last, step = (Decimal(part) for part in values.split(":"))
+        count = int((last - first) / step) + 1 if step > 0 else 0
+    except (ValueError, ArithmeticError) as error:
+        raise RecipeError(
+            f"sweep {sweep!r}: write KEY=FIRST:LAST:STEP, such as total=0.2:0.7:0.1."
+        ) from error
+    if key not in SWEEPABLE or not 1 <= count <= MOST_SWEPT:
+        raise RecipeError(
+            f"sweep {sweep!r}: sweeps {', '.join(SWEEPABLE)} upwards, in at most "
+            f"{MOST_SWEPT:,} steps."
+        )
+    found = []
+    for at in range(count):
+        value = first + at * step
+        number = int(value) if key == "keep" else float(value)
+        flags = {key: number}
+        named = recipe.model_copy(update={"name": f"{recipe.name}-{key}-{value}"})
+        found.append(with_overrides(named, flags))
+    return found
 
 
 def parse_size(text: str) -> int:

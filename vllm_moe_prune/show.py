@@ -64,7 +64,7 @@ def show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:
     if data["routing"] == "redirect":
         hint("Redirect routing: cut the original again instead of this one.")
         return
-    hint(f"Next: vllm-moe-prune run {_source(checkpoint)} OUT --calibration TEXT")
+    hint(f"Next: vllm-moe-prune run {source_of(checkpoint)} OUT --calibration TEXT")
 
 
 def _compression(checkpoint: Checkpoint) -> list[tuple[str, str]]:
@@ -83,7 +83,7 @@ def experts_text(counts: Sequence[int]) -> str:
     return f"{min(counts)}-{max(counts)} (mean {sum(counts) / len(counts):.1f})"
 
 
-def _source(checkpoint: Checkpoint) -> str:
+def source_of(checkpoint: Checkpoint) -> str:
     """How the next command names a checkpoint."""
     origin = checkpoint.origin
     return str(checkpoint.folder) if origin.revision is None else origin.name
@@ -112,7 +112,7 @@ def show_stats(
             ("peak memory", gib(peak_rss_bytes())),
         ],
     )
-    source = _source(checkpoint)
+    source = source_of(checkpoint)
     hint(f"Next: vllm-moe-prune plan {source} --stats {path} -o plan.json")
 
 
@@ -181,7 +181,7 @@ def show_plan(
         ],
     )
     if not brief:
-        hint(f"Next: vllm-moe-prune cut {_source(checkpoint)} --plan {path} -o OUT")
+        hint(f"Next: vllm-moe-prune cut {source_of(checkpoint)} --plan {path} -o OUT")
 
 
 def _removed(layer: "LayerPlan") -> list[int]:

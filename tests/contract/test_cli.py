@@ -34,6 +34,9 @@ RUNS = {
     "convert": "convert out new --layout bitmask",
     "verify": "verify out --source ckpt",
     "run": f"run ckpt new --calibration text.txt --keep 3 {SMALL}",
+    "recipes": "recipes",
+    "tune": f"tune ckpt -o best.json --total 0.4 --calibration text.txt {SMALL}"
+    " --recipe small.yaml --heldout 2",
     "eval": "eval ckpt --text text.txt --sequence-length 64 --max-tokens 300",
 }
 PROGRESS = re.compile(
@@ -48,6 +51,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     tiny_checkpoint(folder / "ckpt", layers=2, experts=4, hidden=32, width=48)
     tiny_text(folder, 8000)
+    tune = "{experts: [reap], budgets: [global], shares: [0.5], layer_counts: []}"
+    (folder / "small.yaml").write_text(f"tune: {tune}\n", "utf-8")
     return folder
 
 

@@ -36,11 +36,10 @@ ROWS = (
         "probe",
         "report",
         "slim",
-        "tune",
         "verify",
     },
-    {"pipeline", "plugin", "preflight"},
-    {"draw", "serve", "serve_command", "show"},
+    {"measuring", "pipeline", "planning", "plugin", "preflight", "tune"},
+    {"draw", "serve", "serve_command", "show", "show_search"},
     {"cli"},
     {"__main__"},
 )

@@ -8,7 +8,7 @@ import typer
 
 from .. import __version__
 from ..errors import Interrupted, MoePruneError, said_by
-from . import prune, use
+from . import find, prune, use
 from .flags import flag
 
 # Typer keeps click's exceptions to itself; this one is for wrong command lines.
@@ -45,6 +45,7 @@ def _root(
 for command in (
     *(prune.inspect, prune.measure, prune.plan, prune.cut, prune.convert),
     *(prune.verify, prune.run),
+    *(find.recipes, find.tune),
 ):
     app.command()(command)
 # What serve does not know goes on to vLLM.

@@ -99,24 +99,37 @@ def plan(
     sequence_length: Length = None,
     seed: Seed = None,
     shard_size: ShardSize = "5GB",
+    sweep: Annotated[
+        str | None, flag("KEY=FIRST:LAST:STEP of total, drop or keep; -o is a folder.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Decide everything and predict the size to the byte; writes no weights.
 
     Example: `vllm-moe-prune plan CKPT --stats stats.safetensors --total 0.5 -o p.json`
+
+    With `--sweep total=0.2:0.7:0.1` all of them from one measurement, into a folder.
     """
     from .. import pipeline
     from ..calibrate.stats import load_stats
     from ..checkpoint.place import check_file
     from ..checkpoint.source import open_checkpoint
-    from ..recipe_file import parse_size
+    from ..recipe_file import parse_size, swept
     from ..show import show_plan
+    from ..show_search import show_sweep
 
     asked = asked_recipe(context)
     max_shard_bytes = parse_size(shard_size)
     checkpoint = open_checkpoint(source, revision)
     check_file(output, checkpoint.folder)
     loaded = load_stats(stats) if stats is not None else None
+    if sweep is not None:
+        recipes = swept(asked, sweep)
+        plans = pipeline.plan_sweep(
+            checkpoint, recipes, loaded, output, max_shard_bytes
+        )
+        show_sweep(plans, as_json)
+        return
     decided = pipeline.plan(checkpoint, asked, loaded, max_shard_bytes)
     pipeline.save_plan(decided, output)
     show_plan(checkpoint, decided, output, as_json)

@@ -1,0 +1,199 @@
+"""The search for the best plan: it finds the least loss, fits, resumes, and is cut."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_checkpoint, tiny_text
+from vllm_moe_prune import pipeline
+from vllm_moe_prune.calibrate.data import load_heldout
+from vllm_moe_prune.checkpoint.open import Checkpoint
+from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.decide.plan import dump_plan
+from vllm_moe_prune.errors import OutputError, RecipeError
+from vllm_moe_prune.progress import Progress
+from vllm_moe_prune.recipe import Recipe, TuneStage, parse_recipe
+from vllm_moe_prune.recipe_file import load_recipe, swept
+from vllm_moe_prune.tune.candidates import refinements, structures
+from vllm_moe_prune.tune.front import check_plot, front, plot_front
+from vllm_moe_prune.tune.search import Tuned, tune
+
+from .test_planned import loss_of
+
+SMALL: dict[str, Any] = {
+    "experts": ("total-output", "stun"),
+    "budgets": ("sensitivity", "per-layer"),
+    "shares": (0.0, 0.5, 1.0),
+    "layer_counts": (1,),
+    "finalists": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("tune")
+    tiny_text(folder)
+    model = tiny_checkpoint(folder / "model", layers=3, dtype="float32")
+    return open_checkpoint(model)
+
+
+@pytest.fixture(scope="module")
+def recipe(checkpoint: Checkpoint) -> Recipe:
+    text = checkpoint.folder.parent / "text.txt"
+    calibration = {"source": str(text), "samples": 4, "sequence_length": 24}
+    return parse_recipe(
+        {
+            "total_sparsity": 0.5,
+            "tune": SMALL,
+            "calibration": {**calibration, "heldout": 4},
+        },
+        "test",
+    )
+
+
+@pytest.fixture(scope="module")
+def tuned(checkpoint: Checkpoint, recipe: Recipe) -> Tuned:
+    return tune(checkpoint, recipe, pipeline.RunOptions())
+
+
+def test_candidates_are_all_different_and_name_what_they_are() -> None:
+    recipe = load_recipe("best")
+    found = structures(recipe)
+    assert recipe.tune is not None
+    # Without experts one way; else every rule with every budget; and dropped layers.
+    assert len(found) == 1 + 4 * 4 * 3 + 2 * 2 * 5
+    assert len({one.name for one in found}) == len(found)
+    assert all(one.recipe.tune is None for one in found)
+    assert all(one.recipe.total_sparsity == 0.5 for one in found)
+    whole = next(one for one in found if "100%" in one.name)
+    assert whole.recipe.slim.method == "none"
+    assert refinements(whole, recipe.tune) == []
+    zeros = next(one for one in found if "50%" in one.name)
+    assert [
+        (one.recipe.slim.method, one.recipe.slim.allocation)
+        for one in refinements(zeros, recipe.tune)
+    ] == [("sparsegpt", "uniform"), ("wanda", "owl")]
+
+
+def test_the_best_loses_least_and_is_what_gets_cut(
+    checkpoint: Checkpoint, recipe: Recipe, tuned: Tuned, tmp_path: Path
+) -> None:
+    final = [one for one in tuned.judged if one.final]
+    assert tuned.best.loss.mean == min(one.loss.mean for one in final)
+    assert len(final) < len(tuned.judged)
+    assert not tuned.left_out
+    for one in tuned.judged:
+        assert one.plan.predicted is not None
+        assert one.plan.predicted.expert_sparsity >= 0.5
+    out = tmp_path / "out"
+    decided, _, verified = pipeline.run(checkpoint, recipe, out, pipeline.RunOptions())
+    assert dump_plan(decided) == dump_plan(tuned.best.plan)
+    assert verified.expert_sparsity == pytest.approx(0.5, abs=0.05)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    heldout = load_heldout(checkpoint, recipe.calibration)
+    loss = loss_of(open_checkpoint(out), heldout.ids_ST)
+    assert loss.mean == pytest.approx(tuned.best.loss.mean, rel=1e-6)
+
+
+def test_a_killed_search_continues_to_the_same_plan(
+    checkpoint: Checkpoint, recipe: Recipe, tuned: Tuned, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    seen: list[Progress] = []
+
+    def kill(progress: Progress) -> None:
+        seen.append(progress)
+        if progress.stage == "judge" and progress.layer == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(checkpoint, recipe, pipeline.RunOptions(report=kill), work=work)
+    again: list[Progress] = []
+    options = pipeline.RunOptions(report=again.append)
+    found = tune(checkpoint, recipe, options, work=work)
+    assert dump_plan(found.best.plan) == dump_plan(tuned.best.plan)
+    assert [one.loss for one in found.judged] == [one.loss for one in tuned.judged]
+    assert any(one.stage == "sensitivity" for one in seen)
+    assert not any(one.stage in ("measure", "sensitivity") for one in again)
+
+
+def test_every_candidate_fits_the_bytes_asked_for(
+    checkpoint: Checkpoint, recipe: Recipe
+) -> None:
+    whole = sum(path.stat().st_size for path in checkpoint.folder.glob("*.safetensors"))
+    limit = int(0.7 * whole)
+    found = tune(checkpoint, recipe, pipeline.RunOptions(), max_bytes=limit)
+    assert found.judged
+    assert all(one.file_bytes <= limit for one in found.judged)
+    # Zeros alone leave the files as large as they were.
+    assert "wanda" in dict(found.left_out)
+    with pytest.raises(RecipeError, match="no candidate reaches the size"):
+        tune(checkpoint, recipe, pipeline.RunOptions(), max_bytes=1000)
+
+
+def test_a_search_needs_a_size_and_a_plan_is_no_search(
+    checkpoint: Checkpoint, recipe: Recipe
+) -> None:
+    free = recipe.model_copy(update={"total_sparsity": None})
+    with pytest.raises(RecipeError, match="needs --total or --bytes"):
+        tune(checkpoint, free, pipeline.RunOptions())
+    with pytest.raises(RecipeError, match="searches for a plan"):
+        pipeline.plan(checkpoint, recipe, None)
+
+
+def test_the_front_is_what_no_other_beats(tuned: Tuned, tmp_path: Path) -> None:
+    final = [one for one in tuned.judged if one.final]
+    found = front(final)
+    for one in final:
+        beaten = any(
+            other.file_bytes <= one.file_bytes
+            and other.loss.mean <= one.loss.mean
+            and (other.file_bytes, other.loss.mean) != (one.file_bytes, one.loss.mean)
+            for other in final
+        )
+        same = {(other.file_bytes, other.loss.mean) for other in found}
+        assert ((one.file_bytes, one.loss.mean) in same) == (not beaten)
+    picture = tmp_path / "front.png"
+    check_plot(picture)
+    plot_front(tuned, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(OutputError, match="pictures are"):
+        check_plot(tmp_path / "front.doc")
+
+
+def test_a_sweep_gives_a_recipe_for_each_value() -> None:
+    found = swept(load_recipe("stun40"), "total=0.3:0.7:0.1")
+    assert [one.total_sparsity for one in found] == [0.3, 0.4, 0.5, 0.6, 0.7]
+    assert found[0].name == "stun40-total-0.3"
+    kept = swept(load_recipe("expert-drop"), "keep=2:6:2")
+    assert [one.experts.keep for one in kept] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "says"),
+    [
+        ("total", "write KEY=FIRST:LAST:STEP"),
+        ("total=0.2:x:0.1", "write KEY=FIRST:LAST:STEP"),
+        ("total=0.2:0.7", "write KEY=FIRST:LAST:STEP"),
+        ("total=0.7:0.2:0.1", "upwards"),
+        ("total=0.2:0.7:0", "upwards"),
+        ("total=0:0.9:0.0001", "at most 1,000"),
+        ("seed=1:3:1", "sweeps total, drop, keep"),
+        ("total=0.5:1.5:0.5", "total_sparsity: Input should be less than 1"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(sweep: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        swept(load_recipe("stun40"), sweep)
+
+
+def test_tune_stages_that_make_no_sense_are_refused() -> None:
+    for data, says in (
+        ({"shares": []}, "at least one entry"),
+        ({"slims": ["none"]}, "writes no zeros"),
+        ({"shares": [1.5]}, "less than or equal to 1"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            parse_recipe({"tune": data}, "test")
+    assert TuneStage().finalists >= 1

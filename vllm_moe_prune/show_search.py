@@ -1,0 +1,117 @@
+"""What the commands that help to choose print: recipes, sweeps, searches."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .checkpoint.open import Checkpoint
+from .draw import hint, print_json, table
+from .progress import peak_rss_bytes
+from .show import source_of
+
+if TYPE_CHECKING:
+    from .decide.plan import CutPlan
+    from .recipe import Recipe
+    from .tune.search import Tuned
+
+
+def show_recipes(recipes: "Sequence[Recipe]", as_json: bool) -> None:
+    """The shipped recipes."""
+    from .decide.needs import needs_tokens
+
+    data = [
+        {
+            "name": recipe.name,
+            "description": recipe.description,
+            "needs_calibration": needs_tokens(recipe) or recipe.needs_activations,
+            "searches": recipe.tune is not None,
+        }
+        for recipe in recipes
+    ]
+    if as_json:
+        print_json({"recipes": data})
+        return
+    rows = [
+        (one["name"], "yes" if one["needs_calibration"] else "no", one["description"])
+        for one in data
+    ]
+    about = "what it is for"
+    table("Recipes", ("name", "needs text", about), rows, text=[about])
+    hint("Next: vllm-moe-prune run CKPT OUT --recipe NAME --calibration TEXT")
+
+
+def show_sweep(plans: "Sequence[tuple[Path, CutPlan]]", as_json: bool) -> None:
+    """What each plan of a sweep predicts."""
+    data = [
+        {
+            "plan": str(path),
+            "experts": sum(len(layer.keep) for layer in plan.layers),
+            "predicted": plan.predicted.model_dump() if plan.predicted else None,
+        }
+        for path, plan in plans
+    ]
+    if as_json:
+        print_json({"plans": data})
+        return
+    rows = [
+        (
+            path.name,
+            sum(len(layer.keep) for layer in plan.layers),
+            f"{plan.predicted.expert_sparsity:.2%}",
+            f"{plan.predicted.total_sparsity:.2%}",
+            f"{plan.predicted.file_bytes:,}",
+        )
+        for path, plan in plans
+        if plan.predicted is not None
+    ]
+    heads = ("plan", "experts", "of experts", "of all", "bytes")
+    table(f"Wrote {len(plans)} plans", heads, rows)
+
+
+def show_tuned(
+    checkpoint: Checkpoint, tuned: "Tuned", path: Path, as_json: bool
+) -> None:
+    """What ``tune`` found: the front, the best, and what could not be."""
+    from .tune.front import front, perplexity
+
+    data = {
+        "plan": str(path),
+        "best": tuned.best.name,
+        "intact_perplexity": perplexity(tuned.intact.loss),
+        "tokens": tuned.intact.loss.tokens,
+        "candidates": [
+            {
+                "name": one.name,
+                "file_bytes": one.file_bytes,
+                "loss": one.loss.mean if math.isfinite(one.loss.mean) else None,
+                "tokens": one.loss.tokens,
+                "final": one.final,
+            }
+            for one in tuned.judged
+        ],
+        "front": [one.name for one in front(one for one in tuned.judged if one.final)],
+        "left_out": dict(tuned.left_out),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    if as_json:
+        print_json(data)
+        return
+    on_front = {one.name for one in front(one for one in tuned.judged if one.final)}
+    rows = [
+        (
+            one.name,
+            f"{perplexity(one.loss):.3f}",
+            f"{one.file_bytes:,}",
+            "front" if one.name in on_front else "",
+        )
+        for one in (tuned.intact, *tuned.judged)
+        if one.final
+    ]
+    early = sum(not one.final for one in tuned.judged)
+    heads = ("candidate", "perplexity", "bytes", "")
+    table(f"Judged on {tuned.intact.loss.tokens:,} held-out tokens", heads, rows)
+    hint(
+        f"{early} more were given up early, {len(tuned.left_out)} cannot be that size."
+    )
+    hint(f"Next: vllm-moe-prune cut {source_of(checkpoint)} --plan {path} -o OUT")

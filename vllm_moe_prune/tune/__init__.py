@@ -1,0 +1,1 @@
+"""Finding the best plan for a size: candidates, how they are judged, and the front."""

@@ -1,0 +1,82 @@
+"""What ``tune`` tries: recipes that reach one size in different ways."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from ..recipe import Budget, Chooser, Recipe, SlimMethod, TuneStage, parse_recipe
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One recipe, and what tells it from the others."""
+
+    name: str
+    recipe: Recipe
+
+
+def structures(recipe: Recipe) -> list[Candidate]:
+    """All combinations of what leaves whole, the rest zeroed by the first method.
+
+    Args:
+        recipe: With ``tune``; everything that ``tune`` does not vary is taken from it.
+    """
+    tune = recipe.tune or TuneStage()
+    return [_candidate(recipe, name, data) for name, data in _structures(tune)]
+
+
+def refinements(candidate: Candidate, tune: TuneStage) -> list[Candidate]:
+    """The same structure with its zeros written or spread in other ways."""
+    recipe = candidate.recipe
+    if recipe.slim.method == "none":
+        return []
+    ways: list[tuple[str, dict[str, Any]]] = [
+        (slim, {"slim": {"method": slim}}) for slim in tune.slims[1:]
+    ]
+    if tune.owl and not recipe.slim.is_grouped:
+        ways.append(("owl", {"slim": {"allocation": "owl"}}))
+    return [_candidate(recipe, f"{candidate.name}, {way}", data) for way, data in ways]
+
+
+def _structures(tune: TuneStage) -> Iterator[tuple[str, dict[str, Any]]]:
+    zeros = tune.slims[0]
+    for share in tune.shares:
+        choosers = product(tune.experts, tune.budgets) if share else [None]
+        for chosen in choosers:
+            yield _by_experts(share, chosen, zeros)
+    for count, key in product(tune.layer_counts, ("moe_count", "block_count")):
+        what = "MoE sublayers" if key == "moe_count" else "blocks"
+        for share in tune.shares:
+            chosen = (tune.experts[0], tune.budgets[0])
+            name, data = _by_experts(share, chosen if share else None, zeros)
+            yield f"{name}, {count} {what} gone", {**data, "layers": {key: count}}
+
+
+def _by_experts(
+    share: float, chosen: tuple[Chooser, Budget] | None, zeros: SlimMethod
+) -> tuple[str, dict[str, Any]]:
+    """The parts of a recipe that take a share of the size by whole experts."""
+    slim = {"method": "none"} if share == 1 else {"method": zeros}
+    if chosen is None:
+        data: dict[str, Any] = {"experts": {"method": "none"}, "slim": slim}
+        return zeros, {**data, "structured_share": None}
+    chooser, budget = chosen
+    stage: dict[str, Any] = {"budget": budget, "drop": None, "keep": None}
+    stage |= {"method": "stun"} if chooser == "stun" else _scored(chooser)
+    data = {"experts": stage, "slim": slim, "structured_share": share}
+    rest = "" if share == 1 else f" + {zeros}"
+    return f"{chooser} ({budget}) {share:.0%}{rest}", data
+
+
+def _scored(chooser: Chooser) -> dict[str, Any]:
+    return {"method": "score", "criterion": chooser}
+
+
+def _candidate(recipe: Recipe, name: str, data: dict[str, Any]) -> Candidate:
+    """The recipe with some of its parts replaced, validated again."""
+    values = recipe.model_dump()
+    for key, value in data.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    values |= {"name": name, "description": "Found by tune.", "tune": None}
+    return Candidate(name, parse_recipe(values, name))

@@ -1,0 +1,78 @@
+"""The front of size against perplexity, as points and as a picture."""
+
+import math
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..cut.planned import Loss
+from ..errors import OutputError
+from .search import Judged, Tuned
+
+FORMATS = (".png", ".svg")
+
+
+def perplexity(loss: Loss) -> float:
+    """e to the mean loss; infinite where the loss is."""
+    return math.exp(loss.mean) if loss.mean < 700 else math.inf
+
+
+def front(judged: Iterable[Judged]) -> list[Judged]:
+    """Those that no other one beats in both size and loss, smallest first."""
+    found: list[Judged] = []
+    for one in sorted(judged, key=lambda one: (one.file_bytes, one.loss.mean)):
+        if not found or one.loss.mean < found[-1].loss.mean:
+            found.append(one)
+    return found
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a picture that could not be drawn, before the search.
+
+    Raises:
+        OutputError: matplotlib is missing, or the format is unknown.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise OutputError(f"{path}: pictures are {' or '.join(FORMATS)} files.")
+    if find_spec("matplotlib") is None:
+        raise OutputError(
+            "matplotlib draws pictures and is missing: "
+            "pip install 'vllm-moe-prune[plot]'."
+        )
+
+
+def plot_front(tuned: Tuned, path: Path) -> None:
+    """Draw all that was judged on everything; the front as a line."""
+    from matplotlib.figure import Figure
+
+    finite = [one for one in tuned.judged if one.final and math.isfinite(one.loss.mean)]
+    best, line = tuned.best, front([*finite, tuned.intact])
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    mib = 1 << 20
+    axes.plot(
+        [one.file_bytes / mib for one in line],
+        [perplexity(one.loss) for one in line],
+        color="#3b6ea5",
+        linewidth=1.5,
+        label="front",
+    )
+    axes.scatter(
+        [one.file_bytes / mib for one in finite],
+        [perplexity(one.loss) for one in finite],
+        color="#9aa7b4",
+        label="candidates",
+    )
+    for one, colour, label in (
+        (tuned.intact, "#222222", "intact"),
+        (best, "#c2410c", best.name),
+    ):
+        point = (one.file_bytes / mib, perplexity(one.loss))
+        axes.scatter(*point, color=colour, zorder=3)
+        axes.annotate(label, point, (6, 6), textcoords="offset points", color=colour)
+    axes.set_xlabel("size of the files (MiB)")
+    axes.set_ylabel("held-out perplexity")
+    axes.set_yscale("log")
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.legend()
+    figure.savefig(path, dpi=150)

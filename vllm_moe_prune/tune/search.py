@@ -1,0 +1,251 @@
+"""Successive halving over candidate plans, by the held-out loss of each.
+
+Nothing is written: plans are judged in the streaming forward. Every loss goes into a
+journal, so that a killed search continues where it was.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..calibrate.data import load_heldout
+from ..calibrate.forward import StreamingModel
+from ..calibrate.stats import Stats
+from ..checkpoint.open import Checkpoint
+from ..cut.planned import Loss, LossJournal, planned_losses
+from ..decide.needs import needed_statistics
+from ..decide.plan import CutPlan
+from ..decide.sensitivity import rule
+from ..errors import RecipeError
+from ..measuring import collect, tokens_of
+from ..planning import plan
+from ..preflight import RunOptions
+from ..probe import with_owl, with_sensitivity
+from ..recipe import ExpertStage, Recipe, SlimStage, TuneStage
+from .candidates import Candidate, refinements, structures
+
+RUNGS = (0.25, 0.5)
+"""Shares of the tokens on which all, then the better half, are judged first."""
+MOST_TOTAL = 0.99
+BISECTIONS = 16
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A candidate, its plan, and what the plan's model loses."""
+
+    name: str
+    plan: CutPlan
+    loss: Loss
+    final: bool
+    """Judged on all held-out tokens, not only on the first of them."""
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the output."""
+        return self.plan.predicted.file_bytes if self.plan.predicted else 0
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search found."""
+
+    intact: Judged
+    judged: tuple[Judged, ...]
+    """Best first; those judged on fewer tokens behind all others."""
+    left_out: tuple[tuple[str, str], ...]
+    """Candidates that cannot reach the size, and why."""
+
+    @property
+    def best(self) -> Judged:
+        """The winner."""
+        return self.judged[0]
+
+
+def tune(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    max_bytes: int | None = None,
+    work: Path | None = None,
+) -> Tuned:
+    """Find the plan that loses least at a size.
+
+    Args:
+        checkpoint: The model.
+        recipe: Its ``tune`` says what to vary; its ``total_sparsity`` is the size,
+            unless ``max_bytes`` is given.
+        options: How to run.
+        max_bytes: The output's files together are at most this large.
+        work: A folder for what a killed search needs to continue; the caller's to
+            delete.
+
+    Raises:
+        RecipeError: No size is given, or no candidate can reach it.
+    """
+    if max_bytes is None and recipe.total_sparsity is None:
+        raise RecipeError(f"recipe {recipe.name}: tune needs --total or --bytes.")
+    return _Search(checkpoint, recipe, options, max_bytes, work).run()
+
+
+class _Search:
+    """One search: what its steps share."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        options: RunOptions,
+        max_bytes: int | None,
+        work: Path | None,
+    ) -> None:
+        if max_bytes is not None:  # each plan's own total is found in _plan
+            recipe = recipe.model_copy(update={"total_sparsity": 0.5})
+        self.checkpoint = checkpoint
+        self.recipe = recipe
+        self.settings = recipe.tune or TuneStage()
+        self.options = options
+        self.max_bytes = max_bytes
+        self.work = work
+        self.model = StreamingModel(checkpoint, options.device)
+        self.journal = LossJournal(None if work is None else work / "losses.jsonl")
+        self.tokens = tokens_of(checkpoint, recipe.calibration)
+        self.heldout = load_heldout(checkpoint, recipe.calibration)
+        self.left_out: list[tuple[str, str]] = []
+
+    def run(self) -> Tuned:
+        candidates = structures(self.recipe)
+        stats = self._measured(candidates)
+        plans = self._planned(candidates, stats)
+        if not plans:
+            name, why = self.left_out[0]
+            raise RecipeError(f"no candidate reaches the size; {name}: {why}")
+        early: list[Judged] = []
+        for share in RUNGS:
+            judged = self._judge(plans, share)
+            half = max(self.settings.finalists, (len(judged) + 1) // 2)
+            early += judged[half:]
+            plans = {one.name: plans[one.name] for one in judged[:half]}
+        judged = self._judge(plans, 1.0)
+        refined = self._refined(judged[: self.settings.finalists], stats)
+        judged = self._judge({**plans, **refined}, 1.0)
+        early.sort(key=lambda one: (one.loss.mean, one.file_bytes, one.name))
+        return Tuned(self._intact(), tuple(judged + early), tuple(self.left_out))
+
+    def _measured(self, candidates: Sequence[Candidate]) -> dict[str, Stats]:
+        """The statistics of each rule by which experts leave."""
+        recipes = [candidate.recipe for candidate in candidates]
+        stats = collect(self.checkpoint, recipes, self.tokens, self.options, self.work)
+        found: dict[str, Stats] = {}
+        for recipe in recipes:
+            key = rule(recipe)
+            if key in found or "sensitivity_P2" not in needed_statistics(recipe):
+                continue
+            found[key] = with_sensitivity(
+                self.model,
+                recipe,
+                stats,
+                self.heldout,
+                self.journal,
+                self.options.report,
+            )
+        return {rule(recipe): found.get(rule(recipe), stats) for recipe in recipes}
+
+    def _planned(
+        self, candidates: Sequence[Candidate], stats: Mapping[str, Stats]
+    ) -> dict[str, CutPlan]:
+        plans = {}
+        for candidate in candidates:
+            try:
+                known = stats[rule(candidate.recipe)]
+                plans[candidate.name] = self._plan(candidate.recipe, known)
+            except RecipeError as error:
+                self.left_out.append((candidate.name, str(error)))
+        return plans
+
+    def _plan(self, recipe: Recipe, stats: Stats) -> CutPlan:
+        """The plan of a recipe; with a limit in bytes, at the least sparsity."""
+        if self.max_bytes is None:
+            return plan(self.checkpoint, recipe, stats, self.options.max_shard_bytes)
+        low, high, found = 0.0, MOST_TOTAL, None
+        for _ in range(BISECTIONS):
+            total = (low + high) / 2
+            asked = recipe.model_copy(update={"total_sparsity": total})
+            try:
+                tried = plan(
+                    self.checkpoint, asked, stats, self.options.max_shard_bytes
+                )
+            except RecipeError:  # more than this structure can remove
+                high = total
+                continue
+            if self._fits(tried):
+                high, found = total, tried
+            else:
+                low = total
+        if found is None:
+            raise RecipeError(f"cannot be as small as {self.max_bytes:,} bytes.")
+        return found
+
+    def _judge(self, plans: Mapping[str, CutPlan], share: float) -> list[Judged]:
+        """Judge plans on a share of the windows; best first."""
+        heldout_ST, calibration_ST = (
+            tokens.ids_ST[: max(1, round(share * len(tokens.ids_ST)))]
+            for tokens in (self.heldout, self.tokens)
+        )
+        losses = self._losses(list(plans.values()), heldout_ST, calibration_ST)
+        judged = [
+            Judged(name, found, loss, final=share == 1.0)
+            for (name, found), loss in zip(plans.items(), losses, strict=True)
+        ]
+        return sorted(judged, key=lambda one: (one.loss.mean, one.file_bytes, one.name))
+
+    def _losses(
+        self,
+        plans: Sequence[CutPlan],
+        heldout_ST: torch.Tensor,
+        calibration_ST: torch.Tensor,
+    ) -> list[Loss]:
+        return planned_losses(
+            self.model,
+            plans,
+            heldout_ST,
+            calibration_ST,
+            journal=self.journal,
+            report=self.options.report,
+        )
+
+    def _refined(
+        self, better: Sequence[Judged], stats: Mapping[str, Stats]
+    ) -> dict[str, CutPlan]:
+        """The best structures with other ways of writing their zeros."""
+        plans = {}
+        structures = [Candidate(one.name, one.plan.recipe) for one in better]
+        ways = [refinements(one, self.settings) for one in structures]
+        for candidate in (one for found in ways for one in found):
+            recipe = candidate.recipe
+            known = stats[rule(recipe)]
+            if recipe.slim.allocation == "owl":
+                report = self.options.report
+                known = with_owl(self.model, recipe, known, self.tokens, report)
+            decided = plan(self.checkpoint, recipe, known, self.options.max_shard_bytes)
+            if self._fits(decided):
+                plans[candidate.name] = decided
+        return plans
+
+    def _fits(self, decided: CutPlan) -> bool:
+        size = decided.predicted.file_bytes if decided.predicted else 0
+        return self.max_bytes is None or size <= self.max_bytes
+
+    def _intact(self) -> Judged:
+        recipe = Recipe(
+            name="intact",
+            experts=ExpertStage(method="none"),
+            slim=SlimStage(method="none"),
+            calibration=self.recipe.calibration,
+        )
+        whole = plan(self.checkpoint, recipe, None, self.options.max_shard_bytes)
+        loss = self._losses([whole], self.heldout.ids_ST, self.tokens.ids_ST)[0]
+        return Judged("intact", whole, loss, final=True)
