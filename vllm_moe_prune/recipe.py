@@ -88,6 +88,10 @@ class ExpertStage(Strict):
     min_experts: int | None = Field(default=None, ge=0)
     """Fewest experts any layer keeps; the model's top-k where not given. With 0 and
     method ``score`` a layer may lose all: its MoE goes, the norm before it stays."""
+    groups: Literal["equal", "uneven"] = "equal"
+    """Where routers choose among groups of experts (DeepSeek-V2 and V3): every group
+    loses equally many, which stock routers understand; or the lowest of the layer go,
+    and the remap table keeps the group of each survivor, which needs the plugin."""
     max_removed: int | None = Field(default=None, ge=0)
     """Most experts removed from one layer (the paper's per-layer cap)."""
     reconstruct: Literal["selective", "never", "always"] = "selective"
@@ -199,6 +203,9 @@ class LayerStage(Strict):
     """Whether the norm before a MoE leaves with it, in the metric (Eq. 9, Eq. 8) and
     in the output alike."""
     block_mode: Literal["discrete", "consecutive"] = "discrete"
+    mtp: Literal["prune", "drop"] = "prune"
+    """Layers behind the last one that predict further tokens: pruned like the others,
+    or removed."""
 
     @model_validator(mode="after")
     def _one_way(self) -> "LayerStage":

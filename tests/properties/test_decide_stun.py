@@ -33,6 +33,9 @@ class Shape:
     num_experts: int
     top_k: int
     has_moe: bool = True
+    groups: tuple[int, ...] | None = None
+    group_floor: int = 1
+    mtp: bool = False
 
 
 def squared_distances(x_EP: Array) -> Array:

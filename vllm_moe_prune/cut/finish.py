@@ -88,6 +88,13 @@ def provenance(
         "sparsity_asked": plan.recipe.total_sparsity,
         "sparsity_achieved": result.as_dict(),
     }
+    if further := [layer for layer in checkpoint.layers if layer.mtp]:
+        data["mtp_layers"] = {
+            "before": len(further),
+            "after": sum(
+                plan.layers[layer.index].action != "drop-block" for layer in further
+            ),
+        }
     earlier = checkpoint.folder / "provenance.json"
     if checkpoint.remap is not None and earlier.is_file():
         data["earlier"] = read_json(earlier)

@@ -20,8 +20,9 @@ from ..calibrate.experts import (
     place,
 )
 from ..calibrate.forward import StreamingModel
+from ..checkpoint.block_fp8 import DTYPE as FP8
 from ..checkpoint.open import Checkpoint, Layer
-from ..checkpoint.reader import Expert
+from ..checkpoint.reader import Expert, read_tensor
 from ..checkpoint.writer import ShardWriter
 from ..decide.plan import CutPlan, LayerPlan
 from ..errors import CalibrationError, CheckpointError
@@ -89,7 +90,8 @@ def slim_layer(
             add_expert(out_ND, x_ND, *found.served, running, context.model.act)
         record.expert_parameters += sum(matrix.numel() for matrix in found.expert)
         record.zeros += sum(_zeros(matrix) for matrix in found.expert)
-        write_expert(context, new_index, found.new, found.expert)
+        old = layer.index, layer_plan.keep[found.new]
+        _write_expert(context, old, (new_index, found.new), found.expert)
     return record, out_ND
 
 
@@ -177,10 +179,17 @@ def _zeros(matrix: torch.Tensor) -> int:
     return matrix.numel() - int(torch.count_nonzero(matrix))
 
 
-def write_expert(
-    context: SlimContext, new_index: int, new: int, expert: Expert
+def _write_expert(
+    context: SlimContext, old: tuple[int, int], new: tuple[int, int], expert: Expert
 ) -> None:
-    """Hand one finished expert to the writer, in the checkpoint's own layout."""
+    """Hand one finished expert to the writer, in the checkpoint's own layout.
+
+    Args:
+        context: The pass.
+        old: Layer and expert of the input.
+        new: Layer and expert of the output.
+        expert: Its weights, as the model computes with them.
+    """
     layout, writer = context.checkpoint.layout, context.writer
     pieces = {
         "gate": expert.gate_FD,
@@ -188,7 +197,7 @@ def write_expert(
         "down": expert.down_DF,
     }
     for rule in layout.experts:
-        name = rule.name(new_index, new)
+        name = rule.name(*new)
         if not writer.needs(name):
             continue
         matrix = (
@@ -196,5 +205,14 @@ def write_expert(
             if rule.role == "gate_up"
             else pieces[rule.role]
         )
+        source = context.checkpoint.tensors[rule.name(*old)]
+        if source.dtype == FP8:
+            matrix = _zeroed(read_tensor(source), matrix)
         data = tensor_view(matrix.cpu())
-        writer.write(name, data, 0 if rule.per_expert else new * len(data))
+        writer.write(name, data, 0 if rule.per_expert else new[1] * len(data))
+
+
+def _zeroed(stored: torch.Tensor, slimmed: torch.Tensor) -> torch.Tensor:
+    """Stored FP8 values, zero where the slimmed ones are; scales stay what they are."""
+    stored.view(torch.uint8).masked_fill_(slimmed.cpu() == 0, 0)
+    return stored

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from ..errors import RecipeError
 from ..recipe import ExpertStage
+from .groups import grouped_room, together
 from .plan import LayerShape
 
 Layers = Mapping[int, LayerShape]
@@ -50,13 +51,24 @@ def fewest_experts(layer: int, shape: LayerShape, stage: ExpertStage) -> int:
     wanted = shape.top_k if stage.min_experts is None else stage.min_experts
     protected = len(stage.protected.get(layer, ()))
     least = 0 if stage.method == "score" else 1
-    return min(shape.num_experts, max(least, wanted, protected))
+    return min(
+        shape.num_experts,
+        max(least, wanted, protected, _held_by_groups(layer, shape, stage)),
+    )
+
+
+def _held_by_groups(layer: int, shape: LayerShape, stage: ExpertStage) -> int:
+    """How many experts the groups of a layer must keep in all; 0 without groups."""
+    if shape.groups is None:
+        return 0
+    return shape.num_experts - grouped_room(layer, shape, stage)
 
 
 def most_removed(layer: int, shape: LayerShape, stage: ExpertStage) -> int:
     """How many experts a layer can lose."""
     most = shape.num_experts - fewest_experts(layer, shape, stage)
-    return most if stage.max_removed is None else min(most, stage.max_removed)
+    most = most if stage.max_removed is None else min(most, stage.max_removed)
+    return most - most % together(shape, stage)
 
 
 def global_target(layers: Layers, stage: ExpertStage) -> int:
@@ -66,11 +78,13 @@ def global_target(layers: Layers, stage: ExpertStage) -> int:
         RecipeError: If ``keep`` is out of range or the layers cannot lose that many.
     """
     experts = sum(shape.num_experts for shape in layers.values())
+    unit = unit_of(layers, stage)
     if stage.keep is None:
-        target = whole_experts(stage.drop or 0.0, experts)
+        target = unit * whole_experts((stage.drop or 0.0) / unit, experts)
     else:
         _check_keep(layers, stage)
         target = experts - stage.keep * len(layers)
+        _check_unit(target, unit)
         if target < 0:
             raise RecipeError(
                 f"keep {stage.keep} experts per layer, but the layers have "
@@ -80,6 +94,20 @@ def global_target(layers: Layers, stage: ExpertStage) -> int:
     if target > room:
         raise RecipeError(_too_many(layers, stage, target, experts, room))
     return target
+
+
+def unit_of(layers: Layers, stage: ExpertStage) -> int:
+    """How many experts leave a layer at once; of one model, the same in all layers."""
+    return max((together(shape, stage) for shape in layers.values()), default=1)
+
+
+def _check_unit(target: int, unit: int) -> None:
+    if target % unit:
+        raise RecipeError(
+            f"experts.keep leaves {target} experts to remove, but with experts.groups: "
+            f"equal {unit} leave at a time, one of each group. Change keep, or set "
+            "experts.groups: uneven."
+        )
 
 
 def layer_targets(layers: Layers, stage: ExpertStage) -> dict[int, int]:
@@ -117,14 +145,16 @@ def spend_global(
 
 def _layer_target(layer: int, shape: LayerShape, stage: ExpertStage) -> int:
     experts, fewest = shape.num_experts, fewest_experts(layer, shape, stage)
+    unit = together(shape, stage)
     if stage.keep is None:
-        target = whole_experts(stage.drop or 0.0, experts)
+        target = unit * whole_experts((stage.drop or 0.0) / unit, experts)
         asked = (
             f"layer {layer}: drop {stage.drop} keeps {experts - target} of {experts}"
         )
         advice = "Lower experts.drop"
     else:
         target = experts - stage.keep
+        _check_unit(target, unit)
         asked = f"layer {layer}: keep {stage.keep}"
         advice = f"Keep at least {fewest}"
     if target < 0:
@@ -163,6 +193,8 @@ def _too_many(
     fewest = max(fewest_experts(layer, layers[layer], stage) for layer in layers)
     cap = stage.max_removed
     limits = f"at least {fewest} per layer"
+    if _group_minimum(layers, stage):
+        limits += ", which routing by groups needs,"
     lower = "Lower experts.drop" if stage.keep is None else "Raise experts.keep"
     if cap is not None:
         limits += f" and at most {cap} removed from each"
@@ -184,10 +216,18 @@ def _held_by_protection(layers: Layers, stage: ExpertStage) -> bool:
     )
 
 
+def _group_minimum(layers: Layers, stage: ExpertStage) -> int:
+    """What groups set as a layer's minimum, or 0 if something else does."""
+    held = max(_held_by_groups(layer, shape, stage) for layer, shape in layers.items())
+    return held if held > max(shape.top_k for shape in layers.values()) else 0
+
+
 def _minimum(layers: Layers, stage: ExpertStage) -> str:
     if _held_by_protection(layers, stage):
         layer = min(layers)
         return f"{len(stage.protected[layer])} are in experts.protected"
+    if held := _group_minimum(layers, stage):
+        return f"routing by groups needs {held}"
     if stage.min_experts is None:
         return f"top-k is {min(shape.top_k for shape in layers.values())}"
     return f"experts.min_experts is {stage.min_experts}"
@@ -197,6 +237,8 @@ def _or_allow_fewer(layers: Layers, stage: ExpertStage) -> str:
     if _held_by_protection(layers, stage):
         return ", or protect fewer"
     if all(fewest_experts(layer, layers[layer], stage) <= 1 for layer in layers):
+        return ""
+    if _group_minimum(layers, stage):
         return ""
     if stage.min_experts is not None:
         return ", or lower experts.min_experts"

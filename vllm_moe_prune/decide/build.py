@@ -8,6 +8,7 @@ from ..recipe import Recipe, parse_pattern
 from ..slim.quota import zeros_in_group
 from .experts import decide_experts
 from .facts import ModelFacts, Slimming, count_layers
+from .groups import together
 from .layers import decide_layers
 from .plan import CutPlan, LayerPlan
 from .zeros import check_slimming, counted_size, plan_routing, slim_sparsities
@@ -97,7 +98,8 @@ def resolved(recipe: Recipe, facts: ModelFacts, stats: Stats | None) -> Recipe:
     wanted = max(0.0, share * total * parameters - gone)
     drop = wanted / removable if removable else 0.0
     if share == 1.0 and experts:
-        drop = math.ceil(drop * experts * (1.0 - 1e-12)) / experts
+        unit = max(together(layer, recipe.experts) for layer in facts.layers)
+        drop = unit * math.ceil(drop * experts / unit * (1.0 - 1e-12)) / experts
     stage = recipe.experts.model_copy(update={"drop": drop})
     return recipe.model_copy(update={"experts": stage, "structured_share": None})
 

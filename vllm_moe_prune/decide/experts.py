@@ -11,8 +11,10 @@ from .budget import (
     layer_targets,
     most_removed,
     spend_global,
+    unit_of,
 )
-from .drop import best_set, removal_sequence
+from .drop import Removal, best_set, removal_sequence
+from .groups import Together, in_groups, together
 from .layers import decide_layers
 from .plan import Action, LayerPlan, LayerShape
 from .scores import MEASURE_SCORES, expert_scores
@@ -120,6 +122,11 @@ def _counts(stats: Stats | None, moe: Layers, recipe: Recipe) -> dict[int, int] 
     target = global_target(moe, stage)
     if target == 0:
         return dict.fromkeys(moe, 0)
+    if unit_of(moe, stage) > 1:
+        raise RecipeError(
+            "experts.budget: sensitivity takes experts one at a time. As this model "
+            "routes by groups, set experts.groups: uneven."
+        )
     most = {layer: most_removed(layer, shape, stage) for layer, shape in moe.items()}
     return split_by_loss(loss_curves(stats, recipe, most), target)
 
@@ -140,19 +147,18 @@ def _removed(
     target = global_target(moe, stage)
     if target == 0:
         return {}, None
+    unit = unit_of(moe, stage)
     sequences = {
-        layer: removal_sequence(
-            _scores(known.get(layer), layer, shape, stage),
-            stage.protected.get(layer, ()),
-            reverse=stage.reverse,
-        )
+        layer: _sequence(known.get(layer), layer, shape, stage)
         for layer, shape in moe.items()
     }
-    most = {layer: most_removed(layer, shape, stage) for layer, shape in moe.items()}
-    budget = spend_global(sequences, most, target)
+    most = {
+        layer: most_removed(layer, shape, stage) // unit for layer, shape in moe.items()
+    }
+    budget = spend_global(sequences, most, target // unit)
     height = budget.threshold
     return {
-        layer: tuple(sorted(removal.expert for removal in sequences[layer][:count]))
+        layer: _experts(sequences[layer][:count])
         for layer, count in budget.steps.items()
         if count
     }, -height if stage.reverse and height is not None else height
@@ -167,6 +173,11 @@ def _lowest(
 ) -> Removed:
     protected = stage.protected.get(layer, ())
     if stage.search == "exhaustive":
+        if shape.groups is not None:
+            raise RecipeError(
+                f"layer {layer}: experts.search: exhaustive does not know the groups "
+                "that this model routes by. Use experts.search: greedy."
+            )
         gram_EE = measured(
             None if stats is None else stats.contribution_gram_EE,
             "contribution_gram_EE",
@@ -179,9 +190,24 @@ def _lowest(
                 f"but the checkpoint has {shape.num_experts}. {MEASURE_SCORES}"
             )
         return best_set(gram_EE, count, protected, layer=layer)
-    score_E = _scores(stats, layer, shape, stage)
-    sequence = removal_sequence(score_E, protected, reverse=stage.reverse)
-    return tuple(sorted(removal.expert for removal in sequence[:count]))
+    sequence = _sequence(stats, layer, shape, stage)
+    return _experts(sequence[: count // together(shape, stage)])
+
+
+def _sequence(
+    stats: LayerStats | None, layer: int, shape: LayerShape, stage: ExpertStage
+) -> list[Together[Removal]]:
+    """In what order experts leave a layer, as its groups allow."""
+    steps = removal_sequence(
+        _scores(stats, layer, shape, stage),
+        stage.protected.get(layer, ()),
+        reverse=stage.reverse,
+    )
+    return in_groups(steps, lambda step: step.expert, layer, shape, stage)
+
+
+def _experts(sequence: Sequence[Together[Removal]]) -> Removed:
+    return tuple(sorted(step.expert for at_once in sequence for step in at_once.steps))
 
 
 def _scores(

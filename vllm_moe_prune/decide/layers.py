@@ -29,17 +29,24 @@ def decide_layers(
     """
     stage = recipe.layers
     actions = listed_actions(layers, stage)
+    for index, shape in enumerate(layers):
+        if shape.mtp and stage.mtp == "drop":
+            actions[index] = "drop-block"
     protected = {layer for layer, ids in recipe.experts.protected.items() if ids}
     if stage.block_count:
-        free = [layer for layer in range(len(layers)) if layer not in protected]
-        _check_count("block_count", stage.block_count, len(free), len(layers) - 1)
+        decoders = [at for at, shape in enumerate(layers) if not shape.mtp]
+        free = [layer for layer in decoders if layer not in protected]
+        _check_count("block_count", stage.block_count, len(free), len(decoders) - 1)
         for layer in choose_blocks(stats, stage, stage.block_count, free):
             actions[layer] = "drop-block"
     if stage.moe_count:
         free = [
             layer
             for layer, shape in enumerate(layers)
-            if shape.has_moe and actions[layer] == "keep" and layer not in protected
+            if shape.has_moe
+            and not shape.mtp
+            and actions[layer] == "keep"
+            and layer not in protected
         ]
         _check_count("moe_count", stage.moe_count, len(free), len(layers))
         for layer in rank_moe(stats, stage, free)[: stage.moe_count]:
@@ -117,13 +124,19 @@ def listed_actions(layers: Sequence[LayerShape], stage: LayerStage) -> list[Acti
             f"layers: {both} are in both drop_moe and drop_blocks. A dropped block "
             "takes its MoE with it: list them in drop_blocks only."
         )
+    for layer in (*stage.drop_moe, *stage.drop_blocks):
+        if layers[layer].mtp:
+            raise RecipeError(
+                f"layers: layer {layer} predicts further tokens (MTP) and is not "
+                "dropped by its number. Set layers.mtp: drop."
+            )
     for layer in stage.drop_moe:
         if not layers[layer].has_moe:
             raise RecipeError(
                 f"layers.drop_moe: layer {layer} has no MoE sublayer. "
                 "List it in layers.drop_blocks to remove the whole block."
             )
-    if len(stage.drop_blocks) == len(layers):
+    if len(stage.drop_blocks) == sum(not shape.mtp for shape in layers):
         raise RecipeError(
             f"layers.drop_blocks: lists all {len(layers)} blocks. Keep at least one."
         )

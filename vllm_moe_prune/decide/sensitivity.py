@@ -34,7 +34,9 @@ def rule(recipe: Recipe) -> str:
     stage = recipe.experts
     names = STUN_FIELDS if stage.method == "stun" else SCORE_FIELDS
     values = stage.model_dump(mode="json")
-    chosen = {name: values[name] for name in ("method", "protected", "seed", *names)}
+    chosen = {
+        name: values[name] for name in ("method", "protected", "seed", "groups", *names)
+    }
     return json.dumps({**chosen, "routing": recipe.routing}, sort_keys=True)
 
 

@@ -7,8 +7,9 @@ import numpy as np
 from ..calibrate.stats import LayerStats, Stats
 from ..errors import PlanError, RecipeError
 from ..recipe import ExpertStage, Recipe
-from .budget import Layers, global_target, most_removed, spend_global
+from .budget import Layers, global_target, most_removed, spend_global, unit_of
 from .clusters import Merge, cut_at, merge_sequence
+from .groups import Together, in_groups
 from .plan import LayerPlan, LayerShape
 from .reference import reference_clusters, search_threshold
 from .representative import highest_score, nearest_to_mean
@@ -42,7 +43,10 @@ def cluster_experts(
         found = _distances(stats, touched, stage)
         if stage.linkage == "reference":
             return _by_reference(found, counts), None
-        merges = {layer: merge_sequence(found[layer]) for layer in found}
+        merges = {
+            layer: _merges(distance_EE, layer, layers[layer], stage)
+            for layer, distance_EE in found.items()
+        }
         return _after(merges, layers, counts), None
     target = global_target(layers, stage)
     if target == 0:
@@ -57,9 +61,15 @@ def cluster_experts(
             if len(reached.clusters[layer]) < shape.num_experts
         }
         return clusters, reached.threshold
-    merges = {layer: merge_sequence(distances[layer]) for layer in layers}
-    budget = spend_global(merges, most, target)
-    return _after(merges, layers, budget.steps), budget.threshold
+    merges = {
+        layer: _merges(distances[layer], layer, shape, stage)
+        for layer, shape in layers.items()
+    }
+    unit = unit_of(layers, stage)
+    rooms = {layer: count // unit for layer, count in most.items()}
+    budget = spend_global(merges, rooms, target // unit)
+    removed = {layer: count * unit for layer, count in budget.steps.items()}
+    return _after(merges, layers, removed), budget.threshold
 
 
 def merged_plan(
@@ -79,11 +89,25 @@ def merged_plan(
     )
 
 
+def _merges(
+    distance_EE: Array, layer: int, shape: LayerShape, stage: ExpertStage
+) -> list[Together[Merge]]:
+    """In what order experts of a layer merge, as its groups allow."""
+    sequence = merge_sequence(distance_EE)
+    return in_groups(sequence, lambda merge: merge.first, layer, shape, stage)
+
+
 def _after(
-    merges: Mapping[int, list[Merge]], layers: Layers, counts: Mapping[int, int]
+    merges: Mapping[int, list[Together[Merge]]],
+    layers: Layers,
+    counts: Mapping[int, int],
 ) -> dict[int, Clusters]:
     return {
-        layer: cut_at(sequence, counts[layer], experts=layers[layer].num_experts)
+        layer: cut_at(
+            [merge for at_once in sequence for merge in at_once.steps],
+            counts[layer],
+            experts=layers[layer].num_experts,
+        )
         for layer, sequence in merges.items()
         if counts[layer]
     }
@@ -129,6 +153,15 @@ def _distance(
     # Protected experts are survivors, so no two of them may share a cluster.
     protected = list(stage.protected.get(layer, ()))
     distance_EE[np.ix_(protected, protected)] = np.inf
+    if shape.groups is not None:
+        # A cluster has one survivor, which serves in one group.
+        group_E = np.array(shape.groups)
+        distance_EE[group_E[:, None] != group_E[None, :]] = np.inf
+        if stage.linkage == "reference":
+            raise RecipeError(
+                f"layer {layer}: experts.linkage: reference does not know the groups "
+                "that this model routes by. Use experts.linkage: complete."
+            )
     return distance_EE
 
 

@@ -8,6 +8,7 @@ from ..errors import RecipeError
 from ..recipe import Recipe, SlimStage, parse_pattern
 from .allocation import least_allocation, owl_offsets
 from .facts import LayerFacts, ModelFacts, Routing, Slimming, count_layers
+from .groups import together
 from .plan import LayerPlan
 from .sparsity import least_sparsity, zeros_at, zeros_needed
 
@@ -105,7 +106,11 @@ def _zeros_for_total(
 
 def _rounding(recipe: Recipe, facts: ModelFacts) -> int:
     """Parameters by which rounding ``drop`` to whole experts may exceed a total."""
-    experts = [counted_size(recipe, layer) for layer in facts.layers if layer.has_moe]
+    experts = [
+        counted_size(recipe, layer) * together(layer, recipe.experts)
+        for layer in facts.layers
+        if layer.has_moe
+    ]
     if recipe.experts.drop is None or not experts:
         return 0
     return sum(experts) if recipe.experts.budget == "per-layer" else max(experts)
