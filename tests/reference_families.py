@@ -77,6 +77,29 @@ class FamilyReference:
         logits = self.logits(ids_ST)[:, :-1].flatten(0, 1)
         return float(functional.cross_entropy(logits, ids_ST[:, 1:].flatten()))
 
+    def mtp_loss(self, ids_ST: Tensor) -> float:
+        """Mean loss of the tokens 2 to T - 1, as the first MTP layer predicts them."""
+        layer = self.config["num_hidden_layers"]
+        at = f"model.layers.{layer}."
+        hidden_STD = functional.embedding(
+            ids_ST, self.weight("model.embed_tokens.weight")
+        )
+        for index in range(layer):
+            hidden_STD = self.layer(index, hidden_STD)
+        last = self.norm("model.norm.weight", hidden_STD)[:, :-1]
+        following = functional.embedding(
+            ids_ST[:, 1:], self.weight(at + "embed_tokens.weight")
+        )
+        both = (
+            self.norm(at + "enorm.weight", following),
+            self.norm(at + "hnorm.weight", last),
+        )
+        x_STD = torch.cat(both, -1) @ self.weight(at + "eh_proj.weight").T
+        out = self.norm(at + "shared_head.norm.weight", self.layer(layer, x_STD))
+        logits = out @ self.weight(at + "shared_head.head.weight").T
+        targets = ids_ST[:, 2:].flatten()
+        return float(functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets))
+
     def norm(self, name: str, x: Tensor, eps: float | None = None) -> Tensor:
         eps = self.config["rms_norm_eps"] if eps is None else eps
         return self.weight(name) * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()

@@ -9,7 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.reference_families import FamilyReference
 from tests.tiny import tiny_checkpoint
+from vllm_moe_prune.calibrate.data import Tokens
 from vllm_moe_prune.calibrate.forward import StreamingModel
+from vllm_moe_prune.calibrate.measure import measure
+from vllm_moe_prune.checkpoint.reader import read_tensor
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.evaluate import run_layer
 
@@ -105,3 +108,57 @@ def test_the_loss_is_that_of_plain_float64(
     ids_ST = tokens_ST[:2, :24]  # the reference takes one token at a time
     reference = FamilyReference(folder).loss(ids_ST)
     assert stream(folder, ids_ST) == pytest.approx(reference, rel=1e-5)
+
+
+def test_an_mtp_layer_predicts_as_plain_float64_does(
+    tmp_path: Path, tokens_ST: torch.Tensor
+) -> None:
+    folder = tiny_checkpoint(
+        tmp_path,
+        model_type="deepseek_v3",
+        layers=2,
+        dtype="float32",
+        num_nextn_predict_layers=1,
+    )
+    ids_ST = tokens_ST[:2, :24]
+    checkpoint = open_checkpoint(folder)
+    model = StreamingModel(checkpoint)
+    hidden_STD = model.embed(ids_ST)
+    for index in range(model.num_layers):
+        run_layer(model, index, hidden_STD)
+    assert model.forward_passes == 1
+    hidden_STD = model.further(2, hidden_STD, ids_ST)
+    assert hidden_STD.shape[1] == ids_ST.shape[1] - 1
+    run_layer(model, 2, hidden_STD)
+    weights = {
+        name: read_tensor(checkpoint.tensors[f"model.layers.2.shared_head.{name}"])
+        for name in ("norm.weight", "head.weight")
+    }
+    scale = (hidden_STD.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    logits = hidden_STD * scale * weights["norm.weight"] @ weights["head.weight"].T
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids_ST[:, 2:].flatten()
+    )
+    expected = FamilyReference(folder).mtp_loss(ids_ST)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert model.forward_passes == 1
+
+
+def test_an_mtp_layer_is_measured_in_the_same_pass(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(
+        tmp_path, model_type="deepseek_v3", layers=2, num_nextn_predict_layers=1
+    )
+    ids_ST = torch.randint(3, 512, (4, 32))
+    stats = measure(
+        open_checkpoint(folder),
+        tokens=Tokens(ids_ST, "random", "0" * 64),
+        fields=frozenset({"weighted_norm_sum_E", "block_cosine_HH", "block_tokens"}),
+    )
+    assert stats.forward_passes == 1
+    assert sorted(stats.layers) == [1, 2]
+    assert float(stats.layers[1].tokens) == 4 * 32
+    # The last token of a sequence has none behind it.
+    assert float(stats.layers[2].tokens) == 4 * 31
+    assert stats.layers[2].routed_E.sum() == 4 * 31 * 4
+    assert stats.layers[2].weighted_norm_sum_E.sum() > 0
+    assert stats.block_cosine_HH.shape == (3, 3)

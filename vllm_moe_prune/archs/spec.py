@@ -240,6 +240,29 @@ class Residual:
 
 
 @dataclass(frozen=True)
+class MtpNames:
+    """What a layer that predicts further tokens has beside a decoder layer's tensors.
+
+    Its input is ``proj [norm(embedding of the next token), norm(hidden state)]``, the
+    hidden state being normed already as the layers before it end. Names are below the
+    layer's prefix.
+    """
+
+    embedding: str = "embed_tokens"
+    embedding_norm: str = "enorm"
+    hidden_norm: str = "hnorm"
+    proj: str = "eh_proj"
+    final_norm: str = "shared_head.norm"
+    head: str = "shared_head.head"
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """The names of the tensors."""
+        parts = (self.embedding, self.embedding_norm, self.hidden_norm, self.proj)
+        return tuple(f"{part}.weight" for part in (*parts, self.final_norm, self.head))
+
+
+@dataclass(frozen=True)
 class MoeArch:
     """A family as data; class paths are strings so that a table imports nothing."""
 
@@ -270,6 +293,7 @@ class MoeArch:
     dense_width: str = "intermediate_size"
     """The config key of the width of ``dense_mlp``."""
     residual: Residual | None = None
+    mtp: MtpNames = MtpNames()
     per_layer_lists: tuple[str, ...] = ("layer_types",)
     """Keys of config.json that hold one entry per decoder layer."""
     embedding: str = "model.embed_tokens.weight"

@@ -81,8 +81,8 @@ class StreamingModel:
         self.rotary.to(self.device)
         self.dtype = DTYPES[self._info(arch.embedding).dtype]
         self.layers_run = 0
-        for index in range(self.num_layers):
-            self._check_names(index)
+        for layer in checkpoint.layers:
+            self._check_names(layer.index)
         self._info(arch.final_norm)
         self._info(self._head_name)
 
@@ -109,6 +109,34 @@ class StreamingModel:
         return functional.embedding(tokens_ST.to(self.device), table_VD)
 
     @torch.no_grad()
+    def further(
+        self, index: int, hidden_STD: torch.Tensor, tokens_ST: torch.Tensor
+    ) -> torch.Tensor:
+        """What enters an MTP layer: the hidden states with the tokens that followed.
+
+        Args:
+            index: The layer.
+            hidden_STD: What the layer before it gave.
+            tokens_ST: All tokens. A state whose next token is not among them goes.
+        """
+        names, arch = self.checkpoint.arch.mtp, self.checkpoint.arch
+        depth = index - self.num_layers
+        prefix = arch.layer_prefix.format(layer=index)
+        before = arch.layer_prefix.format(layer=index - 1)
+        final = f"{before}{names.final_norm}.weight" if depth else arch.final_norm
+        own = f"{prefix}{names.embedding}.weight"
+        table_VD = self._read(own if own in self.checkpoint.tensors else arch.embedding)
+        next_ST = tokens_ST[:, depth + 1 :].to(self.device)
+        states_STD = self._build_norm(final)(hidden_STD[:, :-1].to(self.device))
+        pair = (
+            (names.embedding_norm, functional.embedding(next_ST, table_VD)),
+            (names.hidden_norm, states_STD),
+        )
+        normed = [self._build_norm(f"{prefix}{norm}.weight")(x) for norm, x in pair]
+        proj = self._read(f"{prefix}{names.proj}.weight")
+        return functional.linear(torch.cat(normed, dim=-1), proj)
+
+    @torch.no_grad()
     def enter(
         self, index: int, hidden_STD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -133,7 +161,7 @@ class StreamingModel:
                 self._add_mlp(index, part, normed_ND, hidden_STD.view_as(normed_ND))
         if layer.has_moe and x_ND is None:
             x_ND = self._normed(index, MOE_NORM, hidden_STD)
-        self.layers_run += 1
+        self.layers_run += not layer.mtp
         return hidden_STD, x_ND
 
     def _attend(self, index: int, hidden_STD: torch.Tensor) -> None:
@@ -280,6 +308,10 @@ class StreamingModel:
             self._info(f"{prefix}{MOE_NORM}.weight")
         for part in dense_parts(self.checkpoint, layer):
             self._check_mlp(prefix, part)
+        if layer.mtp:
+            names = arch.mtp
+            for inner in (names.embedding_norm, names.hidden_norm, names.proj):
+                self._info(f"{prefix}{inner}.weight")
         for name in self.checkpoint.layer_names(index):
             inner = name.removeprefix(prefix)
             known = inner in expected or arch.is_moe_member(name, index)
@@ -287,6 +319,7 @@ class StreamingModel:
             beside = residual is not None and inner.startswith(
                 (residual.mlp.prefix, f"{residual.norm}.")
             )
+            beside |= layer.mtp and inner in arch.mtp.all
             if not known and not beside and not inner.endswith((*IGNORED, SUFFIX)):
                 log.warning("%s: %s is not used by the forward", index, name)
 

@@ -102,9 +102,9 @@ class _Measure:
     def all_layers(self, store: BoundaryStore | None, report: Report) -> Stats:
         # Behind the last router there is nothing to measure, but for blocks.
         whole = bool(self.fields & routed.BLOCKS)
-        decoders = self.checkpoint.decoder_layers
-        last = len(decoders) - 1
-        last = last if whole else max(at.index for at in decoders if at.has_moe)
+        layers = self.checkpoint.layers
+        last = len(layers) - 1
+        last = last if whole else self.checkpoint.moe_layers[-1].index
         blocks = routed.BlockSamples()
         model = StreamingModel(self.checkpoint, self.device) if self.tokens else None
         hidden = torch.empty(0)
@@ -115,14 +115,16 @@ class _Measure:
         elif model and self.tokens:
             hidden = model.embed(self.tokens.ids_ST)
         meter = _Meter(self.checkpoint, last, report)
-        for layer in decoders[start : last + 1]:
+        for layer in layers[start : last + 1]:
             found = self._weight_stats(layer) if layer.has_moe else LayerStats()
-            if model:
+            if model and self.tokens:
                 go_on = whole or layer.index < last
+                if layer.mtp:
+                    hidden = model.further(layer.index, hidden, self.tokens.ids_ST)
                 if whole and layer.index == 0:
                     blocks.add(hidden)
                 hidden, found = self._forward(model, layer, hidden, found, go_on)
-                if whole:
+                if whole and not layer.mtp:
                     blocks.add(hidden)
             if layer.has_moe:
                 stats.layers[layer.index] = found
@@ -131,7 +133,8 @@ class _Measure:
                 store.keep_from(layer.index + 1)
             meter.tell(layer.index)
         # Layers that a killed run had finished belong to the same pass.
-        run = (start + model.layers_run) / model.num_layers if model else 0
+        before = min(start, len(self.checkpoint.decoder_layers))
+        run = (before + model.layers_run) / model.num_layers if model else 0
         calibration = self.tokens.describe() if self.tokens else {}
         stats = replace(stats, forward_passes=math.ceil(run), calibration=calibration)
         if not (whole and model):

@@ -195,6 +195,8 @@ class _Cut:
             if layer.index < start:
                 continue
             if layer_plan.action != "drop-block":
+                if layer.mtp:
+                    hidden = model.further(layer.index, hidden, tokens.ids_ST)
                 hidden = self._slim_and_run(
                     context, model, layer.index, hidden, is_last=layer.index == last
                 )

@@ -40,11 +40,13 @@ def with_outliers(
     """
     found = dict(stats.layers)
     hidden_STD = model.embed(tokens.ids_ST)
-    layers = model.checkpoint.decoder_layers
+    layers = model.checkpoint.layers
     total = model.checkpoint.tensor_bytes
     for layer in layers:
         if plan.layers[layer.index].action != "drop-block":
             known = found.get(layer.index, LayerStats())
+            if layer.mtp:
+                hidden_STD = model.further(layer.index, hidden_STD, tokens.ids_ST)
             hidden_STD, after = _through(model, plan, layer, known, hidden_STD)
             if layer.has_moe:
                 found[layer.index] = after

@@ -122,6 +122,11 @@ def _counts(stats: Stats | None, moe: Layers, recipe: Recipe) -> dict[int, int] 
     target = global_target(moe, stage)
     if target == 0:
         return dict.fromkeys(moe, 0)
+    if further := [layer for layer, shape in moe.items() if shape.mtp]:
+        raise RecipeError(
+            "experts.budget: sensitivity asks what a layer adds to the loss, but layer "
+            f"{further[0]} (MTP) adds nothing to it. Set layers.mtp: drop."
+        )
     if unit_of(moe, stage) > 1:
         raise RecipeError(
             "experts.budget: sensitivity takes experts one at a time. As this model "
