@@ -13,7 +13,7 @@ from .calibrate.data import Tokens
 from .calibrate.forward import StreamingModel
 from .calibrate.stats import LayerStats, Stats
 from .cut.outliers import with_outliers
-from .cut.planned import LossJournal, planned_losses
+from .cut.planned import LossJournal, Text, planned_losses
 from .cut.predict import model_facts
 from .decide.budget import most_removed
 from .decide.build import resolved
@@ -69,12 +69,12 @@ def with_sensitivity(
     found = planned_losses(
         model,
         plans,
-        heldout.ids_ST,
+        [Text(heldout.ids_ST)],
         journal=journal,
         report=report,
         stage="sensitivity",
     )
-    losses = [loss.mean for loss in found]
+    losses = [loss.mean for (loss,) in found]
     if not np.isfinite(losses[0]):
         raise CheckpointError(
             f"{model.checkpoint.folder}: its loss on {heldout.source} is not finite. "
@@ -97,7 +97,7 @@ def with_sensitivity(
         sensitivity={
             "rule": rule(recipe),
             "heldout": heldout.describe(),
-            "tokens": found[0].tokens,
+            "tokens": found[0][0].tokens,
             "candidates": len(plans),
             "layers_run": model.layers_run - before,
         },

@@ -232,8 +232,8 @@ class TuneStage(Strict):
         1,
     )
     """Shares of the size that whole experts take; zeros take the rest."""
-    layer_counts: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2)
-    """How many MoE sublayers, or blocks, leave whole."""
+    layers: tuple[Part01, ...] = (0.1, 0.25, 0.5)
+    """Shares of the MoE sublayers, or of the blocks, that leave whole: at least one."""
     slims: tuple[SlimMethod, ...] = ("wanda", "sparsegpt")
     """How zeros are written: by the first, and in the end by the others too."""
     owl: bool = True

@@ -51,7 +51,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     tiny_checkpoint(folder / "ckpt", layers=2, experts=4, hidden=32, width=48)
     tiny_text(folder, 8000)
-    tune = "{experts: [reap], budgets: [global], shares: [0.5], layer_counts: []}"
+    tune = "{experts: [reap], budgets: [global], shares: [0.5], layers: []}"
     (folder / "small.yaml").write_text(f"tune: {tune}\n", "utf-8")
     return folder
 
@@ -187,7 +187,7 @@ def test_results_go_to_stdout_and_progress_to_stderr(
     assert ran.status == 0, ran
     assert ran.stdout
     assert PROGRESS.sub("", ran.stderr) == ""
-    assert bool(ran.stderr) == (name not in {"inspect", "plan"})
+    assert bool(ran.stderr) == (name not in {"inspect", "plan", "recipes"})
     assert_plain(ran)
 
 

@@ -15,7 +15,7 @@ from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut import planned
-from vllm_moe_prune.cut.planned import Loss, LossJournal, planned_losses
+from vllm_moe_prune.cut.planned import Loss, LossJournal, Text, planned_losses
 from vllm_moe_prune.decide.plan import CutPlan
 from vllm_moe_prune.evaluate import run_layer
 from vllm_moe_prune.recipe import Calibration, Recipe, parse_recipe
@@ -126,13 +126,13 @@ def test_planned_losses_are_those_of_what_is_cut(
         plans.append(plan)
         expected.append(loss_of(open_checkpoint(out), heldout.ids_ST))
     model = StreamingModel(checkpoint)
-    found = planned_losses(model, plans, heldout.ids_ST, tokens.ids_ST)
-    assert [loss.nll for loss in found] == pytest.approx(
+    found = planned_losses(model, plans, [Text(heldout.ids_ST)], tokens.ids_ST)
+    assert [loss.nll for (loss,) in found] == pytest.approx(
         [loss.nll for loss in expected], rel=1e-6
     )
-    assert {loss.tokens for loss in found} == {heldout.ids_ST[:, 1:].numel()}
+    assert {loss.tokens for (loss,) in found} == {heldout.ids_ST[:, 1:].numel()}
     # They are different models, so equality above is not for want of a difference.
-    assert len({round(loss.nll, 4) for loss in found}) == len(RECIPES)
+    assert len({round(loss.nll, 4) for (loss,) in found}) == len(RECIPES)
 
 
 def test_plans_that_agree_share_the_layers(
@@ -142,7 +142,7 @@ def test_plans_that_agree_share_the_layers(
     last = intact.layers[-1].model_copy(update={"keep": (0, 1, 2), "clusters": None})
     plans = [intact, intact.model_copy(update={"layers": (*intact.layers[:-1], last)})]
     model = StreamingModel(checkpoint)
-    planned_losses(model, plans, heldout.ids_ST)
+    planned_losses(model, plans, [Text(heldout.ids_ST)])
     assert model.layers_run == LAYERS
 
 
@@ -158,9 +158,11 @@ def test_memory_for_few_plans_takes_more_sweeps_and_gives_the_same(
         for name in ("intact", "uneven", "wanda")
     ]
     model = StreamingModel(checkpoint)
-    together = planned_losses(model, plans, heldout.ids_ST, tokens.ids_ST)
+    together = planned_losses(model, plans, [Text(heldout.ids_ST)], tokens.ids_ST)
     monkeypatch.setattr(planned, "STATE_BYTES", 1)
-    assert planned_losses(model, plans, heldout.ids_ST, tokens.ids_ST) == together
+    assert (
+        planned_losses(model, plans, [Text(heldout.ids_ST)], tokens.ids_ST) == together
+    )
 
 
 def test_a_journal_knows_what_was_judged(
@@ -176,7 +178,7 @@ def test_a_journal_knows_what_was_judged(
     ]
     path = tmp_path / "losses.jsonl"
     model = StreamingModel(checkpoint)
-    args = (model, plans, heldout.ids_ST)
+    args = (model, plans, [Text(heldout.ids_ST)])
     first = planned_losses(*args, journal=LossJournal(path))
     path.write_text(path.read_text()[:-9])  # killed while writing the second line
     before = model.layers_run
@@ -326,6 +328,29 @@ def test_zeros_first_reaches_the_same_total(
 
 def test_an_infinite_loss_is_written_and_read(tmp_path: Path) -> None:
     path = tmp_path / "losses.jsonl"
-    LossJournal(path).add("a", Loss(math.inf, 7))
-    assert LossJournal(path).losses == {"a": Loss(math.inf, 7)}
-    assert json.loads(path.read_text())["tokens"] == 7
+    LossJournal(path).add("a", (Loss(math.inf, 7), Loss(1.5, 2, 1)))
+    assert LossJournal(path).losses == {"a": (Loss(math.inf, 7), Loss(1.5, 2, 1))}
+    assert json.loads(path.read_text())["losses"][1] == [1.5, 2, 1]
+
+
+def test_targets_are_judged_alone_and_exactly(
+    checkpoint: Checkpoint, calibration: Calibration, heldout: Tokens
+) -> None:
+    intact = pipeline.plan(
+        checkpoint, recipe_of(RECIPES["intact"], calibration), stats=None
+    )
+    ids_ST = heldout.ids_ST.clone()
+    model = StreamingModel(checkpoint)
+    hidden = model.embed(ids_ST)
+    for index in range(model.num_layers):
+        run_layer(model, index, hidden)
+    likeliest = [logits.argmax(-1) for _, logits in model._logits(hidden)]
+    greedy = torch.cat(likeliest).view(ids_ST.shape)
+    targets_ST = torch.full_like(ids_ST, -100)
+    targets_ST[:, 20:23] = greedy[:, 19:22]
+    text = Text(ids_ST, targets_ST)
+    ((loss,),) = planned_losses(model, [intact], [text])
+    assert (loss.tokens, loss.exact) == (3 * len(ids_ST), len(ids_ST))
+    targets_ST[0, 21] = (targets_ST[0, 21] + 1) % 500
+    ((loss,),) = planned_losses(model, [intact], [text])
+    assert loss.exact == len(ids_ST) - 1

@@ -1,5 +1,6 @@
 """The search for the best plan: it finds the least loss, fits, resumes, and is cut."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,16 @@ SMALL: dict[str, Any] = {
     "experts": ("total-output", "stun"),
     "budgets": ("sensitivity", "per-layer"),
     "shares": (0.0, 0.5, 1.0),
-    "layer_counts": (1,),
+    "layers": (0.3,),
     "finalists": 2,
 }
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_experts: int = 8
+    top_k: int = 2
+    has_moe: bool = True
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +67,11 @@ def tuned(checkpoint: Checkpoint, recipe: Recipe) -> Tuned:
 
 def test_candidates_are_all_different_and_name_what_they_are() -> None:
     recipe = load_recipe("best")
-    found = structures(recipe)
+    layers = [Shape() for _ in range(8)]
+    found = structures(recipe, layers)
     assert recipe.tune is not None
     # Without experts one way; else every rule with every budget; and dropped layers.
-    assert len(found) == 1 + 4 * 4 * 3 + 2 * 2 * 5
+    assert len(found) == 1 + 4 * 4 * 3 + 2 * 3 * 5
     assert len({one.name for one in found}) == len(found)
     assert all(one.recipe.tune is None for one in found)
     assert all(one.recipe.total_sparsity == 0.5 for one in found)

@@ -231,20 +231,40 @@ class StreamingModel:
 
         Each sequence predicts its tokens 1 to T - 1, bar those that are NO_TARGET.
         """
-        norm = self._build_norm(self.checkpoint.arch.final_norm)
-        head_VD = self._read(self._head_name)
-        x_ND = hidden_STD.flatten(0, 1)
-        # The last token of a sequence predicts nothing; skipping it saves a copy.
-        target_N = functional.pad(tokens_ST[:, 1:], (0, 1), value=NO_TARGET)
-        target_N = target_N.flatten().to(self.device)
+        target_N = self._targets(tokens_ST)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for chunk in _batches(len(x_ND), 4 * len(head_VD), LOGIT_BYTES):
-            logits_nV = functional.linear(norm(x_ND[chunk]), head_VD).float()
+        for chunk, logits_nV in self._logits(hidden_STD):
             loss_n = functional.cross_entropy(
                 logits_nV, target_N[chunk], ignore_index=NO_TARGET, reduction="none"
             )
             total += loss_n.sum(dtype=torch.float64)
         return float(total), int((target_N != NO_TARGET).sum())
+
+    @torch.no_grad()
+    def exact_matches(self, hidden_STD: torch.Tensor, tokens_ST: torch.Tensor) -> int:
+        """How many sequences have each of their targets as the likeliest next token.
+
+        For an answer behind its prompt that is what greedy generation would write.
+        """
+        target_N = self._targets(tokens_ST)
+        right_N = torch.empty_like(target_N, dtype=torch.bool)
+        for chunk, logits_nV in self._logits(hidden_STD):
+            right_N[chunk] = logits_nV.argmax(dim=-1) == target_N[chunk]
+        right_N |= target_N == NO_TARGET
+        return int(right_N.view(tokens_ST.shape).all(dim=1).sum())
+
+    def _targets(self, tokens_ST: torch.Tensor) -> torch.Tensor:
+        # The last token of a sequence predicts nothing; skipping it saves a copy.
+        target_ST = functional.pad(tokens_ST[:, 1:], (0, 1), value=NO_TARGET)
+        return target_ST.flatten().to(self.device)
+
+    def _logits(self, hidden_STD: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits in fp32, of some of the tokens at a time."""
+        norm = self._build_norm(self.checkpoint.arch.final_norm)
+        head_VD = self._read(self._head_name)
+        x_ND = hidden_STD.flatten(0, 1)
+        for chunk in _batches(len(x_ND), 4 * len(head_VD), LOGIT_BYTES):
+            yield chunk, functional.linear(norm(x_ND[chunk]), head_VD).float()
 
     @property
     def _head_name(self) -> str:

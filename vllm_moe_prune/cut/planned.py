@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -33,11 +33,23 @@ STATE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
+class Text:
+    """Tokens that models are judged on."""
+
+    ids_ST: torch.Tensor
+    targets_ST: torch.Tensor | None = None
+    """What is to be predicted, ``NO_TARGET`` elsewhere; everything if None. With
+    targets of its own a text is also judged by its exact matches."""
+
+
+@dataclass(frozen=True)
 class Loss:
     """Summed next-token negative log-likelihood in nats, and how many tokens."""
 
     nll: float
     tokens: int
+    exact: int = 0
+    """Sequences of a text with targets that greedy decoding gets right."""
 
     @property
     def mean(self) -> float:
@@ -51,7 +63,7 @@ class _Branch:
 
     members: list[int]
     states: list[torch.Tensor]
-    """Held-out hidden states [S, T, D], then the calibration's if any plan slims."""
+    """Hidden states [S, T, D] of each text, then of the calibration if any slims."""
 
 
 class LossJournal:
@@ -60,26 +72,26 @@ class LossJournal:
     def __init__(self, path: Path | None = None) -> None:
         """Read what is there; a line cut short by a kill is left out."""
         self._path = path
-        self.losses: dict[str, Loss] = {}
+        self.losses: dict[str, tuple[Loss, ...]] = {}
         """By what ``planned_losses`` knows a plan by."""
         if path is None or not path.is_file():
             return
         for line in path.read_text("utf-8").splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                loss = Loss(float(entry["nll"]), int(entry["tokens"]))
-                self.losses[str(entry["key"])] = loss
+                found = [Loss(*values) for values in entry["losses"]]
+                self.losses[str(entry["key"])] = tuple(found)
 
-    def add(self, key: str, loss: Loss) -> None:
-        """Keep a loss.
+    def add(self, key: str, losses: tuple[Loss, ...]) -> None:
+        """Keep what a plan loses on each text.
 
         Raises:
             OutputError: It cannot be written.
         """
-        self.losses[key] = loss
+        self.losses[key] = losses
         if self._path is None:
             return
-        line = json.dumps({"key": key, "nll": loss.nll, "tokens": loss.tokens})
+        line = json.dumps({"key": key, "losses": [astuple(one) for one in losses]})
         with writing(self._path.parent):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
@@ -96,26 +108,26 @@ class LossJournal:
 def planned_losses(
     model: StreamingModel,
     plans: Sequence[CutPlan],
-    heldout_ST: torch.Tensor,
+    texts: Sequence[Text],
     calibration_ST: torch.Tensor | None = None,
     *,
     journal: LossJournal | None = None,
     report: Report = ignore,
     stage: str = "judge",
-) -> list[Loss]:
-    """What each plan's model loses on held-out tokens.
+) -> list[tuple[Loss, ...]]:
+    """What each plan's model loses on held-out texts.
 
     Args:
         model: The input of all plans.
         plans: Checked already; they may slim by data if there is calibration.
-        heldout_ST: Token ids that are predicted.
+        texts: What is predicted.
         calibration_ST: Token ids that slimming is calibrated on.
         journal: Losses known from before, and where new ones go.
         report: Called after every layer of every sweep.
         stage: How progress calls it.
 
     Returns:
-        One loss per plan, infinite where a plan's model gives no finite one.
+        For each plan its loss on each text, infinite where it is not finite.
 
     Raises:
         CalibrationError: A plan needs calibration and there is none.
@@ -123,9 +135,9 @@ def planned_losses(
     journal = journal or LossJournal()
     if any(plan.needs_activations for plan in plans) and calibration_ST is None:
         raise CalibrationError("a plan slims by data: calibration tokens are needed.")
-    keys = [_key(plan, heldout_ST, calibration_ST) for plan in plans]
+    keys = [_key(plan, texts, calibration_ST) for plan in plans]
     todo = [at for at, key in enumerate(keys) if key not in journal.losses]
-    inputs = [heldout_ST]
+    inputs = [text.ids_ST for text in texts]
     if calibration_ST is not None and any(plans[at].needs_activations for at in todo):
         inputs.append(calibration_ST)
     width = int(model.checkpoint.config[model.checkpoint.arch.config.hidden])
@@ -135,22 +147,25 @@ def planned_losses(
     for sweep in range(sweeps):
         chunk = todo[sweep * together : (sweep + 1) * together]
         run = _Sweep(model, [plans[at] for at in chunk], report, stage, sweep, sweeps)
-        for at, loss in zip(chunk, run.losses(inputs), strict=True):
-            journal.add(keys[at], loss)
+        for at, found in zip(chunk, run.losses(inputs, texts), strict=True):
+            journal.add(keys[at], found)
     return [journal.losses[key] for key in keys]
 
 
 def _key(
-    plan: CutPlan, heldout_ST: torch.Tensor, calibration_ST: torch.Tensor | None
+    plan: CutPlan, texts: Sequence[Text], calibration_ST: torch.Tensor | None
 ) -> str:
     """Identifies a loss: the plan's effect on which model, judged by which tokens."""
     slim = (plan.slim, plan.pattern, plan.router_weighted, plan.slim_parts)
     layers = [layer.model_dump_json() for layer in plan.layers]
-    texts = [sha256_of(heldout_ST)]
+    tokens = [sha256_of(text.ids_ST) for text in texts]
+    tokens += [
+        sha256_of(text.targets_ST) for text in texts if text.targets_ST is not None
+    ]
     if plan.needs_activations and calibration_ST is not None:
-        texts.append(sha256_of(calibration_ST))
+        tokens.append(sha256_of(calibration_ST))
     said = (plan.model.fingerprint, plan.routing, slim, plan.slim_exclude, layers)
-    return hashlib.sha256(repr((said, texts)).encode()).hexdigest()
+    return hashlib.sha256(repr((said, tokens)).encode()).hexdigest()
 
 
 class _Sweep:
@@ -172,7 +187,9 @@ class _Sweep:
         self._stage = stage
         self._sweep, self._sweeps = sweep, sweeps
 
-    def losses(self, inputs: Sequence[torch.Tensor]) -> list[Loss]:
+    def losses(
+        self, inputs: Sequence[torch.Tensor], texts: Sequence[Text]
+    ) -> list[tuple[Loss, ...]]:
         states = [self.model.embed(ids_ST) for ids_ST in inputs]
         branches = [_Branch(list(range(len(self.plans))), states)]
         for layer in self.checkpoint.decoder_layers:
@@ -180,13 +197,22 @@ class _Sweep:
                 after for branch in branches for after in self._through(layer, branch)
             ]
             self._tell(layer.index + 1)
-        found = [Loss(math.inf, 1)] * len(self.plans)
+        found: list[tuple[Loss, ...]] = [()] * len(self.plans)
         for branch in branches:
-            nll, tokens = self.model.nll(branch.states[0], inputs[0])
-            loss = Loss(nll if math.isfinite(nll) else math.inf, tokens)
+            states = branch.states[: len(texts)]
+            pairs = zip(texts, states, strict=True)
+            losses = tuple(self._loss(text, state) for text, state in pairs)
             for member in branch.members:
-                found[member] = loss
+                found[member] = losses
         return found
+
+    def _loss(self, text: Text, state: torch.Tensor) -> Loss:
+        targets_ST = text.ids_ST if text.targets_ST is None else text.targets_ST
+        nll, tokens = self.model.nll(state, targets_ST)
+        exact = 0
+        if text.targets_ST is not None:
+            exact = self.model.exact_matches(state, targets_ST)
+        return Loss(nll if math.isfinite(nll) else math.inf, tokens, exact)
 
     def _through(self, layer: Layer, branch: _Branch) -> list[_Branch]:
         """One layer; a branch whose plans differ in it splits."""

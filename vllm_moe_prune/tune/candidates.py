@@ -1,10 +1,11 @@
 """What ``tune`` tries: recipes that reach one size in different ways."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from ..decide.plan import LayerShape
 from ..recipe import Budget, Chooser, Recipe, SlimMethod, TuneStage, parse_recipe
 
 
@@ -16,14 +17,15 @@ class Candidate:
     recipe: Recipe
 
 
-def structures(recipe: Recipe) -> list[Candidate]:
+def structures(recipe: Recipe, layers: Sequence[LayerShape]) -> list[Candidate]:
     """All combinations of what leaves whole, the rest zeroed by the first method.
 
     Args:
         recipe: With ``tune``; everything that ``tune`` does not vary is taken from it.
+        layers: The checkpoint's decoder layers.
     """
     tune = recipe.tune or TuneStage()
-    return [_candidate(recipe, name, data) for name, data in _structures(tune)]
+    return [_candidate(recipe, name, data) for name, data in _structures(tune, layers)]
 
 
 def refinements(candidate: Candidate, tune: TuneStage) -> list[Candidate]:
@@ -39,18 +41,24 @@ def refinements(candidate: Candidate, tune: TuneStage) -> list[Candidate]:
     return [_candidate(recipe, f"{candidate.name}, {way}", data) for way, data in ways]
 
 
-def _structures(tune: TuneStage) -> Iterator[tuple[str, dict[str, Any]]]:
+def _structures(
+    tune: TuneStage, layers: Sequence[LayerShape]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     zeros = tune.slims[0]
     for share in tune.shares:
         choosers = product(tune.experts, tune.budgets) if share else [None]
         for chosen in choosers:
             yield _by_experts(share, chosen, zeros)
-    for count, key in product(tune.layer_counts, ("moe_count", "block_count")):
-        what = "MoE sublayers" if key == "moe_count" else "blocks"
-        for share in tune.shares:
-            chosen = (tune.experts[0], tune.budgets[0])
-            name, data = _by_experts(share, chosen if share else None, zeros)
-            yield f"{name}, {count} {what} gone", {**data, "layers": {key: count}}
+    chosen = (tune.experts[0], tune.budgets[0])
+    moe = sum(layer.has_moe for layer in layers)
+    for key, what, most in (
+        ("moe_count", "MoE sublayers", moe),
+        ("block_count", "blocks", len(layers)),
+    ):
+        for count in sorted({max(1, round(part * most)) for part in tune.layers}):
+            for share in tune.shares:
+                name, data = _by_experts(share, chosen if share else None, zeros)
+                yield f"{name}, {count} {what} gone", {**data, "layers": {key: count}}
 
 
 def _by_experts(

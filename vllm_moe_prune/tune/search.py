@@ -14,7 +14,7 @@ from ..calibrate.data import load_heldout
 from ..calibrate.forward import StreamingModel
 from ..calibrate.stats import Stats
 from ..checkpoint.open import Checkpoint
-from ..cut.planned import Loss, LossJournal, planned_losses
+from ..cut.planned import Loss, LossJournal, Text, planned_losses
 from ..decide.needs import needed_statistics
 from ..decide.plan import CutPlan
 from ..decide.sensitivity import rule
@@ -117,7 +117,7 @@ class _Search:
         self.left_out: list[tuple[str, str]] = []
 
     def run(self) -> Tuned:
-        candidates = structures(self.recipe)
+        candidates = structures(self.recipe, self.checkpoint.layers)
         stats = self._measured(candidates)
         plans = self._planned(candidates, stats)
         if not plans:
@@ -208,14 +208,15 @@ class _Search:
         heldout_ST: torch.Tensor,
         calibration_ST: torch.Tensor,
     ) -> list[Loss]:
-        return planned_losses(
+        found = planned_losses(
             self.model,
             plans,
-            heldout_ST,
+            [Text(heldout_ST)],
             calibration_ST,
             journal=self.journal,
             report=self.options.report,
         )
+        return [loss for (loss,) in found]
 
     def _refined(
         self, better: Sequence[Judged], stats: Mapping[str, Stats]
