@@ -28,7 +28,7 @@ def checkpoint(
 ) -> Checkpoint:
     folder = tmp_path_factory.mktemp(request.param)
     tiny_checkpoint(
-        folder, model_type=request.param, layers=3, dtype="float32", tokenizer=False
+        folder, model_type=request.param, layers=4, dtype="float32", tokenizer=False
     )
     return open_checkpoint(folder)
 
