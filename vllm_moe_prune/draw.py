@@ -18,22 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import Interrupted, OutputError, said_by
-from .progress import Progress, Report
+from .progress import Progress, Report, gib, unit_of
 
-GIB, MIB = 2**30, 2**20
 # Paths and names are shown as they are, whatever brackets and colons they hold.
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
-
-
-def gib(size_bytes: float) -> str:
-    """Bytes with a unit that suits them."""
-    name, unit = _unit(size_bytes)
-    return f"{size_bytes / unit:.2f} {name}"
-
-
-def _unit(size_bytes: float) -> tuple[str, int]:
-    return ("GiB", GIB) if size_bytes >= 0.1 * GIB else ("MiB", MIB)
 
 
 def duration(seconds: float) -> str:
@@ -120,7 +109,7 @@ def _bar() -> Bar:
 def _detail(progress: Progress, elapsed_s: float) -> str:
     rate = progress.bytes_done / elapsed_s if elapsed_s > 0 else 0.0
     left = (progress.bytes_total - progress.bytes_done) / rate if rate else 0.0
-    name, unit = _unit(progress.bytes_total)
+    name, unit = unit_of(progress.bytes_total)
     done, total = progress.bytes_done / unit, progress.bytes_total / unit
     return (
         f"layer {progress.layer} of {progress.layers}, {done:.2f} of {total:.2f} "

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from .calibrate.data import Tokens
-from .calibrate.stats import load_stats, save_stats
+from .calibrate.stats import Stats, load_stats, save_stats
 from .checkpoint.open import Checkpoint
 from .checkpoint.place import check_file, check_folder
 from .checkpoint.source import open_checkpoint
@@ -51,6 +51,7 @@ def cut(
     tokens: Tokens | None = None,
     where: str = "plan",
     text: str | None = None,
+    stats: Stats | None = None,
 ) -> CutResult:
     """Execute a plan: read each layer once, write each shard once.
 
@@ -62,6 +63,7 @@ def cut(
         tokens: What to calibrate on, if it has been read already.
         where: How errors name the plan.
         text: What to calibrate on instead of the plan's own text.
+        stats: What the plan was made from, to be kept in the output.
     """
     started = time.monotonic()
     check_options(checkpoint, out, options)
@@ -83,6 +85,7 @@ def cut(
         max_shard_bytes=options.max_shard_bytes,
         report=options.report,
         where=where,
+        stats=stats,
     )
     if dense != out:
         # Sizes are known only when every zero is: compressed in a second pass.
@@ -153,7 +156,9 @@ def run(
         stats = measure(checkpoint, recipe, tokens, options, work)
         save_stats(stats, kept)
     decided = plan(checkpoint, recipe, stats, options.max_shard_bytes)
-    result = cut(checkpoint, decided, out, options, tokens, where=recipe.name)
+    result = cut(
+        checkpoint, decided, out, options, tokens, where=recipe.name, stats=stats
+    )
     if stats_file is None:
         kept.unlink()
     verified = verify(out, checkpoint, options.report)

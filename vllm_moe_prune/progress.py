@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+GIB, MIB = 2**30, 2**20
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -33,3 +35,14 @@ def peak_rss_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gib(size_bytes: float) -> str:
+    """Bytes with a unit that suits them."""
+    name, unit = unit_of(size_bytes)
+    return f"{size_bytes / unit:.2f} {name}"
+
+
+def unit_of(size_bytes: float) -> tuple[str, int]:
+    """GiB or MiB, and how many bytes that is."""
+    return ("GiB", GIB) if size_bytes >= 0.1 * GIB else ("MiB", MIB)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.open import Checkpoint
-from .draw import duration, facts, gib, hint, print_json, table
-from .progress import peak_rss_bytes
+from .draw import duration, facts, hint, print_json, table
+from .progress import gib, peak_rss_bytes
 
 if TYPE_CHECKING:
     from .calibrate.stats import Stats
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .cut.apply import CutResult
     from .decide.plan import CutPlan, LayerPlan
     from .evaluate import Perplexity
+    from .report.read import Kurtosis, Numbers
     from .verify import Verified
 
 
@@ -273,6 +274,48 @@ def show_converted(result: "Converted", as_json: bool) -> None:
         layers = _short(list(result.dense_layers))
         hint(f"Too few zeros to save bytes, stored dense: layers {layers}")
     hint(f"Next: vllm-moe-prune serve {result.out}")
+
+
+def show_report(
+    numbers: "Numbers", page: Path, pictures: Sequence[Path], as_json: bool
+) -> None:
+    """What a report shows, in short, and where it is."""
+    from .report.data import as_data
+
+    if as_json:
+        files = {"html": str(page), "png": [str(path) for path in pictures]}
+        print_json(as_data(numbers) | files)
+        return
+    table(
+        f"{numbers.name}: {numbers.plan.recipe.name}",
+        ("layer", "experts", "kept", "removed", "zeroed", "kurtosis"),
+        [
+            (
+                layer.layer,
+                layer.experts,
+                len(layer.keep) if layer.action == "keep" else layer.action,
+                f"{layer.removed:.1%}",
+                f"{layer.zeroed:.1%}",
+                _change(layer.kurtosis),
+            )
+            for layer in numbers.layers
+        ],
+    )
+    facts(
+        f"Wrote {page}",
+        [
+            ("pictures", len(pictures)),
+            ("kurtosis of expert weights", _change(numbers.kurtosis)),
+            *(("not measured", name) for name in numbers.missing),
+        ],
+    )
+
+
+def _change(kurtosis: "Kurtosis") -> str:
+    return " -> ".join(
+        "?" if value is None else f"{value:.3f}"
+        for value in (kurtosis.before, kurtosis.trimmed, kurtosis.slimmed)
+    )
 
 
 def show_verified(verified: "Verified", as_json: bool) -> None:

@@ -15,6 +15,7 @@ from . import (
     cases_output,
     cases_plan,
     cases_remap,
+    cases_report,
     cases_text,
 )
 from .case import Case, run_cli, snapshot
@@ -26,6 +27,7 @@ CASES = [
     *cases_output.CASES,
     *cases_plan.CASES,
     *cases_remap.CASES,
+    *cases_report.CASES,
     *cases_text.CASES,
 ]
 

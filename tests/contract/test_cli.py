@@ -37,6 +37,7 @@ RUNS = {
     "recipes": "recipes",
     "tune": f"tune ckpt -o best.json --total 0.4 --calibration text.txt {SMALL}"
     " --recipe small.yaml --heldout 2",
+    "report": "report out",
     "eval": "eval ckpt --text text.txt --sequence-length 64 --max-tokens 300",
 }
 PROGRESS = re.compile(
@@ -187,7 +188,8 @@ def test_results_go_to_stdout_and_progress_to_stderr(
     assert ran.status == 0, ran
     assert ran.stdout
     assert PROGRESS.sub("", ran.stderr) == ""
-    assert bool(ran.stderr) == (name not in {"inspect", "plan", "recipes"})
+    silent = {"inspect", "plan", "recipes", "report"}
+    assert bool(ran.stderr) == (name not in silent)
     assert_plain(ran)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_moe_prune.slim.kurtosis import kurtosis, power_sums
+from vllm_moe_prune.slim.kurtosis import PIECE, kurtosis, power_sums
 from vllm_moe_prune.slim.magnitude import magnitude
 from vllm_moe_prune.slim.owl import outliers, score_sum
 from vllm_moe_prune.slim.quota import zeros_in_group, zeros_in_matrix
@@ -255,10 +255,24 @@ def test_kurtosis_of_added_sums_is_that_of_all_weights(
 ) -> None:
     parts = [random(seed + at, size, 2) for at, size in enumerate(sizes)]
     parts[0][0] = 0.0
-    sums = np.sum([power_sums(part) for part in parts], axis=0)
+    sums = sum(power_sums(part.flatten()) for part in parts).tolist()
     every = torch.cat(parts).flatten().double().numpy()
     every = every[every != 0]
     assert sums[0] == len(every)
     centred = every - every.mean()
     expected = (centred**4).mean() / (centred**2).mean() ** 2
-    assert math.isclose(kurtosis(sums), expected, rel_tol=1e-6)
+    assert kurtosis(sums) == pytest.approx(expected, rel=1e-9)
+
+
+def test_power_sums_are_of_rows_longer_than_a_piece() -> None:
+    weights_EP = random(1, 3, PIECE + 5)
+    weights_EP[1, :PIECE] = 0.0
+    every_EP = weights_EP.double()
+    expected_E5 = torch.stack([(every_EP**power).sum(1) for power in range(5)], 1)
+    expected_E5[:, 0] = (every_EP != 0).sum(1)
+    torch.testing.assert_close(power_sums(weights_EP), expected_E5)
+
+
+def test_kurtosis_of_nothing_and_of_equal_weights_is_not_defined() -> None:
+    for weights in (torch.zeros(4), torch.full((4,), 2.0)):
+        assert kurtosis(power_sums(weights).tolist()) is None

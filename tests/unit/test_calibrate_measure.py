@@ -109,6 +109,10 @@ def concatenated(checkpoint: Checkpoint, layer: int) -> list[torch.Tensor]:
     ]
 
 
+def nonzero(weights: torch.Tensor) -> torch.Tensor:
+    return weights[weights != 0].double()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_distances_equal_the_definition(
@@ -131,6 +135,12 @@ def test_distances_equal_the_definition(
             layer.router_sqdist_EE, naive_sqdist(list(router_ED)), rtol=1e-12
         )
         assert layer.router_norm == pytest.approx(float(router_ED.double().norm()))
+        powers_E5 = [
+            [float((weights**power).sum()) for power in range(5)]
+            for weights in map(nonzero, concatenated(checkpoint, index))
+        ]
+        assert layer.weight_powers_E5 is not None
+        np.testing.assert_allclose(layer.weight_powers_E5, powers_E5, rtol=1e-9)
         for matrix in (layer.weight_sqdist_EE, layer.router_sqdist_EE):
             np.testing.assert_array_equal(matrix, matrix.T)
             assert (matrix.diagonal() == 0).all()

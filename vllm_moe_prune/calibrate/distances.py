@@ -13,6 +13,7 @@ from ..checkpoint.index import read_bytes
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import DTYPES, read_expert, read_router
 from ..errors import CheckpointError
+from ..slim.kurtosis import power_sums
 from .stats import Array
 
 # Of one chunk in fp32, all experts together.
@@ -36,19 +37,25 @@ def router_row_norms(checkpoint: Checkpoint, layer: Layer) -> Array:
 @torch.no_grad()
 def weight_distances(
     checkpoint: Checkpoint, layer: Layer, device: torch.device | str = "cpu"
-) -> Array:
+) -> tuple[Array, Array]:
     """Squared L2 distance between experts, all their matrices concatenated.
 
     By way of the Gram matrix of chunks centred by the mean over experts: products in
-    fp32, sums over chunks in fp64. No more than one chunk is in memory.
+    fp32, sums over chunks in fp64. No more than one chunk is in memory. The same pass
+    gives the sums of powers of each expert's weights (``slim/kurtosis.py``).
+
+    Returns:
+        Distances [E, E] and power sums [E, 5].
 
     Raises:
         CheckpointError: A weight is NaN or infinite.
     """
     experts = layer.num_experts
     gram_EE = torch.zeros(experts, experts, dtype=torch.float64, device=device)
+    powers_E5 = torch.zeros(experts, 5, dtype=torch.float64, device=device)
     for rule in checkpoint.layout.experts:
         for chunk_Ep in _chunks(checkpoint, layer, rule, device):
+            powers_E5 += power_sums(chunk_Ep)
             chunk_Ep -= chunk_Ep.mean(dim=0)
             part_EE = (chunk_Ep @ chunk_Ep.T).double()
             if not bool(torch.isfinite(part_EE).all()):
@@ -60,7 +67,7 @@ def weight_distances(
             gram_EE += part_EE
     squares_E = gram_EE.diagonal()
     sqdist_EE = squares_E[:, None] + squares_E[None, :] - gram_EE - gram_EE.T
-    return _symmetric(sqdist_EE.cpu().numpy())
+    return _symmetric(sqdist_EE.cpu().numpy()), powers_E5.cpu().numpy()
 
 
 def _chunks(

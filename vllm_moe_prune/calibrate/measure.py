@@ -46,7 +46,7 @@ def measure(
     Args:
         checkpoint: The model, original or cut before.
         router: Measure the router rows.
-        weights: Measure the distances between experts' weights.
+        weights: Measure the experts' weights: distances, sums of powers.
         tokens: Count routing and co-activation over these; one forward pass.
         fields: Further sums of that pass, by their names in ``LayerStats`` and
             ``Stats``; see ``routed.FIELDS``.
@@ -153,8 +153,10 @@ class _Measure:
                 router_row_norm_E=router_row_norms(self.checkpoint, layer),
             )
         if self.weights:
-            sqdist_EE = weight_distances(self.checkpoint, layer, self.device)
-            found = replace(found, weight_sqdist_EE=sqdist_EE)
+            sqdist_EE, powers_E5 = weight_distances(self.checkpoint, layer, self.device)
+            found = replace(
+                found, weight_sqdist_EE=sqdist_EE, weight_powers_E5=powers_E5
+            )
         return found
 
     def _forward(

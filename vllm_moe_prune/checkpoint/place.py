@@ -31,6 +31,8 @@ def check_folder(output: Path, source: Path) -> None:
             f"{output}: is a {kind}, which a finished output cannot replace. "
             f"Choose a folder inside it: {output / 'pruned'}"
         )
+    if output.is_file():
+        raise OutputError(f"{output}: is a file; choose another output folder.")
     _check_apart(output, source)
     _check_writable(output)
 

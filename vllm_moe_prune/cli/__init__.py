@@ -53,6 +53,7 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )(use.serve)
 app.command("eval")(use.evaluate)
+app.command()(use.report)
 
 
 def main() -> None:

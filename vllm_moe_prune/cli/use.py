@@ -1,4 +1,4 @@
-"""The commands for what was made: serving and judging it."""
+"""The commands for what was made: serving, judging and showing it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -84,3 +84,39 @@ def evaluate(
             for item in text
         ]
     show_perplexities(results, as_json)
+
+
+def report(
+    output: Annotated[Path, typer.Argument(help="A pruned checkpoint folder.")],
+    stats: Annotated[
+        list[Path] | None,
+        flag("Statistics of the source, for what OUTPUT does not keep; repeatable."),
+    ] = None,
+    html: Annotated[
+        Path | None, flag("The page; OUTPUT.report.html beside it if not given.")
+    ] = None,
+    png: Annotated[
+        Path | None, flag("A folder for PNG files too; needs matplotlib.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw what a run did: one HTML page, self-contained; with --png pictures too.
+
+    Example: `vllm-moe-prune report OUT`
+    """
+    from ..checkpoint.place import check_file, check_folder
+    from ..report.figures import write_figures
+    from ..report.page import write_page
+    from ..report.read import read_numbers
+    from ..show import show_report
+
+    folder = output.resolve()
+    beside = output.parent if output.name else folder.parent
+    page = html or beside / f"{folder.name}.report.html"
+    check_file(page, folder)
+    if png is not None:
+        check_folder(png, folder)
+    numbers = read_numbers(output, stats or ())
+    pictures = write_figures(numbers, png) if png is not None else []
+    write_page(numbers, page)
+    show_report(numbers, page, pictures, as_json)

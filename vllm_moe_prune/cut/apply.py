@@ -17,6 +17,7 @@ from ..calibrate.boundary import BoundaryStore
 from ..calibrate.data import Tokens
 from ..calibrate.experts import run_experts
 from ..calibrate.forward import StreamingModel
+from ..calibrate.stats import Stats
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.writer import (
     MAX_SHARD_BYTES,
@@ -63,6 +64,7 @@ def cut(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     report: Report = ignore,
     where: str = "plan",
+    stats: Stats | None = None,
 ) -> CutResult:
     """Write the pruned checkpoint to ``out``.
 
@@ -77,6 +79,7 @@ def cut(
         max_shard_bytes: Size limit of one output file.
         report: Called once per layer.
         where: How errors name the plan.
+        stats: What the plan was made from, to be kept in the output.
 
     Raises:
         PlanError: The plan does not fit the checkpoint.
@@ -106,7 +109,7 @@ def cut(
         records = tuple(run.records[index] for index in sorted(run.records))
         with writing(space.partial):
             done = write_companions(
-                checkpoint, plan, space.partial, shards, records, tokens, passes
+                checkpoint, plan, space.partial, shards, records, tokens, passes, stats
             )
             publish(space)
     except BaseException:

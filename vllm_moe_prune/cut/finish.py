@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..calibrate.data import Tokens
+from ..calibrate.stats import Stats, save_stats
 from ..checkpoint.index import read_json
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.remap import FILE_NAME, dump_remap
@@ -22,7 +23,7 @@ from .achieved import Achieved, achieved
 from .build_remap import build_remap
 from .card import model_card
 from .config import pruned_config
-from .output import copy_companions
+from .output import STATS_FILE, copy_companions
 from .slim_layer import LayerRecord
 
 
@@ -34,6 +35,7 @@ def write_companions(
     records: Sequence[LayerRecord],
     tokens: Tokens | None,
     forward_passes: int,
+    stats: Stats | None,
 ) -> Achieved:
     """Complete a folder whose shards are all written; config.json comes last."""
     copy_companions(checkpoint, folder)
@@ -42,6 +44,12 @@ def write_companions(
     remap = build_remap(checkpoint, plan)
     config = pruned_config(checkpoint, plan, remap)
     history = provenance(checkpoint, plan, result, tokens, forward_passes)
+    history["source_bytes"] = checkpoint.stored_bytes
+    history["weight_powers"] = [_powers(record) for record in records]
+    if stats is not None:
+        path = folder / STATS_FILE
+        path.parent.mkdir(exist_ok=True)
+        save_stats(stats, path)
     if name := index_needed(shards):
         (folder / name).write_bytes(index_json(shards, result.parameters_after))
     (folder / FILE_NAME).write_bytes(dump_remap(remap))
@@ -99,6 +107,15 @@ def provenance(
     if checkpoint.remap is not None and earlier.is_file():
         data["earlier"] = read_json(earlier)
     return data
+
+
+def _powers(record: LayerRecord) -> dict[str, Any]:
+    """Sums behind the kurtosis of a slimmed layer, without digits that are noise."""
+    return {
+        "layer": record.layer,
+        "trimmed": [float(f"{total:.9g}") for total in record.trimmed_powers_5],
+        "slimmed": [float(f"{total:.9g}") for total in record.slimmed_powers_5],
+    }
 
 
 def write_run_record(out: Path, elapsed_s: float, *, resumed: bool) -> None:

@@ -29,12 +29,15 @@ from ..errors import CheckpointError, OutputError
 log = logging.getLogger(__name__)
 
 WORK_NAME = "work"
+STATS_FILE = Path("moe_prune", "stats.safetensors")
+"""In a folder of its own: loaders take every safetensors file beside config.json."""
 RECORDS = {
     "expert_remap.json",
     "plan.json",
     "moe_prune.yaml",
     "provenance.json",
     "run.json",
+    STATS_FILE.as_posix(),
 }
 # Written anew for the output of a cut, so never copied from its input.
 OWN_FILES = {"config.json", "README.md", JOURNAL_NAME, WORK_NAME} | RECORDS
@@ -224,7 +227,8 @@ def companions(checkpoint: Checkpoint) -> list[Path]:
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Copy the companion files byte for byte."""
-    _copy(companions(checkpoint), folder)
+    for path in companions(checkpoint):
+        _copy(path, folder / path.name)
 
 
 def copy_records(checkpoint: Checkpoint, folder: Path) -> None:
@@ -237,18 +241,20 @@ def copy_records(checkpoint: Checkpoint, folder: Path) -> None:
     for path in found:
         if path.is_file() and not is_inside(checkpoint.folder, path):
             raise CheckpointError(f"{path}: is a link out of the checkpoint folder.")
-    _copy([path for path in found if path.is_file()], folder)
+    for path in found:
+        if path.is_file():
+            _copy(path, folder / path.relative_to(checkpoint.folder))
 
 
-def _copy(paths: Sequence[Path], folder: Path) -> None:
-    for path in paths:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: cannot be read: {error.strerror or error}."
-            ) from error
-        (folder / path.name).write_bytes(data)
+def _copy(path: Path, to: Path) -> None:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror or error}."
+        ) from error
+    to.parent.mkdir(exist_ok=True)
+    to.write_bytes(data)
 
 
 def publish(workspace: Workspace) -> None:

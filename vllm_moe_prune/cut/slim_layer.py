@@ -26,6 +26,7 @@ from ..checkpoint.reader import Expert, read_tensor
 from ..checkpoint.writer import ShardWriter
 from ..decide.plan import CutPlan, LayerPlan
 from ..errors import CalibrationError, CheckpointError
+from ..slim.kurtosis import power_sums
 from .copy import tensor_view
 from .slim_expert import slim_by_data, slim_by_magnitude
 from .trimmed import survivor, trimmed_layer, trimmed_router
@@ -41,6 +42,11 @@ class LayerRecord:
     """Zeros among the layer's surviving expert weights, those there before included."""
     unseen: list[int] = field(default_factory=list)
     """Input ids of experts no calibration token reached: pruned by magnitude."""
+    trimmed_powers_5: list[float] = field(default_factory=lambda: [0.0] * 5)
+    """Sums of powers (``slim/kurtosis.py``) of the surviving experts' weights, before
+    slimming."""
+    slimmed_powers_5: list[float] = field(default_factory=lambda: [0.0] * 5)
+    """The same of what was written."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,8 @@ def slim_layer(
             add_expert(out_ND, x_ND, *found.served, running, context.model.act)
         record.expert_parameters += sum(matrix.numel() for matrix in found.expert)
         record.zeros += sum(_zeros(matrix) for matrix in found.expert)
+        _add_powers(record.trimmed_powers_5, found.trimmed)
+        _add_powers(record.slimmed_powers_5, found.expert)
         old = layer.index, layer_plan.keep[found.new]
         _write_expert(context, old, (new_index, found.new), found.expert)
     return record, out_ND
@@ -106,6 +114,8 @@ class Slimmed(NamedTuple):
     """One expert of a layer, trimmed and slimmed."""
 
     new: int
+    trimmed: Expert
+    """Before slimming."""
     expert: Expert
     served: Served | None
     """Of the calibration tokens; None where no data is used."""
@@ -135,15 +145,17 @@ def slimmed_experts(
     if x_ND is not None and model is not None:
         routing = trimmed_routing(model, plan, layer, layer_plan, x_ND)
     for new in range(trimmed.num_experts):
-        expert = survivor(checkpoint, layer, layer_plan, new)
+        trimmed_expert = survivor(checkpoint, layer, layer_plan, new)
         served = None
         with _naming(checkpoint, layer, layer_plan, new):
             if routing is None or x_ND is None or model is None:
-                expert = slim_by_magnitude(expert, plan, sparsity)
+                expert = slim_by_magnitude(trimmed_expert, plan, sparsity)
             else:
                 served = Served(*expert_tokens(routing, new, trimmed.redirect))
-                expert = slim_by_data(expert, plan, sparsity, x_ND, *served, model.act)
-        yield Slimmed(new, expert, served)
+                expert = slim_by_data(
+                    trimmed_expert, plan, sparsity, x_ND, *served, model.act
+                )
+        yield Slimmed(new, trimmed_expert, expert, served)
 
 
 @contextmanager
@@ -173,6 +185,13 @@ def trimmed_routing(
         return trimmed_router(checkpoint, rule, layer, layer_plan, plan)
 
     return model.route(trimmed_layer(layer, layer_plan, plan), x_ND, read)
+
+
+def _add_powers(powers_5: list[float], expert: Expert) -> None:
+    """Add to ``powers_5`` in place."""
+    for matrix in expert:
+        for power, total in enumerate(power_sums(matrix.reshape(-1)).tolist()):
+            powers_5[power] += total
 
 
 def _zeros(matrix: torch.Tensor) -> int:

@@ -9,33 +9,44 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22
+PIECE = 1 << 15
+"""Weights of a row at a time: powers of them in fp64 stay in the processor's cache."""
 
 
-def power_sums(weight: Tensor) -> list[float]:
-    """Sums of w^0, w^1, ... w^4 over the non-zero weights, in float64."""
-    sums = torch.zeros(5, dtype=torch.float64, device=weight.device)
-    for chunk in torch.split(weight.reshape(-1), CHUNK):
-        values = chunk.double()
+def power_sums(weights: Tensor) -> Tensor:
+    """Sums of w^0, w^1, ... w^4 over the non-zero weights of each row, in fp64.
+
+    Args:
+        weights: [..., P].
+
+    Returns:
+        [..., 5].
+    """
+    sums = weights.new_zeros((*weights.shape[:-1], 5), dtype=torch.float64)
+    for piece in torch.split(weights, PIECE, dim=-1):
+        values = piece.double()
         squares = values * values
-        sums[0] += torch.count_nonzero(values)
-        sums[1] += values.sum()
-        sums[2] += squares.sum()
-        sums[3] += (squares * values).sum()
-        sums[4] += (squares * squares).sum()
-    return [float(total) for total in sums]
+        sums[..., 0] += torch.count_nonzero(values, dim=-1)
+        sums[..., 1] += values.sum(-1)
+        sums[..., 2] += squares.sum(-1)
+        sums[..., 3] += torch.linalg.vecdot(squares, values)
+        sums[..., 4] += torch.linalg.vecdot(squares, squares)
+    return sums
 
 
-def kurtosis(sums: Sequence[float]) -> float:
+def kurtosis(sums: Sequence[float]) -> float | None:
     """E[(w - mean)^4] / E[(w - mean)^2]^2, 3 for a normal distribution.
 
     Args:
         sums: Of ``power_sums``, perhaps added up over several matrices.
+
+    Returns:
+        None where it is not defined: of no weights, or of equal ones.
     """
     count = sums[0]
     if not count:
-        return 0.0
+        return None
     mean, second, third, fourth = (total / count for total in sums[1:])
     variance = second - mean**2
     central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
-    return central / variance**2 if variance > 0 else 0.0
+    return central / variance**2 if variance > 0 else None
