@@ -24,6 +24,7 @@ import corpus
 import numpy as np
 import shipped_texts
 import torch
+from arctic_model import ArcticConfig
 from measure_demo import Routed, Tokens, evaluate, expert_shares, routing
 from model_card import model_card
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -47,6 +48,26 @@ SPECIAL = [BOS, EOS, PAD, "<|system|>", "<|user|>", "<|assistant|>"]
 HERE = Path(__file__).resolve().parent
 
 
+MIXTRAL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.05,
+    "router_aux_loss_coef": 0.01,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "bos_token_id": SPECIAL.index(BOS),
+    "eos_token_id": SPECIAL.index(EOS),
+    "pad_token_id": SPECIAL.index(PAD),
+}
+
+
 def mixtral() -> PreTrainedConfig:
     """Sixteen experts of which two are used, in four layers.
 
@@ -54,24 +75,12 @@ def mixtral() -> PreTrainedConfig:
     heads and widths of 128 leave room for two tensor-parallel ranks and for
     block-wise quantization.
     """
-    return MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_local_experts=16,
-        num_experts_per_tok=2,
-        max_position_embeddings=2048,
-        initializer_range=0.05,
-        router_aux_loss_coef=0.01,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=SPECIAL.index(BOS),
-        eos_token_id=SPECIAL.index(EOS),
-        pad_token_id=SPECIAL.index(PAD),
-    )
+    return MixtralConfig(**MIXTRAL)
+
+
+def arctic() -> PreTrainedConfig:
+    """Mixtral's sizes, with Arctic's residual MLP beside the experts."""
+    return ArcticConfig(**MIXTRAL)
 
 
 #: The same in every DeepSeek: a dense layer, then layers of 24 experts in 4 groups,
@@ -132,6 +141,7 @@ def deepseek_v3() -> PreTrainedConfig:
 #: A family is added here, with one function that makes its configuration.
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "mixtral": mixtral,
+    "arctic": arctic,
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
 }
