@@ -151,14 +151,15 @@ def evaluate(model: Any, out: Path, texts: Path) -> dict[str, Any]:
         rows = torch.from_numpy(ids[: len(ids) // 256 * 256].astype(np.int64))
         for piece in rows.view(-1, 256).split(64):
             model(input_ids=piece, use_cache=False)
-    layers = sum(name.endswith("mlp.gate") for name, _ in model.named_modules())
-    for layer in range(layers):
-        parts = zip(*routed[layer::layers], strict=True)
+    gates = [name for name, _ in model.named_modules() if name.endswith("mlp.gate")]
+    for number in range(len(gates)):
+        parts = zip(*routed[number :: len(gates)], strict=True)
         shares = expert_shares(Routed(*map(torch.cat, map(list, parts))))
         usage.append([round(share, 4) for share in shares.tolist()])
     return {
         "domains": domains,
         "arithmetic_exact_match": exact_match(model, tokenizer),
+        "expert_layers": [int(name.split(".")[2]) for name in gates],
         "expert_usage": usage,
         "parameters": sum(p.numel() for p in model.parameters()),
     }

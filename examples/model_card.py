@@ -66,7 +66,9 @@ def model_card(metrics: dict[str, Any]) -> str:
     ]
     usage = [
         f"| {layer} | {min(shares):.1%} | {max(shares):.1%} |"
-        for layer, shares in enumerate(metrics["expert_usage"])
+        for layer, shares in zip(
+            metrics["expert_layers"], metrics["expert_usage"], strict=True
+        )
     ]
     return CARD.format(
         family=metrics["family"],

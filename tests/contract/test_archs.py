@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.reference import LayerCut, write_plan
 from tests.tiny import tiny_checkpoint
@@ -93,7 +93,7 @@ def test_every_tensor_has_a_place_in_the_forward(
 
 
 def test_transformers_finds_every_tensor_and_no_other(checkpoint: Checkpoint) -> None:
-    if checkpoint.arch.model_type not in CONFIG_MAPPING:
+    if checkpoint.arch.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         pytest.skip("transformers does not have this family")
     _, info = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder, output_loading_info=True
