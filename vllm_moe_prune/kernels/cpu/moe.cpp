@@ -1,0 +1,323 @@
+// The C interface: which instructions there are, encoding weights, running a layer.
+
+#include "moe.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "types.h"
+
+using namespace moe_prune;
+
+namespace {
+
+enum Level : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, EXPAND = 3, AMX = 4 };
+
+int32_t find_level() {
+#ifdef MOE_PRUNE_X86
+  __builtin_cpu_init();
+  auto has = [](bool feature) { return feature; };
+  bool avx2 = has(__builtin_cpu_supports("avx2")) && has(__builtin_cpu_supports("fma")) &&
+              has(__builtin_cpu_supports("f16c"));
+  bool avx512 = avx2 && has(__builtin_cpu_supports("avx512f")) &&
+                has(__builtin_cpu_supports("avx512bw")) &&
+                has(__builtin_cpu_supports("avx512vl")) &&
+                has(__builtin_cpu_supports("avx512dq"));
+  bool expand = avx512 && has(__builtin_cpu_supports("avx512vbmi2")) &&
+                has(__builtin_cpu_supports("avx512bf16"));
+  if (expand) {
+    uint32_t a = 7, b = 0, c = 0, d = 0;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    bool tiles = (d >> 24 & 1) && (d >> 22 & 1);  // AMX-TILE and AMX-BF16
+    return tiles && amx_allowed() ? AMX : EXPAND;
+  }
+  if (avx512) return AVX512;
+  if (avx2) return AVX2;
+#endif
+  return PORTABLE;
+}
+
+struct Kernels {
+  PairKernel pair;
+  ActivationKernel activate;
+};
+
+Kernels generic(int32_t level, int32_t type) {
+#define MOE_PRUNE_PICK(isa)                                           \
+  switch (type) {                                                     \
+    case AS_BF16: return {isa::pair_bf16, isa::activate_bf16};           \
+    case AS_F16: return {isa::pair_f16, isa::activate_f16};              \
+    default: return {isa::pair_f32, isa::activate_f32};               \
+  }
+#ifdef MOE_PRUNE_X86
+  if (level >= AVX512) MOE_PRUNE_PICK(avx512)
+  if (level == AVX2) MOE_PRUNE_PICK(avx2)
+#endif
+  MOE_PRUNE_PICK(portable)
+}
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+int64_t element_bytes(int32_t type) { return type == AS_F32 ? 4 : 2; }
+
+// One block of 16 rows from a dense matrix; returns how many values it has.
+template <class Bits>
+int64_t encode_block(const Bits* rows[BLOCK], int64_t cols, uint32_t* masks,
+                     Bits* values) {
+  constexpr int CHUNK = 64;
+  Bits local[BLOCK][CHUNK];
+  int64_t count = 0;
+  for (int64_t k0 = 0; k0 < round_up(cols, STEP); k0 += CHUNK) {
+    // Rows lie powers of two apart; read one element each, they would evict each other.
+    int64_t held = std::clamp<int64_t>(cols - k0, 0, CHUNK);
+    std::memset(local, 0, sizeof local);
+    for (int row = 0; row < BLOCK; ++row)
+      if (rows[row]) std::memcpy(local[row], rows[row] + k0, held * sizeof(Bits));
+    int64_t steps = std::min<int64_t>(CHUNK, round_up(cols, STEP) - k0) / 2;
+    for (int64_t step = 0; step < steps; ++step) {
+      uint32_t mask = 0;
+      for (int lane = 0; lane < 32; ++lane) {
+        Bits value = local[lane >> 1][2 * step + (lane & 1)];
+        mask |= static_cast<uint32_t>(value != 0) << lane;
+        values[count] = value;
+        count += value != 0;
+      }
+      masks[k0 / 2 + step] = mask;
+    }
+  }
+  return count;
+}
+
+template <class Bits>
+void encode(const void* const* sources, int64_t n_sources, int64_t rows, int64_t cols,
+            uint32_t* masks, int64_t* starts, void* values_bytes) {
+  int64_t blocks = round_up(n_sources * round_up(rows, BLOCK) / BLOCK, 2);
+  int64_t steps = round_up(cols, STEP) / 2;
+  auto values = static_cast<Bits*>(values_bytes);
+  auto row_pointers = [&](int64_t block, const Bits* pointers[BLOCK]) {
+    auto source = static_cast<const Bits*>(sources[block % n_sources]);
+    for (int i = 0; i < BLOCK; ++i) {
+      int64_t row = block / n_sources * BLOCK + i;
+      pointers[i] = row < rows ? source + row * cols : nullptr;
+    }
+  };
+  starts[0] = 0;
+#pragma omp parallel for schedule(static)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Bits* pointers[BLOCK];
+    row_pointers(block, pointers);
+    int64_t count = 0;
+    for (const Bits* row : pointers)
+      if (row)
+        for (int64_t k = 0; k < cols; ++k) count += row[k] != 0;
+    starts[block + 1] = count;
+  }
+  for (int64_t block = 0; block < blocks; ++block) starts[block + 1] += starts[block];
+#pragma omp parallel
+  {
+    std::vector<Bits> local(BLOCK * steps * 2 + 1);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Bits* pointers[BLOCK];
+      row_pointers(block, pointers);
+      int64_t count = encode_block(pointers, cols, masks + block * steps, local.data());
+      std::memcpy(values + starts[block], local.data(), count * sizeof(Bits));
+    }
+  }
+}
+
+template <class Bits>
+void unpack(const uint8_t* mask, const void* values_bytes, const int64_t* starts,
+            int64_t rows, int64_t cols, void* dense_bytes) {
+  auto values = static_cast<const Bits*>(values_bytes);
+  auto dense = static_cast<Bits*>(dense_bytes);
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    const Bits* next = values + starts[row];
+    const uint8_t* bits = mask + row * (cols / 8);
+    Bits* out = dense + row * cols;
+    for (int64_t byte = 0; byte < cols / 8; ++byte, out += 8) {
+      for (int bit = 0; bit < 8; ++bit) out[bit] = 0;
+      for (uint32_t left = bits[byte]; left != 0; left &= left - 1)
+        out[__builtin_ctz(left)] = *next++;
+    }
+  }
+}
+
+// A layer's weights: [experts][blocks][k / 2] masks, [experts][blocks + 1] starts.
+struct Weights {
+  const uint32_t* masks;
+  const int64_t* starts;
+  const void* values;
+  int64_t blocks;
+  int64_t k;
+
+  void pair(int64_t expert, int64_t index, int64_t bytes, Stream found[2]) const {
+    for (int b = 0; b < 2; ++b) {
+      int64_t block = 2 * index + b;
+      int64_t start = starts[expert * (blocks + 1) + block];
+      found[b].masks = masks + (expert * blocks + block) * (k / 2);
+      found[b].values = static_cast<const char*>(values) + start * bytes;
+    }
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// The arguments of moe_prune_run; plugin/cpu_kernel.py has the same list.
+struct MoePruneLayer {
+  const void* x;         // [tokens][hidden]
+  const float* weights;  // [tokens][top_k]
+  const int32_t* ids;    // [tokens][top_k], ids of all experts
+  const int32_t* expert_map;  // id -> index here, -1: elsewhere; null: the same
+  const uint32_t* w13_masks;
+  const int64_t* w13_starts;
+  const void* w13_values;
+  const uint32_t* w2_masks;
+  const int64_t* w2_starts;
+  const void* w2_values;
+  void* out;  // [tokens][hidden]
+  int64_t tokens, top_k, hidden, width, experts, map_size;
+  int64_t tile_from;  // tokens of an expert from which AMX tiles are used
+  int32_t type, level;
+};
+
+int32_t moe_prune_level() {
+  static const int32_t level = find_level();
+  return level;
+}
+
+void moe_prune_encode(const void* const* sources, int64_t n_sources, int64_t rows,
+                      int64_t cols, int32_t bytes, uint32_t* masks, int64_t* starts,
+                      void* values) {
+  if (bytes == 2)
+    encode<uint16_t>(sources, n_sources, rows, cols, masks, starts, values);
+  else
+    encode<uint32_t>(sources, n_sources, rows, cols, masks, starts, values);
+}
+
+void moe_prune_unpack(const uint8_t* mask, const void* values, const int64_t* starts,
+                      int64_t rows, int64_t cols, int32_t bytes, void* dense) {
+  if (bytes == 1) unpack<uint8_t>(mask, values, starts, rows, cols, dense);
+  if (bytes == 2) unpack<uint16_t>(mask, values, starts, rows, cols, dense);
+  if (bytes == 4) unpack<uint32_t>(mask, values, starts, rows, cols, dense);
+}
+
+void moe_prune_run(const MoePruneLayer* layer) {
+  const MoePruneLayer& p = *layer;
+  const int64_t bytes = element_bytes(p.type);
+  const int64_t k13 = round_up(p.hidden, STEP), k2 = round_up(p.width, STEP);
+  const int64_t pairs13 = round_up(p.width, BLOCK) / BLOCK;
+  const int64_t pairs2 = round_up(p.hidden, WIDTH) / WIDTH;
+  const Weights w13{p.w13_masks, p.w13_starts, p.w13_values, 2 * pairs13, k13};
+  const Weights w2{p.w2_masks, p.w2_starts, p.w2_values, 2 * pairs2, k2};
+  const Kernels base = generic(p.level, p.type);
+
+  // Tokens sorted by expert; each expert's rows are padded to whole tiles.
+  const int64_t slots = p.tokens * p.top_k;
+  std::vector<int32_t> expert_of(slots);
+  std::vector<int64_t> count(p.experts + 1, 0);
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    int64_t id = p.ids[slot];
+    if (id < 0 || id >= p.map_size) id = -1;
+    if (id >= 0 && p.expert_map) id = p.expert_map[id];
+    if (id >= p.experts) id = -1;
+    expert_of[slot] = static_cast<int32_t>(id);
+    if (id >= 0) ++count[id];
+  }
+  struct Active {
+    int64_t expert, rows, first;
+  };
+  std::vector<Active> active;
+  std::vector<int64_t> next(p.experts, 0);
+  int64_t total_rows = 0, most = 0;
+  for (int64_t expert = 0; expert < p.experts; ++expert) {
+    if (count[expert] == 0) continue;
+    active.push_back({expert, count[expert], total_rows});
+    next[expert] = total_rows;
+    total_rows += round_up(count[expert], 16);
+    most = std::max(most, round_up(count[expert], 16));
+  }
+  std::vector<int64_t> slot_of(total_rows, -1);
+  for (int64_t slot = 0; slot < slots; ++slot)
+    if (expert_of[slot] >= 0) slot_of[next[expert_of[slot]]++] = slot;
+
+  const int64_t n_active = static_cast<int64_t>(active.size());
+  std::vector<char> inputs(total_rows * k13 * bytes), inner(total_rows * k2 * bytes);
+
+#pragma omp parallel
+  {
+    std::vector<float> y(most * WIDTH), sums(p.tokens * WIDTH);
+    bool tiles = false;
+#ifdef MOE_PRUNE_X86
+    tiles = p.level == AMX && p.type == AS_BF16;
+    if (tiles) amx_begin();
+#endif
+    auto multiply = [&](const Weights& w, const Active& a, int64_t index,
+                        const char* rows) {
+      Stream blocks[2];
+      w.pair(a.expert, index, bytes, blocks);
+      PairKernel kernel = base.pair;
+#ifdef MOE_PRUNE_X86
+      if (p.type == AS_BF16 && p.level >= EXPAND)
+        kernel = tiles && a.rows >= p.tile_from ? pair_amx : pair_expand;
+#endif
+      kernel(blocks, rows + a.first * w.k * bytes, w.k, a.rows, w.k, y.data());
+    };
+
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < total_rows; ++row) {
+      char* target = inputs.data() + row * k13 * bytes;
+      int64_t held = slot_of[row] < 0 ? 0 : p.hidden * bytes;
+      if (held)
+        std::memcpy(target,
+                    static_cast<const char*>(p.x) + slot_of[row] / p.top_k * held, held);
+      std::memset(target + held, 0, k13 * bytes - held);
+      int64_t written = slot_of[row] < 0 ? 0 : pairs13 * BLOCK * bytes;
+      std::memset(inner.data() + row * k2 * bytes + written, 0, k2 * bytes - written);
+    }
+
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t task = 0; task < n_active * pairs13; ++task) {
+      const Active& a = active[task / pairs13];
+      int64_t index = task % pairs13;
+      multiply(w13, a, index, inputs.data());
+      char* h = inner.data() + (a.first * k2 + index * BLOCK) * bytes;
+      base.activate(y.data(), a.rows, h, k2);
+    }
+
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t index = 0; index < pairs2; ++index) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (const Active& a : active) {
+        multiply(w2, a, index, inner.data());
+        for (int64_t row = 0; row < a.rows; ++row) {
+          int64_t slot = slot_of[a.first + row];
+          float weight = p.weights[slot];
+          float* sum = sums.data() + slot / p.top_k * WIDTH;
+          for (int n = 0; n < WIDTH; ++n) sum[n] += weight * y[row * WIDTH + n];
+        }
+      }
+      int64_t held = std::min<int64_t>(WIDTH, p.hidden - index * WIDTH);
+      for (int64_t token = 0; token < p.tokens; ++token) {
+        const float* sum = sums.data() + token * WIDTH;
+        int64_t at = token * p.hidden + index * WIDTH;
+        for (int64_t n = 0; n < held; ++n) switch (p.type) {
+            case AS_BF16: static_cast<Bf16*>(p.out)[at + n] = Bf16::of(sum[n]); break;
+            case AS_F16: static_cast<F16*>(p.out)[at + n] = F16::of(sum[n]); break;
+            default: static_cast<float*>(p.out)[at + n] = sum[n];
+          }
+      }
+    }
+#ifdef MOE_PRUNE_X86
+    if (tiles) amx_end();
+#endif
+  }
+}
+
+}  // extern "C"

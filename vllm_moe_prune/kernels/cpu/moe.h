@@ -1,0 +1,64 @@
+// Fused sparse mixture-of-experts on CPUs: what the files of this folder share.
+//
+// A weight matrix of N outputs and K inputs is stored in blocks of 16 outputs, two
+// blocks ("a pair") always together: gate and up of the same outputs, or two blocks of
+// down. Within a block, step k holds the inputs 2k and 2k + 1 of all 16 outputs: one
+// 32-bit mask whose bit 2 n + i says whether input 2k + i of output n is stored, and the
+// stored values in the order of the bits. That is the order in which both VDPBF16PS and
+// an AMX tile want dense weights. K is padded to a multiple of 32, N to one of 32.
+
+#pragma once
+
+#include <cstdint>
+
+namespace moe_prune {
+
+constexpr int BLOCK = 16;  // outputs of a block
+constexpr int WIDTH = 32;  // outputs of a pair
+constexpr int STEP = 32;   // inputs are padded to a multiple of this
+constexpr int TAIL = 64;   // bytes that may be read behind the last value
+
+enum Type : int32_t { AS_BF16 = 0, AS_F16 = 1, AS_F32 = 2 };
+
+// One block, at its first value.
+struct Stream {
+  const uint32_t* masks;
+  const void* values;
+};
+
+// y[m][WIDTH] = x[m][k] times the two blocks, in fp32; rows of x are x_stride elements
+// apart. How many rows of x may be read behind the last one depends on the function:
+// AMX reads whole tiles of 16 rows.
+using PairKernel = void (*)(const Stream pair[2], const void* x, int64_t x_stride,
+                            int64_t m, int64_t k, float* y);
+
+// h[m][BLOCK] = silu(gate) * up, rounded to the type of h, from y[m][gate | up].
+using ActivationKernel = void (*)(const float* y, int64_t m, void* h, int64_t h_stride);
+
+#define MOE_PRUNE_GENERIC(isa)                                                         \
+  namespace isa {                                                                      \
+  void pair_bf16(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);     \
+  void pair_f16(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);      \
+  void pair_f32(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);      \
+  void activate_bf16(const float*, int64_t, void*, int64_t);                           \
+  void activate_f16(const float*, int64_t, void*, int64_t);                            \
+  void activate_f32(const float*, int64_t, void*, int64_t);                            \
+  }
+
+MOE_PRUNE_GENERIC(portable)
+
+#ifdef MOE_PRUNE_X86
+MOE_PRUNE_GENERIC(avx2)
+MOE_PRUNE_GENERIC(avx512)
+
+// AVX-512 with VBMI2 and BF16: weights are expanded straight into the operand.
+void pair_expand(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
+
+// The same, with AMX tiles for the products.
+void pair_amx(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
+bool amx_allowed();  // asks Linux for the tiles; once is enough for a process
+void amx_begin();    // in every thread, before pair_amx
+void amx_end();      // in every thread, after it
+#endif
+
+}  // namespace moe_prune
