@@ -15,8 +15,7 @@ namespace moe_prune {
 namespace {
 
 constexpr int AHEAD = 1024;
-constexpr int TILE = 512;  // elements of a tile: 16 steps of 16 outputs and two inputs
-constexpr int ROWS = 16;   // tokens of a tile
+constexpr int TILE = 512;  // elements of a tile, of weights and of tokens
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
@@ -52,17 +51,18 @@ inline void zero_sums() {
   _tile_zero(3);
 }
 
+// x points at a tile of tokens; the tile of the next 16 tokens is next_tokens behind it.
 template <int TOKEN_TILES>
-inline void multiply(const uint16_t* x, int64_t stride_bytes, const uint16_t* first,
+inline void multiply(const uint16_t* x, int64_t next_tokens, const uint16_t* first,
                      const uint16_t* second) {
   written();
   _tile_loadd(6, first, 64);
   _tile_loadd(7, second, 64);
-  _tile_loadd(4, x, stride_bytes);
+  _tile_loadd(4, x, 64);
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(1, 4, 7);
   if (TOKEN_TILES == 2) {
-    _tile_loadd(5, reinterpret_cast<const char*>(x) + ROWS * stride_bytes, stride_bytes);
+    _tile_loadd(5, x + next_tokens, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
@@ -80,30 +80,26 @@ inline void store_sums(float* y) {
 }
 
 template <int TOKEN_TILES>
-void at_once(const Stream pair[2], const uint16_t* x, int64_t x_stride, int64_t k,
-             float* y) {
+void at_once(const Stream pair[2], const uint16_t* x, int64_t k, float* y) {
   alignas(64) uint16_t tiles[2][2][TILE];
   const uint16_t* values[2] = {static_cast<const uint16_t*>(pair[0].values),
                                static_cast<const uint16_t*>(pair[1].values)};
   zero_sums();
-  int64_t stride_bytes = x_stride * 2;
-  for (int64_t k0 = 0; k0 < k; k0 += STEP) {
+  for (int64_t k0 = 0; k0 < k; k0 += STEP, x += TILE) {
     // Two buffers in turn: expanding the next one need not wait for the tile loads.
     auto& now = tiles[(k0 / STEP) % 2];
     for (int b = 0; b < 2; ++b)
       values[b] = expand(pair[b].masks + k0 / 2, values[b], now[b]);
-    multiply<TOKEN_TILES>(x + k0, stride_bytes, now[0], now[1]);
+    multiply<TOKEN_TILES>(x, ROWS * k, now[0], now[1]);
   }
   store_sums<TOKEN_TILES>(y);
 }
 
 template <int TOKEN_TILES>
-void from_panel(const uint16_t* panel, const uint16_t* x, int64_t x_stride, int64_t k,
-                float* y) {
+void from_panel(const uint16_t* panel, const uint16_t* x, int64_t k, float* y) {
   zero_sums();
-  int64_t stride_bytes = x_stride * 2;
-  for (int64_t k0 = 0; k0 < k; k0 += STEP, panel += 2 * TILE)
-    multiply<TOKEN_TILES>(x + k0, stride_bytes, panel, panel + TILE);
+  for (int64_t k0 = 0; k0 < k; k0 += STEP, panel += 2 * TILE, x += TILE)
+    multiply<TOKEN_TILES>(x, ROWS * k, panel, panel + TILE);
   store_sums<TOKEN_TILES>(y);
 }
 
@@ -117,11 +113,11 @@ uint16_t* panel_for(int64_t k) {
 
 }  // namespace
 
-void pair_amx(const Stream pair[2], const void* x_bytes, int64_t x_stride, int64_t m,
-              int64_t k, float* y) {
-  const uint16_t* x = static_cast<const uint16_t*>(x_bytes);
-  if (m <= ROWS) return at_once<1>(pair, x, x_stride, k, y);
-  if (m <= 2 * ROWS) return at_once<2>(pair, x, x_stride, k, y);
+void pair_amx(const Stream pair[2], const void* x_tiles, int64_t, int64_t m, int64_t k,
+              float* y) {
+  const uint16_t* x = static_cast<const uint16_t*>(x_tiles);
+  if (m <= ROWS) return at_once<1>(pair, x, k, y);
+  if (m <= 2 * ROWS) return at_once<2>(pair, x, k, y);
   uint16_t* panel = panel_for(k);
   const uint16_t* values[2] = {static_cast<const uint16_t*>(pair[0].values),
                                static_cast<const uint16_t*>(pair[1].values)};
@@ -131,9 +127,9 @@ void pair_amx(const Stream pair[2], const void* x_bytes, int64_t x_stride, int64
                          panel + (k0 / STEP * 2 + b) * TILE);
   for (int64_t row = 0; row < m; row += 2 * ROWS) {
     if (m - row > ROWS)
-      from_panel<2>(panel, x + row * x_stride, x_stride, k, y + row * WIDTH);
+      from_panel<2>(panel, x + row * k, k, y + row * WIDTH);
     else
-      from_panel<1>(panel, x + row * x_stride, x_stride, k, y + row * WIDTH);
+      from_panel<1>(panel, x + row * k, k, y + row * WIDTH);
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "types.h"
@@ -165,6 +166,16 @@ struct Weights {
   }
 };
 
+// Memory on a cache line of its own, not initialised.
+struct Scratch {
+  char* data;
+  explicit Scratch(int64_t bytes)
+      : data(static_cast<char*>(::operator new(bytes + 64, std::align_val_t(64)))) {}
+  ~Scratch() { ::operator delete(data, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
 }  // namespace
 
 extern "C" {
@@ -232,70 +243,95 @@ void moe_prune_run(const MoePruneLayer* layer) {
   }
   struct Active {
     int64_t expert, rows, first;
+    bool tiled;  // rows are kept in tiles, for AMX
   };
+  const bool may_tile = p.level == AMX && p.type == AS_BF16;
   std::vector<Active> active;
   std::vector<int64_t> next(p.experts, 0);
   int64_t total_rows = 0, most = 0;
   for (int64_t expert = 0; expert < p.experts; ++expert) {
     if (count[expert] == 0) continue;
-    active.push_back({expert, count[expert], total_rows});
+    bool tiled = may_tile && count[expert] >= p.tile_from;
+    active.push_back({expert, count[expert], total_rows, tiled});
     next[expert] = total_rows;
-    total_rows += round_up(count[expert], 16);
-    most = std::max(most, round_up(count[expert], 16));
+    total_rows += round_up(count[expert], ROWS);
+    most = std::max(most, round_up(count[expert], ROWS));
   }
   std::vector<int64_t> slot_of(total_rows, -1);
   for (int64_t slot = 0; slot < slots; ++slot)
     if (expert_of[slot] >= 0) slot_of[next[expert_of[slot]]++] = slot;
 
+  // Rows a power of two apart would share too few lines of the first-level cache.
+  const int64_t stride13 = k13 + STEP, stride2 = k2 + STEP;
+  Scratch inputs(total_rows * stride13 * bytes), inner(total_rows * stride2 * bytes);
+  // Where columns k to k + STEP of an expert's row are.
+  auto place = [&](Scratch& buffer, int64_t stride, const Active& a, int64_t row,
+                   int64_t k) {
+    int64_t columns = stride - STEP, at = row * stride + k;
+    if (a.tiled) {
+      int64_t tile = row / ROWS * (columns / STEP) + k / STEP;
+      at = (tile * ROWS + row % ROWS) * STEP + k % STEP;
+    }
+    return buffer.data + (a.first * stride + at) * bytes;
+  };
   const int64_t n_active = static_cast<int64_t>(active.size());
-  std::vector<char> inputs(total_rows * k13 * bytes), inner(total_rows * k2 * bytes);
 
 #pragma omp parallel
   {
     std::vector<float> y(most * WIDTH), sums(p.tokens * WIDTH);
-    bool tiles = false;
 #ifdef MOE_PRUNE_X86
-    tiles = p.level == AMX && p.type == AS_BF16;
-    if (tiles) amx_begin();
+    if (may_tile) amx_begin();
 #endif
     auto multiply = [&](const Weights& w, const Active& a, int64_t index,
-                        const char* rows) {
+                        Scratch& rows, int64_t stride) {
       Stream blocks[2];
       w.pair(a.expert, index, bytes, blocks);
       PairKernel kernel = base.pair;
 #ifdef MOE_PRUNE_X86
       if (p.type == AS_BF16 && p.level >= EXPAND)
-        kernel = tiles && a.rows >= p.tile_from ? pair_amx : pair_expand;
+        kernel = a.tiled ? pair_amx : pair_expand;
 #endif
-      kernel(blocks, rows + a.first * w.k * bytes, w.k, a.rows, w.k, y.data());
+      kernel(blocks, place(rows, stride, a, 0, 0), stride, a.rows, w.k, y.data());
     };
 
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < total_rows; ++row) {
-      char* target = inputs.data() + row * k13 * bytes;
-      int64_t held = slot_of[row] < 0 ? 0 : p.hidden * bytes;
-      if (held)
-        std::memcpy(target,
-                    static_cast<const char*>(p.x) + slot_of[row] / p.top_k * held, held);
-      std::memset(target + held, 0, k13 * bytes - held);
-      int64_t written = slot_of[row] < 0 ? 0 : pairs13 * BLOCK * bytes;
-      std::memset(inner.data() + row * k2 * bytes + written, 0, k2 * bytes - written);
+    for (const Active& a : active) {
+      int64_t padded = a.tiled ? round_up(a.rows, ROWS) : a.rows;
+#pragma omp for schedule(static) nowait
+      for (int64_t row = 0; row < padded; ++row) {
+        int64_t slot = slot_of[a.first + row];
+        auto token = static_cast<const char*>(p.x) + slot / p.top_k * p.hidden * bytes;
+        for (int64_t k = 0; k < k13; k += STEP) {
+          char* target = place(inputs, stride13, a, row, k);
+          int64_t held = slot < 0 ? 0 : std::clamp<int64_t>(p.hidden - k, 0, STEP);
+          std::memcpy(target, token + k * bytes, held * bytes);
+          std::memset(target + held * bytes, 0, (STEP - held) * bytes);
+        }
+        // The activation leaves the second half of the last step unwritten here.
+        if (pairs13 % 2)
+          std::memset(place(inner, stride2, a, row, pairs13 * BLOCK), 0, BLOCK * bytes);
+      }
     }
+#pragma omp barrier
 
 #pragma omp for schedule(dynamic, 8)
     for (int64_t task = 0; task < n_active * pairs13; ++task) {
       const Active& a = active[task / pairs13];
-      int64_t index = task % pairs13;
-      multiply(w13, a, index, inputs.data());
-      char* h = inner.data() + (a.first * k2 + index * BLOCK) * bytes;
-      base.activate(y.data(), a.rows, h, k2);
+      int64_t column = task % pairs13 * BLOCK;
+      multiply(w13, a, task % pairs13, inputs, stride13);
+      if (!a.tiled) {
+        char* h = place(inner, stride2, a, 0, column);
+        base.activate(y.data(), a.rows, h, stride2);
+      }
+      for (int64_t row = 0; a.tiled && row < a.rows; row += ROWS)
+        base.activate(y.data() + row * WIDTH, ROWS, place(inner, stride2, a, row, column),
+                      STEP);
     }
 
 #pragma omp for schedule(dynamic, 1)
     for (int64_t index = 0; index < pairs2; ++index) {
       std::fill(sums.begin(), sums.end(), 0.0f);
       for (const Active& a : active) {
-        multiply(w2, a, index, inner.data());
+        multiply(w2, a, index, inner, stride2);
         for (int64_t row = 0; row < a.rows; ++row) {
           int64_t slot = slot_of[a.first + row];
           float weight = p.weights[slot];
@@ -315,7 +351,7 @@ void moe_prune_run(const MoePruneLayer* layer) {
       }
     }
 #ifdef MOE_PRUNE_X86
-    if (tiles) amx_end();
+    if (may_tile) amx_end();
 #endif
   }
 }

@@ -16,7 +16,7 @@ namespace moe_prune {
 constexpr int BLOCK = 16;  // outputs of a block
 constexpr int WIDTH = 32;  // outputs of a pair
 constexpr int STEP = 32;   // inputs are padded to a multiple of this
-constexpr int TAIL = 64;   // bytes that may be read behind the last value
+constexpr int ROWS = 16;   // tokens of a tile
 
 enum Type : int32_t { AS_BF16 = 0, AS_F16 = 1, AS_F32 = 2 };
 
@@ -27,8 +27,8 @@ struct Stream {
 };
 
 // y[m][WIDTH] = x[m][k] times the two blocks, in fp32; rows of x are x_stride elements
-// apart. How many rows of x may be read behind the last one depends on the function:
-// AMX reads whole tiles of 16 rows.
+// apart. pair_amx takes x in tiles instead, [m / ROWS][k / STEP][ROWS][STEP], and rounds
+// m up to whole tiles.
 using PairKernel = void (*)(const Stream pair[2], const void* x, int64_t x_stride,
                             int64_t m, int64_t k, float* y);
 
