@@ -58,6 +58,14 @@ class Storage(Strict):
     dense_config: Restored
 
 
+def dense_name(name: str) -> str | None:
+    """What a stored tensor counts as: masks stand for their matrix, other parts not."""
+    base, _, part = name.rpartition(".")
+    if part == "mask":
+        return base + DENSE
+    return None if part in PARTS else name
+
+
 def is_compressed(config: dict[str, Any]) -> bool:
     """Whether config.json names our storage."""
     block = config.get(CONFIG_KEY)

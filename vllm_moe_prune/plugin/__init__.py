@@ -12,6 +12,9 @@ that, and the model classes are named by string so that vLLM imports them when n
     tally.py     the same question, asked of the weights as they are loaded
     models/      one file per family: vLLM's classes with other constructors
     loader.py    ``--load-format moe_prune``: prune the original while loading
+    sparse_moe.py     the quantisation method ``moe_prune``: experts without zeros
+    expert_loader.py  expert matrices on their way into memory
+    sparse_op.py      the custom op that runs a layer of them
 """
 
 from functools import cache
@@ -35,10 +38,15 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.model_loader import register_model_loader
 
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from ..checkpoint.compressed import METHOD
     from .loader import PruningLoader
+    from .sparse_moe import MoePruneConfig
 
     for model_type in supported():
         name = find_arch(model_type, __name__).pruned_architecture
         ModelRegistry.register_model(name, f"{__name__}.models.{model_type}:{name}")
     # Unlike models, vLLM takes a loader as a class only, never as a string.
     register_model_loader(LOAD_FORMAT)(PruningLoader)
+    register_quantization_config(METHOD)(MoePruneConfig)

@@ -7,6 +7,7 @@ by ``tests/contract/test_vllm_symbols.py``, which reads sources and imports noth
 from dataclasses import dataclass
 from typing import Any
 
+from ..checkpoint.compressed import METHOD
 from ..errors import ServeError
 
 OLDEST = "0.32"
@@ -51,12 +52,16 @@ def wants_local_ids(vllm_config: Any) -> bool:
     """Whether the MoE kernel ignores the expert map, so that routing must apply it.
 
     vLLM's CPU kernel indexes the experts of its own process with global ids: under
-    expert parallelism it reads past their end.
+    expert parallelism it reads past their end. Our own kernel applies the map.
     """
     from vllm.platforms import current_platform
 
+    quant_config = vllm_config.quant_config
+    ours = quant_config is not None and quant_config.get_name() == METHOD
     return bool(
-        current_platform.is_cpu() and vllm_config.parallel_config.enable_expert_parallel
+        current_platform.is_cpu()
+        and vllm_config.parallel_config.enable_expert_parallel
+        and not ours
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from ..archs.spec import MoeArch, Role
+from ..checkpoint.compressed import dense_name
 from ..errors import CheckpointError
 from .layers import ServedLayer
 
@@ -67,7 +68,9 @@ class WeightTally:
                     yield layer.index, expert, role
 
     def _pieces(self, name: str, tensor: torch.Tensor) -> Iterator[Piece]:
-        found = self._match(name)
+        # Of a matrix stored in parts the mask counts; the loader wants all of them.
+        dense = dense_name(name)
+        found = None if dense is None else self._match(dense)
         if found is None:
             return
         match, role = found

@@ -1,0 +1,279 @@
+"""Every kernel against sums written from the formula, over shapes, zeros and types.
+
+T tokens, D hidden, F width, E experts, K slots per token.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vllm_moe_prune.kernels import blocks, cpu_library
+from vllm_moe_prune.kernels.bitmask import pack
+from vllm_moe_prune.kernels.blocks import Blocks
+
+# Largest error over the largest output: a few units of the type's last place.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+TYPES = st.sampled_from(list(TOLERANCE))
+Matrices = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer and its input."""
+
+    experts: list[Matrices]
+    x_TD: Tensor
+    weights_TK: Tensor
+    ids_TK: Tensor
+
+    @property
+    def width(self) -> int:
+        return len(self.experts[0][0])
+
+
+def problem(
+    *,
+    tokens: int,
+    hidden: int,
+    width: int,
+    experts: int,
+    top_k: int,
+    sparsity: float,
+    dtype: torch.dtype,
+    seed: int = 0,
+) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, cols: int) -> Tensor:
+        made = torch.randn(rows, cols, generator=generator) * cols**-0.5
+        made[torch.rand(made.shape, generator=generator) < sparsity] = 0
+        return made.to(dtype)
+
+    scores_TE = torch.rand(tokens, experts, generator=generator)
+    return Problem(
+        [
+            (matrix(width, hidden), matrix(width, hidden), matrix(hidden, width))
+            for _ in range(experts)
+        ],
+        torch.randn(tokens, hidden, generator=generator).to(dtype),
+        torch.rand(tokens, top_k, generator=generator),
+        scores_TE.topk(top_k).indices.to(torch.int32),
+    )
+
+
+def by_formula(given_: Problem, here: list[int] | None = None) -> Tensor:
+    """In float64, one slot at a time; ``here``: the experts of this process."""
+    out_TD = torch.zeros(given_.x_TD.shape, dtype=torch.float64)
+    for token, (weights, ids) in enumerate(
+        zip(given_.weights_TK, given_.ids_TK, strict=True)
+    ):
+        x_D = given_.x_TD[token].double()
+        for weight, expert in zip(weights.tolist(), ids.tolist(), strict=True):
+            if here is not None and expert not in here:
+                continue
+            gate_FD, up_FD, down_DF = (m.double() for m in given_.experts[expert])
+            gate_F, up_F = gate_FD @ x_D, up_FD @ x_D
+            inner_F = gate_F / (1 + torch.exp(-gate_F)) * up_F
+            inner_F = inner_F.to(given_.x_TD.dtype).double()
+            out_TD[token] += weight * (down_DF @ inner_F)
+    return out_TD
+
+
+def encoded(experts: list[Matrices]) -> tuple[Blocks, Blocks]:
+    return (
+        blocks.join([cpu_library.encode([gate, up]) for gate, up, _ in experts]),
+        blocks.join([cpu_library.encode([down]) for *_, down in experts]),
+    )
+
+
+def ways() -> Iterator[tuple[str, dict[str, int]]]:
+    """Every path that this machine can run, by name."""
+    for level in range(cpu_library.level() + 1):
+        yield (
+            cpu_library.LEVELS[level],
+            {"at_level": level, "tile_from": cpu_library.NEVER},
+        )
+    if cpu_library.level() == cpu_library.AMX:
+        yield "tiles", {"tile_from": 1}
+        yield "tiles for some", {"tile_from": 3}
+
+
+def assert_close(found_TD: Tensor, expected_TD: Tensor, what: str) -> None:
+    largest = max(expected_TD.abs().max().item(), 1e-6)
+    error = (found_TD.double() - expected_TD).abs().max().item() / largest
+    assert error <= TOLERANCE[found_TD.dtype], f"{what}: {error}"
+
+
+def test_the_library_was_built() -> None:
+    """Without it the tests below would pass on the definition alone."""
+    assert cpu_library.library() is not None, "run make install"
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    tokens=st.sampled_from([1, 2, 3, 5, 8, 9, 17, 33, 70]),
+    hidden=st.sampled_from([8, 32, 40, 96, 136]),
+    width=st.sampled_from([8, 16, 24, 64, 100]),
+    experts=st.sampled_from([1, 3, 6]),
+    top_k=st.sampled_from([1, 2]),
+    sparsity=st.sampled_from([0.0, 0.4, 0.5, 0.65, 0.95, 1.0]),
+    dtype=TYPES,
+    seed=st.integers(0, 10**6),
+)
+def test_every_path_computes_the_formula(
+    tokens: int,
+    hidden: int,
+    width: int,
+    experts: int,
+    top_k: int,
+    sparsity: float,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    given_ = problem(
+        tokens=tokens,
+        hidden=hidden,
+        width=width,
+        experts=experts,
+        top_k=min(top_k, experts),
+        sparsity=sparsity,
+        dtype=dtype,
+        seed=seed,
+    )
+    w13, w2 = encoded(given_.experts)
+    inputs = (given_.x_TD, given_.weights_TK, given_.ids_TK, None, w13, w2, width)
+    expected_TD = by_formula(given_)
+    assert_close(blocks.fused_moe(*inputs), expected_TD, "definition")
+    for name, how in ways():
+        assert_close(cpu_library.fused_moe(*inputs, **how), expected_TD, name)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_native_encoding_is_the_definition_to_the_bit(dtype: torch.dtype) -> None:
+    for hidden, width in ((40, 24), (64, 96), (8, 16), (72, 17)):
+        given_ = problem(
+            tokens=1,
+            hidden=hidden,
+            width=width,
+            experts=1,
+            top_k=1,
+            sparsity=0.5,
+            dtype=dtype,
+        )
+        gate_FD, up_FD, down_DF = given_.experts[0]
+        gate_FD[0, 0], up_FD[0, 1] = -0.0, float("nan")
+        for sources in ([gate_FD, up_FD], [down_DF]):
+            native, plain = cpu_library.encode(sources), blocks.encode(sources)
+            assert torch.equal(native.masks_EBS, plain.masks_EBS)
+            assert torch.equal(native.starts_EB1, plain.starts_EB1)
+            integer = blocks.BITS[dtype.itemsize]
+            assert torch.equal(native.values.view(integer), plain.values.view(integer))
+            shape = tuple(sources[0].shape)
+            again = blocks.decode(plain, 0, len(sources), (shape[0], shape[1]))
+            for found, source in zip(again, sources, strict=True):
+                assert torch.equal(
+                    found.contiguous().view(integer), source.view(integer)
+                )
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    rows=st.integers(1, 20),
+    cols=st.sampled_from([8, 40, 256]),
+    sparsity=st.sampled_from([0.0, 0.5, 1.0]),
+    dtype=TYPES,
+)
+def test_native_unpacking_gives_back_every_bit(
+    rows: int, cols: int, sparsity: float, dtype: torch.dtype
+) -> None:
+    matrix_RC = torch.randn(rows, cols).to(dtype)
+    matrix_RC[torch.rand(rows, cols) < sparsity] = 0
+    found = cpu_library.unpack_matrix(pack(matrix_RC))
+    assert torch.equal(found, matrix_RC)
+    fixed = matrix_RC.clone()
+    fixed.view(-1, 4)[:, 1:3] = 0
+    assert torch.equal(cpu_library.unpack_matrix(pack(fixed, (2, 4))), fixed)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_experts_of_other_processes_add_nothing(dtype: torch.dtype) -> None:
+    given_ = problem(
+        tokens=21,
+        hidden=64,
+        width=48,
+        experts=5,
+        top_k=3,
+        sparsity=0.5,
+        dtype=dtype,
+    )
+    here = [4, 1]
+    w13, w2 = encoded([given_.experts[expert] for expert in here])
+    expert_map_G = torch.tensor([-1, 1, -1, -1, 0], dtype=torch.int32)
+    inputs = (given_.x_TD, given_.weights_TK, given_.ids_TK, expert_map_G, w13, w2, 48)
+    expected_TD = by_formula(given_, here)
+    assert_close(blocks.fused_moe(*inputs), expected_TD, "definition")
+    for name, how in ways():
+        assert_close(cpu_library.fused_moe(*inputs, **how), expected_TD, name)
+
+
+def test_ids_that_no_expert_has_are_left_out() -> None:
+    given_ = problem(
+        tokens=4,
+        hidden=32,
+        width=32,
+        experts=2,
+        top_k=2,
+        sparsity=0.5,
+        dtype=torch.bfloat16,
+    )
+    w13, w2 = encoded(given_.experts)
+    ids_TK = torch.tensor([[-1, 2], [2**31 - 1, -(2**31)], [-1, -1], [9, 2]])
+    for _, how in ways():
+        found_TD = cpu_library.fused_moe(
+            given_.x_TD, given_.weights_TK, ids_TK, None, w13, w2, 32, **how
+        )
+        assert torch.equal(found_TD, torch.zeros_like(found_TD))
+
+
+def test_width_split_over_two_processes_adds_up() -> None:
+    given_ = problem(
+        tokens=6,
+        hidden=64,
+        width=96,
+        experts=3,
+        top_k=2,
+        sparsity=0.5,
+        dtype=torch.float32,
+    )
+    total_TD = torch.zeros(6, 64)
+    for part in (slice(0, 48), slice(48, 96)):
+        w13, w2 = encoded(
+            [(gate[part], up[part], down[:, part]) for gate, up, down in given_.experts]
+        )
+        total_TD += cpu_library.fused_moe(
+            given_.x_TD, given_.weights_TK, given_.ids_TK, None, w13, w2, 48
+        )
+    assert_close(total_TD, by_formula(given_), "two halves")
+
+
+@pytest.mark.slow
+def test_many_tokens_at_once() -> None:
+    given_ = problem(
+        tokens=4096,
+        hidden=64,
+        width=64,
+        experts=4,
+        top_k=2,
+        sparsity=0.5,
+        dtype=torch.bfloat16,
+    )
+    w13, w2 = encoded(given_.experts)
+    inputs = (given_.x_TD, given_.weights_TK, given_.ids_TK, None, w13, w2, 64)
+    expected_TD = blocks.fused_moe(*inputs).double()
+    for name, how in ways():
+        assert_close(cpu_library.fused_moe(*inputs, **how), expected_TD, name)

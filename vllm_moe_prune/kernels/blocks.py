@@ -1,0 +1,161 @@
+"""The layout kernels run on: blocks of 16 outputs, values in the order they are used.
+
+A matrix has N outputs (rows) and K inputs. Step k of a block holds the inputs 2k and
+2k + 1 of its 16 outputs: one 32-bit mask, whose bit 2 n + i says whether input 2k + i
+of output n is stored, and the stored values in the order of the bits. Blocks come in
+pairs: gate and up of the same outputs alternate, down is padded to whole pairs; K is
+padded to a multiple of 32. It is made while loading and never written to a file.
+
+The functions here are the definition, in plain torch: every kernel is tested against
+them, and without a compiled library they are what runs. E experts, B blocks, S = K / 2
+steps, N outputs, K inputs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 16
+PAIR = 32
+STEP = 32
+TAIL = 32
+"""Elements behind the last value, which kernels read but never use."""
+BITS = {2: torch.int16, 4: torch.int32}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Matrices of the same shape, one per expert."""
+
+    masks_EBS: Tensor
+    """int32."""
+    starts_EB1: Tensor
+    """int64: where each block's values begin, counted over all experts."""
+    values: Tensor
+    """bf16, fp16 or fp32, one dimension; ``TAIL`` elements more than are stored."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        parts = (self.masks_EBS, self.starts_EB1, self.values)
+        return sum(part.numel() * part.element_size() for part in parts)
+
+
+def round_up(value: int, step: int) -> int:
+    """The next multiple of ``step``."""
+    return -(-value // step) * step
+
+
+def encode(sources: Sequence[Tensor]) -> Blocks:
+    """One expert's matrices [N, K] as blocks: (gate, up) alternating, or (down,)."""
+    outputs, inputs = sources[0].shape
+    rows, cols = round_up(outputs, BLOCK), round_up(inputs, STEP)
+    bits = BITS[sources[0].element_size()]
+    stacked = sources[0].new_zeros(len(sources), rows, cols)
+    for index, source in enumerate(sources):
+        stacked[index, :outputs, :inputs] = source
+    # [source, block, n, step, i] -> [block, source, step, n, i]
+    parts = stacked.view(len(sources), -1, BLOCK, cols // 2, 2)
+    lanes_BSL = parts.permute(1, 0, 3, 2, 4).reshape(-1, cols // 2, 2 * BLOCK)
+    if len(lanes_BSL) % 2:
+        lanes_BSL = torch.cat([lanes_BSL, torch.zeros_like(lanes_BSL[:1])])
+    kept_BSL = lanes_BSL.contiguous().view(bits) != 0
+    weights_L = 2 ** torch.arange(2 * BLOCK)
+    masks_BS = (kept_BSL * weights_L).sum(dim=2).to(torch.int32)
+    counts_B = kept_BSL.sum(dim=(1, 2))
+    starts_B1 = torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)])
+    values = torch.cat([lanes_BSL[kept_BSL], lanes_BSL.new_zeros(TAIL)])
+    return Blocks(masks_BS[None], starts_B1[None], values)
+
+
+def join(experts: Sequence[Blocks]) -> Blocks:
+    """Experts encoded one by one as one."""
+    sizes = [len(expert.values) - TAIL for expert in experts]
+    first = [sum(sizes[:index]) for index in range(len(sizes))]
+    pieces = [expert.values[:size] for expert, size in zip(experts, sizes, strict=True)]
+    tail = experts[0].values.new_zeros(TAIL)
+    return Blocks(
+        torch.cat([expert.masks_EBS for expert in experts]),
+        torch.cat(
+            [
+                expert.starts_EB1 + start
+                for expert, start in zip(experts, first, strict=True)
+            ]
+        ),
+        torch.cat([*pieces, tail]),
+    )
+
+
+def decode(
+    blocks: Blocks, expert: int, sources: int, shape: tuple[int, int]
+) -> list[Tensor]:
+    """The dense matrices [N, K] of one expert, without any host synchronisation.
+
+    Args:
+        blocks: The layer's weights.
+        expert: Which one.
+        sources: How many matrices alternate: 2 for gate and up, 1 for down.
+        shape: N and K.
+    """
+    outputs, inputs = shape
+    masks_BS = blocks.masks_EBS[expert]
+    lanes_L = torch.arange(2 * BLOCK, device=masks_BS.device, dtype=torch.int32)
+    kept_BSL = (masks_BS[:, :, None] >> lanes_L) & 1
+    rank_BX = kept_BSL.flatten(1).cumsum(dim=1, dtype=torch.int64) - 1
+    index_BX = (blocks.starts_EB1[expert, :-1, None] + rank_BX).clamp_(min=0)
+    found_BX = blocks.values[index_BX]
+    dense_BX = torch.where(kept_BSL.flatten(1).bool(), found_BX, 0)
+    rows = round_up(outputs, BLOCK)
+    lanes_BSL = dense_BX.view(*kept_BSL.shape)[: sources * rows // BLOCK]
+    # [block, source, step, n, i] -> [source, block, n, step, i]
+    parts = lanes_BSL.view(rows // BLOCK, sources, -1, BLOCK, 2).permute(1, 0, 3, 2, 4)
+    dense = parts.reshape(sources, rows, -1)[:, :outputs, :inputs]
+    return list(dense.unbind())
+
+
+def fused_moe(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    expert_map_G: Tensor | None,
+    w13: Blocks,
+    w2: Blocks,
+    width: int,
+) -> Tensor:
+    """What every kernel computes: experts with SiLU gates, weighted and added up [T, D].
+
+    Products accumulate in fp32; silu(gate) * up is rounded to the type of ``x_TD``.
+
+    Args:
+        x_TD: Tokens.
+        weights_TK: Routing weights, fp32.
+        ids_TK: Which expert each slot goes to, int32, among all experts.
+        expert_map_G: Index here of every expert, -1 where it is elsewhere; None: the
+            same. Slots of experts that are not here count nothing.
+        w13: Gate and up.
+        w2: Down.
+        width: Outputs of gate and of up.
+    """
+    hidden = x_TD.shape[1]
+    experts = len(w13.masks_EBS)
+    local_TK = ids_TK.long()
+    if expert_map_G is not None:
+        there = (local_TK >= 0) & (local_TK < len(expert_map_G))
+        mapped_TK = expert_map_G.long()[local_TK.clamp(0, len(expert_map_G) - 1)]
+        local_TK = torch.where(there, mapped_TK, -1)
+    out_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
+    for expert in range(experts):
+        token_n, slot_n = (local_TK == expert).nonzero(as_tuple=True)
+        if len(token_n) == 0:
+            continue
+        gate_FD, up_FD = decode(w13, expert, 2, (width, hidden))
+        (down_DF,) = decode(w2, expert, 1, (hidden, width))
+        x_nD = x_TD[token_n].float()
+        gate_nF = x_nD @ gate_FD.float().T
+        inner_nF = torch.nn.functional.silu(gate_nF) * (x_nD @ up_FD.float().T)
+        y_nD = inner_nF.to(x_TD.dtype).float() @ down_DF.float().T
+        weight_n = weights_TK[token_n, slot_n].float()
+        out_TD.index_add_(0, token_n, y_nD * weight_n[:, None])
+    return out_TD.to(x_TD.dtype)

@@ -1,0 +1,247 @@
+"""The compiled CPU kernel behind its C interface; ``kernels/cpu`` holds the sources.
+
+Everything is checked here, in Python: the library trusts its arguments.
+"""
+
+import ctypes
+import logging
+import math
+import time
+from collections.abc import Sequence
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import blocks
+from .bitmask import Bitmask, unpack
+from .blocks import BLOCK, PAIR, STEP, TAIL, Blocks, round_up
+
+log = logging.getLogger(__name__)
+
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+LEVELS = ("portable", "AVX2", "AVX-512", "AVX-512 VBMI2 + BF16", "AMX")
+EXPAND, AMX = 3, 4
+NEVER = 1 << 40
+POINTERS = (
+    *("x", "weights", "ids", "expert_map", "w13_masks", "w13_starts", "w13_values"),
+    *("w2_masks", "w2_starts", "w2_values", "out"),
+)
+NUMBERS = ("tokens", "top_k", "hidden", "width", "experts", "map_size", "tile_from")
+
+
+class _Layer(ctypes.Structure):
+    """``MoePruneLayer`` of ``cpu/moe.cpp``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int64) for name in NUMBERS),
+        *(("type", ctypes.c_int32), ("level", ctypes.c_int32)),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel; None, with one warning, where there is none."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_cpu{suffix}")
+        if path.is_file():
+            break
+    else:
+        log.warning(
+            "vllm-moe-prune was installed without its CPU kernel; compressed experts "
+            "run many times slower. Install a C++ compiler and install the package again."
+        )
+        return None
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        log.warning(
+            "The CPU kernel cannot be loaded, compressed experts run many times slower: "
+            "%s",
+            error,
+        )
+        return None
+    found.moe_prune_level.restype = ctypes.c_int32
+    return found
+
+
+@cache
+def level() -> int:
+    """The best instructions here, an index of ``LEVELS``; -1: there is no library."""
+    found = library()
+    if found is None:
+        return -1
+    best = int(found.moe_prune_level())
+    if best < EXPAND:
+        log.warning(
+            "This processor lacks AVX-512 VBMI2 and BF16: compressed experts run on "
+            "the %s path, which saves memory but is slow.",
+            LEVELS[best],
+        )
+    return best
+
+
+def unpack_matrix(packed: Bitmask) -> Tensor:
+    """Like ``bitmask.unpack``, in native code; ``packed`` has passed ``check``."""
+    found = library()
+    if found is None:
+        return unpack(packed)
+    rows, cols = packed.shape
+    values = packed.values.contiguous()
+    mask_RB, starts_R1 = packed.mask_RB.contiguous(), packed.starts_R1.contiguous()
+    dense_RC = torch.empty(rows, cols, dtype=values.dtype)
+    found.moe_prune_unpack(
+        ctypes.c_void_p(mask_RB.data_ptr()),
+        ctypes.c_void_p(values.data_ptr()),
+        ctypes.c_void_p(starts_R1.data_ptr()),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(cols),
+        ctypes.c_int32(values.element_size()),
+        ctypes.c_void_p(dense_RC.data_ptr()),
+    )
+    return dense_RC
+
+
+def encode(sources: Sequence[Tensor]) -> Blocks:
+    """Like ``blocks.encode``, in native code."""
+    found = library()
+    if found is None:
+        return blocks.encode(sources)
+    sources = [source.contiguous() for source in sources]
+    outputs, inputs = sources[0].shape
+    assert all(
+        source.shape == (outputs, inputs) and source.dtype == sources[0].dtype
+        for source in sources
+    )
+    count = round_up(len(sources) * (round_up(outputs, BLOCK) // BLOCK), 2)
+    masks_BS = torch.empty(count, round_up(inputs, STEP) // 2, dtype=torch.int32)
+    starts_B1 = torch.empty(count + 1, dtype=torch.int64)
+    size = sources[0].element_size()
+    stored = sum(
+        int(torch.count_nonzero(source.view(blocks.BITS[size]))) for source in sources
+    )
+    values = torch.empty(stored + TAIL, dtype=sources[0].dtype)
+    values[stored:] = 0
+    pointers = (ctypes.c_void_p * len(sources))(*(s.data_ptr() for s in sources))
+    found.moe_prune_encode(
+        pointers,
+        ctypes.c_int64(len(sources)),
+        ctypes.c_int64(outputs),
+        ctypes.c_int64(inputs),
+        ctypes.c_int32(size),
+        ctypes.c_void_p(masks_BS.data_ptr()),
+        ctypes.c_void_p(starts_B1.data_ptr()),
+        ctypes.c_void_p(values.data_ptr()),
+    )
+    return Blocks(masks_BS[None], starts_B1[None], values)
+
+
+def fused_moe(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    expert_map_G: Tensor | None,
+    w13: Blocks,
+    w2: Blocks,
+    width: int,
+    *,
+    tile_from: int | None = None,
+    at_level: int | None = None,
+) -> Tensor:
+    """Like ``blocks.fused_moe``, in native code.
+
+    Args:
+        x_TD: See there, as for all arguments up to ``width``.
+        weights_TK: .
+        ids_TK: .
+        expert_map_G: .
+        w13: .
+        w2: .
+        width: .
+        tile_from: Tokens of an expert from which AMX tiles are used; None: measured.
+        at_level: Run on older instructions than the processor has; None: the best.
+    """
+    found = library()
+    if found is None:
+        return blocks.fused_moe(x_TD, weights_TK, ids_TK, expert_map_G, w13, w2, width)
+    used = level() if at_level is None else min(at_level, level())
+    if tile_from is None:
+        tile_from = tiles_pay_from() if used == AMX else NEVER
+    _check(x_TD, w13, w2, width)
+    x_TD, weights_TK = x_TD.contiguous(), weights_TK.float().contiguous()
+    ids_TK = ids_TK.to(torch.int32).contiguous()
+    assert weights_TK.shape == ids_TK.shape
+    assert len(ids_TK) == len(x_TD)
+    map_size = len(w13.masks_EBS)
+    if expert_map_G is not None:
+        expert_map_G = expert_map_G.to(torch.int32).contiguous()
+        map_size = len(expert_map_G)
+    out_TD = torch.empty_like(x_TD)
+    tensors = (
+        *(x_TD, weights_TK, ids_TK, expert_map_G),
+        *(w13.masks_EBS, w13.starts_EB1, w13.values),
+        *(w2.masks_EBS, w2.starts_EB1, w2.values, out_TD),
+    )
+    addresses = [None if item is None else item.data_ptr() for item in tensors]
+    numbers = (
+        *(len(x_TD), ids_TK.shape[1], x_TD.shape[1], width),
+        *(len(w13.masks_EBS), map_size, tile_from),
+    )
+    layer = _Layer(*addresses, *numbers, TYPES[x_TD.dtype], used)
+    found.moe_prune_run(ctypes.byref(layer))
+    return out_TD
+
+
+def _check(x_TD: Tensor, w13: Blocks, w2: Blocks, width: int) -> None:
+    """The shapes that the library computes from hidden size and width."""
+    hidden, experts = x_TD.shape[1], len(w13.masks_EBS)
+    pairs13, pairs2 = -(-width // BLOCK), -(-hidden // PAIR)
+    for part, pairs, inputs in ((w13, pairs13, hidden), (w2, pairs2, width)):
+        assert part.masks_EBS.shape == (experts, 2 * pairs, round_up(inputs, STEP) // 2)
+        assert part.starts_EB1.shape == (experts, 2 * pairs + 1)
+        assert part.values.dtype == x_TD.dtype
+        assert part.masks_EBS.is_contiguous()
+        assert part.starts_EB1.is_contiguous()
+
+
+@cache
+def tiles_pay_from() -> int:
+    """How many tokens of an expert make AMX tiles the faster way, measured here.
+
+    Both ways run on the same small layer, which stays in the cache, so that what is
+    compared is their arithmetic; the memory they read is the same.
+    """
+    hidden, width, most = 1024, 512, 12
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(outputs: int, inputs: int) -> Tensor:
+        made = torch.randn(outputs, inputs, generator=generator)
+        return (made * (torch.rand(made.shape, generator=generator) < 0.5)).bfloat16()
+
+    w13 = encode([matrix(width, hidden), matrix(width, hidden)])
+    w2 = encode([matrix(hidden, width)])
+    x_TD = torch.randn(most, hidden, generator=generator).bfloat16()
+    ones_T1 = torch.ones(most, 1)
+
+    def seconds(tokens: int, tile_from: int) -> float:
+        best = math.inf
+        for _ in range(7):
+            start = time.perf_counter()
+            fused_moe(
+                x_TD[:tokens],
+                ones_T1[:tokens],
+                torch.zeros(tokens, 1, dtype=torch.int32),
+                None,
+                w13,
+                w2,
+                width,
+                tile_from=tile_from,
+            )
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    slower = [n for n in range(1, most + 1) if seconds(n, 1) > seconds(n, NEVER)]
+    return max(slower, default=0) + 1

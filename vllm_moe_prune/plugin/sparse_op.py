@@ -1,0 +1,102 @@
+"""The custom op behind ``sparse_moe``: opaque to torch.compile, one for all devices.
+
+On CPUs it is the compiled kernel. On CUDA devices, experts are decompressed into a
+workspace that all layers share, and vLLM's own fused MoE runs on that: correct, no
+faster than dense, without host synchronisation, so that CUDA graphs can capture it. A
+kernel that multiplies from the compressed form takes the place of ``_on_cuda``.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from ..kernels import cpu_library
+from ..kernels.blocks import Blocks, decode
+
+NAMESPACE = "vllm_moe_prune"
+LIBRARY = Library(NAMESPACE, "DEF")
+LIBRARY.define(
+    "sparse_moe(Tensor x, Tensor weights, Tensor ids, Tensor? expert_map, "
+    "Tensor w13_masks, Tensor w13_starts, Tensor w13_values, "
+    "Tensor w2_masks, Tensor w2_starts, Tensor w2_values, int width) -> Tensor"
+)
+
+
+def _on_cpu(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    expert_map_G: Tensor | None,
+    w13_masks: Tensor,
+    w13_starts: Tensor,
+    w13_values: Tensor,
+    w2_masks: Tensor,
+    w2_starts: Tensor,
+    w2_values: Tensor,
+    width: int,
+) -> Tensor:
+    return cpu_library.fused_moe(
+        x_TD,
+        weights_TK,
+        ids_TK,
+        expert_map_G,
+        Blocks(w13_masks, w13_starts, w13_values),
+        Blocks(w2_masks, w2_starts, w2_values),
+        width,
+    )
+
+
+def _on_cuda(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    expert_map_G: Tensor | None,
+    w13_masks: Tensor,
+    w13_starts: Tensor,
+    w13_values: Tensor,
+    w2_masks: Tensor,
+    w2_starts: Tensor,
+    w2_values: Tensor,
+    width: int,
+) -> Tensor:
+    from vllm.model_executor.layers.fused_moe import fused_experts
+
+    experts, hidden = len(w13_masks), x_TD.shape[1]
+    w13 = Blocks(w13_masks, w13_starts, w13_values)
+    w2 = Blocks(w2_masks, w2_starts, w2_values)
+    device = str(x_TD.device)
+    gate_up = _workspace(device, x_TD.dtype, (experts, 2 * width, hidden))
+    down = _workspace(device, x_TD.dtype, (experts, hidden, width))
+    for expert in range(experts):
+        gate_FD, up_FD = decode(w13, expert, 2, (width, hidden))
+        gate_up[expert, :width].copy_(gate_FD)
+        gate_up[expert, width:].copy_(up_FD)
+        down[expert].copy_(decode(w2, expert, 1, (hidden, width))[0])
+    found: Tensor = fused_experts(
+        x_TD,
+        gate_up,
+        down,
+        weights_TK,
+        ids_TK,
+        global_num_experts=experts if expert_map_G is None else len(expert_map_G),
+        expert_map=expert_map_G,
+    )
+    return found
+
+
+@cache
+def _workspace(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """One per shape, for all layers; its address never changes."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _fake(x_TD: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(x_TD)
+
+
+LIBRARY.impl("sparse_moe", _on_cpu, "CPU")
+LIBRARY.impl("sparse_moe", _on_cuda, "CUDA")
+LIBRARY._register_fake("sparse_moe", _fake)
+sparse_moe = torch.ops.vllm_moe_prune.sparse_moe.default
