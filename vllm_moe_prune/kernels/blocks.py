@@ -124,7 +124,7 @@ def fused_moe(
     w2: Blocks,
     width: int,
 ) -> Tensor:
-    """What every kernel computes: experts with SiLU gates, weighted and added up [T, D].
+    """What every kernel computes: experts with SiLU gates, weighted, added up [T, D].
 
     Products accumulate in fp32; silu(gate) * up is rounded to the type of ``x_TD``.
 

@@ -52,15 +52,15 @@ def library() -> ctypes.CDLL | None:
     else:
         log.warning(
             "vllm-moe-prune was installed without its CPU kernel; compressed experts "
-            "run many times slower. Install a C++ compiler and install the package again."
+            "run many times slower. Install a C++ compiler, then the package again."
         )
         return None
     try:
         found = ctypes.CDLL(str(path))
     except OSError as error:
         log.warning(
-            "The CPU kernel cannot be loaded, compressed experts run many times slower: "
-            "%s",
+            "The CPU kernel cannot be loaded, and compressed experts run many times "
+            "slower: %s",
             error,
         )
         return None

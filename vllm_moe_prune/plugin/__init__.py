@@ -36,9 +36,8 @@ def register() -> None:
     allow_amx()
 
     from vllm import ModelRegistry
-    from vllm.model_executor.model_loader import register_model_loader
-
     from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.model_loader import register_model_loader
 
     from ..checkpoint.compressed import METHOD
     from .loader import PruningLoader

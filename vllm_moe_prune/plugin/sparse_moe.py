@@ -23,6 +23,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from ..checkpoint.compressed import METHOD, PARTS, parse_storage
@@ -127,7 +128,7 @@ class SparseMoEMethod(FusedMoEMethodBase):
                 # Their sizes are known when they arrive: every expert has its own.
                 empty = torch.empty(0, dtype=dtypes.get(part, params_dtype))
                 parameter = Parameter(empty, requires_grad=False)
-                parameter.weight_loader = loader.load
+                set_weight_attrs(parameter, {"weight_loader": loader.load})
                 layer.register_parameter(f"{matrix}_{part}", parameter)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:

@@ -16,8 +16,8 @@ from ..kernels import cpu_library
 from ..kernels.blocks import Blocks, decode
 
 NAMESPACE = "vllm_moe_prune"
-LIBRARY = Library(NAMESPACE, "DEF")
-LIBRARY.define(
+LIBRARY = Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+LIBRARY.define(  # type: ignore[no-untyped-call]
     "sparse_moe(Tensor x, Tensor weights, Tensor ids, Tensor? expert_map, "
     "Tensor w13_masks, Tensor w13_starts, Tensor w13_values, "
     "Tensor w2_masks, Tensor w2_starts, Tensor w2_values, int width) -> Tensor"
@@ -96,7 +96,7 @@ def _fake(x_TD: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(x_TD)
 
 
-LIBRARY.impl("sparse_moe", _on_cpu, "CPU")
-LIBRARY.impl("sparse_moe", _on_cuda, "CUDA")
-LIBRARY._register_fake("sparse_moe", _fake)
+torch.library.impl(f"{NAMESPACE}::sparse_moe", "CPU", _on_cpu, lib=LIBRARY)
+torch.library.impl(f"{NAMESPACE}::sparse_moe", "CUDA", _on_cuda, lib=LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::sparse_moe", _fake, lib=LIBRARY)
 sparse_moe = torch.ops.vllm_moe_prune.sparse_moe.default

@@ -1,0 +1,128 @@
+"""Compressed experts in real vLLM engines against plain torch on the dense weights.
+
+V vocabulary, T tokens.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.test_plugin_mixtral import (
+    ENVIRONMENT,
+    ROOT,
+    Case,
+    assert_same,
+    expected,
+    make_original,
+    make_plan,
+    served,
+)
+from tests.reference import LayerCut
+from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.convert import convert
+from vllm_moe_prune.cut.apply import cut
+from vllm_moe_prune.decide.plan import load_plan
+
+pytestmark = pytest.mark.vllm
+
+# Uniform, so that plain torch knows the pruned model; the last layer has no zeros.
+HALF = Case(
+    {
+        layer: LayerCut(keep=(6, 1, 4, 3), sparsity=0.5 if layer < 3 else 0.0)
+        for layer in range(4)
+    },
+    "block_sparse_moe.gate_up_down",
+)
+WORKER = """
+import torch
+from tests.e2e.test_plugin_mixtral import served
+if __name__ == "__main__":
+    torch.save(served("{model}", tensor_parallel_size=2, **{options}), "{out}")
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _in_this_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned checkpoint with zeros, stored dense."""
+    original = make_original(tmp_path_factory.mktemp("dense") / "ckpt", HALF.layout)
+    out = original.with_name("dense")
+    plan = load_plan(make_plan(original, HALF, slim="magnitude"))
+    cut(open_checkpoint(original), plan, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def packed(dense: Path) -> Path:
+    """The same, compressed."""
+    out = dense.with_name("packed")
+    result = convert(open_checkpoint(dense), out, "bitmask")
+    assert result.dense_layers == (3,)
+    return out
+
+
+def test_compressed_computes_what_dense_with_zeros_does(
+    dense: Path, packed: Path
+) -> None:
+    assert_same(served(packed), expected(dense))
+
+
+def test_zeros_are_left_out_while_a_dense_checkpoint_loads(dense: Path) -> None:
+    assert_same(served(dense, quantization="moe_prune"), expected(dense))
+
+
+def test_bfloat16_is_as_far_from_the_truth_as_dense_is(
+    dense: Path, packed: Path
+) -> None:
+    truth_TV = expected(dense)
+    errors = [
+        (served(folder, dtype="bfloat16") - truth_TV).abs().mean().item()
+        for folder in (dense, packed)
+    ]
+    assert errors[1] <= 1.5 * errors[0]
+
+
+@pytest.mark.slow
+def test_compiled_without_a_graph_break(packed: Path, dense: Path) -> None:
+    found_TV = served(packed, enforce_eager=False)
+    assert_same(found_TV, expected(dense))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"enable_expert_parallel": True}, marks=pytest.mark.slow),
+    ],
+    ids=["tensor-parallel", "expert-parallel"],
+)
+def test_two_processes_share_the_experts(
+    options: dict[str, Any],
+    dense: Path,
+    packed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, script = tmp_path / "out.pt", tmp_path / "engine.py"
+    script.write_text(WORKER.format(model=packed, out=out, options=options))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert_same(torch.load(out), expected(dense))
