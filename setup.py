@@ -15,7 +15,10 @@ from setuptools.command.build_ext import build_ext
 FOLDER = Path("vllm_moe_prune/kernels/cpu")
 # OpenMP is compiled for but not linked: the library joins the runtime, and so the
 # threads and their places, of the PyTorch it is loaded into.
-COMMON = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+COMMON = [
+    *("-std=c++17", "-O3", "-g0", "-fopenmp"),
+    *("-fno-math-errno", "-fno-trapping-math"),
+]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [
     *AVX2,
