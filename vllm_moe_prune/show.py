@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:
     """What ``inspect`` found."""
     moe = checkpoint.moe_layers
-    counts = [layer.num_experts for layer in checkpoint.layers]
+    counts = [layer.num_experts for layer in checkpoint.decoder_layers]
+    further = [layer.num_experts for layer in checkpoint.layers if layer.mtp]
     dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})
     files = len({info.file for info in checkpoint.tensors.values()})
     data: dict[str, Any] = {
@@ -29,9 +30,10 @@ def show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:
         "revision": checkpoint.origin.revision,
         "model_type": checkpoint.arch.model_type,
         "layout": checkpoint.layout.name,
-        "layers": len(checkpoint.layers),
-        "moe_layers": len(moe),
+        "layers": len(counts),
+        "moe_layers": sum(count > 0 for count in counts),
         "experts_per_layer": counts,
+        "experts_per_mtp_layer": further,
         "top_k": max(layer.top_k for layer in moe),
         "dtypes": dtypes,
         "files": files,
@@ -54,7 +56,9 @@ def show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:
         [
             ("family", f"{data['model_type']} ({data['layout']})"),
             ("layers", f"{data['layers']}, {data['moe_layers']} with experts"),
+            *([("MTP layers", f"{len(further)}")] if further else []),
             ("experts", f"{experts_text(held)} per layer, top-{data['top_k']}"),
+            *_groups(checkpoint),
             ("parameters", f"{checkpoint.parameters:,} ({share:.1%} in experts)"),
             ("size", f"{gib(checkpoint.stored_bytes)} in {files} files"),
             *_compression(checkpoint),
@@ -66,6 +70,14 @@ def show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:
         hint("Redirect routing: cut the original again instead of this one.")
         return
     hint(f"Next: vllm-moe-prune run {source_of(checkpoint)} OUT --calibration TEXT")
+
+
+def _groups(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """How the routers choose among groups, if they do."""
+    rule = checkpoint.rule
+    if rule.groups == 1:
+        return []
+    return [("groups", f"{rule.groups}, of which the best {rule.top_groups}")]
 
 
 def _compression(checkpoint: Checkpoint) -> list[tuple[str, str]]:

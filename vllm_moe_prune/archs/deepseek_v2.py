@@ -31,6 +31,7 @@ ARCH = MoeArch(
         groups=Key("n_group", 1),
         top_groups=Key("topk_group", 1),
         method=Key("topk_method", "greedy"),
+        methods=("greedy", "group_limited_greedy"),
         ungrouped=("greedy",),
         fp32=True,
     ),

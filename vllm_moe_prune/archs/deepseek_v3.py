@@ -36,6 +36,7 @@ ARCH = MoeArch(
         groups=Key("n_group", 1),
         top_groups=Key("topk_group", 1),
         method=Key("topk_method", "noaux_tc"),
+        methods=("noaux_tc",),
         group_best=2,
         fp32=True,
     ),

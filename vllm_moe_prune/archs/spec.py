@@ -180,8 +180,10 @@ class RouterKeys:
     """Equal, contiguous groups of experts, the best of which are chosen from."""
     top_groups: Key = Key(None, 1)
     method: Key = Key(None, "")
+    methods: tuple[str, ...] = ("",)
+    """The values of ``method`` that these keys describe."""
     ungrouped: tuple[str, ...] = ()
-    """Values of ``method`` under which groups are not looked at."""
+    """Those of them under which groups are not looked at."""
     group_best: int = 1
     """A group is as good as the sum of its best this many experts."""
     fp32: bool = False

@@ -43,6 +43,19 @@ def check_pattern(arch: MoeArch, view: Mapping[str, Any], where: Path) -> None:
     whole(pattern.frequency.read(view), pattern.frequency.name, where)
 
 
+def check_dense(arch: MoeArch, config: Mapping[str, Any], where: Path) -> None:
+    """Refuse values of the keys that say which MLPs stand beside the experts.
+
+    Raises:
+        CheckpointError: Naming the key.
+    """
+    whole(arch.shared_count.read(config), arch.shared_count.name, where, least=0)
+    if arch.dense_mlp is not None:
+        positive(config, arch.dense_width, where)
+    if arch.residual is not None:
+        _flag(arch.residual.present, config, where)
+
+
 def router_rule(arch: MoeArch, config: Mapping[str, Any], where: Path) -> RouterRule:
     """How the routers of a checkpoint decide.
 
@@ -75,7 +88,13 @@ def router_rule(arch: MoeArch, config: Mapping[str, Any], where: Path) -> Router
 
 def _groups(arch: MoeArch, config: Mapping[str, Any], where: Path) -> int:
     keys = arch.router
-    if keys.method.read(config) in keys.ungrouped:
+    method = keys.method.read(config)
+    if method not in keys.methods:
+        raise CheckpointError(
+            f"{where}: {keys.method.name} is {method!r}; known are "
+            f"{', '.join(keys.methods)}."
+        )
+    if method in keys.ungrouped:
         return 1
     return whole(keys.groups.read(config), keys.groups.name, where)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..archs.spec import Layout, MoeArch, RouterRule, TensorRule
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RemapError
 from .block_fp8 import DTYPE, Blocks, check_scale
 from .config_values import FLOATS, positive
 from .index import TensorInfo
@@ -63,6 +63,7 @@ class LayerReader:
         experts = positive(view, keys.experts, where, least=0)
         top_k = positive(view, keys.top_k, where)
         width = positive(view, keys.width, where)
+        self._check_beside(index, view)
         if experts == 0 or dense:
             if dense:
                 self._check_dense(index)
@@ -102,6 +103,22 @@ class LayerReader:
             return None
         entries = self.remap.all_layers
         return entries[index] if index < len(entries) else None
+
+    def _check_beside(self, index: int, view: dict[str, Any]) -> None:
+        """MLPs beside the experts that config.json does not know would be left out."""
+        prefix, arch = self.arch.layer_prefix.format(layer=index), self.arch
+        unknown = []
+        if arch.shared is not None and not arch.shared_count.read(view):
+            unknown.append((arch.shared, arch.shared_count))
+        if arch.residual is not None and not arch.residual.present.read(view):
+            unknown.append((arch.residual.mlp, arch.residual.present))
+        for mlp, key in unknown:
+            name = prefix + mlp.names[0]
+            if name in self.tensors:
+                raise CheckpointError(
+                    f"{self.folder}: {name!r} is there, but config.json says "
+                    f"{key.name} is {key.read(view)!r}."
+                )
 
     def _check_dense(self, index: int) -> None:
         """A layer that config.json calls dense must not bring experts along."""
@@ -196,10 +213,11 @@ class LayerReader:
         if count == 1:
             return None
         if entry is not None and entry.groups is not None:
-            if max(entry.groups) >= count:
-                raise CheckpointError(
-                    f"{self.folder}: layer {index}: the remap table names group "
-                    f"{max(entry.groups)}, but there are {count} groups."
+            wrong = sorted(set(entry.groups) ^ set(range(count)))
+            if wrong:
+                raise RemapError(
+                    f"{self.folder}: layer {index}: the remap table must name each of "
+                    f"the {count} groups, and no other; see {wrong[0]}."
                 )
             return entry.groups
         if rows % count:

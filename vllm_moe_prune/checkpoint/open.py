@@ -14,7 +14,7 @@ from ..archs.spec import Layout, MoeArch, RouterRule
 from ..errors import CheckpointError, RemapError
 from .block_fp8 import SUFFIX, Blocks, read_blocks
 from .compressed import Storage, dense_view
-from .config_values import check_pattern, positive, router_rule
+from .config_values import check_dense, check_pattern, positive, router_rule
 from .index import TensorInfo, fingerprint
 from .layers import Layer, LayerReader
 from .remap import ExpertRemap, load_remap
@@ -143,6 +143,7 @@ def build_checkpoint(
     blocks = read_blocks(config, where)
     for key in ("layers", "hidden", "top_k", "experts", "width"):
         positive(config, getattr(arch.config, key), where)
+    check_dense(arch, config, where)
     for key in SIZES:
         if config.get(key) is not None:
             positive(config, key, where)

@@ -28,12 +28,19 @@ def model_card(
         fields["base_model"] = name
     data = ModelCardData(**fields, **_inherited(checkpoint))
     plugin = architecture == checkpoint.arch.pruned_architecture
-    needs = (
-        "Its layers differ, so vLLM needs the plugin (`pip install vllm-moe-prune`), "
-        "which it picks up by itself. Without the plugin loading fails on purpose."
-        if plugin
-        else "Its layers are uniform: unmodified vLLM and transformers load it."
-    )
+    if plugin:
+        needs = (
+            "Its layers differ, so vLLM needs the plugin (`pip install "
+            "vllm-moe-prune`), which it picks up by itself. Without the plugin loading "
+            "fails on purpose."
+        )
+    elif not checkpoint.arch.stock_vllm:
+        needs = (
+            "vLLM has dropped this family; the plugin (`pip install vllm-moe-prune`) "
+            "brings it back, and vLLM picks it up by itself."
+        )
+    else:
+        needs = "Its layers are uniform: unmodified vLLM and transformers load it."
     rows = "\n".join(
         f"| {layer.layer} | {layer.experts_before} | {layer.experts_after} "
         f"| {layer.action} | {layer.sparsity:.1%} |"
