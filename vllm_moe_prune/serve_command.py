@@ -56,7 +56,8 @@ def serve_command(
 def needs_plugin(checkpoint: Checkpoint) -> bool:
     """Whether stock vLLM would refuse the checkpoint."""
     names = checkpoint.config.get("architectures") or []
-    return checkpoint.arch.pruned_architecture in names
+    arch = checkpoint.arch
+    return not arch.stock_vllm or arch.pruned_architecture in names
 
 
 def find_vllm() -> str:
