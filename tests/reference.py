@@ -51,6 +51,7 @@ class LayerCut:
 
 
 DROP_MOE = LayerCut(action="drop-moe")
+DROP_MOE_KEEP_NORM = LayerCut(action="drop-moe-keep-norm")
 DROP_BLOCK = LayerCut(action="drop-block")
 Cuts = Mapping[int, LayerCut]
 
@@ -262,6 +263,8 @@ class Reference:
         if cut.action == "drop-moe":
             return hidden_STD
         x_ND = self._moe_input(layer, hidden_STD)
+        if cut.action == "drop-moe-keep-norm":
+            return hidden_STD + x_ND.view_as(hidden_STD)
         weight_NE = self._selection(layer, x_ND)
         out_ND = torch.zeros_like(x_ND)
         for new, expert in enumerate(self._survivors(layer)):

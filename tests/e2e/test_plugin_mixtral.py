@@ -21,6 +21,7 @@ from torch import Tensor
 from tests.reference import (
     DROP_BLOCK,
     DROP_MOE,
+    DROP_MOE_KEEP_NORM,
     Cuts,
     LayerCut,
     Reference,
@@ -85,7 +86,8 @@ CASES = {
         "block_sparse_moe.gate_up_down",
     ),
     "dropped MoE": Case(
-        {0: DROP_MOE, 1: LayerCut(keep=(1, 7)), 3: DROP_MOE}, "mlp.w1w2w3"
+        {0: DROP_MOE, 1: LayerCut(keep=(1, 7)), 3: DROP_MOE_KEEP_NORM},
+        "mlp.w1w2w3",
     ),
     "redirect": Case(
         {

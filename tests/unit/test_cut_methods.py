@@ -187,24 +187,17 @@ def test_unserved_experts_keep_their_router_rows_and_lose_their_tokens(
     assert torch.equal(read_router(output, output.layers[0]), before)
 
 
-@pytest.mark.parametrize("what", ["action", "parts"])
 def test_what_can_be_planned_but_not_cut_is_refused(
-    checkpoint: Checkpoint, tmp_path: Path, what: str
+    checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     from vllm_moe_prune.errors import PlanError
 
-    if what == "action":
-        first = LayerPlan(
-            layer=0, experts=EXPERTS, keep=(), action="drop-moe-keep-norm"
-        )
-        plan = plan_for(checkpoint, first)
-    else:
-        plan = plan_for(
-            checkpoint,
-            everyone_at(0.5),
-            slim="magnitude",
-            slim_parts=("experts", "attention"),
-        )
+    plan = plan_for(
+        checkpoint,
+        everyone_at(0.5),
+        slim="magnitude",
+        slim_parts=("experts", "attention"),
+    )
     with pytest.raises(PlanError, match="can be planned but not cut"):
         cut(checkpoint, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()

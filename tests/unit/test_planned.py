@@ -43,6 +43,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "slim": {"method": "none"},
         "layers": {"drop_moe": [2]},
     },
+    "MoE gone, norm kept": {
+        "experts": {"method": "none"},
+        "slim": {"method": "none"},
+        "layers": {"drop_moe": [2], "moe_norm": "keep"},
+    },
     "wanda": {"total_sparsity": 0.5, "experts": {"drop": 0.2}},
     "magnitude": {
         "experts": {"method": "none"},
@@ -53,6 +58,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         "experts": {"drop": 0.2},
         "slim": {"method": "sparsegpt"},
         "layers": {"drop_moe": [0], "drop_blocks": [3]},
+    },
+    "layers without experts": {
+        "experts": {
+            "method": "score",
+            "criterion": "frequency",
+            "drop": 0.5,
+            "min_experts": 0,
+            "protected": {0: list(range(8)), 3: list(range(8))},
+        },
+        "slim": {"method": "none"},
     },
 }
 

@@ -15,6 +15,10 @@ ROUTER_ROLES = ("router", "router_bias")
 Scores = Literal["softmax", "sigmoid"]
 
 
+MOE_NORM = "post_attention_layernorm"
+"""The norm before the MoE sublayer; every family calls it so."""
+
+
 @dataclass(frozen=True)
 class TensorRule:
     """One kind of tensor: where it is found and what its axes mean."""
@@ -316,3 +320,7 @@ class MoeArch:
         """Whether a tensor leaves when the MoE sublayer of its layer is dropped."""
         prefix = self.layer_prefix.format(layer=layer)
         return name.removeprefix(prefix).startswith(self.moe_members)
+
+    def is_moe_norm(self, name: str, layer: int) -> bool:
+        """Whether a tensor is of the norm before the MoE sublayer of its layer."""
+        return name.startswith(f"{self.layer_prefix.format(layer=layer)}{MOE_NORM}.")

@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..archs.spec import GatedMlp
+from ..archs.spec import MOE_NORM, GatedMlp
 from ..checkpoint.open import Checkpoint, Layer
-
-# Every family calls the norm before its MoE sublayer so.
-MOE_NORM = "post_attention_layernorm"
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional
 
-from ..archs.spec import TensorRule
+from ..archs.spec import MOE_NORM, TensorRule
 from ..checkpoint.block_fp8 import SUFFIX
 from ..checkpoint.index import TensorInfo
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import DTYPES, Expert, read_router_part, read_weight
 from ..errors import CalibrationError, CheckpointError
-from .dense import MOE_NORM, DensePart, dense_parts
+from .dense import DensePart, dense_parts
 from .experts import (
     Activation,
     Read,
@@ -152,15 +152,19 @@ class StreamingModel:
         layer = self.checkpoint.layers[index]
         hidden_STD = hidden_STD.to(self.device)
         x_ND = None
-        if layer.has_moe and self._experts_read_input:
+        normed = layer.has_moe or layer.norm_only
+        if normed and self._experts_read_input:
             x_ND = self._normed(index, MOE_NORM, hidden_STD)
         self._attend(index, hidden_STD)
         for part in dense_parts(self.checkpoint, layer):
             if part.norm is not None:
                 normed_ND = self._normed(index, part.norm, hidden_STD)
                 self._add_mlp(index, part, normed_ND, hidden_STD.view_as(normed_ND))
-        if layer.has_moe and x_ND is None:
+        if normed and x_ND is None:
             x_ND = self._normed(index, MOE_NORM, hidden_STD)
+        if layer.norm_only and x_ND is not None:
+            hidden_STD += x_ND.view_as(hidden_STD)
+            x_ND = None
         self.layers_run += not layer.mtp
         return hidden_STD, x_ND
 
@@ -324,7 +328,7 @@ class StreamingModel:
                     f"config.json asks for {list(tensor.shape)}."
                 )
         layer = self.checkpoint.layers[index]
-        if layer.has_moe:
+        if layer.has_moe or layer.norm_only:
             self._info(f"{prefix}{MOE_NORM}.weight")
         for part in dense_parts(self.checkpoint, layer):
             self._check_mlp(prefix, part)

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from ..archs.spec import MoeArch
+from ..archs.spec import MOE_NORM, MoeArch
 from ..checkpoint.open import MTP_OVERRIDES, OVERRIDES, Checkpoint
 from ..checkpoint.remap import CONFIG_BLOCK
 from ..errors import CheckpointError
-from .dense import MOE_NORM
 
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 # Keys of config.json that only concern the MoE block, or the file itself.

@@ -23,7 +23,9 @@ class Layer:
     width: int
     has_moe: bool
     dropped: bool = False
-    """The MoE sublayer and its norm were removed by an earlier cut."""
+    """The MoE sublayer was removed by an earlier cut."""
+    norm_only: bool = False
+    """The norm before it stayed: the block adds its normed input to itself."""
     redirect: tuple[int | None, ...] | None = None
     """Router row -> expert, where the router still has rows of removed experts."""
     groups: tuple[int, ...] | None = None
@@ -68,7 +70,8 @@ class LayerReader:
             if dense:
                 self._check_dense(index)
             dropped = entry is not None and entry.moe_dropped
-            return Layer(index, 0, top_k, width, False, dropped, mtp=mtp)
+            norm_only = entry is not None and entry.norm_kept
+            return Layer(index, 0, top_k, width, False, dropped, norm_only, mtp=mtp)
         rows = self._check_router(index, view, experts)
         self._check_experts(index, view, experts)
         if entry is not None:

@@ -35,8 +35,11 @@ class RemapLayer(Strict):
     """Index in the pruned checkpoint."""
     original_layer: Index
     moe: bool
-    """False: no MoE sublayer (dense in the original, or dropped with its norm)."""
+    """False: no MoE sublayer (dense in the original, or dropped)."""
     moe_dropped: bool = False
+    norm_kept: bool = False
+    """The norm before a dropped MoE sublayer stayed, and the block adds its normed
+    input to itself."""
     experts_before: Index
     kept: tuple[Index, ...]
     """``kept[new] = original id``."""
@@ -144,7 +147,11 @@ def _check_layer(layer: RemapLayer, routing: str, at: str) -> None:
     if not layer.moe:
         if layer.kept or layer.router_rows or layer.redirect or layer.groups:
             raise RemapError(f"{at}: has no MoE sublayer but lists experts.")
+        if layer.norm_kept and not layer.moe_dropped:
+            raise RemapError(f"{at}: keeps the norm of a MoE that was not dropped.")
         return
+    if layer.moe_dropped or layer.norm_kept:
+        raise RemapError(f"{at}: has a MoE sublayer that the table calls dropped.")
     if not layer.kept:
         raise RemapError(f"{at}: keeps no expert.")
     for name, ids in (("kept", layer.kept), ("router_rows", layer.router_rows)):

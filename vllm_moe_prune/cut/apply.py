@@ -224,8 +224,10 @@ class _Cut:
             return hidden
         hidden, x_ND = model.enter(index, hidden)
         trimmed = trimmed_layer(layer, layer_plan, self.plan)
-        if not trimmed.has_moe or x_ND is None:
+        if x_ND is None:
             return hidden
+        if not trimmed.has_moe:
+            return hidden + x_ND.view_as(hidden) if trimmed.norm_only else hidden
         if slims:
             record, out_ND = slim_layer(
                 context,

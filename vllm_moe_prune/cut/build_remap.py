@@ -64,12 +64,13 @@ def _cut_entry(
     plan: CutPlan,
     new_index: int,
 ) -> RemapLayer:
-    if not entry.moe or layer_plan.action == "drop-moe":
+    if not entry.moe or layer_plan.drops_moe:
         return RemapLayer(
             layer=new_index,
             original_layer=entry.original_layer,
             moe=False,
-            moe_dropped=entry.moe_dropped or layer_plan.action == "drop-moe",
+            moe_dropped=entry.moe_dropped or layer_plan.drops_moe,
+            norm_kept=entry.norm_kept or layer_plan.action == "drop-moe-keep-norm",
             experts_before=entry.experts_before,
             kept=(),
             router_rows=(),

@@ -72,7 +72,9 @@ def _through(
     checkpoint, layer_plan = model.checkpoint, plan.layers[layer.index]
     hidden_STD, x_ND = model.enter(layer.index, hidden_STD)
     trimmed = trimmed_layer(layer, layer_plan, plan)
-    if not trimmed.has_moe or x_ND is None:
+    if x_ND is not None and trimmed.norm_only:
+        hidden_STD += x_ND.view_as(hidden_STD)
+    if x_ND is None or not trimmed.has_moe:
         return hidden_STD, known
     routing = trimmed_routing(model, plan, layer, layer_plan, x_ND)
     out_ND = torch.zeros_like(x_ND)

@@ -267,6 +267,9 @@ class _Sweep:
         layer_plan = plan.layers[layer.index]
         trimmed = trimmed_layer(layer, layer_plan, plan)
         if not trimmed.has_moe:
+            if trimmed.norm_only:
+                for state, x_ND in zip(states, inputs, strict=True):
+                    state += x_ND.view_as(state)
             return states
         model = self.model
         try:

@@ -43,6 +43,9 @@ def _layer_facts(checkpoint: Checkpoint, layer: Layer, names: list[str]) -> Laye
         has_moe=True,
         parameters=parameters,
         moe_parameters=sum(tensors[name].numel for name in moe),
+        moe_norm_parameters=sum(
+            tensors[name].numel for name in moe if arch.is_moe_norm(name, layer.index)
+        ),
         expert_shapes=(
             (layer.width, hidden),
             (layer.width, hidden),

@@ -100,12 +100,6 @@ def names_in_order(checkpoint: Checkpoint) -> list[str]:
 
 
 def _check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
-    for layer_plan in plan.layers:
-        if layer_plan.action == "drop-moe-keep-norm":
-            raise PlanError(
-                f"layer {layer_plan.layer}: action drop-moe-keep-norm can be planned "
-                "but not cut. Use drop-moe, which takes the norm along."
-            )
     if plan.slim != "none" and (plan.slim_parts != ("experts",) or plan.slim_exclude):
         raise PlanError(
             f"slim.scope {list(plan.slim_parts)} and slim.exclude can be planned but "
@@ -178,11 +172,14 @@ def _layer_tensors(
     routed = {rule.name(layer.index) for rule in layout.router_parts}
     routed |= {*checkpoint.expert_names(layer)}
     routed |= {name + SUFFIX for name in routed if checkpoint.is_scale(name + SUFFIX)}
-    dropped = layer_plan.action == "drop-moe"
+    dropped = layer_plan.drops_moe
     for name in names:
-        if (layer.has_moe and name in routed) or (
-            dropped and arch.is_moe_member(name, layer.index)
-        ):
+        if layer.has_moe and name in routed:
+            continue
+        stays = layer_plan.action == "drop-moe-keep-norm" and arch.is_moe_norm(
+            name, layer.index
+        )
+        if dropped and arch.is_moe_member(name, layer.index) and not stays:
             continue
         new_name = new_prefix + name.removeprefix(old_prefix)
         yield _copy(checkpoint.tensors[name], new_name, layer.index)

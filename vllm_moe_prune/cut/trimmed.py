@@ -14,8 +14,14 @@ from .slice import keeps_router, members_of, redirect_of, row_groups
 
 def trimmed_layer(layer: Layer, layer_plan: LayerPlan, plan: CutPlan) -> Layer:
     """The layer's view after trimming, as the forward pass needs it."""
-    if layer_plan.action == "drop-moe":
-        return dataclasses.replace(layer, num_experts=0, has_moe=False, dropped=True)
+    if layer_plan.drops_moe:
+        return dataclasses.replace(
+            layer,
+            num_experts=0,
+            has_moe=False,
+            dropped=True,
+            norm_only=layer_plan.action == "drop-moe-keep-norm",
+        )
     if not layer.has_moe:
         return layer
     redirect = None

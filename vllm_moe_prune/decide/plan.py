@@ -98,6 +98,11 @@ class LayerPlan(Strict):
     """Share of zeros to write into each matrix that is slimmed: the layer's surviving
     experts and the other matrices in ``CutPlan.slim_parts``."""
 
+    @property
+    def drops_moe(self) -> bool:
+        """Whether the MoE sublayer leaves and the block stays."""
+        return self.action in ("drop-moe", "drop-moe-keep-norm")
+
 
 class Predicted(Strict):
     """What the output will be, to the byte."""

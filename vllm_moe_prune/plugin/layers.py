@@ -21,6 +21,8 @@ class ServedLayer:
     """Rows of the router; more than ``experts`` where routing redirects."""
     redirect: tuple[int | None, ...] | None = None
     """Router row -> expert (None: nothing serves it); None where rows are experts."""
+    norm_only: bool = False
+    """The MoE sublayer is gone, the norm before it stayed: x + Norm(x)."""
 
     @property
     def has_moe(self) -> bool:
@@ -62,5 +64,6 @@ def served_layers(
                 f"{where}: layer {index}: {arch.config.top_k} is {top_k}, but the "
                 f"router has {rows} rows."
             )
-        layers.append(ServedLayer(index, experts, top_k, rows, entry.redirect))
+        redirect, norm_only = entry.redirect, entry.norm_kept
+        layers.append(ServedLayer(index, experts, top_k, rows, redirect, norm_only))
     return tuple(layers)

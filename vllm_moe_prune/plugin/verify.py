@@ -82,7 +82,8 @@ def _check_leftovers(checkpoint: Checkpoint, remap: ExpertRemap) -> None:
         if not entry.moe_dropped:
             continue
         for name in checkpoint.layer_names(layer.index):
-            if arch.is_moe_member(name, layer.index):
+            stays = entry.norm_kept and arch.is_moe_norm(name, layer.index)
+            if arch.is_moe_member(name, layer.index) and not stays:
                 raise CheckpointError(
                     f"{checkpoint.folder}: layer {layer.index}: the remap table says "
                     f"its MoE sublayer was dropped, but {name!r} is still there."

@@ -126,6 +126,7 @@ class MoePruneMixtralDecoderLayer(MixtralDecoderLayer):
         config = vllm_config.model_config.hf_config
         self.hidden_size = config.hidden_size
         self.has_moe = layer.has_moe
+        self.norm_only = layer.norm_only
         self.self_attn = MixtralAttention(
             config=config,
             hidden_size=config.hidden_size,
@@ -137,10 +138,14 @@ class MoePruneMixtralDecoderLayer(MixtralDecoderLayer):
             prefix=f"{prefix}.self_attn",
         )
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.block_sparse_moe: nn.Module
         if layer.has_moe:
             self.block_sparse_moe = MoePruneMixtralMoE(
                 layer, vllm_config, prefix=f"{prefix}.block_sparse_moe"
             )
+        elif layer.norm_only:
+            self.block_sparse_moe = nn.Identity()
+        if layer.has_moe or layer.norm_only:
             self.post_attention_layernorm = RMSNorm(
                 config.hidden_size, eps=config.rms_norm_eps
             )
@@ -152,7 +157,7 @@ class MoePruneMixtralDecoderLayer(MixtralDecoderLayer):
         residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Without MoE, the next norm adds the attention's output to the residual."""
-        if self.has_moe:
+        if self.has_moe or self.norm_only:
             output: tuple[torch.Tensor, torch.Tensor] = super().forward(
                 positions, hidden_states, residual
             )
