@@ -64,10 +64,14 @@ def verify(
     plan = load_plan(folder / "plan.json")
     check_plan(plan, source.layers, source.fingerprint, str(folder / "plan.json"))
     _check_names(output, source, plan)
-    zeros, done = 0, 0
+    zeros, dense_zeros, done = 0, 0, 0
     tensors = output_tensors(source, plan)
     for tensor in tensors:
-        zeros += _compare(source, output, tensor, plan)
+        found = _compare(source, output, tensor, plan)
+        if tensor.is_expert:
+            zeros += found
+        else:
+            dense_zeros += found
         done += output.tensors[tensor.name].nbytes
         layers = len(source.layers)
         at = layers if tensor.layer is None else tensor.layer
@@ -82,7 +86,7 @@ def verify(
         done,
         zeros,
         (removed + zeros) / source.expert_parameters,
-        (removed_all + zeros) / source.parameters,
+        (removed_all + zeros + dense_zeros) / source.parameters,
     )
 
 
@@ -117,9 +121,9 @@ def _check_names(output: Checkpoint, source: Checkpoint, plan: CutPlan) -> None:
 def _compare(
     source: Checkpoint, output: Checkpoint, tensor: OutputTensor, plan: CutPlan
 ) -> int:
-    """Compare one tensor group by group; returns the zeros in an expert matrix."""
+    """Compare one tensor group by group; returns the zeros in a slimmed matrix."""
     info = output.tensors[tensor.name]
-    counted = tensor.is_expert
+    counted = tensor.is_expert or tensor.sparsity > 0
     zeros = 0
     for position, group in enumerate(tensor.groups):
         expected = group_mean(source, group)

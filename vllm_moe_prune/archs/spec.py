@@ -15,6 +15,8 @@ ROUTER_ROLES = ("router", "router_bias")
 Scores = Literal["softmax", "sigmoid"]
 
 
+ATTENTION = "self_attn."
+"""What names of attention start with below a layer; every family calls it so."""
 MOE_NORM = "post_attention_layernorm"
 """The norm before the MoE sublayer; every family calls it so."""
 

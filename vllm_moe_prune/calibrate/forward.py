@@ -12,16 +12,15 @@ n some of them, R router rows, K top-k, V vocabulary.
 import logging
 import math
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch.nn import functional
 
 from ..archs.spec import MOE_NORM, TensorRule
-from ..checkpoint.block_fp8 import SUFFIX
-from ..checkpoint.index import TensorInfo
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import DTYPES, Expert, read_router_part, read_weight
-from ..errors import CalibrationError, CheckpointError
+from ..errors import CalibrationError
 from .dense import DensePart, dense_parts
 from .experts import (
     Activation,
@@ -34,12 +33,14 @@ from .experts import (
     route,
     run_experts,
 )
+from .members import check_layer, info_of
 from .stock import (
     activation,
     causal_mask,
     stock_config,
     stock_layer,
     stock_norm,
+    watch_linears,
 )
 
 __all__ = [
@@ -58,8 +59,20 @@ log = logging.getLogger(__name__)
 TEMPORARY_BYTES = 256 << 20
 LOGIT_BYTES = 64 << 20
 NO_TARGET = -100
-# Saved by early transformers versions; recomputed from the config since.
-IGNORED = ("rotary_emb.inv_freq",)
+
+
+class Observer(Protocol):
+    """Is shown what enters the parts of a layer that every token goes through."""
+
+    def before_attention(
+        self, model: "StreamingModel", index: int, hidden_STD: torch.Tensor
+    ) -> None:
+        """The attention of a layer is about to run."""
+
+    def before_mlp(
+        self, model: "StreamingModel", index: int, part: DensePart, x_ND: torch.Tensor
+    ) -> None:
+        """One of its MLPs is about to run on ``x_ND``."""
 
 
 class StreamingModel:
@@ -79,12 +92,15 @@ class StreamingModel:
         self.act = activation(checkpoint)
         self.config, self.rotary = stock_config(checkpoint)
         self.rotary.to(self.device)
-        self.dtype = DTYPES[self._info(arch.embedding).dtype]
+        self.dtype = DTYPES[info_of(checkpoint, arch.embedding).dtype]
         self.layers_run = 0
+        self.observer: Observer | None = None
+        self.replaced: dict[str, torch.Tensor] = {}
+        """Weights that the forward uses instead of the checkpoint's, by name."""
         for layer in checkpoint.layers:
-            self._check_names(layer.index)
-        self._info(arch.final_norm)
-        self._info(self._head_name)
+            check_layer(checkpoint, self.config, layer.index)
+        info_of(checkpoint, arch.final_norm)
+        info_of(checkpoint, self._head_name)
 
     @property
     def num_layers(self) -> int:
@@ -95,6 +111,22 @@ class StreamingModel:
     def forward_passes(self) -> int:
         """Sweeps of token batches through all layers, a begun one counted whole."""
         return math.ceil(self.layers_run / self.num_layers)
+
+    @torch.no_grad()
+    def watch_attention(
+        self,
+        index: int,
+        hidden_STD: torch.Tensor,
+        see: Callable[[str, torch.Tensor], None],
+    ) -> None:
+        """Show what enters each matrix of a layer's attention; change nothing.
+
+        Args:
+            index: The layer.
+            hidden_STD: What enters it.
+            see: Called with a matrix's name below the layer and inputs [n, D].
+        """
+        self._attend(index, hidden_STD.clone(), see)
 
     @torch.no_grad()
     def embed(self, tokens_ST: torch.Tensor) -> torch.Tensor:
@@ -155,6 +187,8 @@ class StreamingModel:
         normed = layer.has_moe or layer.norm_only
         if normed and self._experts_read_input:
             x_ND = self._normed(index, MOE_NORM, hidden_STD)
+        if self.observer is not None:
+            self.observer.before_attention(self, index, hidden_STD)
         self._attend(index, hidden_STD)
         for part in dense_parts(self.checkpoint, layer):
             if part.norm is not None:
@@ -168,8 +202,15 @@ class StreamingModel:
         self.layers_run += not layer.mtp
         return hidden_STD, x_ND
 
-    def _attend(self, index: int, hidden_STD: torch.Tensor) -> None:
+    def _attend(
+        self,
+        index: int,
+        hidden_STD: torch.Tensor,
+        see: Callable[[str, torch.Tensor], None] | None = None,
+    ) -> None:
         layer = self._build_layer(index)
+        if see is not None:
+            watch_linears(layer, see)
         sequences, length, _ = hidden_STD.shape
         position_embeddings, mask, masked_batch = None, None, 0
         position_ids = torch.arange(length, device=self.device).unsqueeze(0)
@@ -275,17 +316,10 @@ class StreamingModel:
         arch = self.checkpoint.arch
         return arch.embedding if self.config.tie_word_embeddings else arch.head
 
-    def _info(self, name: str) -> TensorInfo:
-        info = self.checkpoint.tensors.get(name)
-        if info is None:
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: tensor {name!r} is missing, so the model "
-                "cannot be run. Download the checkpoint again."
-            )
-        return info
-
     def _read(self, name: str) -> torch.Tensor:
-        self._info(name)
+        info_of(self.checkpoint, name)
+        if name in self.replaced:
+            return self.replaced[name].to(self.device, self.dtype)
         return read_weight(self.checkpoint, name).to(self.device, self.dtype)
 
     @property
@@ -302,6 +336,8 @@ class StreamingModel:
         self, index: int, part: DensePart, x_ND: torch.Tensor, out_ND: torch.Tensor
     ) -> None:
         """Add an MLP of all tokens to ``out_ND``, in place."""
+        if self.observer is not None:
+            self.observer.before_mlp(self, index, part, x_ND)
         prefix = self.checkpoint.arch.layer_prefix.format(layer=index)
         mlp = Expert(*(self._read(prefix + name) for name in part.mlp.names))
         token_N = torch.arange(len(x_ND), device=self.device)
@@ -314,51 +350,6 @@ class StreamingModel:
         weights = {name: self._read(prefix + name) for name in layer.state_dict()}
         layer.load_state_dict(weights, assign=True)
         return layer
-
-    def _check_names(self, index: int) -> None:
-        """Compare a layer's tensors outside the MoE sublayer with the stock class."""
-        arch = self.checkpoint.arch
-        prefix = arch.layer_prefix.format(layer=index)
-        expected = stock_layer(arch, self.config, index).state_dict()
-        for name, tensor in expected.items():
-            info = self._info(prefix + name)
-            if info.shape != tuple(tensor.shape):
-                raise CheckpointError(
-                    f"{info.file}: {info.name} has shape {list(info.shape)}, "
-                    f"config.json asks for {list(tensor.shape)}."
-                )
-        layer = self.checkpoint.layers[index]
-        if layer.has_moe or layer.norm_only:
-            self._info(f"{prefix}{MOE_NORM}.weight")
-        for part in dense_parts(self.checkpoint, layer):
-            self._check_mlp(prefix, part)
-        if layer.mtp:
-            names = arch.mtp
-            for inner in (names.embedding_norm, names.hidden_norm, names.proj):
-                self._info(f"{prefix}{inner}.weight")
-        for name in self.checkpoint.layer_names(index):
-            inner = name.removeprefix(prefix)
-            known = inner in expected or arch.is_moe_member(name, index)
-            residual = arch.residual
-            beside = residual is not None and inner.startswith(
-                (residual.mlp.prefix, f"{residual.norm}.")
-            )
-            beside |= layer.mtp and inner in arch.mtp.all
-            if not known and not beside and not inner.endswith((*IGNORED, SUFFIX)):
-                log.warning("%s: %s is not used by the forward", index, name)
-
-    def _check_mlp(self, prefix: str, part: DensePart) -> None:
-        hidden, width = self.config.hidden_size, part.width
-        shapes = ((width, hidden), (width, hidden), (hidden, width))
-        for name, shape in zip(part.mlp.names, shapes, strict=True):
-            info = self._info(prefix + name)
-            if info.shape != shape:
-                raise CheckpointError(
-                    f"{info.file}: {info.name} has shape {list(info.shape)}, "
-                    f"config.json asks for {list(shape)}."
-                )
-        if part.norm is not None:
-            self._info(f"{prefix}{part.norm}.weight")
 
     def _build_norm(self, name: str) -> torch.nn.Module:
         return stock_norm(self.checkpoint.arch, self.config, self._read(name))

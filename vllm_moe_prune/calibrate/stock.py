@@ -79,6 +79,22 @@ def stock_layer(arch: MoeArch, config: Any, index: int) -> torch.nn.Module:
     return layer.eval()
 
 
+def watch_linears(
+    layer: torch.nn.Module, see: Callable[[str, torch.Tensor], None]
+) -> None:
+    """Show every linear map's inputs [n, D], by the name of its weight."""
+
+    def hook(name: str) -> Callable[[torch.nn.Module, Any], None]:
+        def show(_module: torch.nn.Module, inputs: Any) -> None:
+            see(f"{name}.weight", inputs[0].flatten(0, -2))
+
+        return show
+
+    for name, module in layer.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(hook(name))
+
+
 def stock_norm(arch: MoeArch, config: Any, weight_D: torch.Tensor) -> torch.nn.Module:
     """A norm with its weight."""
     with torch.device("meta"):

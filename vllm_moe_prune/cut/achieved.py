@@ -22,6 +22,8 @@ class LayerAchieved:
     parameters_after: int
     zeros: int
     """Zeros written by this cut among the parameters that are left."""
+    dense_zeros: int
+    """Zeros in its attention and MLPs, where those were slimmed."""
     unseen: tuple[int, ...]
 
     @property
@@ -55,7 +57,9 @@ class Achieved:
     @property
     def total_sparsity(self) -> float:
         """Removed or zeroed parameters over all parameters before."""
-        return 1.0 - (self.parameters_after - self.zeros) / self.parameters_before
+        dense = sum(layer.dense_zeros for layer in self.layers)
+        left = self.parameters_after - self.zeros - dense
+        return 1.0 - left / self.parameters_before
 
     def as_dict(self) -> dict[str, Any]:
         """For provenance.json."""
@@ -73,6 +77,7 @@ class Achieved:
                     "experts_after": layer.experts_after,
                     "sparsity": round(layer.sparsity, 6),
                     "zeros": layer.zeros,
+                    "dense_zeros": layer.dense_zeros,
                     "unseen_experts": list(layer.unseen),
                 }
                 for layer in self.layers
@@ -107,6 +112,7 @@ def achieved(
                 before,
                 after,
                 record.zeros,
+                record.dense_zeros,
                 tuple(record.unseen),
             )
         )

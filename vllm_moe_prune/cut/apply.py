@@ -27,7 +27,7 @@ from ..checkpoint.writer import (
     plan_shards,
     writing,
 )
-from ..decide.plan import CutPlan, check_plan, dump_plan
+from ..decide.plan import CutPlan, LayerPlan, check_plan, dump_plan
 from ..errors import CalibrationError
 from ..progress import Progress, Report, ignore
 from .achieved import Achieved
@@ -35,6 +35,7 @@ from .copy import write_tensor
 from .finish import write_companions
 from .output import Workspace, companions, open_workspace, publish
 from .slice import OutputTensor, output_tensors
+from .slim_dense import DenseSlimmer
 from .slim_layer import LayerRecord, SlimContext, slim_layer, trimmed_routing
 from .trimmed import survivor, trimmed_layer
 
@@ -167,17 +168,21 @@ class _Cut:
     def without_activations(self) -> None:
         """Copy, average and slim by weights alone."""
         context = SlimContext(self.checkpoint, self.plan, self.writer, None)
-        self._write(None, include_experts=True)
+        dense = DenseSlimmer(self.checkpoint, self.plan, self.writer)
+        self._write(None)
         for layer, layer_plan in zip(
             self.checkpoint.layers, self.plan.layers, strict=True
         ):
-            slims = layer_plan.sparsity > 0 and self.plan.slim != "none"
-            self._write(layer.index, include_experts=not slims)
-            if slims and layer_plan.action == "keep" and layer.has_moe:
-                new = self._new_index[layer.index]
-                record, _ = slim_layer(
-                    context, layer, layer_plan, new, None, want_output=False
-                )
+            self._write(layer.index)
+            if self._slims(layer_plan):
+                new, record = self._new_index[layer.index], LayerRecord(layer.index)
+                dense.begin(layer, new)
+                dense.by_magnitude()
+                record.dense_zeros = dense.zeros
+                if self._slims_experts(layer.index):
+                    slim_layer(
+                        context, layer, layer_plan, record, new, None, want_output=False
+                    )
                 self._record(record)
             self._tell(layer.index + 1)
 
@@ -186,8 +191,9 @@ class _Cut:
         """One calibration pass: each layer slimmed on what the slimmed ones feed it."""
         model = StreamingModel(self.checkpoint, device)
         context = SlimContext(self.checkpoint, self.plan, self.writer, model)
+        model.observer = dense = DenseSlimmer(self.checkpoint, self.plan, self.writer)
         store = BoundaryStore(self.space.work, key)
-        self._write(None, include_experts=True)
+        self._write(None)
         saved = store.load(not_after=self._first_unfinished())
         start, hidden = saved or (0, model.embed(tokens.ids_ST))
         hidden = hidden.to(model.device)
@@ -200,9 +206,15 @@ class _Cut:
             if layer_plan.action != "drop-block":
                 if layer.mtp:
                     hidden = model.further(layer.index, hidden, tokens.ids_ST)
+                record = LayerRecord(layer.index)
+                dense.begin(layer, self._new_index[layer.index])
                 hidden = self._slim_and_run(
-                    context, model, layer.index, hidden, is_last=layer.index == last
+                    context, model, record, hidden, is_last=layer.index == last
                 )
+                model.replaced.clear()
+                record.dense_zeros = dense.zeros
+                if self._slims(layer_plan):
+                    self._record(record)
             if layer.index < last:
                 store.save(layer.index + 1, hidden)
                 store.keep_from(min(layer.index + 1, self._first_unfinished()))
@@ -212,15 +224,15 @@ class _Cut:
         self,
         context: SlimContext,
         model: StreamingModel,
-        index: int,
+        record: LayerRecord,
         hidden: torch.Tensor,
         *,
         is_last: bool,
     ) -> torch.Tensor:
+        index = record.layer
         layer, layer_plan = self.checkpoint.layers[index], self.plan.layers[index]
-        slims = layer_plan.sparsity > 0 and layer_plan.action == "keep"
-        self._write(index, include_experts=not slims)
-        if is_last and not slims:
+        self._write(index)
+        if is_last and not self._slims(layer_plan):
             return hidden
         hidden, x_ND = model.enter(index, hidden)
         trimmed = trimmed_layer(layer, layer_plan, self.plan)
@@ -228,16 +240,17 @@ class _Cut:
             return hidden
         if not trimmed.has_moe:
             return hidden + x_ND.view_as(hidden) if trimmed.norm_only else hidden
-        if slims:
-            record, out_ND = slim_layer(
+        if self._slims_experts(index):
+            out_ND = slim_layer(
                 context,
                 layer,
                 layer_plan,
+                record,
                 self._new_index[index],
                 x_ND,
-                want_output=not is_last,
+                # Shared experts are slimmed where their output is added.
+                want_output=not is_last or self.plan.slim_parts != ("experts",),
             )
-            self._record(record)
         else:
             routing = trimmed_routing(model, self.plan, layer, layer_plan, x_ND)
             out_ND = run_experts(
@@ -252,9 +265,21 @@ class _Cut:
             hidden += out_ND.view_as(hidden)
         return hidden
 
-    def _write(self, layer: int | None, *, include_experts: bool) -> None:
+    def _slims(self, layer_plan: LayerPlan) -> bool:
+        """Whether zeros may be written into a layer."""
+        stays = layer_plan.action != "drop-block"
+        return stays and layer_plan.sparsity > 0 and self.plan.slim != "none"
+
+    def _slims_experts(self, layer: int) -> bool:
+        """Whether zeros are written into its experts, all or some matrices of each."""
+        tensors = self._by_layer.get(layer, [])
+        return any(tensor.is_expert and tensor.sparsity > 0 for tensor in tensors)
+
+    def _write(self, layer: int | None) -> None:
+        """Write what is not slimmed; experts are slimmed, and written, as a whole."""
+        elsewhere = layer is not None and self._slims_experts(layer)
         for tensor in self._by_layer.get(layer, []):
-            if include_experts or not tensor.is_expert:
+            if tensor.sparsity == 0 and not (tensor.is_expert and elsewhere):
                 write_tensor(self.checkpoint, tensor, self.writer)
 
     def _record(self, record: LayerRecord) -> None:

@@ -23,7 +23,7 @@ from ..calibrate.forward import StreamingModel
 from ..checkpoint.open import Layer
 from ..checkpoint.writer import writing
 from ..decide.plan import CutPlan, LayerPlan
-from ..errors import CalibrationError, CheckpointError
+from ..errors import CalibrationError, CheckpointError, RecipeError
 from ..progress import Progress, Report, ignore
 from .slim_layer import slimmed_experts, trimmed_routing
 from .trimmed import survivor, trimmed_layer
@@ -131,8 +131,13 @@ def planned_losses(
 
     Raises:
         CalibrationError: A plan needs calibration and there is none.
+        RecipeError: A plan slims more than experts.
     """
     journal = journal or LossJournal()
+    if any(plan.is_slimmed and plan.slim_parts != ("experts",) for plan in plans):
+        raise RecipeError(
+            "plans are judged with zeros in experts alone; set slim.scope: [experts]."
+        )
     if any(plan.needs_activations for plan in plans) and calibration_ST is None:
         raise CalibrationError("a plan slims by data: calibration tokens are needed.")
     keys = [_key(plan, texts, calibration_ST) for plan in plans]
@@ -253,7 +258,8 @@ class _Sweep:
         plan = self.plans[member]
         layer_plan = plan.layers[layer.index]
         slims = plan.slim != "none" and layer_plan.sparsity > 0
-        slim = (plan.slim, plan.pattern, plan.router_weighted) if slims else None
+        how = (plan.slim, plan.pattern, plan.router_weighted, plan.slim_exclude)
+        slim = how if slims else None
         return plan.routing, layer_plan, slim
 
     def _moe(

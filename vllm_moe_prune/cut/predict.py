@@ -4,6 +4,7 @@ from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.writer import MAX_SHARD_BYTES, plan_shards
 from ..decide.facts import LayerFacts, ModelFacts, count_plan
 from ..decide.plan import CutPlan, ModelId, Predicted
+from .matrices import dense_matrices, expert_names
 from .slice import output_tensors
 
 
@@ -34,7 +35,10 @@ def _layer_facts(checkpoint: Checkpoint, layer: Layer, names: list[str]) -> Laye
     names = [name for name in names if not checkpoint.is_scale(name)]
     parameters = sum(tensors[name].numel for name in names)
     if not layer.has_moe:
-        return LayerFacts(0, layer.top_k, False, parameters, mtp=layer.mtp)
+        others = dense_matrices(checkpoint, layer)
+        return LayerFacts(
+            0, layer.top_k, False, parameters, others=others, mtp=layer.mtp
+        )
     moe = [name for name in names if arch.is_moe_member(name, layer.index)]
     hidden = checkpoint.config[arch.config.hidden]
     return LayerFacts(
@@ -55,6 +59,8 @@ def _layer_facts(checkpoint: Checkpoint, layer: Layer, names: list[str]) -> Laye
             hidden if rule.axes == "E D" else 1
             for rule in checkpoint.layout.router_parts
         ),
+        expert_names=expert_names(checkpoint, layer),
+        others=dense_matrices(checkpoint, layer),
         groups=layer.groups,
         group_floor=layer.group_floor,
         mtp=layer.mtp,

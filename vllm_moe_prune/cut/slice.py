@@ -6,7 +6,7 @@ averaged. Size prediction, writing and load-time pruning all read this one list.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..archs.spec import ROUTER_ROLES, Role, TensorRule
 from ..checkpoint.block_fp8 import SUFFIX
@@ -14,6 +14,7 @@ from ..checkpoint.index import TensorInfo
 from ..checkpoint.open import Checkpoint, Layer
 from ..decide.plan import CutPlan, LayerPlan
 from ..errors import PlanError
+from .matrices import slimmed_dense, slimmed_roles
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class OutputTensor:
     """Input layer the tensor belongs to."""
     role: Role | None = None
     sparsity: float = 0.0
-    """Zeros to write into it; above 0 only for expert matrices that are slimmed."""
+    """Zeros to write into it; above 0 only for matrices that are slimmed."""
 
     @property
     def is_expert(self) -> bool:
@@ -100,11 +101,6 @@ def names_in_order(checkpoint: Checkpoint) -> list[str]:
 
 
 def _check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
-    if plan.slim != "none" and (plan.slim_parts != ("experts",) or plan.slim_exclude):
-        raise PlanError(
-            f"slim.scope {list(plan.slim_parts)} and slim.exclude can be planned but "
-            "not cut. Slim the experts alone, without exceptions."
-        )
     if not any(layer.keep for layer in plan.layers):
         raise PlanError(
             f"the plan leaves no layer of {checkpoint.origin.name} with experts; keep "
@@ -173,6 +169,7 @@ def _layer_tensors(
     routed |= {*checkpoint.expert_names(layer)}
     routed |= {name + SUFFIX for name in routed if checkpoint.is_scale(name + SUFFIX)}
     dropped = layer_plan.drops_moe
+    dense = slimmed_dense(checkpoint, layer, layer_plan, plan)
     for name in names:
         if layer.has_moe and name in routed:
             continue
@@ -182,7 +179,9 @@ def _layer_tensors(
         if dropped and arch.is_moe_member(name, layer.index) and not stays:
             continue
         new_name = new_prefix + name.removeprefix(old_prefix)
-        yield _copy(checkpoint.tensors[name], new_name, layer.index)
+        copied = _copy(checkpoint.tensors[name], new_name, layer.index)
+        inner = name.removeprefix(old_prefix)
+        yield replace(copied, sparsity=dense.get(inner, 0.0))
     if layer.has_moe and not dropped:
         for rule in layout.router_parts:
             yield _router(checkpoint, rule, layer, layer_plan, plan, new_index)
@@ -261,6 +260,7 @@ def _experts(
     new_index: int,
 ) -> Iterator[OutputTensor]:
     sparsity = 0.0 if plan.slim == "none" else layer_plan.sparsity
+    slimmed = slimmed_roles(checkpoint, layer, plan)
     survivors = _all_members(layer_plan)
     rules = checkpoint.layout.experts
 
@@ -269,8 +269,9 @@ def _experts(
     ) -> OutputTensor:
         shape = one.shape if rule.per_expert else (len(groups), *one.shape[1:])
         name = rule.name(new_index, new)
+        share = sparsity if rule.role in slimmed else 0.0
         return OutputTensor(
-            name, one.dtype, shape, groups, layer.index, rule.role, sparsity
+            name, one.dtype, shape, groups, layer.index, rule.role, share
         )
 
     for new, members in enumerate(survivors):

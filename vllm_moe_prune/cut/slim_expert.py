@@ -4,7 +4,7 @@ An expert that no token reached has all-zero sums, on which every method falls b
 magnitudes in its own comparison groups, so that the planned number of zeros holds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -16,12 +16,23 @@ from ..slim.sparsegpt import add_inputs, sparsegpt
 from ..slim.wanda import wanda
 from ..slim.wanda_variant import wanda_variant
 
+Taken = Sequence[bool]
+"""Whether gate, up and down are slimmed."""
+ALL = (True, True, True)
 
-def slim_by_magnitude(expert: Expert, plan: CutPlan, sparsity: float) -> Expert:
+
+def slim_by_magnitude(
+    expert: Expert, plan: CutPlan, sparsity: float, taken: Taken = ALL
+) -> Expert:
     """Slim without data; an expert of a layer that is not slimmed stays itself."""
     if sparsity == 0 or plan.slim == "none":
         return expert
-    return Expert(*(magnitude(matrix, sparsity, plan.group) for matrix in expert))
+    return Expert(
+        *(
+            magnitude(matrix, sparsity, plan.group) if take else matrix
+            for matrix, take in zip(expert, taken, strict=True)
+        )
+    )
 
 
 @torch.no_grad()
@@ -33,6 +44,7 @@ def slim_by_data(
     token_n: torch.Tensor,
     weight_n: torch.Tensor,
     act: Activation,
+    taken: Taken = ALL,
 ) -> Expert:
     """Slim one expert by what its tokens feed into each of its matrices.
 
@@ -44,16 +56,22 @@ def slim_by_data(
         token_n: The tokens routed to the expert.
         weight_n: Their routing weights.
         act: The activation between gate and up.
+        taken: Whether gate, up and down are slimmed; the others stay as they are.
     """
     expert = Expert(*(matrix.to(x_ND.device) for matrix in expert))
     if plan.slim == "sparsegpt":
         inputs = _inputs(expert, plan, x_ND, token_n, weight_n, act)
-        return _by_hessian(expert, plan, sparsity, inputs)
-    squares = input_squares(expert, plan, x_ND, token_n, weight_n, act)
-    pairs = zip(expert, squares, strict=True)
-    if plan.slim == "wanda-variant":
-        return Expert(*(wanda_variant(w, sums, sparsity) for w, sums in pairs))
-    return Expert(*(wanda(w, sums, sparsity, plan.group) for w, sums in pairs))
+        slimmed = _by_hessian(expert, plan, sparsity, inputs)
+    else:
+        squares = input_squares(expert, plan, x_ND, token_n, weight_n, act)
+        pairs = zip(expert, squares, strict=True)
+        if plan.slim == "wanda-variant":
+            slimmed = Expert(*(wanda_variant(w, sums, sparsity) for w, sums in pairs))
+        else:
+            found = (wanda(w, sums, sparsity, plan.group) for w, sums in pairs)
+            slimmed = Expert(*found)
+    choices = zip(slimmed, expert, taken, strict=True)
+    return Expert(*(after if take else before for after, before, take in choices))
 
 
 @torch.no_grad()
@@ -69,8 +87,8 @@ def input_squares(
     x_sq_D = torch.zeros(expert.gate_FD.shape[1], dtype=torch.float64).to(x_ND.device)
     inner_sq_F = x_sq_D.new_zeros(expert.down_DF.shape[1])
     for x_nD, inner_nF in _inputs(expert, plan, x_ND, token_n, weight_n, act):
-        x_sq_D += _column_squares(x_nD)
-        inner_sq_F += _column_squares(inner_nF)
+        x_sq_D += column_squares(x_nD)
+        inner_sq_F += column_squares(inner_nF)
     return x_sq_D, x_sq_D, inner_sq_F
 
 
@@ -113,7 +131,7 @@ def _by_hessian(
     )
 
 
-def _column_squares(x_nD: torch.Tensor) -> torch.Tensor:
+def column_squares(x_nD: torch.Tensor) -> torch.Tensor:
     """Sum of squares of each column, without a whole fp32 copy of ``x_nD``."""
     total_D = torch.zeros(x_nD.shape[1], dtype=torch.float64, device=x_nD.device)
     for start in range(0, len(x_nD), 2048):

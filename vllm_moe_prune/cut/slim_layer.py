@@ -28,6 +28,7 @@ from ..decide.plan import CutPlan, LayerPlan
 from ..errors import CalibrationError, CheckpointError
 from ..slim.kurtosis import power_sums
 from .copy import tensor_view
+from .matrices import taken
 from .slim_expert import slim_by_data, slim_by_magnitude
 from .trimmed import survivor, trimmed_layer, trimmed_router
 
@@ -40,6 +41,8 @@ class LayerRecord:
     expert_parameters: int = 0
     zeros: int = 0
     """Zeros among the layer's surviving expert weights, those there before included."""
+    dense_zeros: int = 0
+    """Zeros among its other matrices that were slimmed: attention, MLPs."""
     unseen: list[int] = field(default_factory=list)
     """Input ids of experts no calibration token reached: pruned by magnitude."""
     trimmed_powers_5: list[float] = field(default_factory=lambda: [0.0] * 5)
@@ -64,25 +67,26 @@ def slim_layer(
     context: SlimContext,
     layer: Layer,
     layer_plan: LayerPlan,
+    record: LayerRecord,
     new_index: int,
     x_ND: torch.Tensor | None,
     *,
     want_output: bool,
-) -> tuple[LayerRecord, torch.Tensor | None]:
+) -> torch.Tensor | None:
     """Slim and write every expert of one layer.
 
     Args:
         context: The pass.
         layer: The input layer.
         layer_plan: What the plan does to it.
+        record: Where what was done is counted.
         new_index: Its index in the output.
         x_ND: Calibration activations entering the MoE; None if not needed.
         want_output: Whether the slimmed layer's output is needed (not after the last).
 
     Returns:
-        The record, and the MoE output [N, D] of the slimmed layer if wanted.
+        The MoE output [N, D] of the slimmed layer if wanted.
     """
-    record = LayerRecord(layer.index)
     out_ND = torch.zeros_like(x_ND) if want_output and x_ND is not None else None
     for found in slimmed_experts(
         context.checkpoint, context.plan, layer, layer_plan, context.model, x_ND
@@ -100,7 +104,7 @@ def slim_layer(
         _add_powers(record.slimmed_powers_5, found.expert)
         old = layer.index, layer_plan.keep[found.new]
         _write_expert(context, old, (new_index, found.new), found.expert)
-    return record, out_ND
+    return out_ND
 
 
 class Served(NamedTuple):
@@ -141,6 +145,7 @@ def slimmed_experts(
     """
     trimmed = trimmed_layer(layer, layer_plan, plan)
     sparsity = layer_plan.sparsity
+    wanted = taken(checkpoint, layer, plan)
     routing = None
     if x_ND is not None and model is not None:
         routing = trimmed_routing(model, plan, layer, layer_plan, x_ND)
@@ -149,11 +154,11 @@ def slimmed_experts(
         served = None
         with _naming(checkpoint, layer, layer_plan, new):
             if routing is None or x_ND is None or model is None:
-                expert = slim_by_magnitude(trimmed_expert, plan, sparsity)
+                expert = slim_by_magnitude(trimmed_expert, plan, sparsity, wanted)
             else:
                 served = Served(*expert_tokens(routing, new, trimmed.redirect))
                 expert = slim_by_data(
-                    trimmed_expert, plan, sparsity, x_ND, *served, model.act
+                    trimmed_expert, plan, sparsity, x_ND, *served, model.act, wanted
                 )
         yield Slimmed(new, trimmed_expert, expert, served)
 

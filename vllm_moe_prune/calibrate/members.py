@@ -1,0 +1,82 @@
+"""Is everything there that the forward needs? Asked of names and shapes alone."""
+
+import logging
+from typing import Any
+
+from ..archs.spec import MOE_NORM
+from ..checkpoint.block_fp8 import SUFFIX
+from ..checkpoint.index import TensorInfo
+from ..checkpoint.open import Checkpoint
+from ..errors import CheckpointError
+from .dense import DensePart, dense_parts
+from .stock import stock_layer
+
+log = logging.getLogger(__name__)
+
+# Saved by early transformers versions; recomputed from the config since.
+IGNORED = ("rotary_emb.inv_freq",)
+
+
+def info_of(checkpoint: Checkpoint, name: str) -> TensorInfo:
+    """A tensor that the forward needs.
+
+    Raises:
+        CheckpointError: It is missing.
+    """
+    info = checkpoint.tensors.get(name)
+    if info is None:
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor {name!r} is missing, so the model "
+            "cannot be run. Download the checkpoint again."
+        )
+    return info
+
+
+def check_layer(checkpoint: Checkpoint, config: Any, index: int) -> None:
+    """Compare a layer's tensors outside the MoE sublayer with the stock class.
+
+    Raises:
+        CheckpointError: Naming the first that is missing or misshapen.
+    """
+    arch = checkpoint.arch
+    prefix = arch.layer_prefix.format(layer=index)
+    expected = stock_layer(arch, config, index).state_dict()
+    for name, tensor in expected.items():
+        _check_shape(info_of(checkpoint, prefix + name), tuple(tensor.shape))
+    layer = checkpoint.layers[index]
+    if layer.has_moe or layer.norm_only:
+        info_of(checkpoint, f"{prefix}{MOE_NORM}.weight")
+    for part in dense_parts(checkpoint, layer):
+        _check_mlp(checkpoint, prefix, part, config.hidden_size)
+    if layer.mtp:
+        names = arch.mtp
+        for inner in (names.embedding_norm, names.hidden_norm, names.proj):
+            info_of(checkpoint, f"{prefix}{inner}.weight")
+    for name in checkpoint.layer_names(index):
+        inner = name.removeprefix(prefix)
+        known = inner in expected or arch.is_moe_member(name, index)
+        residual = arch.residual
+        beside = residual is not None and inner.startswith(
+            (residual.mlp.prefix, f"{residual.norm}.")
+        )
+        beside |= layer.mtp and inner in arch.mtp.all
+        if not known and not beside and not inner.endswith((*IGNORED, SUFFIX)):
+            log.warning("%s: %s is not used by the forward", index, name)
+
+
+def _check_mlp(
+    checkpoint: Checkpoint, prefix: str, part: DensePart, hidden: int
+) -> None:
+    shapes = ((part.width, hidden), (part.width, hidden), (hidden, part.width))
+    for name, shape in zip(part.mlp.names, shapes, strict=True):
+        _check_shape(info_of(checkpoint, prefix + name), shape)
+    if part.norm is not None:
+        info_of(checkpoint, f"{prefix}{part.norm}.weight")
+
+
+def _check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
+    if info.shape != shape:
+        raise CheckpointError(
+            f"{info.file}: {info.name} has shape {list(info.shape)}, "
+            f"config.json asks for {list(shape)}."
+        )
