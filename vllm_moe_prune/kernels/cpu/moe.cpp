@@ -125,7 +125,7 @@ void encode(const void* const* sources, int64_t n_sources, int64_t rows, int64_t
       const Bits* pointers[BLOCK];
       row_pointers(block, pointers);
       int64_t count = encode_block(pointers, cols, masks + block * steps, local.data());
-      std::memcpy(values + starts[block], local.data(), count * sizeof(Bits));
+      std::copy_n(local.data(), count, values + starts[block]);
     }
   }
 }

@@ -1,0 +1,140 @@
+// Random layers through every path of the CPU kernel, in memory that ends where it must:
+// address and undefined-behaviour sanitizers watch, and paths are compared.
+// Arguments: rounds, seed.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "../../vllm_moe_prune/kernels/cpu/moe.h"
+#include "../../vllm_moe_prune/kernels/cpu/types.h"
+
+using namespace moe_prune;
+
+extern "C" {
+struct MoePruneLayer {
+  const void* x;
+  const float* weights;
+  const int32_t *ids, *expert_map;
+  const uint32_t* w13_masks;
+  const int64_t* w13_starts;
+  const void* w13_values;
+  const uint32_t* w2_masks;
+  const int64_t* w2_starts;
+  const void* w2_values;
+  void* out;
+  int64_t tokens, top_k, hidden, width, experts, map_size, tile_from;
+  int32_t type, level;
+};
+int32_t moe_prune_level();
+void moe_prune_encode(const void* const*, int64_t, int64_t, int64_t, int32_t, uint32_t*,
+                      int64_t*, void*);
+void moe_prune_run(const MoePruneLayer*);
+}
+
+namespace {
+
+std::mt19937 rng;
+
+int64_t below(int64_t end) { return static_cast<int64_t>(rng() % end); }
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+template <class T>
+std::vector<T> matrix(int64_t count, double zeros) {
+  std::vector<T> made(count);
+  std::normal_distribution<float> normal(0, 0.2f);
+  for (T& value : made) value = T::of(rng() % 1000 < zeros * 1000 ? 0.0f : normal(rng));
+  return made;
+}
+
+// Exactly as large as the format says, so that one byte too far is seen.
+template <class T>
+struct Encoded {
+  std::vector<uint32_t> masks;
+  std::vector<int64_t> starts;
+  std::vector<T> values;
+
+  void add(const std::vector<std::vector<T>>& sources, int64_t rows, int64_t cols) {
+    int64_t n = static_cast<int64_t>(sources.size());
+    int64_t blocks = round_up(n * round_up(rows, BLOCK) / BLOCK, 2);
+    std::vector<const void*> pointers;
+    int64_t stored = 0;
+    for (auto& source : sources) {
+      pointers.push_back(source.data());
+      for (T value : source) {
+        static const T zero = T::of(0.0f);
+        stored += std::memcmp(&value, &zero, sizeof value) != 0;
+      }
+    }
+    std::vector<uint32_t> more(blocks * round_up(cols, STEP) / 2);
+    std::vector<int64_t> begins(blocks + 1);
+    std::vector<T> found(stored);
+    moe_prune_encode(pointers.data(), n, rows, cols, sizeof(T), more.data(),
+                     begins.data(), found.data());
+    if (begins[blocks] != stored) std::abort();
+    for (int64_t& begin : begins) begin += static_cast<int64_t>(values.size());
+    masks.insert(masks.end(), more.begin(), more.end());
+    starts.insert(starts.end(), begins.begin(), begins.end());
+    values.insert(values.end(), found.begin(), found.end());
+  }
+
+  void finish() {
+    values.insert(values.end(), 32, T::of(0.0f));
+    values.shrink_to_fit();
+  }
+};
+
+template <class T>
+void round(int32_t type) {
+  int64_t hidden = 1 + below(90), width = 1 + below(90), experts = 1 + below(5);
+  int64_t tokens = 1 + below(below(4) ? 12 : 80), top_k = 1 + below(experts);
+  const double shares[] = {0.0, 0.4, 0.5, 0.65, 0.97, 1.0};
+  double zeros = shares[below(6)];
+  Encoded<T> w13, w2;
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    w13.add({matrix<T>(width * hidden, zeros), matrix<T>(width * hidden, zeros)}, width,
+            hidden);
+    w2.add({matrix<T>(hidden * width, zeros)}, hidden, width);
+  }
+  w13.finish();
+  w2.finish();
+  std::vector<T> x = matrix<T>(tokens * hidden, 0), out(tokens * hidden);
+  std::vector<float> weights(tokens * top_k, 0.5f), first;
+  std::vector<int32_t> ids(tokens * top_k), map(experts + 2, -1);
+  for (int32_t& id : ids) id = static_cast<int32_t>(below(experts + 4) - 1);
+  for (int64_t expert = 0; expert < experts; ++expert)
+    map[below(experts + 2)] = static_cast<int32_t>(expert);
+  bool mapped = below(2);
+  for (int32_t level = 0; level <= moe_prune_level(); ++level) {
+    MoePruneLayer layer{
+        x.data(), weights.data(), ids.data(), mapped ? map.data() : nullptr,
+        w13.masks.data(), w13.starts.data(), w13.values.data(), w2.masks.data(),
+        w2.starts.data(), w2.values.data(), out.data(), tokens, top_k, hidden, width,
+        experts, mapped ? experts + 2 : experts, 1 + below(6), type, level};
+    moe_prune_run(&layer);
+    if (first.empty()) first.assign(out.begin(), out.end());
+    for (size_t i = 0; i < out.size(); ++i) {
+      float found = out[i];
+      if (!(std::fabs(found - first[i]) <= 0.02f + 0.02f * std::fabs(first[i]))) {
+        std::printf("level %d: %g, level 0: %g\n", level, found, first[i]);
+        std::exit(1);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  rng.seed(static_cast<uint32_t>(std::atoi(arguments[2])));
+  for (int rounds = std::atoi(arguments[1]); rounds > 0; --rounds) {
+    round<Bf16>(AS_BF16);
+    round<F16>(AS_F16);
+    round<F32>(AS_F32);
+  }
+  std::printf("%d levels agree\n", moe_prune_level() + 1);
+}
