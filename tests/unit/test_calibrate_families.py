@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.reference_families import FamilyReference
-from tests.tiny import tiny_checkpoint
-from vllm_moe_prune.calibrate.data import Tokens
+from tests.tiny import tiny_checkpoint, tiny_text
+from vllm_moe_prune.calibrate.data import TokenReader, Tokens
 from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.calibrate.measure import measure
 from vllm_moe_prune.checkpoint.reader import read_tensor
@@ -162,3 +162,13 @@ def test_an_mtp_layer_is_measured_in_the_same_pass(tmp_path: Path) -> None:
     assert stats.layers[2].routed_E.sum() == 4 * 31 * 4
     assert stats.layers[2].weighted_norm_sum_E.sum() > 0
     assert stats.block_cosine_HH.shape == (3, 3)
+
+
+def test_a_family_that_transformers_lacks_reads_text_without_a_word(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_checkpoint(tmp_path, model_type="deepseek", layers=2)
+    text = tiny_text(tmp_path, characters=2000)
+    reader = TokenReader(open_checkpoint(folder), str(text))
+    assert len(reader.read(64)) == 64
+    assert capfd.readouterr().err == ""

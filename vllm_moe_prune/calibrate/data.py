@@ -10,7 +10,6 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from ..checkpoint.open import Checkpoint
 from ..errors import CalibrationError
 from ..recipe import Calibration
+from .stock import find_class
 from .text import EXAMPLE, Document, name_of, read_documents
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class TokenReader:
         """Load the tokenizer; read no text yet."""
         self.source = source
         self.folder = checkpoint.folder
-        self.tokenizer = _load_tokenizer(checkpoint.folder)
+        self.tokenizer = _load_tokenizer(checkpoint)
         self.bos = _added_bos(self.tokenizer)
         self.eos: int | None = self.tokenizer.eos_token_id
         self.max_length = checkpoint.config.get("max_position_embeddings")
@@ -228,17 +228,22 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def _load_tokenizer(checkpoint: Checkpoint) -> Any:
+    folder, arch = checkpoint.folder, checkpoint.arch
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CalibrationError(
             f"{folder}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)}), "
             "which turning text into tokens needs. Copy the model's tokenizer there."
         )
     from transformers import AutoTokenizer
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    # Of a family that transformers lacks, the classes that stand in for it.
+    known = arch.model_type in CONFIG_MAPPING
+    config = None if known else find_class(arch.hf_config)()
     try:
         return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+            folder, config=config, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises plain Exception
         reason = " ".join(str(error).split())[:300]

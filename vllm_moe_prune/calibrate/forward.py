@@ -159,14 +159,21 @@ class StreamingModel:
         own = f"{prefix}{names.embedding}.weight"
         table_VD = self._read(own if own in self.checkpoint.tensors else arch.embedding)
         next_ST = tokens_ST[:, depth + 1 :].to(self.device)
-        states_STD = self._build_norm(final)(hidden_STD[:, :-1].to(self.device))
-        pair = (
-            (names.embedding_norm, functional.embedding(next_ST, table_VD)),
-            (names.hidden_norm, states_STD),
+        ends = self._build_norm(final)
+        embedding_norm, hidden_norm = (
+            self._build_norm(f"{prefix}{norm}.weight")
+            for norm in (names.embedding_norm, names.hidden_norm)
         )
-        normed = [self._build_norm(f"{prefix}{norm}.weight")(x) for norm, x in pair]
         proj = self._read(f"{prefix}{names.proj}.weight")
-        return functional.linear(torch.cat(normed, dim=-1), proj)
+        out_STD = hidden_STD.new_empty(*next_ST.shape, len(proj), device=self.device)
+        sequences, length = next_ST.shape
+        # About six copies, the norms' in fp32.
+        for batch in _batches(sequences, 24 * length * len(proj)):
+            state_bTD = ends(hidden_STD[batch, :-1].to(self.device))
+            next_bTD = functional.embedding(next_ST[batch], table_VD)
+            both = (embedding_norm(next_bTD), hidden_norm(state_bTD))
+            out_STD[batch] = functional.linear(torch.cat(both, dim=-1), proj)
+        return out_STD
 
     @torch.no_grad()
     def enter(
