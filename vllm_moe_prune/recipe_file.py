@@ -74,9 +74,6 @@ FLAGS = {
 }
 
 
-SWEEPABLE = ("total", "drop", "keep")
-
-
 def with_overrides(recipe: Recipe, flags: dict[str, Any]) -> Recipe:
     """The recipe with the flags that are not None put over it, validated again."""
     data = recipe.model_dump()
@@ -107,6 +104,21 @@ def with_overrides(recipe: Recipe, flags: dict[str, Any]) -> Recipe:
     return parse_recipe(data, recipe.name)
 
 
+# What a sweep varies -> where it goes in the recipe, and what else then has no say.
+SWEPT: dict[str, tuple[str, ...]] = {
+    "total": ("total_sparsity",),
+    "drop": ("experts", "drop"),
+    "keep": ("experts", "keep"),
+    "share": ("structured_share",),
+    "moe-count": ("layers", "moe_count"),
+    "block-count": ("layers", "block_count"),
+}
+INSTEAD: dict[str, dict[str, Any]] = {
+    "share": {"experts": {"drop": None, "keep": None}},
+    "moe-count": {"layers": {"drop_moe": ()}},
+    "block-count": {"layers": {"drop_blocks": ()}},
+}
+WHOLE = ("keep", "moe-count", "block-count")
 MOST_SWEPT = 1000
 
 
@@ -124,19 +136,31 @@ def swept(recipe: Recipe, sweep: str) -> list[Recipe]:
         raise RecipeError(
             f"sweep {sweep!r}: write KEY=FIRST:LAST:STEP, such as total=0.2:0.7:0.1."
         ) from error
-    if key not in SWEEPABLE or not 1 <= count <= MOST_SWEPT:
+    if key not in SWEPT or not 1 <= count <= MOST_SWEPT:
         raise RecipeError(
-            f"sweep {sweep!r}: sweeps {', '.join(SWEEPABLE)} upwards, in at most "
+            f"sweep {sweep!r}: sweeps {', '.join(SWEPT)} upwards, in at most "
             f"{MOST_SWEPT:,} steps."
         )
-    found = []
-    for at in range(count):
-        value = first + at * step
-        number = int(value) if key == "keep" else float(value)
-        flags = {key: number}
-        named = recipe.model_copy(update={"name": f"{recipe.name}-{key}-{value}"})
-        found.append(with_overrides(named, flags))
-    return found
+    numbers = [first + at * step for at in range(count)]
+    if key in WHOLE and any(number != int(number) for number in numbers):
+        raise RecipeError(f"sweep {sweep!r}: {key} takes whole numbers.")
+    return [_with_value(recipe, key, number) for number in numbers]
+
+
+def _with_value(recipe: Recipe, key: str, number: Decimal) -> Recipe:
+    named = recipe.model_copy(update={"name": f"{recipe.name}-{key}-{number}"})
+    value = int(number) if key in WHOLE else float(number)
+    if key in FLAGS:
+        return with_overrides(named, {key: value})
+    data = named.model_dump()
+    for part, values in INSTEAD[key].items():
+        data[part] |= values
+    *path, last = SWEPT[key]
+    target = data
+    for name in path:
+        target = target[name]
+    target[last] = value
+    return parse_recipe(data, named.name)
 
 
 def parse_size(text: str) -> int:

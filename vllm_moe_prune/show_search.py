@@ -47,6 +47,7 @@ def show_sweep(plans: "Sequence[tuple[Path, CutPlan]]", as_json: bool) -> None:
         {
             "plan": str(path),
             "experts": sum(len(layer.keep) for layer in plan.layers),
+            "dropped": _dropped(plan),
             "predicted": plan.predicted.model_dump() if plan.predicted else None,
         }
         for path, plan in plans
@@ -58,6 +59,7 @@ def show_sweep(plans: "Sequence[tuple[Path, CutPlan]]", as_json: bool) -> None:
         (
             path.name,
             sum(len(layer.keep) for layer in plan.layers),
+            " ".join(str(layer) for layer in _dropped(plan)) or "-",
             f"{plan.predicted.expert_sparsity:.2%}",
             f"{plan.predicted.total_sparsity:.2%}",
             f"{plan.predicted.file_bytes:,}",
@@ -65,8 +67,13 @@ def show_sweep(plans: "Sequence[tuple[Path, CutPlan]]", as_json: bool) -> None:
         for path, plan in plans
         if plan.predicted is not None
     ]
-    heads = ("plan", "experts", "of experts", "of all", "bytes")
+    heads = ("plan", "experts", "layers dropped", "of experts", "of all", "bytes")
     table(f"Wrote {len(plans)} plans", heads, rows)
+
+
+def _dropped(plan: "CutPlan") -> list[int]:
+    """The layers that lose their MoE sublayer, or leave whole."""
+    return [layer.layer for layer in plan.layers if layer.action != "keep"]
 
 
 def show_tuned(

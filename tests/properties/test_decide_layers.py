@@ -7,12 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_moe_prune.calibrate.stats import LayerStats, Stats
+from vllm_moe_prune.decide.experts import decide_experts
 from vllm_moe_prune.decide.layers import decide_layers
-from vllm_moe_prune.decide.progression import (
-    block_progression,
-    expert_progression,
-    moe_progression,
-)
 from vllm_moe_prune.recipe import ExpertStage, LayerStage, Recipe
 
 from .test_decide_toy import SEEDS, cosine, hidden_cosines, toy_facts, toy_stats
@@ -125,21 +121,28 @@ def test_one_measurement_serves_every_count(seed: int) -> None:
     counts = (5, 0, 6, 5, 5)
     facts = toy_facts(*counts)
     stats = toy_stats(np.random.default_rng(seed), *counts)
-    stage = LayerStage()
-    moe = moe_progression(stats, facts.layers, stage)
-    blocks = block_progression(stats, facts.layers, stage)
-    for count, dropped in enumerate(moe, start=1):
-        recipe = Recipe(layers=LayerStage(moe_count=count))
-        actions = decide_layers(stats, facts.layers, recipe)
-        assert [at for at, one in enumerate(actions) if one != "keep"] == [*dropped]
-    for count, dropped in enumerate(blocks, start=1):
-        assert len(dropped) == count
-        assert set(dropped) >= set(blocks[count - 2] if count > 1 else ())
-    drops = (0.0, 0.2, 0.4)
-    stage_1 = ExpertStage(method="score", criterion="frequency")
-    kept = expert_progression(stats, facts.layers, Recipe(experts=stage_1), drops)
-    for drop, survivors in zip(drops, kept, strict=True):
-        assert sum(map(len, survivors)) == 21 - round(drop * 21)
+    dropped = []
+    for moe in range(4):
+        actions = decide_layers(
+            stats, facts.layers, Recipe(layers=LayerStage(moe_count=moe))
+        )
+        dropped.append({at for at, one in enumerate(actions) if one == "drop-moe"})
+    assert [len(found) for found in dropped] == [0, 1, 2, 3]
+    assert all(less < more for less, more in pairwise(dropped))
+    gone = []
+    for blocks in range(5):
+        actions = decide_layers(
+            stats, facts.layers, Recipe(layers=LayerStage(block_count=blocks))
+        )
+        gone.append({at for at, one in enumerate(actions) if one == "drop-block"})
+    assert [len(found) for found in gone] == [0, 1, 2, 3, 4]
+    assert all(less < more for less, more in pairwise(gone))
+    kept = []
+    for drop in (0.0, 0.2, 0.4):
+        stage = ExpertStage(method="score", criterion="frequency", drop=drop)
+        plans, _ = decide_experts(stats, facts.layers, Recipe(experts=stage))
+        kept.append([plan.keep for plan in plans])
+        assert sum(map(len, kept[-1])) == 21 - round(drop * 21)
     for before, after in pairwise(kept):
         for more, less in zip(before, after, strict=True):
             assert set(more) >= set(less)

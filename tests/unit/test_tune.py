@@ -177,6 +177,10 @@ def test_a_sweep_gives_a_recipe_for_each_value() -> None:
     assert found[0].name == "stun40-total-0.3"
     kept = swept(load_recipe("expert-drop"), "keep=2:6:2")
     assert [one.experts.keep for one in kept] == [2, 4, 6]
+    shares = swept(load_recipe("stun40"), "share=0:1:0.5")
+    assert [one.structured_share for one in shares] == [0, 0.5, 1]
+    layers = swept(load_recipe("layer-drop"), "moe-count=1:3:1")
+    assert [one.layers.moe_count for one in layers] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +193,7 @@ def test_a_sweep_gives_a_recipe_for_each_value() -> None:
         ("total=0.2:0.7:0", "upwards"),
         ("total=0:0.9:0.0001", "at most 1,000"),
         ("seed=1:3:1", "sweeps total, drop, keep"),
+        ("keep=2:4:0.5", "whole numbers"),
         ("total=0.5:1.5:0.5", "total_sparsity: Input should be less than 1"),
     ],
 )

@@ -100,7 +100,7 @@ def plan(
     seed: Seed = None,
     shard_size: ShardSize = "5GB",
     sweep: Annotated[
-        str | None, flag("KEY=FIRST:LAST:STEP of total, drop or keep; -o is a folder.")
+        str | None, flag("KEY=FIRST:LAST:STEP, e.g. total=0.2:0.7:0.1; -o is a folder.")
     ] = None,
     as_json: Json = False,
 ) -> None:
