@@ -17,6 +17,7 @@ def write_mixtral(
     vocab: int = 1024,
     heads: int = 8,
     kv_heads: int = 8,
+    head_dim: int | None = None,
     layers_per_shard: float = 1.0,
     seed: int = 0,
 ) -> Path:
@@ -29,10 +30,10 @@ def write_mixtral(
         # Distinct per tensor, without drawing billions of random numbers.
         count, start = rows * cols, salt * 7919 % (1 << 20)
         repeats = -(-(count + start) // len(pool))
-        flat = pool.repeat(repeats)[start : start + count]
-        return flat.reshape(rows, cols).contiguous()
+        source = pool if repeats == 1 else pool.repeat(repeats)
+        return source[start : start + count].reshape(rows, cols).clone()
 
-    head_dim = hidden // heads
+    head_dim = head_dim or hidden // heads
     weight_map: dict[str, str] = {}
     salt = 0
     per_shard = max(1, round(experts * layers_per_shard))
@@ -88,6 +89,7 @@ def write_mixtral(
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
         "num_local_experts": experts,
         "num_experts_per_tok": 2,
         "vocab_size": vocab,
