@@ -1,10 +1,11 @@
 """How do the decisions scale with the number of experts?
 
-    python bench/decide_scale.py [--experts 8 32 128 256 512] [--layers 35] [--json FILE]
+    python bench/decide_scale.py [--experts 8 32 128 256 512] [--json FILE]
+    python bench/decide_scale.py --data-free    # without the forward pass
 
-For each number of experts it writes a checkpoint with Arctic's 35 layers and router rows
-of 7168, and experts one wide (their weights are not looked at), and takes the time and
-the peak memory, each in a process of its own, of
+For each number of experts it writes a checkpoint with Arctic's 35 layers and router
+rows of 7168, and experts one wide (their weights are not looked at), and takes the
+time and the peak memory, each in a process of its own, of
 
 - the data-free path: open the checkpoint, measure its router rows, plan;
 - planning from co-activation counts, and the forward passes that measuring those took.
@@ -72,16 +73,18 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=sizes)
     parser.add_argument("--layers", type=int, default=35)
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--data-free", action="store_true", help="no forward pass")
     options = parser.parse_args()
-    rows = [one_size(experts, options.layers) for experts in options.experts]
+    paths = ["router"] if options.data_free else ["router", "coactivation"]
+    rows = [one_size(experts, options.layers, paths) for experts in options.experts]
     show(rows, options.layers)
     if options.json:
         figures = {"layers": options.layers, "hidden": HIDDEN, "rows": rows}
         options.json.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
 
 
-def one_size(experts: int, layers: int) -> dict[str, Any]:
-    """Both paths on a checkpoint that is gone afterwards."""
+def one_size(experts: int, layers: int, paths: list[str]) -> dict[str, Any]:
+    """The paths on a checkpoint that is gone afterwards."""
     with tempfile.TemporaryDirectory() as temporary:
         source = write_mixtral(
             Path(temporary) / "in",
@@ -95,8 +98,7 @@ def one_size(experts: int, layers: int) -> dict[str, Any]:
         )
         return {
             "experts": experts,
-            "router": one_path(source, "router"),
-            "coactivation": one_path(source, "coactivation"),
+            **{path: one_path(source, path) for path in paths},
         }
 
 
@@ -114,16 +116,18 @@ def one_path(source: Path, path: str) -> dict[str, float]:
 def show(rows: list[dict[str, Any]], layers: int) -> None:
     """Print the table."""
     print(f"{layers} layers, router rows of {HIDDEN}")
-    print("experts      open  measure     plan   memory | co-activation: passes  plan")
+    print("experts  path            passes      open  measure     plan   memory")
     for row in rows:
-        free, data = row["router"], row["coactivation"]
-        grown = (free["peak_rss_bytes"] - free["imports_bytes"]) / MIB
-        print(
-            f"{row['experts']:7} {free['open_s']:7.2f} s {free['measure_s']:6.2f} s "
-            f"{free['plan_s']:6.2f} s {grown:5.0f} MiB | "
-            f"{free['forward_passes']:.0f} -> {data['forward_passes']:.0f} "
-            f"{data['plan_s']:16.2f} s"
-        )
+        for path in ("router", "coactivation"):
+            if path not in row:
+                continue
+            found = row[path]
+            grown = (found["peak_rss_bytes"] - found["imports_bytes"]) / MIB
+            print(
+                f"{row['experts']:7}  {path:12} {found['forward_passes']:9.0f} "
+                f"{found['open_s']:7.2f} s {found['measure_s']:6.2f} s "
+                f"{found['plan_s']:6.2f} s {grown:5.0f} MiB"
+            )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ CHUNK_BYTES = 16 << 20
 def router_distances(checkpoint: Checkpoint, layer: Layer) -> tuple[Array, Array]:
     """Squared L2 distance between router rows, and the whole router's norm."""
     router_ED = read_router(checkpoint, layer).double()
-    sqdist_EE = torch.stack([(router_ED - row).square().sum(1) for row in router_ED])
+    # By differences: a Gram matrix would cancel between rows that are nearly the same.
+    exact = "donot_use_mm_for_euclid_dist"
+    sqdist_EE = torch.cdist(router_ED, router_ED, compute_mode=exact).square()
     norm = router_ED.square().sum().sqrt()
     return _symmetric(sqdist_EE.numpy()), np.asarray(norm.numpy())
 
