@@ -57,7 +57,11 @@ def needs_plugin(checkpoint: Checkpoint) -> bool:
     """Whether stock vLLM would refuse the checkpoint."""
     names = checkpoint.config.get("architectures") or []
     arch = checkpoint.arch
-    return not arch.stock_vllm or arch.pruned_architecture in names
+    return (
+        checkpoint.storage is not None
+        or not arch.stock_vllm
+        or arch.pruned_architecture in names
+    )
 
 
 def find_vllm() -> str:

@@ -3,22 +3,25 @@
 import filecmp
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from tests.reference import LayerCut, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.compressed import CompressedTensor
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_tensor
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.predict import model_facts
-from vllm_moe_prune.decide.plan import CutPlan, LayerPlan
+from vllm_moe_prune.decide.plan import CutPlan, LayerPlan, load_plan
 from vllm_moe_prune.errors import CheckpointError, OutputError
 from vllm_moe_prune.pipeline import RunOptions, convert, cut, verify
 from vllm_moe_prune.recipe import Recipe
+from vllm_moe_prune.serve_command import needs_plugin
 
 PACKED = RunOptions(layout="bitmask")
 LAYERS = 3
@@ -87,6 +90,35 @@ def test_there_and_back_is_the_same_folder_to_the_byte(
     assert checked[0].zeros == checked[1].zeros > 0
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("arctic", {}),
+        ("deepseek_v2", {}),
+        ("deepseek_v3", {}),
+        ("deepseek_v3", {"fp8": (32, 32)}),
+    ],
+    ids=["arctic", "v2", "v3", "v3-fp8"],
+)
+def test_every_family_goes_there_and_back(
+    family: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "source"
+    tiny_checkpoint(folder, model_type=family, layers=2, shards=1, **options)
+    original = open_checkpoint(folder)
+    keep = tuple(range(original.layers[1].num_experts))
+    cuts = {1: LayerCut(keep=keep, sparsity=0.5)}
+    written = write_plan(tmp_path / "plan.json", original, cuts, slim="magnitude")
+    dense, packed, again = (tmp_path / name for name in ("dense", "packed", "again"))
+    cut(original, load_plan(written), dense, RunOptions())
+    result = convert(open_checkpoint(dense), packed, PACKED)
+    assert 1 not in result.dense_layers
+    assert result.stored_bytes < result.dense_bytes
+    convert(open_checkpoint(packed), again, RunOptions())
+    same_files(dense, again)
+    verify(packed, original)
+
+
 def test_cutting_into_the_layout_gives_what_converting_gives(
     source: Checkpoint, tmp_path: Path
 ) -> None:
@@ -115,6 +147,7 @@ def test_another_tools_zeros_are_compressed_too(tmp_path: Path) -> None:
     before = json.loads((folder / "config.json").read_text())
     result = convert(open_checkpoint(folder), tmp_path / "packed", PACKED)
     assert result.dense_layers == (0,)
+    assert needs_plugin(open_checkpoint(tmp_path / "packed"))
     after = json.loads((tmp_path / "packed/config.json").read_text())
     assert after["architectures"] == before["architectures"]
     convert(open_checkpoint(tmp_path / "packed"), tmp_path / "again", RunOptions())

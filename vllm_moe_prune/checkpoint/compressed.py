@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from ..archs.spec import MoeArch
 from ..errors import CheckpointError
@@ -44,6 +44,8 @@ class Restored(Strict):
 
     architectures: tuple[str, ...] | None = None
     transformers_weights: str | None = None
+    quantization_config: dict[str, JsonValue] | None = None
+    """Of FP8 weights; their scales are stored as they are."""
 
 
 class Storage(Strict):
@@ -105,6 +107,7 @@ def compressed_config(
     restored = Restored(
         architectures=config.get("architectures"),
         transformers_weights=config.get("transformers_weights"),
+        quantization_config=config.get(CONFIG_KEY),
     )
     storage = Storage(dense_config=restored, **block)
     changed = copy.deepcopy(config)
@@ -118,7 +121,6 @@ def compressed_config(
 def dense_config(config: dict[str, Any], storage: Storage) -> dict[str, Any]:
     """config.json of the dense form of a compressed checkpoint."""
     changed = copy.deepcopy(config)
-    del changed[CONFIG_KEY]
     for key, value in storage.dense_config.model_dump(mode="json").items():
         if value is None:
             changed.pop(key, None)

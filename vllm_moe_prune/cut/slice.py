@@ -87,13 +87,13 @@ def names_in_order(checkpoint: Checkpoint) -> list[str]:
         routed: list[str] = []
         if layer.has_moe:
             rules = checkpoint.layout.experts
-            routed = [checkpoint.layout.router.name(layer.index)]
-            routed += [
-                rule.name(layer.index, expert)
-                for expert in range(layer.num_experts)
-                for rule in rules
-                if rule.per_expert
-            ]
+            parts = checkpoint.layout.router_parts
+            routed = [rule.name(layer.index) for rule in parts]
+            for expert in range(layer.num_experts):
+                each = [r.name(layer.index, expert) for r in rules if r.per_expert]
+                for name in each:
+                    scale = name + SUFFIX
+                    routed += [name, scale] if checkpoint.is_scale(scale) else [name]
             routed += [rule.name(layer.index) for rule in rules if not rule.per_expert]
         known = set(routed)
         names += [name for name in layers[layer.index] if name not in known] + routed

@@ -67,8 +67,14 @@ class MoePruneConfig(QuantizationConfig):
 
         Raises:
             CheckpointError: The block is not one that this version writes.
+            ServeError: Its values are FP8.
         """
         storage = parse_storage(config, "config.json")
+        if storage.dense_config.quantization_config is not None:
+            raise ServeError(
+                f"quantization {METHOD}: compressed FP8 experts cannot be served yet. "
+                "Convert the checkpoint with `vllm-moe-prune convert --layout dense`."
+            )
         return cls(frozenset(storage.dense_layers))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
