@@ -65,19 +65,6 @@ def parse_layout(name: str) -> LayoutName:
     raise RecipeError(f"layout {name!r} is not one of: {', '.join(LAYOUTS)}.")
 
 
-def check_layout(checkpoint: Checkpoint, layout: LayoutName) -> None:
-    """Refuse a layout that a checkpoint cannot have.
-
-    Raises:
-        RecipeError: Its weights are FP8: config.json names one quantisation, not two.
-    """
-    if layout != "dense" and checkpoint.blocks is not None:
-        raise RecipeError(
-            f"{checkpoint.folder}: layout {layout} does not keep the block scales of "
-            "fp8 weights. Use layout dense."
-        )
-
-
 @dataclass(frozen=True)
 class Part:
     """A tensor to be written."""
@@ -140,10 +127,8 @@ def convert(
 
     Raises:
         CheckpointError: Experts are packed into one tensor per layer, or damaged.
-        RecipeError: See ``check_layout``.
         OutputError: See ``open_workspace``.
     """
-    check_layout(checkpoint, layout)
     companions(checkpoint)
     plan, dense_layers = _plan(checkpoint, layout, report)
     shards = plan_shards(

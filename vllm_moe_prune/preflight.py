@@ -11,7 +11,7 @@ from .checkpoint.open import Checkpoint
 from .checkpoint.place import check_folder
 from .checkpoint.reader import check_routers
 from .checkpoint.writer import MAX_SHARD_BYTES
-from .convert import LayoutName, check_layout
+from .convert import LayoutName
 from .cut.output import check_output, companions, staging_folder
 from .cut.predict import model_facts
 from .decide.build import make_plan
@@ -37,12 +37,11 @@ def check_options(checkpoint: Checkpoint, out: Path, options: RunOptions) -> Non
     """Refuse what cannot work, before any work is done.
 
     Raises:
-        RecipeError: The device is not there, or the layout does not fit.
+        RecipeError: The device is not there.
         OutputError: The output is in the way, cannot be written, or is the input.
         CheckpointError: A router holds NaN, or a file beside the weights is a trap.
     """
     check_device(options.device)
-    check_layout(checkpoint, options.layout)
     check_folder(out, checkpoint.folder)
     check_output(out, resume=options.resume, overwrite=options.overwrite)
     if options.layout != "dense":

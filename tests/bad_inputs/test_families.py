@@ -12,9 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.reader import check_routers
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.convert import convert
-from vllm_moe_prune.errors import CheckpointError, RecipeError
-from vllm_moe_prune.preflight import RunOptions, check_options
+from vllm_moe_prune.errors import CheckpointError
 
 ROUTER = "model.layers.1.mlp.gate."
 EXPERT = "model.layers.1.mlp.experts.3."
@@ -159,16 +157,3 @@ def test_quantisations(said: dict[str, Any], tmp_path: Path) -> None:
     changed(folder, quantization_config=said)
     with pytest.raises(CheckpointError, match=r"quantised|weight_block_size"):
         open_checkpoint(folder)
-
-
-def test_fp8_without_its_zeros_is_refused_before_any_work(tmp_path: Path) -> None:
-    folder = tiny_checkpoint(
-        tmp_path / "in", model_type=V3, layers=2, shards=1, fp8=(32, 32)
-    )
-    checkpoint = open_checkpoint(folder)
-    with pytest.raises(RecipeError, match="block scales of fp8"):
-        convert(checkpoint, tmp_path / "out", "bitmask")
-    options = RunOptions(layout="bitmask")
-    with pytest.raises(RecipeError, match="block scales of fp8"):
-        check_options(checkpoint, tmp_path / "out", options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
