@@ -124,7 +124,10 @@ def weights(folder: Path) -> list[Path]:
 
 def ask(original: Path, pruned: Path) -> None:
     """Serve both models and put the same questions to them."""
-    with serve(original) as first, serve(pruned) as second:
+    # Threads of two servers on one core would only wait for each other.
+    cores = sorted(os.sched_getaffinity(0))
+    half = max(1, len(cores) // 2)
+    with serve(original, cores[:half]) as first, serve(pruned, cores[-half:]) as second:
         clients = {"original": first, "pruned": second}
         for client in clients.values():
             wait_until_ready(client)
@@ -147,7 +150,7 @@ class Server(OpenAI):
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[Server]:
+def serve(folder: Path, cores: list[int]) -> Iterator[Server]:
     """A real ``vllm serve`` through ``vllm-moe-prune serve``, stopped at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -162,6 +165,7 @@ def serve(folder: Path) -> Iterator[Server]:
     )
     log = WORK / f"serve-{folder.name}.log"
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    settings["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*TOOL, "serve", str(folder), *flags],
