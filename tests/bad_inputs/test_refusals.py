@@ -16,6 +16,7 @@ from . import (
     cases_plan,
     cases_remap,
     cases_report,
+    cases_search,
     cases_text,
 )
 from .case import Case, run_cli, snapshot
@@ -28,6 +29,7 @@ CASES = [
     *cases_plan.CASES,
     *cases_remap.CASES,
     *cases_report.CASES,
+    *cases_search.CASES,
     *cases_text.CASES,
 ]
 
