@@ -26,7 +26,7 @@ MAX_LINES = 400
 ROWS = (
     {"errors"},
     {"recipe", "recipe_file", "progress"},
-    {"archs", "checkpoint", "kernels"},
+    {"archs", "checkpoint", "configs", "kernels"},
     {
         "calibrate",
         "convert",

@@ -13,16 +13,24 @@ from pathlib import Path
 
 import pytest
 
-from vllm_moe_prune.plugin.compat import SYMBOLS, Symbol
+from vllm_moe_prune.plugin.symbols import SYMBOLS, Symbol
 
 PLUGIN = Path(__file__).parents[2] / "vllm_moe_prune" / "plugin"
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 # Our constructor replaces vLLM's, so it must set every attribute that vLLM's sets.
 REPLACED = {
-    "MoePruneMixtralMoE": "MixtralMoE",
-    "MoePruneMixtralDecoderLayer": "MixtralDecoderLayer",
-    "MoePruneMixtralModel": "MixtralModel",
-    "MoePruneMixtralForCausalLM": "MixtralForCausalLM",
+    "mixtral": {
+        "MoePruneMixtralMoE": "MixtralMoE",
+        "MoePruneMixtralDecoderLayer": "MixtralDecoderLayer",
+        "MoePruneMixtralModel": "MixtralModel",
+        "MoePruneMixtralForCausalLM": "MixtralForCausalLM",
+    },
+    "deepseek_v2": {
+        "MoePruneDeepseekV2MoE": "DeepseekV2MoE",
+        "MoePruneDeepseekV2DecoderLayer": "DeepseekV2DecoderLayer",
+        "MoePruneDeepseekV2Model": "DeepseekV2Model",
+        "MoePruneDeepseekV2ForCausalLM": "DeepseekV2ForCausalLM",
+    },
 }
 
 
@@ -165,12 +173,15 @@ def test_symbol_exists_with_the_parameters_we_pass(root: Path, symbol: Symbol) -
 
 
 @on_every_source
-@pytest.mark.parametrize(("ours", "theirs"), REPLACED.items())
+@pytest.mark.parametrize(
+    ("family", "ours", "theirs"),
+    [(family, *pair) for family, pairs in REPLACED.items() for pair in pairs.items()],
+)
 def test_replaced_constructor_sets_every_attribute(
-    root: Path, ours: str, theirs: str
+    root: Path, family: str, ours: str, theirs: str
 ) -> None:
-    upstream = find(root, "vllm.model_executor.models.mixtral", theirs)
-    replacement = find(PLUGIN, "models.mixtral", ours)
+    upstream = find(root, f"vllm.model_executor.models.{family}", theirs)
+    replacement = find(PLUGIN, f"models.{family}", ours)
     assert isinstance(upstream, ast.ClassDef)
     assert isinstance(replacement, ast.ClassDef)
     assert attributes(upstream, {"__init__"}) <= attributes(replacement)

@@ -5,19 +5,14 @@ runs the representative in their place. What is left between the two is rounding
 V vocabulary, T tokens.
 """
 
-import gc
-import math
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.engine import TOKENS, VOCAB, assert_same, in_two_processes, served
 from tests.reference import (
     DROP_BLOCK,
     DROP_MOE,
@@ -35,29 +30,11 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.apply import cut
 from vllm_moe_prune.decide.plan import load_plan
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("engines_in_this_process")]
 
-ROOT = Path(__file__).parents[2]
-VOCAB, EXPERTS = 128, 8
-IDS = [1, *torch.randint(3, VOCAB, (47,), generator=torch.Generator().manual_seed(3))]
-TOKENS = [int(token) for token in IDS]
-ROUNDING = 2e-4
-"""Largest log-probability difference in float32; 6e-5 was the most ever seen."""
+EXPERTS = 8
 BF16_MEAN = 0.1
 """Mean difference in bfloat16; vLLM itself shows 0.15 on these models unpruned."""
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-# vLLM starts workers by importing the main script again: it must be a file of its own.
-ENGINE = """
-import torch
-from tests.e2e.test_plugin_mixtral import served
-if __name__ == "__main__":
-    torch.save(served("{model}", tensor_parallel_size=2, **{options}), "{out}")
-"""
 SINGLES = tuple((expert,) for expert in range(EXPERTS))
 
 
@@ -157,55 +134,6 @@ def expected(original: Path, case: Case | None = None) -> Tensor:
     return logits_STV[0].log_softmax(dim=-1)
 
 
-def served(model: Path | str, **options: Any) -> Tensor:
-    """Log-probabilities [T, V] from a vLLM engine, which is gone afterwards."""
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    engine: dict[str, Any] = {
-        "dtype": "float32",
-        "enforce_eager": True,
-        "max_model_len": 64,
-        "max_num_batched_tokens": 64,
-        "max_num_seqs": 2,
-        "max_logprobs": -1,
-        "skip_tokenizer_init": True,
-    }
-    llm = LLM(str(model), **(engine | options))
-    try:
-        (output,) = llm.generate(
-            [{"prompt_token_ids": TOKENS}],
-            SamplingParams(
-                max_tokens=1, logprobs=-1, prompt_logprobs=-1, detokenize=False
-            ),
-            use_tqdm=False,
-        )
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-    rows_TV = torch.full((len(TOKENS), VOCAB), math.nan, dtype=torch.float64)
-    found = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
-    for row_V, tokens in zip(rows_TV, found, strict=True):
-        for token, entry in tokens.items():
-            row_V[token] = entry.logprob
-    return rows_TV
-
-
-def assert_same(found_TV: Tensor, expected_TV: Tensor) -> None:
-    assert (found_TV - expected_TV).abs().max().item() <= ROUNDING
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _in_this_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_pruned_checkpoint_computes_what_the_masked_original_does(
     name: str, tmp_path: Path
@@ -289,13 +217,5 @@ def test_two_processes_share_the_model(
     case = CASES[name]
     original = make_original(tmp_path / "original", case.layout)
     pruned, out = make_pruned(original, case), tmp_path / "out.pt"
-    script = tmp_path / "engine.py"
-    script.write_text(ENGINE.format(model=pruned, out=out, options=options))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    run = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    in_two_processes(tmp_path, {out: pruned}, options, monkeypatch)
     assert_same(torch.load(out), expected(original, case))

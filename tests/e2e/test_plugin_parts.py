@@ -12,7 +12,7 @@ from vllm_moe_prune.errors import CheckpointError, ServeError
 from vllm_moe_prune.plugin import LOAD_FORMAT, register
 from vllm_moe_prune.plugin.compat import check_version
 from vllm_moe_prune.plugin.layers import ServedLayer
-from vllm_moe_prune.plugin.routing import route_rows, row_table
+from vllm_moe_prune.plugin.routing import RowTable, route_rows
 from vllm_moe_prune.plugin.served import check_parallel
 from vllm_moe_prune.plugin.tally import WeightTally
 
@@ -107,11 +107,9 @@ def test_flags_that_need_equal_layers_are_refused(
 
 
 def test_rows_are_ranked_before_they_become_experts() -> None:
-    layer = ServedLayer(0, 2, 2, 4, redirect=(0, 1, 0, None))
+    table = RowTable(ServedLayer(0, 2, 2, 4, redirect=(0, 1, 0, None)))
     logits_TR = torch.tensor([[2.0, 0.0, 1.0, -9.0], [0.0, 1.0, -9.0, 2.0]])
-    weights_TK, experts_TK = route_rows(
-        logits_TR, *row_table(layer, None), top_k=2, renormalise=True
-    )
+    weights_TK, experts_TK = route_rows(logits_TR, table, top_k=2, renormalise=True)
     share = torch.softmax(torch.tensor([2.0, 1.0]), dim=0)
     assert experts_TK.tolist() == [[0, 0], [0, 1]]
     torch.testing.assert_close(weights_TK[0], share)
@@ -119,9 +117,143 @@ def test_rows_are_ranked_before_they_become_experts() -> None:
     torch.testing.assert_close(
         weights_TK[1], torch.stack([torch.tensor(0.0), share[1]])
     )
-    other_process, _ = row_table(layer, (-1, 0))
-    assert other_process.tolist() == [0, 0, 0, 0]
-    assert row_table(layer, (-1, 0))[1].tolist() == [0.0, 1.0, 0.0, 0.0]
+    table.localise((-1, 0))
+    assert table.expert_R.tolist() == [0, 0, 0, 0]
+    assert table.share_R.tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_even_groups_in_any_order_route_as_the_original_does(biased: bool) -> None:
+    """Against transformers' routers, whose rows are sorted by group."""
+    draw = torch.Generator().manual_seed(0)
+    logits_TR = torch.randn(64, 12, generator=draw)
+    bias_R = torch.randn(12, generator=draw) / 4 if biased else None
+    scores_TR = logits_TR.sigmoid() if biased else logits_TR.softmax(dim=-1)
+    choice_TGR = (scores_TR + (0 if bias_R is None else bias_R)).unflatten(1, (4, 3))
+    best_TG = choice_TGR.topk(2 if biased else 1, dim=-1).values.sum(dim=-1)
+    out_TG = torch.ones_like(best_TG).scatter(1, best_TG.topk(2).indices, 0.0).bool()
+    rows_TK = choice_TGR.masked_fill(out_TG[..., None], -9.0).flatten(1).topk(4).indices
+    expected_TR = torch.zeros_like(logits_TR).scatter(
+        1, rows_TK, scores_TR.gather(1, rows_TK)
+    )
+    order = torch.randperm(12, generator=draw)
+    groups = tuple((order // 3).tolist())
+    table = RowTable(ServedLayer(0, 12, 4, 12, groups=4, row_groups=groups))
+    weights_TK, experts_TK = route_rows(
+        logits_TR[:, order],
+        table,
+        top_k=4,
+        renormalise=False,
+        sigmoid=biased,
+        bias_R=None if bias_R is None else bias_R[order],
+        top_groups=2,
+    )
+    found_TR = torch.zeros_like(logits_TR).scatter(
+        1, order[experts_TK.long()], weights_TK
+    )
+    torch.testing.assert_close(found_TR, expected_TR)
+
+
+def test_groups_that_ran_dry_are_left_alone() -> None:
+    """Group 0 has one row, group 1 none; the second slot of the choice stays empty."""
+    table = RowTable(ServedLayer(0, 3, 2, 3, groups=3, row_groups=(0, 2, 2)))
+    logits_TR = torch.tensor([[9.0, 0.0, 0.0]])
+    bias_R = torch.tensor([0.0, -3.0, -3.0])
+    weights_TK, experts_TK = route_rows(
+        logits_TR,
+        table,
+        top_k=2,
+        renormalise=True,
+        sigmoid=True,
+        bias_R=bias_R,
+        top_groups=1,
+    )
+    assert weights_TK.tolist() == [[1.0, 0.0]]
+    assert experts_TK[0, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "answer"),
+    [
+        (ServedLayer(0, 4, 2, 4), True),
+        (ServedLayer(0, 2, 2, 4, redirect=(0, 0, 1, 1)), False),
+        (ServedLayer(0, 4, 2, 4, groups=2, row_groups=(0, 0, 1, 1)), True),
+        (ServedLayer(0, 4, 2, 4, groups=2, row_groups=(0, 1, 0, 1)), False),
+        (ServedLayer(0, 5, 2, 5, groups=2, row_groups=(0, 0, 0, 1, 1)), False),
+        # vLLM forgets about groups where there are as many as experts.
+        (ServedLayer(0, 2, 2, 2, groups=2, row_groups=(0, 1)), False),
+    ],
+)
+def test_stock_routers_get_only_what_they_understand(
+    layer: ServedLayer, answer: bool
+) -> None:
+    assert layer.rows_are_experts is answer
+
+
+@pytest.mark.vllm
+def test_layers_may_differ_under_latent_attention_if_they_are_ours() -> None:
+    from transformers import DeepseekV3Config
+
+    register()  # first: vLLM cannot import its converters by themselves
+    from vllm.transformers_utils.model_arch_config_convertor import (
+        MODEL_ARCH_CONFIG_CONVERTORS,
+    )
+
+    config = DeepseekV3Config(
+        num_hidden_layers=3,
+        n_routed_experts=12,
+        architectures=["MoePruneDeepseekV3ForCausalLM"],
+        per_layer_config={1: {"n_routed_experts": 8}, 2: {"n_routed_experts": 0}},
+    )
+    converter = MODEL_ARCH_CONFIG_CONVERTORS["deepseek_v3"](config, config)
+    found = converter.convert()
+    assert (found.num_experts, found.is_deepseek_mla) == (12, True)
+    assert [found[layer].num_experts for layer in range(3)] == [12, 8, 0]
+    assert found.head_size == config.kv_lora_rank + config.qk_rope_head_dim
+    config.architectures = ["DeepseekV3ForCausalLM"]
+    with pytest.raises(NotImplementedError, match="MLA"):
+        converter.convert()
+
+
+@pytest.fixture
+def rotary() -> Any:
+    """vLLM's rotary embedding of latent attention, as an engine would build it."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    register()
+    with set_current_vllm_config(VllmConfig()):
+        return get_rope(
+            64,
+            max_position=16,
+            rope_parameters={"rope_theta": 1e4, "rope_type": "default"},
+            is_neox_style=False,
+            dtype=torch.float32,
+        )
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("shape", [(5, 3, 64), (5, 192)], ids=str)
+def test_every_head_is_rotated(rotary: Any, shape: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(shape, generator=draw, dtype=torch.float32)
+    key = torch.randn(5, 1, 64, generator=draw, dtype=torch.float32)
+    power = torch.arange(0, 64, 2, dtype=torch.float64) / 64
+    angle = torch.arange(5)[:, None, None] * 1e4**-power
+    turn = torch.polar(torch.ones_like(angle), angle)
+    found, _ = rotary.forward_cpu(torch.arange(5), query.clone(), key.clone())
+    pairs = torch.view_as_complex(query.double().view(5, 3, 32, 2)) * turn
+    expected = torch.view_as_real(pairs).view(shape)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.vllm
+def test_vllm_still_rotates_one_head_only(rotary: Any) -> None:
+    """When this fails, vLLM has mended its kernel: drop ``mend_cpu_rotary``."""
+    query, key = torch.ones(5, 3, 64), torch.ones(5, 1, 64)
+    stock = type(rotary).__mro__[1].forward_cpu
+    found, _ = stock(rotary, torch.arange(5), query.clone(), key.clone())
+    assert not torch.allclose(found[:, 1], found[:, 0])
 
 
 @pytest.mark.vllm

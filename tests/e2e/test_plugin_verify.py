@@ -17,6 +17,7 @@ from torch import Tensor
 from tests.reference import DROP_MOE, LayerCut, read_json, read_tensors, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.archs import find_arch
+from vllm_moe_prune.archs.spec import RouterRule
 from vllm_moe_prune.checkpoint.remap import FILE_NAME, ExpertRemap
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.apply import cut
@@ -189,12 +190,12 @@ def test_config_and_table_must_agree(pruned: Path) -> None:
 
     config = AutoConfig.from_pretrained(pruned)
     remap = ExpertRemap.model_validate(read_json(pruned / FILE_NAME))
-    layers = served_layers(config, remap, ARCH, "model")
+    layers = served_layers(config, remap, ARCH, RouterRule(), "model")
     assert [layer.experts for layer in layers] == [5, 2, 0]
     assert [layer.top_k for layer in layers] == [2, 2, 2]
     config.per_layer_config = {"1": {"num_local_experts": 3}}
     with pytest.raises(RemapError, match=r"layer 1: .*is 3, .* 2 kept experts"):
-        served_layers(config, remap, ARCH, "model")
+        served_layers(config, remap, ARCH, RouterRule(), "model")
 
 
 def test_hub_id_is_found_in_the_cache_when_offline(

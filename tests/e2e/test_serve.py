@@ -4,25 +4,17 @@ A real ``vllm serve`` (bf16; eager, since compiling takes minutes on two cores),
 through ``vllm-moe-prune serve``, and the real ``openai`` client.
 """
 
-import os
-import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.server import TOOL, serving
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 
 pytestmark = pytest.mark.vllm
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TOOL = [sys.executable, "-m", "vllm_moe_prune"]
-START_TIMEOUT_S = 400
 
 
 @pytest.fixture(scope="module")
@@ -37,40 +29,8 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(pruned: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"]
-    flags += ["--enforce-eager"]
-    log = pruned.parent / "server.log"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [*TOOL, "serve", str(pruned), *flags, "--served-model-name", "demo"],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
-            start_new_session=True,
-        )
-    try:
-        wait_until_ready(server, f"http://127.0.0.1:{port}/health", log)
-        yield f"http://127.0.0.1:{port}/v1"
-        # The tool became the server, so the signal reaches vLLM itself.
-        server.send_signal(signal.SIGTERM)
-        server.wait(timeout=60)
-    finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGKILL)
-
-
-def wait_until_ready(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    pytest.fail(f"no server: {log.read_text('utf-8', errors='replace')[-4000:]}")
+    with serving(pruned, "--max-model-len", "256") as found:
+        yield found
 
 
 def test_the_demo_model_comes_out_uneven(pruned: Path) -> None:

@@ -3,32 +3,24 @@
 V vocabulary, T tokens.
 """
 
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.e2e.test_plugin_mixtral import (
-    ENVIRONMENT,
-    ROOT,
-    Case,
-    assert_same,
-    expected,
-    make_original,
-    make_plan,
-    served,
-)
+from tests.e2e.test_plugin_mixtral import Case, expected, make_original, make_plan
+from tests.engine import assert_same, in_two_processes, served
 from tests.reference import LayerCut
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.convert import convert
 from vllm_moe_prune.cut.apply import cut
 from vllm_moe_prune.decide.plan import load_plan
 
-pytestmark = pytest.mark.vllm
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.usefixtures("engines_in_this_process"),
+]
 
 # Uniform, so that plain torch knows the pruned model; the last layer has no zeros.
 HALF = Case(
@@ -38,21 +30,6 @@ HALF = Case(
     },
     "block_sparse_moe.gate_up_down",
 )
-WORKER = """
-import torch
-from tests.e2e.test_plugin_mixtral import served
-if __name__ == "__main__":
-    torch.save(served("{model}", tensor_parallel_size=2, **{options}), "{out}")
-"""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _in_this_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +93,6 @@ def test_two_processes_share_the_experts(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out, script = tmp_path / "out.pt", tmp_path / "engine.py"
-    script.write_text(WORKER.format(model=packed, out=out, options=options))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    run = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    out = tmp_path / "out.pt"
+    in_two_processes(tmp_path, {out: packed}, options, monkeypatch)
     assert_same(torch.load(out), expected(dense))

@@ -4,10 +4,12 @@ Entry point ``vllm.general_plugins: moe_prune = vllm_moe_prune.plugin:register``
 calls ``register`` once in every process; nothing here imports vLLM or torch before
 that, and the model classes are named by string so that vLLM imports them when needed.
 
-    compat.py    supported vLLM versions, vLLM's quirks, every vLLM symbol we use
+    compat.py    supported vLLM versions, vLLM's quirks
+    symbols/     every symbol of vLLM's that we use
     served.py    from vLLM's configuration to checked layers; flags that are refused
     layers.py    what each decoder layer holds, from config.json and the remap table
-    routing.py   routing over router rows that are not experts
+    routing.py   routing over router rows that are not experts, or in uneven groups
+    absent.py    stands where a sublayer was dropped
     verify.py    is the checkpoint what its remap table says? (headers only)
     tally.py     the same question, asked of the weights as they are loaded
     models/      one file per family: vLLM's classes with other constructors
@@ -24,16 +26,25 @@ LOAD_FORMAT = "moe_prune"
 
 @cache  # vLLM may call a plugin more than once in a process
 def register() -> None:
-    """Tell vLLM about the pruned architectures and the pruning loader.
+    """Tell vLLM about architectures, configurations and the pruning loader.
 
     Raises:
         ServeError: The installed vLLM is too old.
     """
+    from .. import configs
     from ..archs import find_arch, supported
-    from .compat import allow_amx, check_version
+    from .compat import (
+        allow_amx,
+        allow_uneven_mla,
+        check_version,
+        mend_cpu_rotary,
+    )
 
     check_version()
     allow_amx()
+    allow_uneven_mla()
+    mend_cpu_rotary()
+    configs.register()
 
     from vllm import ModelRegistry
     from vllm.model_executor.layers.quantization import register_quantization_config
@@ -44,8 +55,12 @@ def register() -> None:
     from .sparse_moe import MoePruneConfig
 
     for model_type in supported():
-        name = find_arch(model_type, __name__).pruned_architecture
-        ModelRegistry.register_model(name, f"{__name__}.models.{model_type}:{name}")
+        arch = find_arch(model_type, __name__)
+        names = [arch.pruned_architecture]
+        if not arch.stock_vllm:
+            names.append(arch.stock_architecture)
+        for name in names:
+            ModelRegistry.register_model(name, f"{__name__}.models.{model_type}:{name}")
     # Unlike models, vLLM takes a loader as a class only, never as a string.
     register_model_loader(LOAD_FORMAT)(PruningLoader)
     register_quantization_config(METHOD)(MoePruneConfig)

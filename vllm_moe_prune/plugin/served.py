@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..archs.spec import MoeArch
+from ..archs.spec import MoeArch, RouterRule
+from ..checkpoint.config_values import router_rule
 from ..checkpoint.remap import CONFIG_BLOCK, FILE_NAME, ExpertRemap, parse_remap
 from ..errors import ServeError
 from . import LOAD_FORMAT
@@ -37,11 +38,26 @@ def read_layers(vllm_config: Any, arch: MoeArch) -> tuple[ServedLayer, ...]:
                 vllm_config.load_config.download_dir,
             )
         )
-    layers = served_layers(model_config.hf_config, remap, arch, model_config.model)
+    layers = served_layers(
+        model_config.hf_config,
+        remap,
+        arch,
+        rule_of(model_config, arch),
+        model_config.model,
+    )
     check_parallel(
         vllm_config.parallel_config, layers, local_ids=wants_local_ids(vllm_config)
     )
     return layers
+
+
+def rule_of(model_config: Any, arch: MoeArch) -> RouterRule:
+    """How routers decide, by the configuration that vLLM runs with.
+
+    Raises:
+        CheckpointError: Naming a key whose value no router could follow.
+    """
+    return router_rule(arch, model_config.hf_config.to_dict(), Path(model_config.model))
 
 
 def _in_memory_table(model_config: Any) -> ExpertRemap | None:

@@ -5,28 +5,39 @@ parameter: a checkpoint without expert 5 loads silently with whatever was in mem
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
-from ..archs.spec import MoeArch, Role
+from ..archs.spec import ROUTER_ROLES, MoeArch, Role
 from ..checkpoint.compressed import dense_name
 from ..errors import CheckpointError
 from .layers import ServedLayer
 
 Piece = tuple[int, int, Role]
-"""Layer, expert (-1 for the router), gate, up, down or router."""
+"""Layer, expert (-1 for the router and its bias), and what of it."""
 
 
 class WeightTally:
     """Demands every router and every expert matrix exactly once."""
 
     def __init__(
-        self, arch: MoeArch, layers: Sequence[ServedLayer], where: str
+        self,
+        arch: MoeArch,
+        layers: Sequence[ServedLayer],
+        where: str,
+        mtp_layers: int = 0,
     ) -> None:
-        """The layers say what to expect; ``where`` is named in every error."""
+        """The layers say what to expect; ``where`` is named in every error.
+
+        Layers behind the last one that predict further tokens are not counted: vLLM
+        skips their weights, which only a draft model loads.
+        """
         self._layers = layers
         self._where = where
+        self._mtp = range(len(layers), len(layers) + mtp_layers)
+        self._router_roles = tuple(rule.role for rule in arch.layouts[0].router_parts)
         self._patterns: list[tuple[re.Pattern[str], Role]] = list(
             dict.fromkeys(
                 (rule.pattern, rule.role)
@@ -62,7 +73,7 @@ class WeightTally:
     def _expected(self) -> Iterator[Piece]:
         for layer in self._layers:
             if layer.has_moe:
-                yield layer.index, -1, "router"
+                yield from ((layer.index, -1, role) for role in self._router_roles)
             for expert in range(layer.experts):
                 for role in ("gate", "up", "down"):
                     yield layer.index, expert, role
@@ -75,12 +86,14 @@ class WeightTally:
             return
         match, role = found
         index = int(match["layer"])
+        if index in self._mtp:
+            return
         if index >= len(self._layers) or not self._layers[index].has_moe:
             raise CheckpointError(
                 f"{self._where}: holds {name!r}, but layer {index} has no MoE sublayer."
             )
         layer = self._layers[index]
-        if role == "router":
+        if role in ROUTER_ROLES:
             self._check_size(name, "router rows", tensor.shape[0], layer.router_rows)
             yield index, -1, role
             return
@@ -111,8 +124,34 @@ class WeightTally:
             )
 
 
+def first_load_tally(
+    arch: MoeArch, layers: Sequence[ServedLayer], vllm_config: Any
+) -> WeightTally | None:
+    """The tally of a model's first load; None where no weights will be loaded."""
+    if vllm_config.load_config.load_format == "dummy":
+        return None
+    model_config, mtp_layers = vllm_config.model_config, 0
+    if arch.config.mtp_layers is not None:
+        mtp_layers = getattr(model_config.hf_config, arch.config.mtp_layers, None) or 0
+    return WeightTally(arch, layers, model_config.model, mtp_layers)
+
+
+def load_counted(
+    model: Any,
+    load: Callable[[Iterable[tuple[str, torch.Tensor]]], set[str]],
+    weights: Iterable[tuple[str, torch.Tensor]],
+) -> set[str]:
+    """Run a model's loader under its ``tally``; later loads may bring a part only."""
+    tally, model.tally = model.tally, None
+    if tally is None:
+        return load(weights)
+    loaded = load(tally.watch(weights))
+    tally.finish()
+    return loaded
+
+
 def _describe(piece: Piece) -> str:
     layer, expert, role = piece
-    if role == "router":
-        return f"layer {layer}: the router"
+    if expert < 0:
+        return f"layer {layer}: the {role.replace('_', ' ')}"
     return f"layer {layer}: expert {expert} ({role})"

@@ -37,11 +37,12 @@ from vllm.model_executor.models.utils import (
 )
 
 from ...archs.mixtral import ARCH
+from ..absent import Absent
 from ..compat import wants_local_ids
 from ..layers import ServedLayer
-from ..routing import route_rows, row_table
+from ..routing import RowTable, route_rows
 from ..served import read_layers
-from ..tally import WeightTally
+from ..tally import first_load_tally, load_counted
 
 # vLLM reads the Hub's per-expert names; these add the other spellings of the table.
 MAPPER = WeightsMapper(
@@ -57,7 +58,12 @@ class MoePruneMixtralMoE(MixtralMoE):
     """MixtralMoE with one layer's experts and, where needed, our routing."""
 
     def __init__(
-        self, layer: ServedLayer, vllm_config: VllmConfig, *, prefix: str
+        self,
+        layer: ServedLayer,
+        vllm_config: VllmConfig,
+        *,
+        prefix: str,
+        renormalise: bool = True,
     ) -> None:
         """Like ``MixtralMoE``; router rows need not be as many as experts."""
         nn.Module.__init__(self)
@@ -76,13 +82,14 @@ class MoePruneMixtralMoE(MixtralMoE):
             config.hidden_size, layer.router_rows, prefix=f"{prefix}.gate"
         )
         local = wants_local_ids(vllm_config) and self.ep_size > 1
-        routed = layer.redirect is not None or local
+        routed = local or not layer.rows_are_experts
+        self.rows = RowTable(layer) if routed else None
         self.experts = FusedMoEFactory(
             num_experts=layer.experts,
             top_k=layer.top_k,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
-            renormalize=True,
+            renormalize=renormalise,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.experts",
             custom_routing_function=self._route if routed else None,
@@ -90,13 +97,8 @@ class MoePruneMixtralMoE(MixtralMoE):
             num_redundant_experts=self.n_redundant_experts,
             ckpt_names=("w1", "w2", "w3"),
         )
-        if routed:
-            expert_map = self.experts.routed_experts.expert_map if local else None
-            expert_R, share_R = row_table(
-                layer, expert_map.tolist() if expert_map is not None else None
-            )
-            self.register_buffer("expert_R", expert_R, persistent=False)
-            self.register_buffer("share_R", share_R, persistent=False)
+        if self.rows is not None and local:
+            self.rows.localise(self.experts.routed_experts.expert_map.tolist())
 
     def _route(
         self,
@@ -106,13 +108,8 @@ class MoePruneMixtralMoE(MixtralMoE):
         renormalize: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # The signature is vLLM's for a custom_routing_function.
-        return route_rows(
-            gating_output,
-            self.expert_R,
-            self.share_R,
-            top_k=topk,
-            renormalise=renormalize,
-        )
+        assert self.rows is not None
+        return route_rows(gating_output, self.rows, top_k=topk, renormalise=renormalize)
 
 
 class MoePruneMixtralDecoderLayer(MixtralDecoderLayer):
@@ -125,49 +122,33 @@ class MoePruneMixtralDecoderLayer(MixtralDecoderLayer):
         nn.Module.__init__(self)
         config = vllm_config.model_config.hf_config
         self.hidden_size = config.hidden_size
-        self.has_moe = layer.has_moe
-        self.norm_only = layer.norm_only
-        self.self_attn = MixtralAttention(
-            config=config,
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            max_position=config.max_position_embeddings,
-            num_kv_heads=config.num_key_value_heads,
-            cache_config=vllm_config.cache_config,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.self_attn",
-        )
+        self.self_attn = attention(vllm_config, prefix=f"{prefix}.self_attn")
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.block_sparse_moe: nn.Module
+        self.block_sparse_moe: nn.Module = Absent()
+        self.post_attention_layernorm: nn.Module = Absent()
         if layer.has_moe:
             self.block_sparse_moe = MoePruneMixtralMoE(
                 layer, vllm_config, prefix=f"{prefix}.block_sparse_moe"
             )
-        elif layer.norm_only:
-            self.block_sparse_moe = nn.Identity()
         if layer.has_moe or layer.norm_only:
             self.post_attention_layernorm = RMSNorm(
                 config.hidden_size, eps=config.rms_norm_eps
             )
 
-    def forward(
-        self,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Without MoE, the next norm adds the attention's output to the residual."""
-        if self.has_moe or self.norm_only:
-            output: tuple[torch.Tensor, torch.Tensor] = super().forward(
-                positions, hidden_states, residual
-            )
-            return output
-        if residual is None:
-            residual = hidden_states
-            hidden_states = self.input_layernorm(hidden_states)
-        else:
-            hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        return self.self_attn(positions, hidden_states), residual
+
+def attention(vllm_config: VllmConfig, *, prefix: str) -> MixtralAttention:
+    """vLLM's Mixtral attention, built from the configuration alone."""
+    config = vllm_config.model_config.hf_config
+    return MixtralAttention(
+        config=config,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        max_position=config.max_position_embeddings,
+        num_kv_heads=config.num_key_value_heads,
+        cache_config=vllm_config.cache_config,
+        quant_config=vllm_config.quant_config,
+        prefix=prefix,
+    )
 
 
 @support_torch_compile
@@ -175,6 +156,7 @@ class MoePruneMixtralModel(MixtralModel):
     """MixtralModel that builds each decoder layer from its own description."""
 
     hf_to_vllm_mapper = MAPPER | MixtralModel.hf_to_vllm_mapper
+    layer_class: type[nn.Module] = MoePruneMixtralDecoderLayer
 
     def __init__(
         self,
@@ -197,9 +179,9 @@ class MoePruneMixtralModel(MixtralModel):
         self.enable_eplb = parallel_config.enable_eplb
         self.num_redundant_experts = parallel_config.eplb_config.num_redundant_experts
 
-        def build(prefix: str) -> MoePruneMixtralDecoderLayer:
+        def build(prefix: str) -> nn.Module:
             layer = layers[extract_layer_index(prefix)]
-            return MoePruneMixtralDecoderLayer(layer, vllm_config, prefix=prefix)
+            return self.layer_class(layer, vllm_config, prefix=prefix)
 
         self.start_layer, self.end_layer, self.layers = make_layers(
             len(layers), build, prefix=f"{prefix}.layers"
@@ -214,15 +196,17 @@ class MoePruneMixtralForCausalLM(MixtralForCausalLM):
     """MixtralForCausalLM for checkpoints pruned by this package."""
 
     hf_to_vllm_mapper = MoePruneMixtralModel.hf_to_vllm_mapper
+    arch = ARCH
+    model_class = MoePruneMixtralModel
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         """Like ``MixtralForCausalLM``, after the checkpoint has been verified."""
         nn.Module.__init__(self)
         config = vllm_config.model_config.hf_config
-        layers = read_layers(vllm_config, ARCH)
+        layers = self.read_layers(vllm_config)
         self.config = config
         self.quant_config = vllm_config.quant_config
-        self.model = MoePruneMixtralModel(
+        self.model = self.model_class(
             vllm_config=vllm_config,
             layers=layers,
             prefix=maybe_prefix(prefix, "model"),
@@ -240,10 +224,11 @@ class MoePruneMixtralForCausalLM(MixtralForCausalLM):
             self.model.make_empty_intermediate_tensors
         )
         self._describe_experts(layers, vllm_config)
-        # Counts the first load only: later ones may bring some of the weights.
-        self.tally: WeightTally | None = None
-        if vllm_config.load_config.load_format != "dummy":
-            self.tally = WeightTally(ARCH, layers, vllm_config.model_config.model)
+        self.tally = first_load_tally(self.arch, layers, vllm_config)
+
+    def read_layers(self, vllm_config: VllmConfig) -> tuple[ServedLayer, ...]:
+        """The layers to build, of a checkpoint that was verified."""
+        return read_layers(vllm_config, self.arch)
 
     def _describe_experts(
         self, layers: Sequence[ServedLayer], vllm_config: VllmConfig
@@ -253,7 +238,8 @@ class MoePruneMixtralForCausalLM(MixtralForCausalLM):
         self.moe_layers: list[Any] = [
             layer.block_sparse_moe.experts
             for layer in self.model.layers
-            if not isinstance(layer, PPMissingLayer) and layer.has_moe
+            if not isinstance(layer, PPMissingLayer)
+            and isinstance(layer.block_sparse_moe, MixtralMoE)
         ]
         self.num_moe_layers = len(self.moe_layers)
         experts = max(layer.experts for layer in layers)
@@ -269,10 +255,4 @@ class MoePruneMixtralForCausalLM(MixtralForCausalLM):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load; the first time, demand every expert exactly once."""
-        tally, self.tally = self.tally, None
-        if tally is not None:
-            weights = tally.watch(weights)
-        loaded: set[str] = super().load_weights(weights)
-        if tally is not None:
-            tally.finish()
-        return loaded
+        return load_counted(self, super().load_weights, weights)

@@ -1,0 +1,130 @@
+"""Plans for tiny Arctics and DeepSeeks, and what pruned ones should say.
+
+E experts, V vocabulary, T tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.engine import TOKENS, VOCAB
+from tests.reference import DROP_BLOCK, DROP_MOE, Cuts, Ids, LayerCut, write_plan
+from tests.reference_families import FamilyReference, Removed
+from tests.tiny import tiny_checkpoint
+from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.cut.apply import cut
+from vllm_moe_prune.decide.plan import load_plan
+
+# The other CPU kernels for latent attention are for bfloat16 only.
+MLA = {"attention_backend": "CPU_MLA"}
+ENGINE = {"arctic": {}, "deepseek": {}, "deepseek_v2": MLA, "deepseek_v3": MLA}
+STOCK = "DeepseekV3ForCausalLM"
+OURS = {
+    "arctic": "MoePruneArcticForCausalLM",
+    "deepseek": "MoePruneDeepseekForCausalLM",
+    "deepseek_v2": "MoePruneDeepseekV2ForCausalLM",
+    "deepseek_v3": "MoePruneDeepseekV3ForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's checkpoint, and a plan for it."""
+
+    family: str
+    cuts: Cuts = field(default_factory=dict)
+    routing: str = "drop"
+    architecture: str | None = None
+    """What the output must be called; None: our class."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    layout: str | None = None
+    """How weights are spelt; None: as on the Hub."""
+
+
+def keep(*ids: int) -> LayerCut:
+    """Drop the other experts."""
+    return LayerCut(keep=ids)
+
+
+def clusters(keep: Ids, *members: Ids) -> LayerCut:
+    """Let survivors serve their clusters."""
+    return LayerCut(keep=keep, clusters=members)
+
+
+# Tiny Arctic and DeepSeek-MoE have 8 experts, top-2; V2 and V3 16 in 4 groups, top-4 of
+# the 2 best groups. Layer 0 of a DeepSeek is dense.
+EIGHT = clusters((7, 0, 3), (4, 7), (0, 1, 2, 5), (3, 6))
+EQUAL = keep(0, 1, 3, 4, 5, 6, 9, 10, 11, 12, 13, 14)
+UNEVEN = keep(0, 1, 2, 3, 4, 7, 8, 9, 10, 13, 14)
+UNSORTED = keep(13, 0, 8, 5, 1, 9, 4, 12)
+CASES = {
+    "arctic-original": Case("arctic", architecture="ArcticForCausalLM"),
+    "arctic-everything": Case(
+        "arctic", {0: DROP_MOE, 1: EIGHT, 2: DROP_BLOCK}, "redirect"
+    ),
+    "v2-uneven-groups": Case("deepseek_v2", {1: EQUAL, 2: UNEVEN, 3: UNSORTED}),
+    "v3-original": Case("deepseek_v3", architecture=STOCK),
+    "v3-equal-groups": Case(
+        "deepseek_v3", {1: EQUAL, 2: EQUAL, 3: EQUAL}, architecture=STOCK
+    ),
+}
+
+
+def make_original(folder: Path, case: Case) -> Path:
+    # Stock vLLM takes one epsilon for all norms, transformers 1e-6 for the latent ones.
+    options = {"dtype": "float32", "rms_norm_eps": 1e-6, "vocab": VOCAB}
+    return tiny_checkpoint(
+        folder,
+        model_type=case.family,
+        layout=case.layout,
+        tokenizer=False,
+        **(options | dict(case.config)),
+    )
+
+
+def make_plan(original: Path, case: Case) -> Path:
+    path, source = original.with_name("plan.json"), open_checkpoint(original)
+    return write_plan(path, source, case.cuts, routing=case.routing)
+
+
+def make_pruned(folder: Path, case: Case) -> tuple[Path, Tensor]:
+    """A pruned checkpoint, and what it should say [T, V]."""
+    original = make_original(folder / "original", case)
+    expected_TV = expected(folder / "reference", case)
+    if not case.cuts:
+        return original, expected_TV
+    pruned = folder / "pruned"
+    cut(open_checkpoint(original), load_plan(make_plan(original, case)), pruned)
+    return pruned, expected_TV
+
+
+def expected(folder: Path, case: Case) -> Tensor:
+    """Log-probabilities [T, V] of the masked original, in float64."""
+    original = make_original(folder, replace(case, layout=None))
+    actions = {layer: cut.action for layer, cut in case.cuts.items()}
+    kept = {
+        layer: cut.keep
+        for layer, cut in case.cuts.items()
+        if cut.keep is not None and cut.clusters is None
+    }
+    served_by = {
+        layer: {
+            member: survivor
+            for survivor, members in zip(cut.keep, cut.clusters, strict=True)
+            for member in members
+        }
+        for layer, cut in case.cuts.items()
+        if cut.keep is not None and cut.clusters is not None
+    }
+    removed = Removed(
+        keep=kept,
+        moe=tuple(layer for layer, each in actions.items() if each == "drop-moe"),
+        blocks=tuple(layer for layer, each in actions.items() if each == "drop-block"),
+        redirect=served_by,
+    )
+    reference = FamilyReference(original, removed)
+    return reference.logits(torch.tensor([TOKENS]))[0].log_softmax(dim=-1)

@@ -1,0 +1,20 @@
+"""Configuration classes of families that transformers does not know.
+
+``register`` makes ``AutoConfig`` read their config.json without running any code from
+the checkpoint; vLLM reads every config.json through ``AutoConfig``.
+"""
+
+from functools import cache
+
+
+@cache
+def register() -> None:
+    """Tell transformers about Arctic and the first DeepSeek."""
+    from transformers import AutoConfig
+
+    from .arctic import ArcticConfig
+    from .deepseek import DeepseekConfig
+
+    for config_class in (ArcticConfig, DeepseekConfig):
+        # exist_ok: a later transformers may bring the family itself.
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

@@ -1,0 +1,12 @@
+"""Every symbol of vLLM's that the plugin uses.
+
+Checked against the installed vLLM, and any other whose sources are at hand, by
+``tests/contract/test_vllm_symbols.py``, which reads sources and imports nothing.
+"""
+
+from . import models, quantization
+from .symbol import Symbol
+
+__all__ = ["SYMBOLS", "Symbol"]
+
+SYMBOLS = models.SYMBOLS + quantization.SYMBOLS
