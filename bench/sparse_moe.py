@@ -17,10 +17,11 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ SMALL = Shape(1024, 3584, 4, 2)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 ZEROS = ("0.4", "0.5", "0.6", "0.65", "2:4")
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+Row = dict[str, Any]
 
 
 def main() -> None:
@@ -76,15 +78,20 @@ def main() -> None:
         experts = min(options.experts or shape.experts, shape.experts)
         for zeros in options.zeros:
             layer = Shape(shape.hidden, shape.width, experts, shape.top_k)
-            rows = measure(layer, zeros, options.tokens, options.seconds)
-            show(name, layer, zeros, rows)
-            found.append({"shape": name, **vars(layer), "zeros": zeros, "rows": rows})
-    if options.json:
-        earlier = []
-        if options.json.is_file():
-            earlier = json.loads(options.json.read_text())["layers"]
-        data = {"machine": machine, "layers": earlier + found}
-        options.json.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
+            print(f"\n{name}: {layer}, zeros {zeros}")
+            rows: list[Row] = []
+            about = {"shape": name, **vars(layer), "zeros": zeros, "machine": machine}
+            found.append({**about, "rows": rows})
+            for row in measure(layer, zeros, options.tokens, options.seconds):
+                rows.append(row)
+                show(row, header=len(rows) == 1)
+                if options.json:
+                    save(options.json, found)
+
+
+def save(path: Path, found: list[dict[str, object]]) -> None:
+    """What has been measured so far; a run may be cut short."""
+    path.write_text(json.dumps({"layers": found}, indent=1) + "\n", "utf-8")
 
 
 def describe_machine(threads: int) -> dict[str, object]:
@@ -115,7 +122,8 @@ def matrix(rows: int, cols: int, zeros: str) -> Tensor:
         order = torch.rand(rows, cols // 4, 4).argsort(dim=-1).view(rows, cols)
         made[order >= 2] = 0
     else:
-        made[torch.rand(rows, cols) < float(zeros)] = 0
+        drawn = torch.randint(0, 256, (rows, cols), dtype=torch.uint8)
+        made[drawn < round(256 * float(zeros))] = 0
     return made.view(torch.bfloat16)
 
 
@@ -172,7 +180,7 @@ def zentorch() -> Callable[..., Tensor] | None:
 
 def measure(
     shape: Shape, zeros: str, tokens: list[int], seconds: float
-) -> list[dict[str, object]]:
+) -> Iterator[Row]:
     """One row per number of tokens; the ways take turns, medians are compared."""
     w13, w2, ways = build(shape, zeros)
     ours = "compressed"
@@ -181,7 +189,6 @@ def measure(
     )
     stored = w13.nbytes + w2.nbytes
     dense = shape.experts * 3 * shape.hidden * shape.width * 2
-    rows = []
     for count in tokens:
         x = torch.randn(count, shape.hidden).bfloat16()
         weights = torch.rand(count, shape.top_k)
@@ -198,34 +205,25 @@ def measure(
         taken = {name: statistics.median(found[1:]) for name, found in times.items()}
         fastest = min(value for name, value in taken.items() if name != ours)
         share = statistics.mean(experts) / shape.experts
-        rows.append(
-            {
-                "tokens": count,
-                "ms": {name: round(1e3 * value, 3) for name, value in taken.items()},
-                "against_fastest": round(fastest / taken[ours], 2),
-                "rounds": len(experts) - 1,
-                "gb_s": round(share * stored / taken[ours] / 1e9, 1),
-                "bytes_ratio": round(dense / stored, 2),
-            }
-        )
-    return rows
+        yield {
+            "tokens": count,
+            "ms": {name: round(1e3 * value, 3) for name, value in taken.items()},
+            "against_fastest": round(fastest / taken[ours], 2),
+            "rounds": len(experts) - 1,
+            "gb_s": round(share * stored / taken[ours] / 1e9, 1),
+            "bytes_ratio": round(dense / stored, 2),
+        }
 
 
-def show(name: str, shape: Shape, zeros: str, rows: list[dict[str, object]]) -> None:
-    """One table."""
-    print(f"\n{name}: {shape}, zeros {zeros}, {rows[0]['bytes_ratio']}x fewer bytes")
-    first = rows[0]["ms"]
-    assert isinstance(first, dict)
-    names = list(first)
-    print(
-        "tokens " + "".join(f"{item + ' ms':>16}" for item in names) + "   ratio  GB/s"
-    )
-    for row in rows:
-        taken = row["ms"]
-        assert isinstance(taken, dict)
-        cells = "".join(f"{taken[item]:16.2f}" for item in names)
-        ratio, rate = row["against_fastest"], row["gb_s"]
-        print(f"{row['tokens']:6} {cells} {ratio:7}x {rate:5}", flush=True)
+def show(row: Row, header: bool) -> None:
+    """One line of a table."""
+    if header:
+        names = "".join(f"{name + ' ms':>16}" for name in row["ms"])
+        print(f"{row['bytes_ratio']} times fewer bytes")
+        print(f"tokens {names}   ratio  GB/s")
+    cells = "".join(f"{value:16.2f}" for value in row["ms"].values())
+    ratio, rate = row["against_fastest"], row["gb_s"]
+    print(f"{row['tokens']:6} {cells} {ratio:7}x {rate:5}", flush=True)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,27 @@ def test_equal_groups_are_what_transformers_computes(
     assert loss(out, ids_ST) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_uneven_groups_are_refused_by_who_knows_none(
+    family: str, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.heterogeneity import (
+        AmbiguousGlobalPerLayerAttributeError,
+    )
+
+    folder = tiny(tmp_path / "in", family, layers=2, first_k_dense_replace=0)
+    keep = (0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13)
+    out = pruned(folder, {0: LayerCut(keep=keep), 1: LayerCut(keep=keep)})
+    # Every layer has 12 experts, which 4 groups would divide.
+    assert read_json(out / "config.json")["per_layer_config"] == {
+        "0": {"n_group": None},
+        "1": {"n_group": None},
+    }
+    with pytest.raises(AmbiguousGlobalPerLayerAttributeError, match="n_group"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
 def test_uneven_groups_are_in_the_table_and_named(tmp_path: Path) -> None:
     folder = tiny(tmp_path / "in", "deepseek_v3", layers=2)
     # As many from every group would be 12 experts as well.

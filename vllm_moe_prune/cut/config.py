@@ -87,7 +87,8 @@ def _overrides(
         told = earlier.get(str(old), {})
         rewritten = {*checkpoint.arch.pattern.keys}
         if entry.moe or entry.moe_dropped:
-            rewritten |= {keys.experts, keys.top_k}
+            groups = checkpoint.arch.router.groups.name
+            rewritten |= {keys.experts, keys.top_k, groups or ""}
         layer = {key: told[key] for key in told if key not in rewritten}
         layer |= patterns.get(new, {})
         if entry.moe_dropped:
@@ -103,13 +104,17 @@ def _overrides(
 
 def _counts(
     checkpoint: Checkpoint, old: int, entry: RemapLayer, config: dict[str, Any]
-) -> dict[str, int]:
-    """A layer's numbers of experts where they are not the global ones."""
+) -> dict[str, int | None]:
+    """A layer's numbers of experts and groups where they are not the global ones."""
     keys = checkpoint.arch.config
-    found = {
+    found: dict[str, int | None] = {
         keys.experts: len(entry.kept),
         keys.top_k: min(checkpoint.layers[old].top_k, len(entry.router_rows)),
     }
+    groups = checkpoint.arch.router.groups.name
+    if groups is not None and not _equal_groups(entry, checkpoint.rule.groups):
+        # No number says which groups they are; readers of the global one fail.
+        found[groups] = None
     return {key: value for key, value in found.items() if value != config[key]}
 
 

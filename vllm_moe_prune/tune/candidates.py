@@ -50,6 +50,7 @@ def _structures(
         for chosen in choosers:
             yield _by_experts(share, chosen, zeros)
     chosen = (tune.experts[0], tune.budgets[0])
+    layers = [layer for layer in layers if not layer.mtp]
     moe = sum(layer.has_moe for layer in layers)
     for key, what, most in (
         ("moe_count", "MoE sublayers", moe),

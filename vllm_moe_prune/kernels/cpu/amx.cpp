@@ -138,7 +138,10 @@ bool amx_allowed() {
   return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
+thread_local TileConfig others;  // what whoever used the tiles before had configured
+
 void amx_begin() {
+  __asm__ __volatile__("sttilecfg %0" : "=m"(others));
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {
     config.rows[tile] = 16;
@@ -148,6 +151,6 @@ void amx_begin() {
   __asm__ __volatile__("ldtilecfg %0" ::"m"(config));
 }
 
-void amx_end() { _tile_release(); }
+void amx_end() { __asm__ __volatile__("ldtilecfg %0" ::"m"(others)); }
 
 }  // namespace moe_prune

@@ -58,7 +58,7 @@ void pair_expand(const Stream[2], const void*, int64_t, int64_t, int64_t, float*
 void pair_amx(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
 bool amx_allowed();  // asks Linux for the tiles; once is enough for a process
 void amx_begin();    // in every thread, before pair_amx
-void amx_end();      // in every thread, after it
+void amx_end();      // in every thread, after it: the tiles are configured as before
 #endif
 
 }  // namespace moe_prune
