@@ -6,7 +6,7 @@ FAMILY ?= mixtral
 ARGS ?=
 WORKERS ?= 2
 PY := .venv/bin/python
-PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup
+PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test fast lint clean

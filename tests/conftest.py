@@ -9,12 +9,14 @@ from hypothesis import settings
 
 VLLM_TIMEOUT_S = 600
 
-# The models are tiny: more threads only wait for each other, and two workers share the
-# cores. Set before torch is imported; child processes inherit it.
+# The models are tiny: more threads only wait for each other, and each worker has a
+# core of its own. Set before torch is imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if hasattr(os, "sched_getaffinity"):
-    core = min(os.sched_getaffinity(0))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
+    cores = sorted(os.sched_getaffinity(0))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    # Not a default: workers inherit what this set in the process that starts them.
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cores[worker % len(cores)])
 
 # Examples are the same on every run, and a busy machine is not a failure.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -47,7 +49,6 @@ def engines_in_this_process() -> Iterator[None]:
         yield
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = pytest.mark.skip(reason="vLLM is not installed")
     has_vllm = importlib.util.find_spec("vllm") is not None
@@ -57,8 +58,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(missing)
             if not item.get_closest_marker("timeout"):
                 item.add_marker(pytest.mark.timeout(VLLM_TIMEOUT_S))
-            # One engine at a time, beside the other worker's tests (make test).
-            item.add_marker(pytest.mark.xdist_group("vllm"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
