@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -9,18 +10,22 @@ import pytest
 import torch
 
 from tests.reference_families import FamilyReference
+from vllm_moe_prune import configs
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
-def arctic() -> ModuleType:
+def arctic() -> Iterator[ModuleType]:
     sys.path.insert(0, str(EXAMPLES))
     try:
-        return importlib.import_module("arctic_model")
+        yield importlib.import_module("arctic_model")
     finally:
         sys.path.remove(str(EXAMPLES))
+        # It took the name in transformers; other tests want the package's class.
+        configs.register.cache_clear()
+        configs.register()
 
 
 def test_it_is_saved_as_published_and_computes_the_same(

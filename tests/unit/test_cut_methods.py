@@ -185,20 +185,3 @@ def test_unserved_experts_keep_their_router_rows_and_lose_their_tokens(
     assert output.layers[0].redirect == (0, None, 1, 2)
     before = read_router(checkpoint, checkpoint.layers[0])
     assert torch.equal(read_router(output, output.layers[0]), before)
-
-
-def test_what_can_be_planned_but_not_cut_is_refused(
-    checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    from vllm_moe_prune.errors import PlanError
-
-    plan = plan_for(
-        checkpoint,
-        everyone_at(0.5),
-        slim="magnitude",
-        slim_parts=("experts", "attention"),
-    )
-    with pytest.raises(PlanError, match="can be planned but not cut"):
-        cut(checkpoint, plan, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()

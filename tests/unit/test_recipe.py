@@ -110,6 +110,7 @@ def test_every_flag_reaches_the_recipe(flag: str) -> None:
         "samples": 5,
         "sequence_length": 77,
         "seed": 9,
+        "heldout": 6,
     }
     found: Any = with_overrides(Recipe(), {flag: values[flag]})
     for attribute in FLAGS[flag]:
