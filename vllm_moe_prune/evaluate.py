@@ -37,8 +37,12 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """e to the mean negative log-likelihood; infinite beyond what a float holds."""
-        mean = self.nll_sum / self.tokens
-        return math.exp(mean) if mean < MAX_EXPONENT else math.inf
+        return perplexity_of(self.nll_sum / self.tokens)
+
+
+def perplexity_of(mean_nll: float) -> float:
+    """e to a mean loss in nats; infinite beyond what a float holds."""
+    return math.exp(mean_nll) if mean_nll < MAX_EXPONENT else math.inf
 
 
 def perplexity(

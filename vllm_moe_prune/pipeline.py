@@ -180,8 +180,9 @@ def _run_best(
         save_plan(tune(checkpoint, recipe, options, work=work).best.plan, found)
     decided = load_plan(found)
     result = cut(checkpoint, decided, out, options, where=recipe.name)
-    for path in (found, work):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    found.unlink()
+    if work.is_dir():
+        shutil.rmtree(work)
     verified = verify(out, checkpoint, options.report)
     write_run_record(out, time.monotonic() - began, resumed=options.resume)
     return decided, result, verified

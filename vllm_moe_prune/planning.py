@@ -43,7 +43,7 @@ def plan(
             forward_passes=stats.forward_passes, calibration=calibration
         )
         decided = decided.model_copy(update={"measurement": measurement})
-    return with_prediction(checkpoint, decided, max_shard_bytes)
+    return with_prediction(checkpoint, decided, max_shard_bytes, facts)
 
 
 def plan_sweep(

@@ -80,12 +80,13 @@ def show_tuned(
     checkpoint: Checkpoint, tuned: "Tuned", path: Path, as_json: bool
 ) -> None:
     """What ``tune`` found: the front, the best, and what could not be."""
-    from .tune.front import front, perplexity
+    from .evaluate import perplexity_of
+    from .tune.front import front
 
     data = {
         "plan": str(path),
         "best": tuned.best.name,
-        "intact_perplexity": perplexity(tuned.intact.loss),
+        "intact_perplexity": perplexity_of(tuned.intact.loss.mean),
         "tokens": tuned.intact.loss.tokens,
         "candidates": [
             {
@@ -108,7 +109,7 @@ def show_tuned(
     rows = [
         (
             one.name,
-            f"{perplexity(one.loss):.3f}",
+            f"{perplexity_of(one.loss.mean):.3f}",
             f"{one.file_bytes:,}",
             "front" if one.name in on_front else "",
         )

@@ -5,18 +5,6 @@ from .spec import TensorRule as R
 
 LAYER = "model.layers.{layer}."
 MLP = LAYER + "mlp."
-PATTERN = MoePattern(
-    first=Key("first_k_dense_replace", 0), frequency=Key("moe_layer_freq", 1)
-)
-CONFIG = ConfigKeys(
-    experts="n_routed_experts",
-    top_k="num_experts_per_tok",
-    width="moe_intermediate_size",
-)
-MOE_MEMBERS = ("mlp.", "post_attention_layernorm.")
-DENSE = GatedMlp("mlp.")
-SHARED = GatedMlp("mlp.shared_experts.")
-SHARED_COUNT = Key("n_shared_experts", 0)
 
 
 def layouts(*router: R) -> tuple[Layout, ...]:
@@ -50,19 +38,25 @@ ARCH = MoeArch(
     model_type="deepseek",
     stock_architecture="DeepseekForCausalLM",
     pruned_architecture="MoePruneDeepseekForCausalLM",
-    config=CONFIG,
+    config=ConfigKeys(
+        experts="n_routed_experts",
+        top_k="num_experts_per_tok",
+        width="moe_intermediate_size",
+    ),
     layouts=layouts(ROUTER),
     layer_prefix=LAYER,
-    moe_members=MOE_MEMBERS,
+    moe_members=("mlp.", "post_attention_layernorm."),
     skip_name="mlp",
     router=RouterKeys(
         scores=Key("scoring_func", "softmax"),
         renormalise=Key("norm_topk_prob", False),
     ),
-    pattern=PATTERN,
-    dense_mlp=DENSE,
-    shared=SHARED,
-    shared_count=SHARED_COUNT,
+    pattern=MoePattern(
+        first=Key("first_k_dense_replace", 0), frequency=Key("moe_layer_freq", 1)
+    ),
+    dense_mlp=GatedMlp("mlp."),
+    shared=GatedMlp("mlp.shared_experts."),
+    shared_count=Key("n_shared_experts", 0),
     hf_config="transformers.models.llama.configuration_llama:LlamaConfig",
     hf_layer="transformers.models.llama.modeling_llama:LlamaDecoderLayer",
     hf_rotary="transformers.models.llama.modeling_llama:LlamaRotaryEmbedding",

@@ -1,29 +1,17 @@
 """DeepSeek-V2 and V2-Lite: MLA; groups of experts, of which the best are chosen."""
 
-from .deepseek import (
-    CONFIG,
-    DENSE,
-    LAYER,
-    MOE_MEMBERS,
-    PATTERN,
-    ROUTER,
-    SHARED,
-    SHARED_COUNT,
-)
-from .deepseek import layouts as deepseek_layouts
-from .spec import Key, MoeArch, RouterKeys
+from dataclasses import replace
+
+from .deepseek import ARCH as DEEPSEEK
+from .spec import Key, RouterKeys
 
 HF = "transformers.models.deepseek_v2."
 
-ARCH = MoeArch(
+ARCH = replace(
+    DEEPSEEK,
     model_type="deepseek_v2",
     stock_architecture="DeepseekV2ForCausalLM",
     pruned_architecture="MoePruneDeepseekV2ForCausalLM",
-    config=CONFIG,
-    layouts=deepseek_layouts(ROUTER),
-    layer_prefix=LAYER,
-    moe_members=MOE_MEMBERS,
-    skip_name="mlp",
     router=RouterKeys(
         scores=Key("scoring_func", "softmax"),
         renormalise=Key("norm_topk_prob", False),
@@ -35,10 +23,6 @@ ARCH = MoeArch(
         ungrouped=("greedy",),
         fp32=True,
     ),
-    pattern=PATTERN,
-    dense_mlp=DENSE,
-    shared=SHARED,
-    shared_count=SHARED_COUNT,
     hf_config=f"{HF}configuration_deepseek_v2:DeepseekV2Config",
     hf_layer=f"{HF}modeling_deepseek_v2:DeepseekV2DecoderLayer",
     hf_rotary=f"{HF}modeling_deepseek_v2:DeepseekV2RotaryEmbedding",

@@ -2,33 +2,21 @@
 
 from dataclasses import replace
 
-from .deepseek import (
-    CONFIG,
-    DENSE,
-    LAYER,
-    MLP,
-    MOE_MEMBERS,
-    PATTERN,
-    ROUTER,
-    SHARED,
-    SHARED_COUNT,
-)
-from .deepseek import layouts as deepseek_layouts
-from .spec import Key, MoeArch, RouterKeys
+from .deepseek import ARCH as DEEPSEEK
+from .deepseek import MLP, ROUTER, layouts
+from .spec import Key, RouterKeys
 from .spec import TensorRule as R
 
 BIAS = R(MLP + "gate.e_score_correction_bias", "E", "router_bias")
 HF = "transformers.models.deepseek_v3."
 
-ARCH = MoeArch(
+ARCH = replace(
+    DEEPSEEK,
     model_type="deepseek_v3",
     stock_architecture="DeepseekV3ForCausalLM",
     pruned_architecture="MoePruneDeepseekV3ForCausalLM",
-    config=replace(CONFIG, mtp_layers="num_nextn_predict_layers"),
-    layouts=deepseek_layouts(ROUTER, BIAS),
-    layer_prefix=LAYER,
-    moe_members=MOE_MEMBERS,
-    skip_name="mlp",
+    config=replace(DEEPSEEK.config, mtp_layers="num_nextn_predict_layers"),
+    layouts=layouts(ROUTER, BIAS),
     router=RouterKeys(
         scores=Key("scoring_func", "sigmoid"),
         renormalise=Key("norm_topk_prob", True),
@@ -40,10 +28,7 @@ ARCH = MoeArch(
         group_best=2,
         fp32=True,
     ),
-    pattern=replace(PATTERN, first=Key("first_k_dense_replace", 3)),
-    dense_mlp=DENSE,
-    shared=SHARED,
-    shared_count=SHARED_COUNT,
+    pattern=replace(DEEPSEEK.pattern, first=Key("first_k_dense_replace", 3)),
     hf_config=f"{HF}configuration_deepseek_v3:DeepseekV3Config",
     hf_layer=f"{HF}modeling_deepseek_v3:DeepseekV3DecoderLayer",
     hf_rotary=f"{HF}modeling_deepseek_v3:DeepseekV3RotaryEmbedding",

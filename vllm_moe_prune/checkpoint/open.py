@@ -121,9 +121,17 @@ class Checkpoint:
             for expert in (range(layer.num_experts) if rule.per_expert else (None,))
         ]
 
-    def layer_names(self, index: int) -> list[str]:
-        """Names of every tensor of a decoder layer, in file order."""
-        return [name for name in self.tensors if self.arch.layer_of(name) == index]
+    def layer_names(self, index: int | None) -> list[str]:
+        """Names of every tensor of a layer (None: of no layer), in file order."""
+        return self._names_by_layer.get(index, [])
+
+    @cached_property
+    def _names_by_layer(self) -> dict[int | None, list[str]]:
+        """Sorted out once: a model has tens of thousands of names."""
+        found: dict[int | None, list[str]] = {}
+        for name in self.tensors:
+            found.setdefault(self.arch.layer_of(name), []).append(name)
+        return found
 
 
 def build_checkpoint(

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..checkpoint.block_fp8 import DTYPE as FP8
 from ..checkpoint.index import TensorInfo, read_bytes
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.reader import read_row, read_tensor
@@ -42,6 +43,19 @@ def group_mean(checkpoint: Checkpoint, group: Group) -> torch.Tensor:
     """The mean of a group's pieces; a single piece unchanged."""
     tensors = [_read_piece(checkpoint, piece) for piece in group]
     return mean_of(tensors, [piece.weight for piece in group])
+
+
+def stored_view(info: TensorInfo, slimmed: torch.Tensor) -> memoryview:
+    """The bytes of a slimmed tensor as the checkpoint stores it.
+
+    FP8 values are the stored ones, zero where the slimmed ones are; their scales stay.
+    """
+    slimmed = slimmed.cpu()
+    if info.dtype != FP8:
+        return tensor_view(slimmed)
+    stored = read_tensor(info)
+    stored.view(torch.uint8).masked_fill_(slimmed == 0, 0)
+    return tensor_view(stored)
 
 
 def tensor_view(tensor: torch.Tensor) -> memoryview:

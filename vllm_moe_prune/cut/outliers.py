@@ -16,7 +16,7 @@ from ..checkpoint.open import Layer
 from ..decide.plan import CutPlan, trimming
 from ..progress import Progress, Report, ignore
 from ..slim.owl import outliers, score_sum
-from .slim_expert import input_squares
+from .slim_expert import input_sums
 from .slim_layer import trimmed_routing
 from .trimmed import survivor, trimmed_layer
 
@@ -82,7 +82,7 @@ def _through(
     for new in range(trimmed.num_experts):
         expert = place(survivor(checkpoint, layer, layer_plan, new), x_ND)
         served = expert_tokens(routing, new, trimmed.redirect)
-        squares.append(input_squares(expert, plan, x_ND, *served, model.act))
+        squares.append(input_sums(expert, plan, x_ND, *served, model.act))
         for matrix, sums in zip(expert, squares[-1], strict=True):
             scores += score_sum(matrix, sums)
             weights += matrix.numel()

@@ -98,11 +98,6 @@ class LossJournal:
                 # A line of its own, even behind one that was cut short.
                 file.write(("\n" if file.tell() else "") + line)
 
-    def clear(self) -> None:
-        """Delete the file: the search is done."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-
 
 @torch.no_grad()
 def planned_losses(

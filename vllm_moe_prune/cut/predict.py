@@ -10,11 +10,6 @@ from .slice import output_tensors
 
 def model_facts(checkpoint: Checkpoint) -> ModelFacts:
     """The checkpoint as plain numbers, which is all that ``decide`` sees of it."""
-    names: dict[int, list[str]] = {layer.index: [] for layer in checkpoint.layers}
-    for name in checkpoint.tensors:
-        index = checkpoint.arch.layer_of(name)
-        if index is not None:
-            names[index].append(name)
     return ModelFacts(
         model=ModelId(
             model_type=checkpoint.arch.model_type,
@@ -22,20 +17,18 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
             source=checkpoint.origin.name,
             revision=checkpoint.origin.revision,
         ),
-        layers=tuple(
-            _layer_facts(checkpoint, layer, names[layer.index])
-            for layer in checkpoint.layers
-        ),
+        layers=tuple(_layer_facts(checkpoint, layer) for layer in checkpoint.layers),
         all_parameters=checkpoint.parameters,
     )
 
 
-def _layer_facts(checkpoint: Checkpoint, layer: Layer, names: list[str]) -> LayerFacts:
+def _layer_facts(checkpoint: Checkpoint, layer: Layer) -> LayerFacts:
     arch, tensors = checkpoint.arch, checkpoint.tensors
+    names = checkpoint.layer_names(layer.index)
     names = [name for name in names if not checkpoint.is_scale(name)]
     parameters = sum(tensors[name].numel for name in names)
+    others = dense_matrices(checkpoint, layer)
     if not layer.has_moe:
-        others = dense_matrices(checkpoint, layer)
         return LayerFacts(
             0, layer.top_k, False, parameters, others=others, mtp=layer.mtp
         )
@@ -60,7 +53,7 @@ def _layer_facts(checkpoint: Checkpoint, layer: Layer, names: list[str]) -> Laye
             for rule in checkpoint.layout.router_parts
         ),
         expert_names=expert_names(checkpoint, layer),
-        others=dense_matrices(checkpoint, layer),
+        others=others,
         groups=layer.groups,
         group_floor=layer.group_floor,
         mtp=layer.mtp,
@@ -68,12 +61,22 @@ def _layer_facts(checkpoint: Checkpoint, layer: Layer, names: list[str]) -> Laye
 
 
 def with_prediction(
-    checkpoint: Checkpoint, plan: CutPlan, max_shard_bytes: int = MAX_SHARD_BYTES
+    checkpoint: Checkpoint,
+    plan: CutPlan,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    facts: ModelFacts | None = None,
 ) -> CutPlan:
-    """The plan with its ``predicted`` block filled in."""
+    """The plan with its ``predicted`` block filled in.
+
+    Args:
+        checkpoint: The input.
+        plan: What will be done to it.
+        max_shard_bytes: Size limit of one output file.
+        facts: Of the checkpoint, if the caller has them already.
+    """
     tensors = output_tensors(checkpoint, plan)
     shards = plan_shards(tensors, max_shard_bytes)
-    count = count_plan(model_facts(checkpoint), plan)
+    count = count_plan(facts or model_facts(checkpoint), plan)
     predicted = Predicted(
         tensor_bytes=sum(sum(shard.sizes.values()) for shard in shards),
         file_bytes=sum(shard.file_bytes for shard in shards),

@@ -138,14 +138,11 @@ def _check_fp8(plan: CutPlan) -> None:
 def _split_names(
     checkpoint: Checkpoint,
 ) -> tuple[list[str], list[str], dict[int, list[str]]]:
-    layers: dict[int, list[str]] = {layer.index: [] for layer in checkpoint.layers}
-    rest = []
-    for name in sorted(checkpoint.tensors):
-        index = checkpoint.arch.layer_of(name)
-        if index is None:
-            rest.append(name)
-        else:
-            layers[index].append(name)
+    layers = {
+        layer.index: sorted(checkpoint.layer_names(layer.index))
+        for layer in checkpoint.layers
+    }
+    rest = sorted(checkpoint.layer_names(None))
     before = [name for name in rest if name == checkpoint.arch.embedding]
     return before, [name for name in rest if name not in before], layers
 

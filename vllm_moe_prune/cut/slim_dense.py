@@ -9,19 +9,14 @@ import torch
 
 from ..calibrate.dense import DensePart
 from ..calibrate.forward import StreamingModel
-from ..checkpoint.block_fp8 import DTYPE as FP8
 from ..checkpoint.open import Checkpoint, Layer
-from ..checkpoint.reader import Expert, read_tensor, read_weight
+from ..checkpoint.reader import Expert, read_weight
 from ..checkpoint.writer import ShardWriter
-from ..decide.facts import Matrix
 from ..decide.plan import CutPlan
 from ..slim.magnitude import magnitude
-from ..slim.sparsegpt import add_inputs, sparsegpt
-from ..slim.wanda import wanda
-from ..slim.wanda_variant import wanda_variant
-from .copy import tensor_view
+from .copy import stored_view
 from .matrices import dense_matrices, slimmed_dense
-from .slim_expert import column_squares, slim_by_data
+from .slim_expert import add_sums, no_sums, slim_by_data, slim_matrix
 
 
 class DenseSlimmer:
@@ -70,16 +65,18 @@ class DenseSlimmer:
         ]
         if not attention:
             return
-        sums = {matrix.name: self._start(matrix) for matrix in attention}
+        device = hidden_STD.device
+        sums = {one.name: no_sums(one.cols, self.plan, device) for one in attention}
 
         def see(name: str, x_nD: torch.Tensor) -> None:
             if name in sums:
-                self._add(sums[name], x_nD)
+                add_sums(sums[name], x_nD, self.plan)
 
         model.watch_attention(index, hidden_STD, see)
         for matrix in attention:
-            weight_RD = self._read(matrix.name).to(hidden_STD.device)
-            slimmed_RD = self._slim(weight_RD, sums[matrix.name])
+            weight_RD = self._read(matrix.name).to(device)
+            found = sums[matrix.name]
+            slimmed_RD = slim_matrix(weight_RD, found, self.plan, self._sparsity)
             self._write(matrix.name, slimmed_RD, model)
 
     def before_mlp(
@@ -103,26 +100,6 @@ class DenseSlimmer:
         prefix = self.checkpoint.arch.layer_prefix.format(layer=self._layer.index)
         return read_weight(self.checkpoint, prefix + name)
 
-    def _start(self, matrix: Matrix) -> torch.Tensor:
-        if self.plan.slim == "sparsegpt":
-            return torch.zeros(matrix.cols, matrix.cols)
-        return torch.zeros(matrix.cols, dtype=torch.float64)
-
-    def _add(self, sums: torch.Tensor, x_nD: torch.Tensor) -> None:
-        if self.plan.slim == "sparsegpt":
-            add_inputs(sums, x_nD.to(sums.device))
-        else:
-            sums += column_squares(x_nD).to(sums.device)
-
-    def _slim(self, weight_RD: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-        plan, sparsity = self.plan, self._sparsity
-        sums = sums.to(weight_RD.device)
-        if plan.slim == "sparsegpt":
-            return sparsegpt(weight_RD, sums, sparsity, plan.group)
-        if plan.slim == "wanda-variant":
-            return wanda_variant(weight_RD, sums, sparsity)
-        return wanda(weight_RD, sums, sparsity, plan.group)
-
     def _write(
         self, name: str, weight_RD: torch.Tensor, model: StreamingModel | None = None
     ) -> None:
@@ -133,11 +110,6 @@ class DenseSlimmer:
         self.zeros += weight_RD.numel() - int(torch.count_nonzero(weight_RD))
         if model is not None:
             model.replaced[old] = weight_RD
-        if not self.writer.needs(new):
-            return
-        source = self.checkpoint.tensors[old]
-        if source.dtype == FP8:
-            stored = read_tensor(source)
-            stored.view(torch.uint8).masked_fill_(weight_RD.cpu() == 0, 0)
-            weight_RD = stored
-        self.writer.write(new, tensor_view(weight_RD.cpu()))
+        if self.writer.needs(new):
+            data = stored_view(self.checkpoint.tensors[old], weight_RD)
+            self.writer.write(new, data)

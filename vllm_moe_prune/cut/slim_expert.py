@@ -59,23 +59,15 @@ def slim_by_data(
         taken: Whether gate, up and down are slimmed; the others stay as they are.
     """
     expert = Expert(*(matrix.to(x_ND.device) for matrix in expert))
-    if plan.slim == "sparsegpt":
-        inputs = _inputs(expert, plan, x_ND, token_n, weight_n, act)
-        slimmed = _by_hessian(expert, plan, sparsity, inputs)
-    else:
-        squares = input_squares(expert, plan, x_ND, token_n, weight_n, act)
-        pairs = zip(expert, squares, strict=True)
-        if plan.slim == "wanda-variant":
-            slimmed = Expert(*(wanda_variant(w, sums, sparsity) for w, sums in pairs))
-        else:
-            found = (wanda(w, sums, sparsity, plan.group) for w, sums in pairs)
-            slimmed = Expert(*found)
+    sums = input_sums(expert, plan, x_ND, token_n, weight_n, act)
+    pairs = zip(expert, sums, strict=True)
+    slimmed = [slim_matrix(weight, found, plan, sparsity) for weight, found in pairs]
     choices = zip(slimmed, expert, taken, strict=True)
     return Expert(*(after if take else before for after, before, take in choices))
 
 
 @torch.no_grad()
-def input_squares(
+def input_sums(
     expert: Expert,
     plan: CutPlan,
     x_ND: torch.Tensor,
@@ -83,13 +75,47 @@ def input_squares(
     weight_n: torch.Tensor,
     act: Activation,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums of squares of what enters gate [D], up [D] and down [F], in float64."""
-    x_sq_D = torch.zeros(expert.gate_FD.shape[1], dtype=torch.float64).to(x_ND.device)
-    inner_sq_F = x_sq_D.new_zeros(expert.down_DF.shape[1])
+    """What the method knows of the inputs of gate, up and down; see ``no_sums``."""
+    x_sums = no_sums(expert.gate_FD.shape[1], plan, x_ND.device)
+    inner_sums = no_sums(expert.down_DF.shape[1], plan, x_ND.device)
     for x_nD, inner_nF in _inputs(expert, plan, x_ND, token_n, weight_n, act):
-        x_sq_D += column_squares(x_nD)
-        inner_sq_F += column_squares(inner_nF)
-    return x_sq_D, x_sq_D, inner_sq_F
+        add_sums(x_sums, x_nD, plan)
+        add_sums(inner_sums, inner_nF, plan)
+    return x_sums, x_sums, inner_sums
+
+
+def no_sums(cols: int, plan: CutPlan, device: torch.device | str) -> torch.Tensor:
+    """Zeros: of SparseGPT's Hessian [cols, cols], else of squares [cols] in float64."""
+    if plan.slim == "sparsegpt":
+        return torch.zeros(cols, cols, device=device)
+    return torch.zeros(cols, dtype=torch.float64).to(device)
+
+
+def add_sums(sums: torch.Tensor, x_nD: torch.Tensor, plan: CutPlan) -> None:
+    """Add some inputs of a matrix, in place."""
+    if plan.slim == "sparsegpt":
+        add_inputs(sums, x_nD)
+    else:
+        sums += _column_squares(x_nD)
+
+
+def _column_squares(x_nD: torch.Tensor) -> torch.Tensor:
+    """Sum of squares of each column, without a whole fp32 copy of ``x_nD``."""
+    total_D = torch.zeros(x_nD.shape[1], dtype=torch.float64, device=x_nD.device)
+    for start in range(0, len(x_nD), 2048):
+        total_D += x_nD[start : start + 2048].float().square().sum(dim=0)
+    return total_D
+
+
+def slim_matrix(
+    weight_RD: torch.Tensor, sums: torch.Tensor, plan: CutPlan, sparsity: float
+) -> torch.Tensor:
+    """Slim one matrix by the plan's method, which takes data."""
+    if plan.slim == "sparsegpt":
+        return sparsegpt(weight_RD, sums, sparsity, plan.group)
+    if plan.slim == "wanda-variant":
+        return wanda_variant(weight_RD, sums, sparsity)
+    return wanda(weight_RD, sums, sparsity, plan.group)
 
 
 def _inputs(
@@ -109,31 +135,3 @@ def _inputs(
         if plan.router_weighted:
             x_nD, inner_nF = x_nD * weight[:, None], inner_nF * weight[:, None]
         yield x_nD, inner_nF
-
-
-def _by_hessian(
-    expert: Expert,
-    plan: CutPlan,
-    sparsity: float,
-    inputs: Iterator[tuple[torch.Tensor, torch.Tensor]],
-) -> Expert:
-    """SparseGPT; the Hessians of one expert are in memory at a time."""
-    hidden, width = expert.down_DF.shape
-    x_DD = torch.zeros(hidden, hidden, device=expert.gate_FD.device)
-    inner_FF = torch.zeros(width, width, device=expert.gate_FD.device)
-    for x_nD, inner_nF in inputs:
-        add_inputs(x_DD, x_nD)
-        add_inputs(inner_FF, inner_nF)
-    return Expert(
-        sparsegpt(expert.gate_FD, x_DD, sparsity, plan.group),
-        sparsegpt(expert.up_FD, x_DD, sparsity, plan.group),
-        sparsegpt(expert.down_DF, inner_FF, sparsity, plan.group),
-    )
-
-
-def column_squares(x_nD: torch.Tensor) -> torch.Tensor:
-    """Sum of squares of each column, without a whole fp32 copy of ``x_nD``."""
-    total_D = torch.zeros(x_nD.shape[1], dtype=torch.float64, device=x_nD.device)
-    for start in range(0, len(x_nD), 2048):
-        total_D += x_nD[start : start + 2048].float().square().sum(dim=0)
-    return total_D

@@ -20,14 +20,13 @@ from ..calibrate.experts import (
     place,
 )
 from ..calibrate.forward import StreamingModel
-from ..checkpoint.block_fp8 import DTYPE as FP8
 from ..checkpoint.open import Checkpoint, Layer
-from ..checkpoint.reader import Expert, read_tensor
+from ..checkpoint.reader import Expert
 from ..checkpoint.writer import ShardWriter
 from ..decide.plan import CutPlan, LayerPlan
 from ..errors import CalibrationError, CheckpointError
 from ..slim.kurtosis import power_sums
-from .copy import tensor_view
+from .copy import stored_view
 from .matrices import taken
 from .slim_expert import slim_by_data, slim_by_magnitude
 from .trimmed import survivor, trimmed_layer, trimmed_router
@@ -229,14 +228,5 @@ def _write_expert(
             if rule.role == "gate_up"
             else pieces[rule.role]
         )
-        source = context.checkpoint.tensors[rule.name(*old)]
-        if source.dtype == FP8:
-            matrix = _zeroed(read_tensor(source), matrix)
-        data = tensor_view(matrix.cpu())
+        data = stored_view(context.checkpoint.tensors[rule.name(*old)], matrix)
         writer.write(name, data, 0 if rule.per_expert else new[1] * len(data))
-
-
-def _zeroed(stored: torch.Tensor, slimmed: torch.Tensor) -> torch.Tensor:
-    """Stored FP8 values, zero where the slimmed ones are; scales stay what they are."""
-    stored.view(torch.uint8).masked_fill_(slimmed.cpu() == 0, 0)
-    return stored

@@ -6,6 +6,7 @@ faster than dense, without host synchronisation, so that CUDA graphs can capture
 kernel that multiplies from the compressed form takes the place of ``_on_cuda``.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -24,28 +25,30 @@ LIBRARY.define(  # type: ignore[no-untyped-call]
 )
 
 
-def _on_cpu(
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    ids_TK: Tensor,
-    expert_map_G: Tensor | None,
-    w13_masks: Tensor,
-    w13_starts: Tensor,
-    w13_values: Tensor,
-    w2_masks: Tensor,
-    w2_starts: Tensor,
-    w2_values: Tensor,
-    width: int,
-) -> Tensor:
-    return cpu_library.fused_moe(
-        x_TD,
-        weights_TK,
-        ids_TK,
-        expert_map_G,
-        Blocks(w13_masks, w13_starts, w13_values),
-        Blocks(w2_masks, w2_starts, w2_values),
-        width,
-    )
+Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Blocks, Blocks, int], Tensor]
+
+
+def _of_parts(run: Run) -> Callable[..., Tensor]:
+    """A kernel with its blocks in parts, as the op's schema has them."""
+
+    def unpacked(
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        ids_TK: Tensor,
+        expert_map_G: Tensor | None,
+        w13_masks: Tensor,
+        w13_starts: Tensor,
+        w13_values: Tensor,
+        w2_masks: Tensor,
+        w2_starts: Tensor,
+        w2_values: Tensor,
+        width: int,
+    ) -> Tensor:
+        w13 = Blocks(w13_masks, w13_starts, w13_values)
+        w2 = Blocks(w2_masks, w2_starts, w2_values)
+        return run(x_TD, weights_TK, ids_TK, expert_map_G, w13, w2, width)
+
+    return unpacked
 
 
 def _on_cuda(
@@ -53,19 +56,13 @@ def _on_cuda(
     weights_TK: Tensor,
     ids_TK: Tensor,
     expert_map_G: Tensor | None,
-    w13_masks: Tensor,
-    w13_starts: Tensor,
-    w13_values: Tensor,
-    w2_masks: Tensor,
-    w2_starts: Tensor,
-    w2_values: Tensor,
+    w13: Blocks,
+    w2: Blocks,
     width: int,
 ) -> Tensor:
     from vllm.model_executor.layers.fused_moe import fused_experts
 
-    experts, hidden = len(w13_masks), x_TD.shape[1]
-    w13 = Blocks(w13_masks, w13_starts, w13_values)
-    w2 = Blocks(w2_masks, w2_starts, w2_values)
+    experts, hidden = len(w13.masks_EBS), x_TD.shape[1]
     device = str(x_TD.device)
     gate_up = _workspace(device, x_TD.dtype, (experts, 2 * width, hidden))
     down = _workspace(device, x_TD.dtype, (experts, hidden, width))
@@ -96,7 +93,9 @@ def _fake(x_TD: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(x_TD)
 
 
-torch.library.impl(f"{NAMESPACE}::sparse_moe", "CPU", _on_cpu, lib=LIBRARY)
-torch.library.impl(f"{NAMESPACE}::sparse_moe", "CUDA", _on_cuda, lib=LIBRARY)
+torch.library.impl(
+    f"{NAMESPACE}::sparse_moe", "CPU", _of_parts(cpu_library.fused_moe), lib=LIBRARY
+)
+torch.library.impl(f"{NAMESPACE}::sparse_moe", "CUDA", _of_parts(_on_cuda), lib=LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::sparse_moe", _fake, lib=LIBRARY)
 sparse_moe = torch.ops.vllm_moe_prune.sparse_moe.default

@@ -5,16 +5,11 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..cut.planned import Loss
 from ..errors import OutputError
+from ..evaluate import perplexity_of
 from .search import Judged, Tuned
 
 FORMATS = (".png", ".svg")
-
-
-def perplexity(loss: Loss) -> float:
-    """e to the mean loss; infinite where the loss is."""
-    return math.exp(loss.mean) if loss.mean < 700 else math.inf
 
 
 def front(judged: Iterable[Judged]) -> list[Judged]:
@@ -52,14 +47,14 @@ def plot_front(tuned: Tuned, path: Path) -> None:
     mib = 1 << 20
     axes.plot(
         [one.file_bytes / mib for one in line],
-        [perplexity(one.loss) for one in line],
+        [perplexity_of(one.loss.mean) for one in line],
         color="#3b6ea5",
         linewidth=1.5,
         label="front",
     )
     axes.scatter(
         [one.file_bytes / mib for one in finite],
-        [perplexity(one.loss) for one in finite],
+        [perplexity_of(one.loss.mean) for one in finite],
         color="#9aa7b4",
         label="candidates",
     )
@@ -67,7 +62,7 @@ def plot_front(tuned: Tuned, path: Path) -> None:
         (tuned.intact, "#222222", "intact"),
         (best, "#c2410c", best.name),
     ):
-        point = (one.file_bytes / mib, perplexity(one.loss))
+        point = (one.file_bytes / mib, perplexity_of(one.loss.mean))
         axes.scatter(*point, color=colour, zorder=3)
         axes.annotate(label, point, (6, 6), textcoords="offset points", color=colour)
     axes.set_xlabel("size of the files (MiB)")

@@ -13,7 +13,6 @@ from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import (
-    get_ep_group,
     get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -52,6 +51,7 @@ from ..layers import ServedLayer
 from ..routing import RowTable, route_rows
 from ..served import read_layers, rule_of
 from ..tally import first_load_tally, load_counted
+from .counts import count_experts
 
 
 class MoePruneDeepseekV2MoE(DeepseekV2MoE):
@@ -69,15 +69,14 @@ class MoePruneDeepseekV2MoE(DeepseekV2MoE):
         """Like ``DeepseekV2MoE``; router rows need not be as many as experts."""
         nn.Module.__init__(self)
         config = vllm_config.model_config.hf_config
-        parallel_config = vllm_config.parallel_config
         self.tp_size = get_tensor_model_parallel_world_size()
         self.tp_rank = get_tensor_model_parallel_rank()
         self.routed_scaling_factor = rule.scale
-        self.ep_group = get_ep_group().device_group
-        self.ep_size = self.ep_group.size()
-        self.n_routed_experts = layer.experts
+        count_experts(self, layer, vllm_config)
         self.n_shared_experts = config.n_shared_experts
-        self.is_sequence_parallel = parallel_config.use_sequence_parallel_moe
+        self.is_sequence_parallel = (
+            vllm_config.parallel_config.use_sequence_parallel_moe
+        )
         fp32 = getattr(config, "moe_router_dtype", None) == "float32"
         self.router_dtype = torch.float32 if fp32 else None
         self.gate = GateLinear(
@@ -91,11 +90,6 @@ class MoePruneDeepseekV2MoE(DeepseekV2MoE):
             if biased
             else None
         )
-        self.enable_eplb = parallel_config.enable_eplb
-        self.n_redundant_experts = parallel_config.eplb_config.num_redundant_experts
-        self.n_logical_experts = layer.experts
-        self.n_physical_experts = self.n_logical_experts + self.n_redundant_experts
-        self.n_local_physical_experts = self.n_physical_experts // self.ep_size
         # AMD's fused paths bring routers of their own; none of them is used.
         self.is_rocm_aiter_moe_enabled = False
         self.is_fused_shared_expert_enabled = False

@@ -43,6 +43,7 @@ from ..layers import ServedLayer
 from ..routing import RowTable, route_rows
 from ..served import read_layers
 from ..tally import first_load_tally, load_counted
+from .counts import count_experts
 
 # vLLM reads the Hub's per-expert names; these add the other spellings of the table.
 MAPPER = WeightsMapper(
@@ -68,16 +69,8 @@ class MoePruneMixtralMoE(MixtralMoE):
         """Like ``MixtralMoE``; router rows need not be as many as experts."""
         nn.Module.__init__(self)
         config = vllm_config.model_config.hf_config
-        parallel_config = vllm_config.parallel_config
         self.hidden_size = config.hidden_size
-        self.ep_group = get_ep_group().device_group
-        self.ep_size = self.ep_group.size()
-        self.enable_eplb = parallel_config.enable_eplb
-        self.n_routed_experts = layer.experts
-        self.n_logical_experts = layer.experts
-        self.n_redundant_experts = parallel_config.eplb_config.num_redundant_experts
-        self.n_physical_experts = self.n_logical_experts + self.n_redundant_experts
-        self.n_local_physical_experts = self.n_physical_experts // self.ep_size
+        count_experts(self, layer, vllm_config)
         self.gate = GateLinear(
             config.hidden_size, layer.router_rows, prefix=f"{prefix}.gate"
         )
