@@ -8,6 +8,9 @@ WORKERS ?= 2
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
+# Modules stay compiled, whatever the shell says: each vLLM start would do it again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test fast lint clean
 
