@@ -58,19 +58,48 @@ def clusters(keep: Ids, *members: Ids) -> LayerCut:
 # Tiny Arctic and DeepSeek-MoE have 8 experts, top-2; V2 and V3 16 in 4 groups, top-4 of
 # the 2 best groups. Layer 0 of a DeepSeek is dense.
 EIGHT = clusters((7, 0, 3), (4, 7), (0, 1, 2, 5), (3, 6))
+SIXTEEN = clusters(
+    (9, 0, 14), (2, 4, 9, 10, 11), (0, 1, 5, 8, 12), (3, 6, 7, 13, 14, 15)
+)
 EQUAL = keep(0, 1, 3, 4, 5, 6, 9, 10, 11, 12, 13, 14)
 UNEVEN = keep(0, 1, 2, 3, 4, 7, 8, 9, 10, 13, 14)
 UNSORTED = keep(13, 0, 8, 5, 1, 9, 4, 12)
 CASES = {
     "arctic-original": Case("arctic", architecture="ArcticForCausalLM"),
+    "arctic-every-other-layer": Case(
+        "arctic", {1: keep(0, 2, 5)}, config={"moe_layer_frequency": 2}
+    ),
+    "arctic-one-after-the-other": Case(
+        "arctic",
+        {0: DROP_MOE, 2: keep(0, 2, 5), 3: keep(4)},
+        config={"parallel_attn_mlp_res": False, "use_residual": False},
+    ),
     "arctic-everything": Case(
         "arctic", {0: DROP_MOE, 1: EIGHT, 2: DROP_BLOCK}, "redirect"
     ),
+    "deepseek-normalised": Case(
+        "deepseek",
+        {1: keep(0, 2, 3, 5, 7), 2: DROP_MOE, 3: keep(6, 0, 2)},
+        config={"norm_topk_prob": True},
+    ),
+    "deepseek-everything": Case(
+        "deepseek", {0: DROP_BLOCK, 1: DROP_MOE, 2: EIGHT}, "redirect"
+    ),
     "v2-uneven-groups": Case("deepseek_v2", {1: EQUAL, 2: UNEVEN, 3: UNSORTED}),
+    "v2-everything": Case(
+        "deepseek_v2", {1: DROP_MOE, 2: SIXTEEN, 3: DROP_BLOCK}, "redirect"
+    ),
     "v3-original": Case("deepseek_v3", architecture=STOCK),
     "v3-equal-groups": Case(
         "deepseek_v3", {1: EQUAL, 2: EQUAL, 3: EQUAL}, architecture=STOCK
     ),
+    "v3-uneven-groups": Case(
+        "deepseek_v3",
+        {1: EQUAL, 2: UNEVEN, 3: UNSORTED},
+        layout="mlp.packed",
+    ),
+    "v3-drops": Case("deepseek_v3", {0: DROP_BLOCK, 1: DROP_MOE, 2: UNEVEN}),
+    "v3-redirect": Case("deepseek_v3", {1: SIXTEEN, 3: SIXTEEN}, "redirect"),
 }
 
 

@@ -9,13 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.engine import assert_same, served
+from tests.engine import assert_same, in_two_processes, served
 from tests.family_cases import (
     CASES,
     ENGINE,
     OURS,
     expected,
+    make_original,
+    make_plan,
     make_pruned,
 )
 from tests.reference import read_json
@@ -36,3 +39,47 @@ def test_vllm_computes_what_the_masked_original_does(name: str, tmp_path: Path) 
     if case.cuts:
         unpruned_TV = expected(tmp_path / "unpruned", replace(case, cuts={}))
         assert (unpruned_TV - expected_TV).abs().max() > 1, "the plan changed nothing"
+
+
+@pytest.mark.parametrize("name", ["arctic-everything", "v3-drops"])
+def test_original_is_pruned_while_loading(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    original = make_original(tmp_path / "original", case)
+    plan = {"plan": str(make_plan(original, case))}
+    found_TV = served(
+        original,
+        load_format="moe_prune",
+        model_loader_extra_config=plan,
+        **ENGINE[case.family],
+    )
+    assert_same(found_TV, expected(tmp_path / "reference", case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor", "expert"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("arctic-one-after-the-other", "deepseek-normalised"),
+        ("v2-everything", "v3-uneven-groups"),
+    ],
+    ids=["plain", "latent"],
+)
+def test_two_processes_share_the_model(
+    names: tuple[str, ...],
+    expert_parallel: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models, expected_TV = {}, {}
+    for name in names:
+        folder = tmp_path / name
+        folder.mkdir()
+        out = folder / "out.pt"
+        models[out], expected_TV[out] = make_pruned(folder, CASES[name])
+    options = ENGINE[CASES[names[0]].family] | {
+        "enable_expert_parallel": expert_parallel
+    }
+    in_two_processes(tmp_path, models, options, monkeypatch)
+    for out, each_TV in expected_TV.items():
+        assert_same(torch.load(out), each_TV)
