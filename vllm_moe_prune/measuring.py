@@ -1,5 +1,7 @@
 """The ``measure`` stage: one forward pass, then what has to be tried out."""
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -87,15 +89,17 @@ def collect(
     check_routers(checkpoint)
     recipes = list(recipes)
     needed = frozenset[str]().union(*map(needed_statistics, recipes))
-    kept = (
-        work / "measured.safetensors" if work is not None and needed & LATER else None
-    )
+    clusters = any(recipe.experts.method == "stun" for recipe in recipes)
+    kept = None
+    if work is not None and needed & LATER:
+        asked = json.dumps([clusters, sorted(needed - LATER)])
+        name = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        kept = work / f"measured-{name}.safetensors"
     if kept is not None and kept.is_file():
         return resumed_stats(kept, tokens)
     if needed & LATER and not needed - LATER and tokens is not None:
         calibration = tokens.describe()
         return Stats(checkpoint.fingerprint, {}, calibration=calibration)
-    clusters = any(recipe.experts.method == "stun" for recipe in recipes)
     stats = measure_checkpoint(
         checkpoint,
         router=clusters or bool(needed & ROUTER_FIELDS),

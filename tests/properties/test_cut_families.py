@@ -12,13 +12,12 @@ import torch
 
 from tests.reference import LayerCut, raw_bytes, read_json, read_tensors, write_plan
 from tests.reference_families import FamilyReference, Removed
+from tests.streamed import streamed_loss
 from tests.tiny import tiny_checkpoint
-from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.apply import cut
 from vllm_moe_prune.decide.plan import load_plan
 from vllm_moe_prune.errors import PlanError
-from vllm_moe_prune.evaluate import run_layer
 from vllm_moe_prune.verify import verify
 
 FAMILIES = ("arctic", "deepseek", "deepseek_v2", "deepseek_v3")
@@ -54,15 +53,6 @@ def pruned(folder: Path, cuts: dict[int, LayerCut], **options: Any) -> Path:
     return out
 
 
-def loss(folder: Path, ids_ST: torch.Tensor) -> float:
-    model = StreamingModel(open_checkpoint(folder))
-    hidden_STD = model.embed(ids_ST)
-    for index in range(model.num_layers):
-        run_layer(model, index, hidden_STD)
-    nll, count = model.nll(hidden_STD, ids_ST)
-    return nll / count
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_at_once(family: str, tmp_path: Path, ids_ST: torch.Tensor) -> None:
     """Uneven experts, a dropped MoE sublayer and a dropped block in one plan."""
@@ -72,7 +62,7 @@ def test_everything_at_once(family: str, tmp_path: Path, ids_ST: torch.Tensor) -
     out = pruned(folder, cuts)
     removed = Removed(keep=uneven(family), moe=(3,), blocks=(0,))
     expected = FamilyReference(folder, removed).loss(ids_ST)
-    assert loss(out, ids_ST) == pytest.approx(expected, rel=1e-5)
+    assert streamed_loss(out, ids_ST).mean == pytest.approx(expected, rel=1e-5)
     intact = FamilyReference(folder).loss(ids_ST)
     assert abs(expected - intact) > 1e-4
     config = read_json(out / "config.json")
@@ -91,7 +81,7 @@ def test_redirected_experts(family: str, tmp_path: Path, ids_ST: torch.Tensor) -
     )
     redirect = {2: {expert + 1: expert for expert in keep}}
     expected = FamilyReference(folder, Removed(redirect=redirect)).loss(ids_ST)
-    assert loss(out, ids_ST) == pytest.approx(expected, rel=1e-5)
+    assert streamed_loss(out, ids_ST).mean == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
@@ -111,7 +101,7 @@ def test_equal_groups_are_what_transformers_computes(
         stock = float(model(ids_ST, labels=ids_ST).loss)
     expected = FamilyReference(folder, Removed(keep=EQUAL_16)).loss(ids_ST)
     assert stock == pytest.approx(expected, rel=1e-5)
-    assert loss(out, ids_ST) == pytest.approx(expected, rel=1e-5)
+    assert streamed_loss(out, ids_ST).mean == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
@@ -168,7 +158,7 @@ def test_a_cut_of_a_cut_keeps_the_original_groups(
     assert tuple(entry["kept"]) == left
     assert entry["groups"] == [expert // 4 for expert in left]
     expected = FamilyReference(folder, Removed(keep={1: left})).loss(ids_ST)
-    assert loss(second, ids_ST) == pytest.approx(expected, rel=1e-5)
+    assert streamed_loss(second, ids_ST).mean == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +224,7 @@ def test_fp8_zeros_change_one_byte_each_and_no_scale(
             assert size[zero].max() <= size[~zero].min()
             name = at.format(new, part) + "_scale_inv"
             assert torch.equal(after[name], before[at.format(old, part) + "_scale_inv"])
-    assert loss(out, ids_ST) == pytest.approx(
+    assert streamed_loss(out, ids_ST).mean == pytest.approx(
         FamilyReference(out).loss(ids_ST), rel=0.01
     )
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.reference_families import FamilyReference
+from tests.streamed import streamed_loss
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune.calibrate.data import TokenReader, Tokens
 from vllm_moe_prune.calibrate.forward import StreamingModel
@@ -21,16 +22,6 @@ from vllm_moe_prune.evaluate import run_layer
 def tokens_ST() -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(3, 512, (3, 48), generator=generator)
-
-
-def stream(folder: Path, tokens_ST: torch.Tensor) -> float:
-    """Mean loss over all predicted tokens."""
-    model = StreamingModel(open_checkpoint(folder))
-    hidden_STD = model.embed(tokens_ST)
-    for index in range(model.num_layers):
-        run_layer(model, index, hidden_STD)
-    nll, count = model.nll(hidden_STD, tokens_ST)
-    return nll / count
 
 
 @torch.no_grad()
@@ -80,7 +71,7 @@ def test_the_loss_is_that_of_transformers(
     )
     reference = transformers_loss(folder, tokens_ST, "float32")
     assert abs(reference - torch.tensor(512.0).log()) > 0.1
-    assert stream(folder, tokens_ST) == pytest.approx(reference, rel=1e-5)
+    assert streamed_loss(folder, tokens_ST).mean == pytest.approx(reference, rel=1e-5)
 
 
 OWN: dict[str, tuple[str, dict[str, Any]]] = {
@@ -107,7 +98,7 @@ def test_the_loss_is_that_of_plain_float64(
     folder = tiny_checkpoint(tmp_path, model_type=model_type, **options)
     ids_ST = tokens_ST[:2, :24]  # the reference takes one token at a time
     reference = FamilyReference(folder).loss(ids_ST)
-    assert stream(folder, ids_ST) == pytest.approx(reference, rel=1e-5)
+    assert streamed_loss(folder, ids_ST).mean == pytest.approx(reference, rel=1e-5)
 
 
 def test_an_mtp_layer_predicts_as_plain_float64_does(

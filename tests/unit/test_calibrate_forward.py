@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM
 
+from tests.streamed import streamed_loss
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.archs import find_arch
 from vllm_moe_prune.calibrate.forward import NO_TARGET, StreamingModel
@@ -25,17 +26,6 @@ def tokens_ST() -> torch.Tensor:
     return torch.randint(3, 512, (4, 64), generator=generator)
 
 
-def stream(folder: Path, tokens_ST: torch.Tensor) -> tuple[StreamingModel, float]:
-    """Mean loss over all predicted tokens."""
-    model = StreamingModel(open_checkpoint(folder))
-    hidden_STD = model.embed(tokens_ST)
-    for index in range(model.num_layers):
-        run_layer(model, index, hidden_STD)
-    nll, count = model.nll(hidden_STD, tokens_ST)
-    assert count == tokens_ST[:, 1:].numel()
-    return model, nll / count
-
-
 @torch.no_grad()
 def transformers_loss(folder: Path, tokens_ST: torch.Tensor, dtype: str) -> float:
     model = MixtralForCausalLM.from_pretrained(
@@ -51,7 +41,7 @@ def test_every_layout_gives_the_loss_of_transformers(
     losses = {}
     for layout in LAYOUTS:
         folder = tiny_checkpoint(tmp_path / layout, layout=layout, dtype=dtype)
-        losses[layout] = stream(folder, tokens_ST)[1]
+        losses[layout] = streamed_loss(folder, tokens_ST).mean
     reference = transformers_loss(tmp_path / LAYOUTS[0], tokens_ST, dtype)
     # The model is not degenerate: it prefers some tokens over others.
     assert abs(reference - torch.tensor(512.0).log()) > 0.1
@@ -77,7 +67,7 @@ def test_config_variants_give_the_loss_of_transformers(
     tmp_path: Path, tokens_ST: torch.Tensor, options: dict[str, Any]
 ) -> None:
     folder = tiny_checkpoint(tmp_path, dtype="float32", layers=2, shards=1, **options)
-    _, loss = stream(folder, tokens_ST)
+    loss = streamed_loss(folder, tokens_ST).mean
     assert loss == pytest.approx(
         transformers_loss(folder, tokens_ST, "float32"), rel=1e-5
     )
@@ -87,17 +77,19 @@ def test_batching_does_not_change_the_result(
     tmp_path: Path, tokens_ST: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_checkpoint(tmp_path, dtype="float32", sliding_window=16)
-    whole = stream(folder, tokens_ST)[1]
+    whole = streamed_loss(folder, tokens_ST).mean
     for module in ("forward", "experts"):
         name = f"vllm_moe_prune.calibrate.{module}.TEMPORARY_BYTES"
         monkeypatch.setattr(name, 100_000)
     monkeypatch.setattr("vllm_moe_prune.calibrate.forward.LOGIT_BYTES", 10_000)
-    assert stream(folder, tokens_ST)[1] == pytest.approx(whole, rel=1e-6)
+    assert streamed_loss(folder, tokens_ST).mean == pytest.approx(whole, rel=1e-6)
 
 
 def test_repeating_gives_the_same_bits(tmp_path: Path, tokens_ST: torch.Tensor) -> None:
     folder = tiny_checkpoint(tmp_path)
-    assert stream(folder, tokens_ST)[1] == stream(folder, tokens_ST)[1]
+    assert (
+        streamed_loss(folder, tokens_ST).mean == streamed_loss(folder, tokens_ST).mean
+    )
 
 
 def test_dropped_moe_sublayers_leave_attention_and_residual(

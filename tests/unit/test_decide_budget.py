@@ -1,10 +1,10 @@
 """Budgets are met exactly, or refused with the numbers."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from tests.shapes import Shape
 from vllm_moe_prune.decide.budget import (
     Budget,
     fewest_experts,
@@ -17,17 +17,6 @@ from vllm_moe_prune.decide.budget import (
 from vllm_moe_prune.decide.clusters import Merge
 from vllm_moe_prune.errors import RecipeError
 from vllm_moe_prune.recipe import ExpertStage
-
-
-@dataclass(frozen=True)
-class Shape:
-    num_experts: int = 8
-    top_k: int = 2
-    has_moe: bool = True
-    groups: tuple[int, ...] | None = None
-    group_floor: int = 1
-    mtp: bool = False
-
 
 MIXTRAL = {layer: Shape() for layer in range(4)}
 UNEVEN = {0: Shape(8), 2: Shape(5), 3: Shape(2)}

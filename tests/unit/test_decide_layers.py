@@ -1,24 +1,13 @@
 """Layers and blocks to drop are checked before anything is decided."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from tests.shapes import Shape
 from vllm_moe_prune.decide.layers import listed_actions
 from vllm_moe_prune.errors import RecipeError
 from vllm_moe_prune.recipe import LayerStage
-
-
-@dataclass(frozen=True)
-class Shape:
-    num_experts: int = 8
-    top_k: int = 2
-    has_moe: bool = True
-    groups: tuple[int, ...] | None = None
-    group_floor: int = 1
-    mtp: bool = False
-
 
 LAYERS = [Shape(0, 2, has_moe=False), Shape(), Shape()]
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.streamed import streamed_loss
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.calibrate.data import Tokens, load_heldout, load_tokens
@@ -110,15 +111,6 @@ def plan_of(checkpoint: Checkpoint, recipe: Recipe, tokens: Tokens) -> CutPlan:
     return pipeline.plan(checkpoint, recipe, stats)
 
 
-def loss_of(checkpoint: Checkpoint, ids_ST: torch.Tensor) -> Loss:
-    """Of a model that is there, by the forward of ``eval``."""
-    model = StreamingModel(checkpoint)
-    hidden = model.embed(ids_ST)
-    for index in range(model.num_layers):
-        run_layer(model, index, hidden)
-    return Loss(*model.nll(hidden, ids_ST))
-
-
 def test_heldout_windows_are_apart(tokens: Tokens, heldout: Tokens) -> None:
     one = {tuple(row) for row in tokens.ids_ST.tolist()}
     two = {tuple(row) for row in heldout.ids_ST.tolist()}
@@ -139,7 +131,7 @@ def test_planned_losses_are_those_of_what_is_cut(
         out = tmp_path / name
         pipeline.cut(checkpoint, plan, out, pipeline.RunOptions(), tokens)
         plans.append(plan)
-        expected.append(loss_of(open_checkpoint(out), heldout.ids_ST))
+        expected.append(streamed_loss(out, heldout.ids_ST))
     model = StreamingModel(checkpoint)
     found = planned_losses(model, plans, [Text(heldout.ids_ST)], tokens.ids_ST)
     assert [loss.nll for (loss,) in found] == pytest.approx(
@@ -243,7 +235,7 @@ def test_sensitivity_is_the_loss_of_each_layer_alone(
         assert [len(one.keep) for one in plan.layers].count(5) == 1
         out = tmp_path / f"alone-{layer}"
         pipeline.cut(checkpoint, plan, out, pipeline.RunOptions())
-        expected = loss_of(open_checkpoint(out), heldout.ids_ST).mean
+        expected = streamed_loss(out, heldout.ids_ST).mean
         assert found[2, 1] == pytest.approx(expected, rel=1e-6)
     plan = pipeline.plan(checkpoint, recipe, stats)
     assert sum(8 - len(layer.keep) for layer in plan.layers) == 13

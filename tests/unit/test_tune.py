@@ -1,26 +1,27 @@
 """The search for the best plan: it finds the least loss, fits, resumes, and is cut."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.shapes import Shape
+from tests.streamed import streamed_loss
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune import pipeline
-from vllm_moe_prune.calibrate.data import load_heldout
+from vllm_moe_prune.calibrate.data import load_heldout, load_tokens
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.decide.needs import needed_statistics
 from vllm_moe_prune.decide.plan import dump_plan
 from vllm_moe_prune.errors import OutputError, RecipeError
+from vllm_moe_prune.measuring import collect
 from vllm_moe_prune.progress import Progress
 from vllm_moe_prune.recipe import Recipe, TuneStage, parse_recipe
 from vllm_moe_prune.recipe_file import load_recipe, swept
 from vllm_moe_prune.tune.candidates import refinements, structures
 from vllm_moe_prune.tune.front import check_plot, front, plot_front
 from vllm_moe_prune.tune.search import Tuned, tune
-
-from .test_planned import loss_of
 
 SMALL: dict[str, Any] = {
     "experts": ("total-output", "stun"),
@@ -29,16 +30,6 @@ SMALL: dict[str, Any] = {
     "layers": (0.3,),
     "finalists": 2,
 }
-
-
-@dataclass(frozen=True)
-class Shape:
-    num_experts: int = 8
-    top_k: int = 2
-    has_moe: bool = True
-    groups: tuple[int, ...] | None = None
-    group_floor: int = 1
-    mtp: bool = False
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +95,7 @@ def test_the_best_loses_least_and_is_what_gets_cut(
     assert verified.expert_sparsity == pytest.approx(0.5, abs=0.05)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     heldout = load_heldout(checkpoint, recipe.calibration)
-    loss = loss_of(open_checkpoint(out), heldout.ids_ST)
+    loss = streamed_loss(out, heldout.ids_ST)
     assert loss.mean == pytest.approx(tuned.best.loss.mean, rel=1e-6)
 
 
@@ -128,6 +119,29 @@ def test_a_killed_search_continues_to_the_same_plan(
     assert [one.loss for one in found.judged] == [one.loss for one in tuned.judged]
     assert any(one.stage == "sensitivity" for one in seen)
     assert not any(one.stage in ("measure", "sensitivity") for one in again)
+
+
+def test_a_killed_measurement_serves_no_recipe_that_needs_more(
+    checkpoint: Checkpoint, recipe: Recipe, tmp_path: Path
+) -> None:
+    """Both find the folder of work; only the same question has the same answer."""
+    tokens = load_tokens(checkpoint, recipe.calibration)
+    options = pipeline.RunOptions()
+    for criterion, field in (
+        ("reap", "weighted_norm_sum_E"),
+        ("routing-score", "score_full_sum_E"),
+    ):
+        how = {"criterion": criterion, "drop": 0.5, "budget": "sensitivity"}
+        asked = recipe.model_copy(
+            update={
+                "experts": parse_recipe(
+                    {"experts": {"method": "score", **how}}, ""
+                ).experts
+            }
+        )
+        stats = collect(checkpoint, [asked], tokens, options, tmp_path / "work")
+        assert field in needed_statistics(asked)
+        assert all(getattr(one, field) is not None for one in stats.layers.values())
 
 
 def test_every_candidate_fits_the_bytes_asked_for(

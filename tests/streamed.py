@@ -1,0 +1,21 @@
+"""The loss that the streaming forward finds, for tests of whatever changes it."""
+
+from pathlib import Path
+
+import torch
+
+from vllm_moe_prune.calibrate.forward import StreamingModel
+from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.cut.planned import Loss
+from vllm_moe_prune.evaluate import run_layer
+
+
+def streamed_loss(folder: Path, ids_ST: torch.Tensor) -> Loss:
+    """Of the model in a folder, over all predicted tokens."""
+    model = StreamingModel(open_checkpoint(folder))
+    hidden_STD = model.embed(ids_ST)
+    for index in range(model.num_layers):
+        run_layer(model, index, hidden_STD)
+    found = Loss(*model.nll(hidden_STD, ids_ST))
+    assert found.tokens == ids_ST[:, 1:].numel()
+    return found
