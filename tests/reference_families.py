@@ -205,7 +205,8 @@ class FamilyReference:
             }
         ids = sorted(choice, key=lambda expert: -choice[expert])[:top_k]
         weights = [scores[expert] for expert in ids]
-        if self.family == "arctic" or config.get("norm_topk_prob"):
+        several = config["num_experts_per_tok"] > 1
+        if (self.family == "arctic" and several) or config.get("norm_topk_prob"):
             weights = [weight / sum(weights) for weight in weights]
         scale = config.get("routed_scaling_factor", 1.0)
         return [(i, weight * scale) for i, weight in zip(ids, weights, strict=True)]

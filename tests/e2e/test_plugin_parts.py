@@ -106,6 +106,16 @@ def test_flags_that_need_equal_layers_are_refused(
         check_parallel(SimpleNamespace(**(allowed | flags)), layers, local_ids=True)
 
 
+def test_balancing_experts_needs_rows_that_are_experts() -> None:
+    flags = SimpleNamespace(enable_eplb=True, enable_expert_parallel=False)
+    check_parallel(flags, [ServedLayer(0, 2, 2, 2)], local_ids=False)
+    redirected = ServedLayer(1, 2, 2, 4, redirect=(0, 1, 0, 1))
+    uneven = ServedLayer(1, 2, 2, 2, groups=2, row_groups=(0, 0))
+    for layer in (redirected, uneven):
+        with pytest.raises(ServeError, match=r"--enable-eplb .* in layer 1"):
+            check_parallel(flags, [ServedLayer(0, 2, 2, 2), layer], local_ids=False)
+
+
 def test_rows_are_ranked_before_they_become_experts() -> None:
     table = RowTable(ServedLayer(0, 2, 2, 4, redirect=(0, 1, 0, None)))
     logits_TR = torch.tensor([[2.0, 0.0, 1.0, -9.0], [0.0, 1.0, -9.0, 2.0]])

@@ -78,6 +78,7 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "arctic": ("arctic", {}),
     "arctic-every-second": ("arctic", {"moe_layer_frequency": 2, "layers": 4}),
     "arctic-not-parallel": ("arctic", {"parallel_attn_mlp_res": False}),
+    "arctic-top-1": ("arctic", {"top_k": 1}),
     "v1": ("deepseek", {}),
     "v1-normalised": ("deepseek", {"norm_topk_prob": True, "kv_heads": 2}),
     "v1-every-second": ("deepseek", {"moe_layer_freq": 2, "layers": 4}),

@@ -5,7 +5,16 @@ attention, while a dense residual MLP reads what attention gives. transformers h
 Arctic; its attention is Mixtral's, from which the calibration layer takes it.
 """
 
-from .spec import ConfigKeys, GatedMlp, Key, Layout, MoeArch, MoePattern, Residual
+from .spec import (
+    ConfigKeys,
+    GatedMlp,
+    Key,
+    Layout,
+    MoeArch,
+    MoePattern,
+    Residual,
+    RouterKeys,
+)
 from .spec import TensorRule as R
 
 LAYER = "model.layers.{layer}."
@@ -35,6 +44,7 @@ ARCH = MoeArch(
     layer_prefix=LAYER,
     moe_members=("block_sparse_moe.", "post_attention_layernorm."),
     skip_name="block_sparse_moe",
+    router=RouterKeys(renormalise_single=False),
     pattern=MoePattern(frequency=Key("moe_layer_frequency", 2), offset=1),
     dense_mlp=GatedMlp("block_sparse_moe.mlp.", "w1", "w3", "w2"),
     residual=Residual(

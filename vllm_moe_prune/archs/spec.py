@@ -180,6 +180,8 @@ class RouterKeys:
     scores: Key = Key(None, "softmax")
     renormalise: Key = Key(None, True)
     """Whether the chosen weights are rescaled to sum to one."""
+    renormalise_single: bool = True
+    """Whether that holds for top-1 too, which makes the one weight 1."""
     scale: Key = Key(None, 1.0)
     """Factor of the chosen weights, renormalised or not."""
     groups: Key = Key(None, 1)

@@ -75,9 +75,11 @@ def router_rule(arch: MoeArch, config: Mapping[str, Any], where: Path) -> Router
             f"{where}: {keys.top_groups.name} is {top_groups}, but there are only "
             f"{groups} groups."
         )
+    single = positive(config, arch.config.top_k, where) == 1
+    renormalise = _flag(keys.renormalise, config, where)
     return RouterRule(
         scores=scores,
-        renormalise=_flag(keys.renormalise, config, where),
+        renormalise=renormalise and (keys.renormalise_single or not single),
         scale=_factor(keys.scale, config, where),
         groups=groups,
         top_groups=top_groups if groups > 1 else 1,

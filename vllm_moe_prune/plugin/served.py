@@ -92,6 +92,13 @@ def check_parallel(
             f"{fewest.index} has {fewest.experts} and layer {most.index} has "
             f"{most.experts}. Leave it out, or prune with 'budget: per-layer'."
         )
+    own = [layer.index for layer in moe_layers if not layer.rows_are_experts]
+    if parallel_config.enable_eplb and own:
+        raise ServeError(
+            f"--enable-eplb needs router rows that are experts, in equal groups, which "
+            f"they are not in layer {own[0]}. Leave it out, or prune with "
+            "'routing: drop' and 'groups: equal'."
+        )
     if not parallel_config.enable_expert_parallel:
         return
     if parallel_config.enable_ep_weight_filter:
