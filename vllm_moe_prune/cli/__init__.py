@@ -8,7 +8,7 @@ import typer
 
 from .. import __version__
 from ..errors import Interrupted, MoePruneError, said_by
-from . import find, prune, use
+from . import around, find, prune, use
 from .flags import flag
 
 # Typer keeps click's exceptions to itself; this one is for wrong command lines.
@@ -54,6 +54,7 @@ app.command(
 )(use.serve)
 app.command("eval")(use.evaluate)
 app.command()(use.report)
+app.command()(around.gateway)
 
 
 def main() -> None:

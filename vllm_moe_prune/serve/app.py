@@ -1,0 +1,191 @@
+"""The gateway as a FastAPI application: our own routes, then the pass-through."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from .. import __version__
+from .backends import Backends
+from .keys import Guard
+from .metrics import Metrics
+from .refusals import Refusal
+from .relay import Relay
+from .settings import GatewaySettings
+
+PAGES = Path(str(files(__package__))) / "pages"
+INDEX = "index.html"
+OTHER_METHODS = ["POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "QUERY"]
+
+
+class Health(BaseModel):
+    """The gateway runs."""
+
+    status: Literal["ok"] = "ok"
+
+
+class BackendState(BaseModel):
+    """One backend, as the pages show it."""
+
+    name: str
+    up: bool
+    models: list[str]
+    in_flight: int
+
+
+class BackendList(BaseModel):
+    """Every backend."""
+
+    backends: list[BackendState]
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, in the form of the OpenAI API."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """Every error of the gateway."""
+
+    error: ErrorDetail
+
+
+def create_app(settings: GatewaySettings) -> FastAPI:
+    """The application of some settings; it connects to backends when it is started."""
+    metrics = Metrics()
+    backends = Backends(settings.backends, metrics, settings.backend_api_key)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with backends.watched(settings.poll_s):
+            yield
+
+    closed: dict[int | str, dict[str, Any]] = {}
+    if settings.api_keys:
+        closed[401] = {"model": ErrorBody, "description": "No valid key"}
+    # Its own documentation pages would load scripts from elsewhere.
+    app = FastAPI(
+        title="vllm-moe-prune gateway",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    pages = sorted(path.name for path in PAGES.iterdir() if path.is_file())
+    app.add_middleware(Guard, keys=settings.api_keys, pages=pages)
+    app.add_exception_handler(HTTPException, _as_refusal)
+
+    @app.get("/health")
+    async def health() -> Health:
+        """The gateway itself answers; backends are not asked."""
+        return Health()
+
+    @app.get("/ready", responses={503: {"model": BackendList}})
+    async def ready() -> JSONResponse:
+        """Whether there is a backend that requests can go to."""
+        found = states(backends)
+        status = 200 if any(one.up for one in found.backends) else 503
+        return JSONResponse(found.model_dump(), status)
+
+    @app.get("/metrics", response_class=Response, responses={200: METRICS_TEXT})
+    async def show_metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(
+            generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST
+        )
+
+    @app.get("/backends", responses=closed)
+    async def list_backends() -> BackendList:
+        """The backends, and which models they serve."""
+        return states(backends)
+
+    @app.get("/v1/models", responses=closed)
+    async def list_models() -> dict[str, Any]:
+        """The models of all backends that are up, each as its backend lists it."""
+        found = [model for one in backends.all if one.up for model in one.models or ()]
+        return {"object": "list", "data": found}
+
+    missing = {404: {"model": ErrorBody, "description": "No backend serves it"}}
+    down = {503: {"model": ErrorBody, "description": "A backend has not been up yet"}}
+
+    @app.get("/v1/models/{model:path}", responses={**closed, **missing, **down})
+    async def show_model(model: str) -> dict[str, Any]:
+        """One model, as its backend lists it."""
+        backend = backends.serving(model)[0]
+        return dict(next(m for m in backend.models or () if m.get("id") == model))
+
+    app.add_exception_handler(Refusal, _as_response)
+    relay = Relay(settings, backends, metrics)
+    app.router.routes += [
+        Route("/v1/models", _only_get, methods=OTHER_METHODS),
+        Route("/v1/models/{model:path}", _only_get, methods=OTHER_METHODS),
+        Route("/v1/{path:path}", relay),
+        Route("/backends/{path:path}", relay),
+    ]
+    for name in pages:
+        page = partial(FileResponse, PAGES / name)
+        app.add_api_route(f"/{name}", _sends(page), include_in_schema=False)
+    app.add_api_route(
+        "/", _sends(partial(FileResponse, PAGES / INDEX)), include_in_schema=False
+    )
+    return app
+
+
+METRICS_TEXT: dict[str, Any] = {"content": {CONTENT_TYPE_LATEST: {}}}
+
+
+def states(backends: Backends) -> BackendList:
+    """What is known of the backends now."""
+    return BackendList(
+        backends=[
+            BackendState(
+                name=one.name,
+                up=one.up,
+                models=one.model_ids,
+                in_flight=one.in_flight,
+            )
+            for one in backends.all
+        ]
+    )
+
+
+def _sends(page: Any) -> Any:
+    async def send() -> Response:
+        response: Response = page()
+        # Read again each time, by its ETag: an update of the package is seen at once.
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+    return send
+
+
+async def _only_get(request: Request) -> NoReturn:
+    raise HTTPException(405, headers={"Allow": "GET"})
+
+
+async def _as_refusal(request: Request, error: Exception) -> Response:
+    """What Starlette raises for unknown paths and methods, in our words."""
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(
+        error.status_code, "invalid_request"
+    )
+    refusal = Refusal(error.status_code, code, f"{error.detail}.")
+    return refusal.response(dict(error.headers or {}))
+
+
+async def _as_response(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return error.response()

@@ -1,0 +1,327 @@
+"""The pass-through: a request goes to a backend, its answer comes back byte for byte.
+
+No schema of the OpenAI API is known here. Where there is a choice of backends, the one
+thing read of a request is its model's name.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import unquote
+
+import aiohttp
+from multidict import CIMultiDict
+from starlette.types import Message, Receive, Scope, Send
+from yarl import URL
+
+from .backends import PLUGIN, Backend, Backends
+from .body import Bodies, Body, ClientGone
+from .metrics import Metrics, path_label
+from .refusals import Refusal, broken, draining, silent, unreachable
+from .settings import GatewaySettings
+from .stream import Events, Whole
+
+log = logging.getLogger(__name__)
+
+# Of one connection, not of the message: RFC 9110, 7.6.1.
+HOP_BY_HOP = {
+    *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization"),
+    *(b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"),
+}
+NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+NOT_RETURNED = HOP_BY_HOP | {b"date"}  # uvicorn writes its own
+PLUGIN_DATA = {f"{PLUGIN}/{name}" for name in ("load", "remap", "provenance", "report")}
+# aiohttp would add these where a client sent none.
+NO_EXTRAS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
+
+
+class Relay:
+    """An ASGI application for ``/v1/…`` and ``/backends/NAME/…``."""
+
+    def __init__(
+        self, settings: GatewaySettings, backends: Backends, metrics: Metrics
+    ) -> None:
+        self.settings = settings
+        self.backends = backends
+        self.metrics = metrics
+        self.bodies = Bodies(
+            settings.max_body_bytes, settings.max_held_bytes, settings.client_timeout_s
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Carry out one request, or say why not."""
+        exchange = Exchange(self, scope, send)
+        try:
+            with self.bodies.holding() as body:
+                await exchange.run(receive, body)
+        except ClientGone:
+            exchange.failed("client_gone")
+        except Refusal as refusal:
+            exchange.failed(refusal.code)
+            await exchange.refuse(refusal)
+        except asyncio.CancelledError:  # the gateway was asked to end a while ago
+            exchange.failed("shutting_down")
+            await exchange.refuse(draining())
+        finally:
+            exchange.count()
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(self, relay: Relay, scope: Scope, send: Send) -> None:
+        self.relay = relay
+        self.scope = scope
+        self.send = send
+        self.started = time.monotonic()
+        self.backend: Backend | None = None
+        self.path = b""
+        self.status = 0
+        self.streaming = False
+
+    async def run(self, receive: Receive, body: Body) -> None:
+        """Read the request, choose a backend, pass on what it answers.
+
+        Raises:
+            Refusal: The gateway has to answer by itself.
+            ClientGone: Nobody waits for the answer any more.
+        """
+        name, self.path = target(self.scope)
+        await body.read(self.scope, receive)
+        if name is not None:
+            candidates = [self.relay.backends.named(name)]
+        else:
+            candidates = self._choose(body.data)
+        answering = asyncio.create_task(self._answer(candidates, body))
+        leaving = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait(
+                (answering, leaving), return_when=asyncio.FIRST_COMPLETED
+            )
+            if not answering.done():
+                raise ClientGone
+            answering.result()
+        finally:
+            leaving.cancel()
+            answering.cancel()
+            await asyncio.wait((answering, leaving))
+
+    def _choose(self, data: bytes) -> Sequence[Backend]:
+        """Every backend that the request may go to, the best first."""
+        known = self.relay.backends.all
+        if len(known) == 1:
+            return known
+        headers = dict(self.scope["headers"])
+        if b"json" not in headers.get(b"content-type", b""):
+            raise Refusal(
+                400,
+                "model_required",
+                "There are several backends and no JSON body that names a model; ask "
+                "/backends/NAME/v1/... instead.",
+            )
+        return self.relay.backends.serving(model_of(data))
+
+    async def _answer(self, candidates: Sequence[Backend], body: Body) -> None:
+        """Ask one backend after the other until one accepts a connection.
+
+        That it did not is known to leave nothing sent, so asking again is safe.
+        """
+        limit = self.relay.settings.max_concurrent
+        free = [backend for backend in candidates if backend.in_flight < limit]
+        if not free:
+            self.backend = candidates[0]
+            raise Refusal(
+                429,
+                "too_many_requests",
+                f"{limit} requests are on their way; try again.",
+                retry_after_s=1,
+            )
+        for backend in free:
+            self.backend = backend
+            in_flight = self.relay.metrics.in_flight.labels(backend.name)
+            backend.in_flight += 1
+            in_flight.inc()
+            try:
+                await self._ask(backend, body)
+                return
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+                self.relay.backends.lost(backend)
+            finally:
+                backend.in_flight -= 1
+                in_flight.dec()
+        raise unreachable(free[-1].name)
+
+    async def _ask(self, backend: Backend, body: Body) -> None:
+        """Send the request to a backend and its answer to the client."""
+        address = backend.url + self.path.decode("ascii")
+        if query := self.scope["query_string"]:
+            address += "?" + query.decode("ascii", "ignore")  # httptools lets no other
+        settings = self.relay.settings
+        method = self.scope["method"]
+        asking = self.relay.backends.session.request(
+            method,
+            URL(address, encoded=True),
+            headers=self._headers(),
+            # Without a body, these would lose the header that says so.
+            data=body.data if body.data or method in {"POST", "PUT"} else None,
+            allow_redirects=False,
+            skip_auto_headers=NO_EXTRAS,
+            timeout=aiohttp.ClientTimeout(
+                total=None,
+                sock_connect=settings.connect_timeout_s,
+                sock_read=settings.read_timeout_s,
+            ),
+        )
+        try:
+            async with asking as answer:
+                body.drop()
+                await self._pass_on(answer)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            raise
+        except TimeoutError:
+            raise silent(backend.name, settings.read_timeout_s) from None
+        except (aiohttp.ClientError, OSError) as error:
+            log.warning("backend %s: %s", backend.name, type(error).__name__)
+            raise broken(backend.name) from error
+
+    async def _pass_on(self, answer: aiohttp.ClientResponse) -> None:
+        kind = answer.headers.get("Content-Type", "")
+        encoded = "Content-Encoding" in answer.headers
+        self.streaming = kind.startswith("text/event-stream") and not encoded
+        pieces = Events() if self.streaming else Whole("json" in kind and not encoded)
+        self.status = answer.status
+        start: Message = {
+            "type": "http.response.start",
+            "status": answer.status,
+            "headers": _returned(answer.raw_headers),
+        }
+        await self.send(start)
+        first = True
+        async for data in answer.content.iter_any():
+            if piece := pieces.feed(data):
+                await self.send(_body(piece, True))
+                if first and self.streaming:
+                    self._first_token()
+                first = False
+        await self.send(_body(pieces.finish(), False))
+        for token_kind, count in pieces.tokens().items():
+            self.relay.metrics.tokens.labels(self.label, token_kind).inc(count)
+
+    def _headers(self) -> CIMultiDict[str]:
+        """The client's headers that are meant for the backend."""
+        dropped = NOT_FORWARDED | _named_by_connection(self.scope["headers"])
+        if self.relay.settings.api_keys or self.relay.backends.authorization:
+            dropped |= {b"authorization"}  # the key of this gateway goes no further
+        headers = CIMultiDict(self.relay.backends.authorization)
+        try:
+            for name, value in self.scope["headers"]:
+                if name not in dropped:
+                    headers.add(name.decode("ascii"), value.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise Refusal(
+                400, "invalid_header", "A header is neither ASCII nor UTF-8."
+            ) from None
+        return headers
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answer in place of a backend, or end its answer so that this is seen."""
+        if self.status == 0:
+            self.status = refusal.status
+            await refusal.response()(self.scope, _nothing_more, self.send)
+        elif self.streaming:
+            await self.send(_body(refusal.event, False))
+        # Else the connection is cut by uvicorn, as the answer is not complete.
+
+    @property
+    def label(self) -> str:
+        """The backend in the metrics; none was chosen yet: empty."""
+        return self.backend.name if self.backend else ""
+
+    def _first_token(self) -> None:
+        elapsed = time.monotonic() - self.started
+        self.relay.metrics.first_token.labels(self.label).observe(elapsed)
+
+    def failed(self, code: str) -> None:
+        """Count and log what was not carried out."""
+        self.relay.metrics.errors.labels(self.label, code).inc()
+        log.info("%s %r: %s", self.scope["method"], self.scope["path"], code)
+
+    def count(self) -> None:
+        """The request has ended."""
+        path = path_label(self.path.removeprefix(b"/v1/"))
+        # 499 is what nginx logs for a client that left before an answer began.
+        status = str(self.status or 499)
+        self.relay.metrics.requests.labels(self.label, path, status).inc()
+        elapsed = time.monotonic() - self.started
+        self.relay.metrics.seconds.labels(self.label).observe(elapsed)
+
+
+def target(scope: Scope) -> tuple[str | None, bytes]:
+    """The backend an address names, if it does, and the path there, as it was sent.
+
+    Raises:
+        Refusal: The path is none that goes to backends.
+    """
+    raw: bytes = scope["raw_path"]
+    name = None
+    if raw.startswith(b"/backends/"):
+        _, _, encoded, rest = (raw + b"/").split(b"/", 3)
+        name, raw = unquote(encoded), b"/" + rest[:-1]
+    # Looked at as a server may read it, so that `..` leads nowhere else.
+    segments = unquote(raw).split("/")
+    inside = raw.startswith(b"/v1/") and not {".", ".."} & set(segments)
+    if not inside and raw.decode("ascii") not in PLUGIN_DATA:
+        raise Refusal(404, "not_found", "There is nothing at this address.")
+    return name, raw
+
+
+def model_of(data: bytes) -> str:
+    """The model that a JSON request asks for, read as vLLM's own server would.
+
+    Raises:
+        Refusal: It is no JSON, or names no model.
+    """
+    try:
+        request: Any = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Refusal(
+            400, "invalid_json", "The body is not valid JSON; it was not sent on."
+        ) from None
+    model = request.get("model") if isinstance(request, dict) else None
+    if not isinstance(model, str):
+        raise Refusal(
+            400,
+            "model_required",
+            "There are several backends: 'model' must name a model; GET /v1/models "
+            "lists them.",
+        )
+    return model
+
+
+def _named_by_connection(headers: Sequence[tuple[bytes, bytes]]) -> set[bytes]:
+    """Headers that the client's Connection header declares to be for us only."""
+    values = [value for name, value in headers if name == b"connection"]
+    return {name.strip().lower() for value in values for name in value.split(b",")}
+
+
+def _returned(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    lowered = [(name.lower(), value) for name, value in headers]
+    dropped = NOT_RETURNED | _named_by_connection(lowered)
+    return [(name, value) for name, value in lowered if name not in dropped]
+
+
+def _body(data: bytes, more: bool) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Returns when the client is gone; its body has been read before."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _nothing_more() -> Message:
+    return {"type": "http.disconnect"}

@@ -1,0 +1,136 @@
+"""What the gateway is told: flags, ``MOE_PRUNE_*`` variables, a file of keys."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from ..errors import ServeError
+from ..recipe import first_problem
+
+PREFIX = "MOE_PRUNE_"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+MIB = 2**20
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class GatewaySettings(BaseSettings):
+    """Everything that can be set; flags win over variables."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True)
+
+    backends: Annotated[dict[str, str], NoDecode] = {}
+    """Name → address; as a variable ``NAME=URL,NAME=URL``."""
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    """Any of them opens the gateway; none: it is open. A variable, never a flag:
+    command lines can be read by every user of a machine."""
+    api_key_file: Path | None = None
+    """One more key per line."""
+    backend_api_key: SecretStr | None = None
+    """What vLLM servers were given as ``--api-key``."""
+    max_body_mib: Annotated[int, Field(gt=0)] = 32
+    max_concurrent: Annotated[int, Field(gt=0)] = 1024
+    """Requests on their way at a backend; more are answered 429."""
+    connect_timeout_s: Seconds = 5
+    read_timeout_s: Seconds = 600
+    """Longest silence of a backend, also before its first byte."""
+    client_timeout_s: Seconds = 60
+    """Longest silence of a client while it sends, or while it does not read."""
+    poll_s: Seconds = 2
+    drain_s: Annotated[int, Field(ge=0)] = 30
+    """After SIGTERM, time for what is on its way."""
+
+    @field_validator("backends", mode="before")
+    @classmethod
+    def _split_backends(cls, value: object) -> object:
+        if isinstance(value, str):
+            return parse_backends([part for part in value.split(",") if part.strip()])
+        return value
+
+    @field_validator("backends")
+    @classmethod
+    def _check_backends(cls, value: dict[str, str]) -> dict[str, str]:
+        return {name: _checked_backend(name, url) for name, url in value.items()}
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The largest request body."""
+        return self.max_body_mib * MIB
+
+    @property
+    def max_held_bytes(self) -> int:
+        """All request bodies that are in memory at one time."""
+        return 16 * self.max_body_bytes
+
+
+def load_settings(flags: Mapping[str, Any]) -> GatewaySettings:
+    """Settings from flags, then variables, then defaults.
+
+    Args:
+        flags: Field name → value; None where a flag was not given.
+
+    Raises:
+        ServeError: A value is refused, or the file of keys cannot be read.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        settings = GatewaySettings(**given)
+    except ValidationError as error:
+        raise ServeError(f"gateway: {first_problem(error)}") from error
+    if not settings.backends:
+        raise ServeError(
+            "gateway: no backend; give --backend NAME=URL for every vLLM server, or "
+            f"set {PREFIX}BACKENDS."
+        )
+    if settings.api_key_file is None:
+        return settings
+    lines = settings.api_key_file.read_text("utf-8").splitlines()
+    keys = tuple(SecretStr(line.strip()) for line in lines if line.strip())
+    if not keys:
+        raise ServeError(f"{settings.api_key_file}: no key in it; one per line.")
+    return settings.model_copy(update={"api_keys": settings.api_keys + keys})
+
+
+def parse_backends(items: list[str]) -> dict[str, str]:
+    """``NAME=URL`` items as a mapping.
+
+    Raises:
+        ServeError: An item is something else, or a name comes twice.
+    """
+    backends: dict[str, str] = {}
+    for item in items:
+        name, equals, url = item.strip().partition("=")
+        if not equals:
+            raise ServeError(
+                f"backend {item!r} is not NAME=URL, e.g. pruned=http://127.0.0.1:8000"
+            )
+        if name in backends:
+            raise ServeError(f"two backends are called {name!r}; rename one.")
+        backends[name] = url
+    return backends
+
+
+def _checked_backend(name: str, url: str) -> str:
+    """The address without a slash at its end, nor the ``/v1`` clients are given."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"name {name!r} may only have letters, digits and . _ -")
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError(f"{name}: {url!r} is not an http:// or https:// address")
+    if parts.query or parts.fragment or parts.username or parts.password:
+        raise ValueError(f"{name}: leave out user, query and fragment of the address")
+    return url.rstrip("/").removesuffix("/v1")
