@@ -118,10 +118,12 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         found = [model for one in backends.all if one.up for model in one.models or ()]
         return {"object": "list", "data": found}
 
-    missing = {404: {"model": ErrorBody, "description": "No backend serves it"}}
-    down = {503: {"model": ErrorBody, "description": "A backend has not been up yet"}}
+    unknown: dict[int | str, dict[str, Any]] = {
+        404: {"model": ErrorBody, "description": "No backend serves it"},
+        503: {"model": ErrorBody, "description": "A backend has not been up yet"},
+    }
 
-    @app.get("/v1/models/{model:path}", responses={**closed, **missing, **down})
+    @app.get("/v1/models/{model:path}", responses=closed | unknown)
     async def show_model(model: str) -> dict[str, Any]:
         """One model, as its backend lists it."""
         backend = backends.serving(model)[0]

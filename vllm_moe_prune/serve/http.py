@@ -7,7 +7,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from .refusals import Refusal
 
-# uvicorn itself bounds neither; a request line and headers from real clients take 2 KiB.
+# uvicorn bounds neither; a line and headers of real clients take 2 KiB.
 HEAD_BYTES = 64 * 1024
 HEAD_TIMEOUT_S = 15
 

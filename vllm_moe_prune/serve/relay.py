@@ -91,10 +91,7 @@ class Exchange:
         """
         name, self.path = target(self.scope)
         await body.read(self.scope, receive)
-        if name is not None:
-            candidates = [self.relay.backends.named(name)]
-        else:
-            candidates = self._choose(body.data)
+        candidates = self._choose(name, body.data)
         answering = asyncio.create_task(self._answer(candidates, body))
         leaving = asyncio.create_task(_disconnected(receive))
         try:
@@ -109,8 +106,10 @@ class Exchange:
             answering.cancel()
             await asyncio.wait((answering, leaving))
 
-    def _choose(self, data: bytes) -> Sequence[Backend]:
+    def _choose(self, name: str | None, data: bytes) -> Sequence[Backend]:
         """Every backend that the request may go to, the best first."""
+        if name is not None:
+            return [self.relay.backends.named(name)]
         known = self.relay.backends.all
         if len(known) == 1:
             return known

@@ -47,7 +47,9 @@ def run_gateway(settings: GatewaySettings) -> NoReturn:
     )
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    log.info("gateway on http://%s:%d for %s", shown, port, ", ".join(settings.backends))
+    log.info(
+        "gateway on http://%s:%d for %s", shown, port, ", ".join(settings.backends)
+    )
     if not settings.api_keys and not host.startswith("127."):
         log.warning("no API key is set: whoever reaches this address can use it")
     # uvicorn repeats the signal once it has drained; that is a proper end, not a fault.
@@ -81,5 +83,8 @@ def _raise_open_files() -> None:
 def _logging() -> dict[str, object]:
     """uvicorn's way of logging, for us too."""
     config = copy.deepcopy(LOGGING_CONFIG)
-    config["loggers"]["vllm_moe_prune.serve"] = {"handlers": ["default"], "level": "INFO"}
+    config["loggers"]["vllm_moe_prune.serve"] = {
+        "handlers": ["default"],
+        "level": "INFO",
+    }
     return config

@@ -1,0 +1,203 @@
+"""The gateway's parts that need no server, and its bounds on slow heads."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.bad_inputs.case import run_cli
+from tests.gateway import until
+from vllm_moe_prune.errors import ServeError
+from vllm_moe_prune.serve import needs
+from vllm_moe_prune.serve.http import bounded_http
+from vllm_moe_prune.serve.refusals import Refusal
+from vllm_moe_prune.serve.settings import load_settings
+from vllm_moe_prune.serve.stream import LONGEST_EVENT, Events, Whole, tokens_of
+
+BACKENDS = {"a": "http://one:8000", "b": "http://two"}
+USAGE = {"prompt_tokens": 3, "completion_tokens": 4}
+
+pieces = st.lists(
+    st.one_of(
+        st.binary(max_size=20),
+        st.sampled_from([b"data: {}\n\n", b"\n", b"\r\n", b"\r", b'"usage":{', b""]),
+    ),
+    max_size=30,
+)
+
+
+@given(pieces)
+def test_a_stream_loses_and_adds_nothing(chunks: list[bytes]) -> None:
+    events = Events()
+    out = [events.feed(chunk) for chunk in chunks]
+    for piece in filter(None, out):
+        assert piece.endswith((b"\n\n", b"\n\r\n"))
+    assert b"".join([*out, events.finish()]) == b"".join(chunks)
+    assert events.finish() == b""
+    assert isinstance(events.tokens(), dict)
+
+
+@given(st.lists(st.integers(0, 200), max_size=8))
+def test_where_a_stream_is_cut_makes_no_difference(cuts: list[int]) -> None:
+    last = json.dumps({"usage": USAGE})
+    data = f'data: {{"text": "\\"usage\\":{{"}}\n\ndata: {last}\n\ndata: [DONE]\n\n'
+    stream = data.encode()
+    edges = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
+    events = Events()
+    for start, end in zip(edges, edges[1:], strict=False):
+        events.feed(stream[start:end])
+    assert events.finish() == b""
+    assert events.tokens() == {"prompt": 3, "completion": 4}
+
+
+def test_an_endless_event_is_not_collected() -> None:
+    events = Events()
+    assert events.feed(b"x" * LONGEST_EVENT) == b""
+    assert len(events.feed(b"x")) == LONGEST_EVENT + 1
+
+
+@pytest.mark.parametrize(
+    ("usage", "found"),
+    [
+        (USAGE, {"prompt": 3, "completion": 4}),
+        ({"input_tokens": 5, "output_tokens": 6}, {"prompt": 5, "completion": 6}),
+        ({"prompt_tokens": 5}, {"prompt": 5}),
+        ({"prompt_tokens": -1, "completion_tokens": "4"}, {}),
+        ({}, {}),
+        (None, {}),
+    ],
+)
+def test_token_counts(usage: Any, found: dict[str, int]) -> None:
+    assert tokens_of(json.dumps({"usage": usage}).encode()) == found
+
+
+@pytest.mark.parametrize("data", [b"", b"[", b"[]", b"\xff", b'"usage"'])
+def test_an_answer_without_counts_has_none(data: bytes) -> None:
+    assert tokens_of(data) == {}
+    whole = Whole(is_json=True)
+    assert whole.feed(data) == data
+    assert whole.tokens() == {}
+
+
+def test_large_answers_are_not_kept() -> None:
+    answer = json.dumps({"usage": USAGE}).encode()
+    small, large, other = Whole(True), Whole(True), Whole(False)
+    for whole in (small, large, other):
+        whole.feed(answer)
+    large.feed(b" " * LONGEST_EVENT)
+    assert small.tokens() == {"prompt": 3, "completion": 4}
+    assert large.tokens() == other.tokens() == {}
+
+
+def test_flags_win_over_variables(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MOE_PRUNE_BACKENDS", "a=http://one:8000/v1/, b=http://two")
+    monkeypatch.setenv("MOE_PRUNE_PORT", "9000")
+    monkeypatch.setenv("MOE_PRUNE_HOST", "0.0.0.0")
+    monkeypatch.setenv("MOE_PRUNE_API_KEYS", "k1, k2,")
+    keys = tmp_path / "keys"
+    keys.write_text("k3\n")
+    settings = load_settings({"port": 9001, "host": None, "api_key_file": keys})
+    assert settings.backends == BACKENDS
+    assert (settings.port, settings.host) == (9001, "0.0.0.0")
+    assert [key.get_secret_value() for key in settings.api_keys] == ["k1", "k2", "k3"]
+    assert "k1" not in repr(settings) + settings.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("", "no backend; give --backend NAME=URL"),
+        ("--backend http://x", "'http://x' is not NAME=URL"),
+        ("--backend a=x", "'x' is not an http:// or https:// address"),
+        ("--backend a=http://u:p@x", "leave out user"),
+        ("--backend a/b=http://x", "name 'a/b' may only have letters"),
+        ("--backend a=http://x --backend a=http://y", "two backends are called 'a'"),
+        ("--backend a=http://x --port 70000", "port: "),
+        ("--backend a=http://x --max-body-mib 0", "max_body_mib: "),
+        ("--backend a=http://x --api-key-file none", "none: No such file"),
+        ("--backend a=http://x --api-key-file empty", "empty: no key in it"),
+        ("--backend a=http://x --host 203.0.113.1", "cannot listen on 203.0.113.1"),
+    ],
+)
+def test_what_is_refused_is_one_line(
+    arguments: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").touch()
+    ran = run_cli(f"gateway {arguments}", monkeypatch, capsys)
+    assert ran.status == 2
+    assert ran.stderr.startswith("error: ")
+    assert ran.stderr.count("\n") == 1
+    assert said in ran.stderr
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "NEEDS", ("json", "no_such_library"))
+    with pytest.raises(ServeError, match=r"needs no_such_library.*\[gateway\]"):
+        needs.check_needs()
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 408, 429, 503])
+def test_refusals_are_errors_of_the_openai_api(status: int) -> None:
+    refusal = Refusal(status, "some_code", "What, and why.", 5)
+    error = json.loads(refusal.body)["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert refusal.event.startswith(b"data: {")
+    assert refusal.event.endswith(b"}\n\n")
+    headers = refusal.response().headers
+    assert headers["retry-after"] == "5"
+    assert ("www-authenticate" in headers) == (status == 401)
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A uvicorn server under our protocol, with little patience."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        protocol = bounded_http(stall_timeout_s=1, head_timeout_s=0.3)
+        config = uvicorn.Config(app, http=protocol, ws="none", log_level="error")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        until(lambda: server.started, "started")
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nx: "])
+def test_a_slow_head_is_not_waited_for(port: int, sent: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+        start = time.monotonic()
+        client.sendall(sent)
+        assert client.recv(100) == b""
+        assert 0.2 < time.monotonic() - start < 3
+
+
+def test_a_connection_may_be_idle_between_requests(port: int) -> None:
+    request = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+        for _ in range(2):
+            client.sendall(request[:10])
+            time.sleep(0.1)
+            client.sendall(request[10:])
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+            time.sleep(0.6)
