@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_where_a_stream_is_cut_makes_no_difference(cuts: list[int]) -> None:
     stream = data.encode()
     edges = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
     events = Events()
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         events.feed(stream[start:end])
     assert events.finish() == b""
     assert events.tokens() == {"prompt": 3, "completion": 4}
