@@ -11,6 +11,7 @@ import pytest
 
 from tests.gateway import Process, running, start_gateway, start_stub
 
+pytestmark = pytest.mark.slow
 PATHS = {
     *("/health", "/ready", "/metrics"),
     *("/backends", "/v1/models", "/v1/models/{model}"),

@@ -27,6 +27,7 @@ from tests.gateway import (
     until,
 )
 
+pytestmark = pytest.mark.slow
 Start = Callable[..., Process]
 MIB = 2**20
 

@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, Page, Route, expect
 from tests.browser import DESKTOP, PHONE, assert_accessible, chromium, page_at
 from tests.gateway import Process, running, start_gateway, start_stub
 
+pytestmark = pytest.mark.slow
 THEMES = [(DESKTOP, False), (DESKTOP, True), (PHONE, False), (PHONE, True)]
 KEPT = {0: [0, 1, 3], 1: [0, 2, 3]}
 

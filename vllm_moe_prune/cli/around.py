@@ -35,10 +35,9 @@ def gateway(
 ) -> None:
     """One address for several vLLM servers: original and pruned side by side.
 
-    Every option is a variable too, as MOE_PRUNE_PORT; docs/gateway.md lists them all.
+    Options are variables too (MOE_PRUNE_PORT); docs/gateway.md lists them all.
 
-    Example: `vllm-moe-prune gateway --backend full=http://gpu1:8000 --backend
-    pruned=http://gpu2:8000`
+    Example: `vllm-moe-prune gateway --backend full=http://a --backend pruned=http://b`
     """
     from ..serve.needs import check_needs
 

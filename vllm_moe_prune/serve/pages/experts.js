@@ -5,6 +5,7 @@ import { $, askJson, chooseBackend, failed, make, markNav, noNotice, notice, num
 const EVERY_MS = 2000;
 const MINUTE_MS = 60_000;
 const GAP = 1;
+const WITHOUT_PLUGIN = "vLLM tells it where the vllm-moe-prune plugin is installed; this server does not.";
 
 const state = {
   data: null,      // where to ask
@@ -86,7 +87,7 @@ function ramp() {
 function layout(view) {
   const columns = Math.max(...view.rows.map((row) => row.drawn.length));
   const room = $("map").clientWidth;
-  const width = Math.max(6, Math.min(44, Math.floor(room / columns)));
+  const width = Math.max(6, Math.min(72, Math.floor(room / columns)));
   const height = view.rows.length > 40 ? 12 : view.rows.length > 16 ? 16 : 24;
   return { columns, width, height };
 }
@@ -181,8 +182,8 @@ function tiles() {
   const even = rows.filter((row) => row.tokens).map((row) => evenness(row.cells));
   const mean = even.reduce((sum, value) => sum + value, 0) / even.length;
   const facts = [
-    ["Tokens routed", number(tokens), `each to ${load.top_k} experts per layer`],
-    ["Experts served", before > cells.length ? `${cells.length} of ${before}` : number(cells.length), `in ${rows.length} layers`],
+    ["Tokens routed", number(tokens), `top ${load.top_k} of each layer`],
+    ["Experts served", before > cells.length ? `${number(cells.length)} of ${number(before)}` : number(cells.length), `in ${rows.length} layers`],
     ["Busiest", tokens ? `${times(top.ratio)} even` : "–", tokens ? `layer ${top.layer}, expert ${top.source}` : "no tokens yet"],
     ["Idle", number(idle), idle === 1 ? "expert without a token" : "experts without a token"],
     ["Evenness", tokens ? percent(mean, 0) : "–", "mean over layers"],
@@ -207,6 +208,7 @@ function show() {
 
 async function refresh() {
   const load = await askJson(new URL("load", state.data));
+  load.layers = load.layers.filter((layer) => layer.experts.length);
   if (!load.enabled || !load.layers.length) {
     $("content").hidden = true;
     notice(load.enabled ? "This model has no experts" : "The load is not being counted",
@@ -236,8 +238,9 @@ async function keepRefreshing() {
         await refresh();
       } catch (error) {
         // What was drawn stays, under a word about its age.
-        const title = error.status === 404 ? "No routing load" : "No new numbers";
-        failed(title, error, state.snapshots.length > 0);
+        const slim = state.snapshots.length > 0;
+        if (error.status !== 404) failed("No new numbers", error, slim);
+        else notice("No routing load", `${WITHOUT_PLUGIN} (${error.message})`, slim);
       }
     }
     await new Promise((resolve) => { setTimeout(resolve, EVERY_MS); });
