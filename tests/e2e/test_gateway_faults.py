@@ -364,6 +364,8 @@ def test_keys(stub: Start, gateway: Start, tmp_path: Path) -> None:
     assert httpx.get(f"{front.url}/v1/models", headers=twice).status_code == 401
     for path in ("/health", "/ready", "/metrics", "/", "/compare.html"):
         assert httpx.get(front.url + path).status_code == 200
+    code = {"backend": "", "code": "invalid_api_key"}
+    assert metric(front, "moe_prune_errors_total", **code) == 14
     said = front.said() + httpx.get(f"{front.url}/metrics").text
     assert not any(key in said for key in ("key-one", "from-file", "inner", "wrong"))
 

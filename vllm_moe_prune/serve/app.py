@@ -85,7 +85,12 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         redoc_url=None,
     )
     pages = sorted(path.name for path in PAGES.iterdir() if path.is_file())
-    app.add_middleware(Guard, keys=settings.api_keys, pages=pages)
+    app.add_middleware(
+        Guard,
+        keys=settings.api_keys,
+        pages=pages,
+        refused=lambda code: metrics.errors.labels("", code).inc(),
+    )
     app.add_exception_handler(HTTPException, _as_refusal)
 
     @app.get("/health")

@@ -2,7 +2,7 @@
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from pydantic import SecretStr
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -20,12 +20,18 @@ class Guard:
         keys: Any of them opens; with none, nothing is closed.
         pages: Names of files without data, readable by everybody, as a browser
             cannot send a key with an address.
+        refused: Told the code of every refusal.
     """
 
     def __init__(
-        self, app: ASGIApp, keys: Iterable[SecretStr], pages: Iterable[str]
+        self,
+        app: ASGIApp,
+        keys: Iterable[SecretStr],
+        pages: Iterable[str],
+        refused: Callable[[str], None],
     ) -> None:
         self.app = app
+        self.refused = refused
         self.digests = [_digest(key.get_secret_value().encode()) for key in keys]
         self.open = OPEN | {f"/{page}" for page in pages}
 
@@ -37,6 +43,7 @@ class Guard:
                 "invalid_api_key",
                 "A key of this gateway is needed: Authorization: Bearer KEY.",
             )
+            self.refused(refusal.code)
             await refusal.response()(scope, receive, send)
             return
         await self.app(scope, receive, send)
