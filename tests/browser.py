@@ -38,6 +38,7 @@ def page_at(
     size: tuple[int, int] = DESKTOP,
     dark: bool = False,
     faults: bool = False,
+    also: str = "data:",
 ) -> Iterator[Page]:
     """A page that is open. What goes wrong in it, and what it asks elsewhere, fails.
 
@@ -47,6 +48,7 @@ def page_at(
         size: Of the window.
         dark: The theme.
         faults: Whether the server is meant to refuse something.
+        also: Another server that may be asked.
     """
     origin = "/".join(url.split("/")[:3])
     complaints: list[str] = []
@@ -58,7 +60,9 @@ def page_at(
     page = context.new_page()
     page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
     page.on("console", lambda message: complaints.extend(complaint(message, faults)))
-    page.on("request", lambda request: complaints.extend(elsewhere(request, origin)))
+    page.on(
+        "request", lambda request: complaints.extend(elsewhere(request, origin, also))
+    )
     page.goto(url)
     yield page
     context.close()
@@ -74,9 +78,9 @@ def complaint(message: ConsoleMessage, faults: bool) -> Iterator[str]:
         yield f"console: {message.text}"
 
 
-def elsewhere(request: Request, origin: str) -> Iterator[str]:
+def elsewhere(request: Request, *allowed: str) -> Iterator[str]:
     """A request that goes to another server."""
-    if not request.url.startswith((origin, "data:", "blob:")):
+    if not request.url.startswith((*allowed, "data:", "blob:")):
         yield f"asked elsewhere: {request.url}"
 
 

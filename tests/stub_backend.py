@@ -11,6 +11,7 @@ have ``"stub": {...}`` with ``events`` and ``size`` of a stream, ``gap_s`` betwe
 import asyncio
 import hashlib
 import json
+import mimetypes
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ import uvicorn
 
 PORT, MODEL = int(sys.argv[1]), sys.argv[2]
 PLUGIN = Path(sys.argv[3]) if len(sys.argv) > 3 else None
+PAGES = Path(__file__).resolve().parents[1] / "vllm_moe_prune" / "serve" / "pages"
+# vLLM's own default lets pages from everywhere in.
+CORS = [(b"access-control-allow-origin", b"*"), (b"access-control-allow-headers", b"*")]
 USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
 
 seen: list[dict[str, Any]] = []
@@ -38,7 +42,9 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         body += message.get("body", b"")
         more = message.get("more_body", False)
     path = scope["path"]
-    if path == "/stub/seen":
+    if scope["method"] == "OPTIONS":
+        await answer(send, 200, "")
+    elif path == "/stub/seen":
         await answer(send, 200, seen)
     elif path in {"/health", "/v1/models"}:
         models = [{"id": MODEL, "object": "model", "owned_by": "stub"}]
@@ -60,14 +66,14 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def plugin(send: Any, name: str) -> None:
-    """What the endpoint plugin hands out, from files."""
-    found = list(PLUGIN.glob(f"{name}.*")) if PLUGIN else []
+    """What the endpoint plugin hands out, from files: data, else the pages."""
+    found = list(PLUGIN.glob(f"{name}.*")) if PLUGIN and name else []
+    found += [path for path in PAGES.iterdir() if path.name == (name or "index.html")]
     if not found:
         message = "This server has no such thing."
         await answer(send, 404, {"error": {"message": message}})
         return
-    kind = "text/html" if found[0].suffix == ".html" else "application/json"
-    await start(send, 200, kind)
+    await start(send, 200, mimetypes.guess_type(found[0])[0] or "")
     await send({"type": "http.response.body", "body": found[0].read_bytes()})
 
 
@@ -138,7 +144,7 @@ async def answer(send: Any, status: int, data: object) -> None:
 
 async def start(send: Any, status: int, kind: str, more: Any = ()) -> None:
     """The head of an answer."""
-    headers = [(b"content-type", kind.encode()), *more]
+    headers = [(b"content-type", kind.encode()), *CORS, *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
 
 

@@ -260,3 +260,33 @@ def test_no_page_is_lost_without_its_server(
             expect(page.locator("#notice")).to_contain_text("Is the server running?")
             expect(page.locator("#rows tr")).to_have_count(2)
             assert_accessible(page)
+
+
+def test_in_vllms_own_server_pages_lie_beside_their_data(
+    browser: Browser, tmp_path: Path, plugin: Path
+) -> None:
+    own = start_stub(tmp_path, "own", plugin=plugin)
+    other = start_stub(tmp_path, "other")
+    start = f"{own.url}/plugins/moe-prune/"
+    with running(own, other), page_at(browser, start, also=other.url) as page:
+        expect(page.locator("#tiles")).to_contain_text("6 of 8")
+        expect(page.get_by_label("Backend")).to_be_hidden()
+        page.get_by_role("link", name="Report").click()
+        report = page.frame_locator("#report").locator("h1")
+        expect(report).to_have_text("Pruned well")
+        page.get_by_role("link", name="Compare").click()
+        expect(page.locator("#notice")).to_contain_text("This server has one model.")
+        expect(page.get_by_label("First", exact=True)).to_have_value(
+            json.dumps([f"{own.url}/v1/", "own"], separators=(",", ":"))
+        )
+        second = page.locator(".side").nth(1)
+        second.get_by_label("Address").fill("nonsense")
+        assert_accessible(page)
+        page.locator("#prompt").fill("Hello")
+        page.get_by_role("button", name="Send to both").click()
+        expect(page.locator(".answer").nth(1)).to_contain_text("Type the address")
+        second.get_by_label("Address").fill(f"{other.url}/v1")
+        page.get_by_role("button", name="Send to both").click()
+        for side in range(2):
+            expect(page.locator(".answer").nth(side)).to_have_text("word word word")
+        expect(page.locator("#verdict")).to_contain_text("Both answers are the same.")
