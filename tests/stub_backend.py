@@ -137,8 +137,9 @@ def event(data: object) -> bytes:
 
 async def answer(send: Any, status: int, data: object) -> None:
     """JSON, as Starlette writes it."""
-    await start(send, status, "application/json")
     body = json.dumps(data, separators=(",", ":")).encode()
+    length = (b"content-length", str(len(body)).encode())
+    await start(send, status, "application/json", [length])
     await send({"type": "http.response.body", "body": body})
 
 

@@ -198,14 +198,19 @@ class Exchange:
             "headers": _returned(answer.raw_headers),
         }
         await self.send(start)
-        first = True
+        first, last = True, False
         async for data in answer.content.iter_any():
-            if piece := pieces.feed(data):
-                await self.send(_body(piece, True))
-                if first and self.streaming:
-                    self._first_token()
+            piece = pieces.feed(data)
+            # The end comes with the last piece: one system call less for each answer.
+            if last := answer.content.at_eof():
+                piece += pieces.finish()
+            if piece or last:
+                await self.send(_body(piece, not last))
+            if piece and first:
                 first = False
-        await self.send(_body(pieces.finish(), False))
+                self._first_piece()
+        if not last:
+            await self.send(_body(pieces.finish(), False))
         for token_kind, count in pieces.tokens().items():
             self.relay.metrics.tokens.labels(self.label, token_kind).inc(count)
 
@@ -239,7 +244,9 @@ class Exchange:
         """The backend in the metrics; none was chosen yet: empty."""
         return self.backend.name if self.backend else ""
 
-    def _first_token(self) -> None:
+    def _first_piece(self) -> None:
+        if not self.streaming:
+            return
         elapsed = time.monotonic() - self.started
         self.relay.metrics.first_token.labels(self.label).observe(elapsed)
 
