@@ -148,7 +148,7 @@ def test_experts_says_what_is_missing(
     with page_at(browser, f"{gateway.url}/?backend=full", faults=True) as page:
         notice = page.locator("#notice")
         expect(notice).to_contain_text("No routing load")
-        expect(notice).to_contain_text("This server has no such thing.")
+        expect(notice).to_contain_text("vllm-moe-prune serve CHECKPOINT --watch")
         assert_accessible(page)
         (plugin / "load.json").write_text(json.dumps(load([], enabled=False)))
         page.get_by_label("Backend").select_option("pruned")

@@ -5,7 +5,7 @@ import { $, askJson, chooseBackend, failed, make, markNav, noNotice, notice, num
 const EVERY_MS = 2000;
 const MINUTE_MS = 60_000;
 const GAP = 1;
-const WITHOUT_PLUGIN = "vLLM tells it where the vllm-moe-prune plugin is installed; this server does not.";
+const HOW = "Start the server with: vllm-moe-prune serve CHECKPOINT --watch";
 
 const state = {
   data: null,      // where to ask
@@ -213,7 +213,7 @@ async function refresh() {
     $("content").hidden = true;
     notice(load.enabled ? "This model has no experts" : "The load is not being counted",
       load.enabled ? "Nothing is routed, so there is nothing to show."
-        : load.message ?? "Counting was left off when this server was started.");
+        : HOW);
     return;
   }
   const at = performance.now();
@@ -240,7 +240,7 @@ async function keepRefreshing() {
         // What was drawn stays, under a word about its age.
         const slim = state.snapshots.length > 0;
         if (error.status !== 404) failed("No new numbers", error, slim);
-        else notice("No routing load", `${WITHOUT_PLUGIN} (${error.message})`, slim);
+        else notice("No routing load", `This server does not tell it. ${HOW}`, slim);
       }
     }
     await new Promise((resolve) => { setTimeout(resolve, EVERY_MS); });
