@@ -32,7 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ import aiohttp
 
 STUB = Path(__file__).resolve().parents[1] / "tests" / "stub_backend.py"
 CHAT = "/v1/chat/completions"
+Note = Callable[[str, dict[str, Any]], None]
 NAMES = ["latency", "paced", "saturated", "bytes", "held"]
 STREAMS = 64
 ROUNDS = 5
@@ -55,18 +56,23 @@ def main() -> None:
     options = parser.parse_args()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    figures: dict[str, Any] = {}
     share = 10 if options.quick else 1
+
+    def note(name: str, found: dict[str, Any]) -> None:
+        show(name, found)
+        if options.json:
+            figures: dict[str, Any] = {}
+            if options.json.is_file():
+                figures = json.loads(options.json.read_text("utf-8"))
+            figures[name] = found
+            options.json.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+
     if options.vllm:
         with vllm(options.vllm) as direct, gateway(direct) as (through, _):
-            asyncio.run(measure_vllm(direct, through, share, figures))
+            asyncio.run(measure_vllm(direct, through, share, note))
     else:
         with stub() as direct, gateway(direct) as found:
-            asyncio.run(measure(direct, found, share, options.only, figures))
-    if options.json:
-        if options.json.is_file():
-            figures = json.loads(options.json.read_text("utf-8")) | figures
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+            asyncio.run(measure(direct, found, share, options.only, note))
 
 
 # --- servers ----------------------------------------------------------------
@@ -157,7 +163,7 @@ async def measure(
     server: tuple[str, "subprocess.Popen[bytes]"],
     share: int,
     only: list[str],
-    figures: dict[str, Any],
+    note: Note,
 ) -> None:
     """Everything on the stub."""
     through, process = server
@@ -174,12 +180,10 @@ async def measure(
             "held": lambda: held(ask, through, process, 1000 // share),
         }
         for name in only:
-            figures[name] = await jobs[name]()
+            note(name, await jobs[name]())
 
 
-async def measure_vllm(
-    direct: str, through: str, share: int, figures: dict[str, Any]
-) -> None:
+async def measure_vllm(direct: str, through: str, share: int, note: Note) -> None:
     """The same two on a real server."""
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=None)
@@ -187,13 +191,11 @@ async def measure_vllm(
         ask = Asker(session)
         one = {"model": "m", "prompt": "def", "max_tokens": 1, "temperature": 0}
         path = "/v1/completions"
-        figures["vllm_latency"] = await latency(
-            ask, direct, through, one, 200 // share, path
-        )
+        found = await latency(ask, direct, through, one, 200 // share, path)
+        note("vllm_latency", found)
         many = one | {"max_tokens": 64, "ignore_eos": True, "stream": True}
-        figures["vllm_throughput"] = await throughput(
-            ask, direct, through, many, 256 // share, path
-        )
+        found = await throughput(ask, direct, through, many, 256 // share, path)
+        note("vllm_throughput", found)
 
 
 class Asker:
@@ -235,7 +237,7 @@ async def latency(
                 times[url].append(1000 * (time.perf_counter() - start))
     at = {name: statistics.median(times[url]) for name, url in named(direct, through)}
     p99 = {name: percentile(times[url]) for name, url in named(direct, through)}
-    found = {
+    return {
         "requests": count,
         "direct_ms": round(at["direct"], 3),
         "gateway_ms": round(at["gateway"], 3),
@@ -243,8 +245,6 @@ async def latency(
         "direct_p99_ms": round(p99["direct"], 3),
         "gateway_p99_ms": round(p99["gateway"], 3),
     }
-    show("latency, one at a time", found)
-    return found
 
 
 async def throughput(
@@ -258,14 +258,12 @@ async def throughput(
             await many(ask, url, [body] * count, path)
             rates[url].append(count / (time.perf_counter() - start))
     mid = {name: statistics.median(rates[url]) for name, url in named(direct, through)}
-    found = {
+    return {
         "streams": count,
         "direct_per_s": round(mid["direct"], 2),
         "gateway_per_s": round(mid["gateway"], 2),
         "lost_percent": round(100 * (1 - mid["gateway"] / mid["direct"]), 1),
     }
-    show(f"throughput, {STREAMS} at a time", found)
-    return found
 
 
 async def equal_bytes(
@@ -280,13 +278,11 @@ async def equal_bytes(
     # The stub's answer depends on the request only, so every pair must be equal.
     passed = await many(ask, through, bodies)
     plain = await many(ask, direct, bodies)
-    found = {
+    return {
         "streams": count,
         "bytes": sum(map(len, plain)),
         "unequal": sum(a != b for a, b in zip(passed, plain, strict=True)),
     }
-    show("bytes", found)
-    return found
 
 
 async def held(
@@ -308,15 +304,13 @@ async def held(
         await asyncio.sleep(7)
         samples.append(round(resident_mib(process), 1))
         await asyncio.gather(*again)
-    found = {
+    return {
         "streams": count,
         "open_together": open_now,
         "complete": whole,
         "resident_mib_before": round(before, 1),
         "resident_mib": samples,
     }
-    show("held", found)
-    return found
 
 
 async def many(
