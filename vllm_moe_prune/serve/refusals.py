@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from starlette.responses import Response
 
 
-@dataclass
+@dataclass(eq=False)
 class Refusal(Exception):
     """A request that is not carried out; raised anywhere, answered in one place.
 

@@ -104,7 +104,7 @@ class Exchange:
         finally:
             leaving.cancel()
             answering.cancel()
-            await asyncio.wait((answering, leaving))
+            await asyncio.gather(answering, leaving, return_exceptions=True)
 
     def _choose(self, name: str | None, data: bytes) -> Sequence[Backend]:
         """Every backend that the request may go to, the best first."""
@@ -157,7 +157,7 @@ class Exchange:
         """Send the request to a backend and its answer to the client."""
         address = backend.url + self.path.decode("ascii")
         if query := self.scope["query_string"]:
-            address += "?" + query.decode("ascii", "ignore")  # httptools lets no other
+            address += "?" + query.decode("ascii")
         settings = self.relay.settings
         method = self.scope["method"]
         asking = self.relay.backends.session.request(
@@ -281,6 +281,8 @@ def target(scope: Scope) -> tuple[str | None, bytes]:
     inside = raw.startswith(b"/v1/") and not {".", ".."} & set(segments)
     if not inside and raw.decode("ascii") not in PLUGIN_DATA:
         raise Refusal(404, "not_found", "There is nothing at this address.")
+    if not scope["query_string"].isascii():  # uvicorn looks at the path only
+        raise Refusal(400, "invalid_query", "The query has bytes that must be encoded.")
     return name, raw
 
 
