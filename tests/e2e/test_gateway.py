@@ -183,14 +183,14 @@ def test_no_path_leads_out_of_what_is_passed_on(gateway: Process, path: str) -> 
 
 
 def test_what_could_not_be_passed_on_as_it_is_gets_refused(gateway: Process) -> None:
-    lines = {
-        "invalid_query": b"GET /v1/echo?a=\xff HTTP/1.1\r\nhost: x\r\n",
-        "invalid_header": b"GET /backends/one/v1/x HTTP/1.1\r\nhost: x\r\nx-a: \xff\r\n",
-        "invalid_http": b"GET /v1/\xff HTTP/1.1\r\nhost: x\r\n",
-    }
-    for code, line in lines.items():
+    sent = [
+        ("invalid_header", b"GET /backends/one/v1/x HTTP/1.1\r\nx-a: \xff\r\n"),
+        ("invalid_http", b"GET /backends/one/v1/\xff HTTP/1.1\r\n"),
+        ("invalid_http", b"GET /backends/one/v1/x?\xff HTTP/1.1\r\n"),
+    ]
+    for code, line in sent:
         with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as raw:
-            raw.sendall(line + b"connection: close\r\n\r\n")
+            raw.sendall(line + b"host: x\r\nconnection: close\r\n\r\n")
             answer = b"".join(iter(lambda: raw.recv(65536), b""))
         assert answer.startswith(b"HTTP/1.1 400 "), answer
         assert f'"code": "{code}"'.encode() in answer
