@@ -1,9 +1,11 @@
 """The gateway's parts that need no server, and its bounds on slow heads."""
 
 import json
+import re
 import socket
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -19,10 +21,12 @@ from tests.gateway import until
 from vllm_moe_prune.errors import ServeError
 from vllm_moe_prune.serve import needs
 from vllm_moe_prune.serve.http import bounded_http
+from vllm_moe_prune.serve.metrics import Metrics
 from vllm_moe_prune.serve.refusals import Refusal
-from vllm_moe_prune.serve.settings import load_settings
+from vllm_moe_prune.serve.settings import PREFIX, GatewaySettings, load_settings
 from vllm_moe_prune.serve.stream import LONGEST_EVENT, Events, Whole, tokens_of
 
+ROOT = Path(__file__).parents[2]
 BACKENDS = {"a": "http://one:8000", "b": "http://two"}
 USAGE = {"prompt_tokens": 3, "completion_tokens": 4}
 
@@ -150,6 +154,20 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needs, "NEEDS", ("json", "no_such_library"))
     with pytest.raises(ServeError, match=r"needs no_such_library.*\[gateway\]"):
         needs.check_needs()
+
+
+def test_the_documentation_names_every_setting_and_metric() -> None:
+    text = (ROOT / "docs" / "gateway.md").read_text("utf-8")
+    names = {f"{PREFIX}{name}".upper() for name in GatewaySettings.model_fields}
+    names |= {metric.name for metric in Metrics().registry.collect()}
+    assert {name for name in names if f"`{name}" not in text} == set()
+
+
+def test_what_is_needed_is_what_the_extra_installs() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    names = [re.split("[<>=]", item)[0] for item in extras["gateway"]]
+    assert sorted(needs.NEEDS) == sorted(name.replace("-", "_") for name in names)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 408, 429, 503])
