@@ -29,12 +29,15 @@ async function endpoints() {
 }
 
 function fill(found) {
+  // The second is on another server where there is one, even if the first has two names.
+  const other = found.findIndex((one) => one.base !== found[0].base);
+  const second = other < 0 ? Math.min(1, found.length) : other;
   for (const { at, select, address } of sides) {
     select.replaceChildren(...found.map((one) => make("option", {
       value: JSON.stringify([one.base, one.model]),
       textContent: one.down ? `${one.label} (down)` : one.label,
     })), make("option", { value: OTHER, textContent: "Another server …" }));
-    select.selectedIndex = Math.min(at, found.length);
+    select.selectedIndex = at ? second : 0;
     select.onchange = () => { address.hidden = select.value !== OTHER; };
     select.onchange();
   }
