@@ -114,7 +114,7 @@ def test_patched_vllm_serves_uneven_layers_and_refuses_the_rest(
     mixtral = tmp_path / "mixtral-pruned"
     cut(source, load_plan(plan), mixtral)
     mixtral = as_stock(mixtral, "MixtralForCausalLM")
-    v2, expected_v2 = family_cases.make_pruned(tmp_path, V2)
+    v2, expected_v2, _ = family_cases.make_pruned(tmp_path, V2)
     v2 = as_stock(v2, "DeepseekV2ForCausalLM")
     incomplete = without_expert(mixtral, tmp_path / "incomplete", "layers.3.block_sparse_moe.experts.1.")
 
