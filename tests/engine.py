@@ -42,9 +42,7 @@ if __name__ == "__main__":
 """
 
 
-def served(
-    model: Path | str, loads: Loads | None = None, **options: Any
-) -> Tensor:
+def served(model: Path | str, loads: Loads | None = None, **options: Any) -> Tensor:
     """Log-probabilities [T, V] from a vLLM engine, which is gone afterwards.
 
     Args:

@@ -33,7 +33,9 @@ def apply(patches: Iterable[Path], folder: Path) -> None:
         subprocess.CalledProcessError: One does not apply.
     """
     for patch in patches:
-        subprocess.run(["git", "apply", "--verbose", str(patch)], cwd=folder, check=True)
+        subprocess.run(
+            ["git", "apply", "--verbose", str(patch)], cwd=folder, check=True
+        )
 
 
 def overlay(folder: Path, installed: Path, patches: Iterable[Path]) -> Path:

@@ -116,7 +116,9 @@ def test_patched_vllm_serves_uneven_layers_and_refuses_the_rest(
     mixtral = as_stock(mixtral, "MixtralForCausalLM")
     v2, expected_v2, _ = family_cases.make_pruned(tmp_path, V2)
     v2 = as_stock(v2, "DeepseekV2ForCausalLM")
-    incomplete = without_expert(mixtral, tmp_path / "incomplete", "layers.3.block_sparse_moe.experts.1.")
+    incomplete = without_expert(
+        mixtral, tmp_path / "incomplete", "layers.3.block_sparse_moe.experts.1."
+    )
 
     spec = importlib.util.find_spec("vllm")
     assert spec is not None

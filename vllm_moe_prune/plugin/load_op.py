@@ -1,4 +1,4 @@
-"""The custom op that counts routed tokens: opaque to torch.compile, safe in CUDA graphs.
+"""The custom op that counts routed tokens; opaque to torch.compile, fit for graphs.
 
 It adds to a tensor that stays where it is and never asks the device anything. Slots of
 tokens that exist only to fill a batch or to warm up are not counted.

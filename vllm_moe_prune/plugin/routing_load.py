@@ -16,51 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.models.utils import extract_layer_index
 
 from ..errors import ServeError
 from .load_op import count_routed
-
-SWITCH = "moe_prune_load"
-"""The key of ``--additional-config``."""
-EXTENSION = f"{__name__}.RoutingLoad"
-"""What ``--worker-extension-cls`` names."""
-
-
-def is_on(vllm_config: VllmConfig) -> bool:
-    """Whether the user asked for counting.
-
-    Raises:
-        ServeError: With something else than true or false.
-    """
-    extra = vllm_config.additional_config
-    value = extra.get(SWITCH, False) if isinstance(extra, dict) else False
-    if not isinstance(value, bool):
-        raise ServeError(
-            f"--additional-config: {SWITCH} is {value!r}; use true or false."
-        )
-    return value
-
-
-def check_supported(parallel_config: Any) -> None:
-    """Refuse settings under which no process sees all tokens just once.
-
-    Raises:
-        ServeError: Naming the flag.
-    """
-    for flag in (
-        "data_parallel_size",
-        "decode_context_parallel_size",
-        "prefill_context_parallel_size",
-    ):
-        if (size := getattr(parallel_config, flag)) > 1:
-            raise ServeError(
-                f"--{flag.replace('_', '-')} {size} together with counting of routed "
-                f"tokens ({SWITCH}) is not supported; leave one of them out."
-            )
+from .watch import SWITCH, check_supported, is_on
 
 
 @MoERunner.register_oot(name="MoERunner")
