@@ -9,8 +9,8 @@ as open as its own ``/metrics``.
 
 import asyncio
 from argparse import Namespace
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from .watch import EXTENSION, SWITCH, Load, describe_load, is_on, merge
 
 PREFIX = "/plugins/moe-prune"
 PAGES = Path(__file__).parents[1] / "serve" / "pages"
-EXPERTS_PAGE = "experts.html"
+INDEX = "index.html"
 JSON = "application/json"
 
 
@@ -104,8 +104,12 @@ def _read(config: Any, in_memory: bool) -> tuple[Checkpoint, ExpertRemap | None]
     return checkpoint, checkpoint.remap
 
 
-def make_router() -> APIRouter:
-    """The routes; they find what is served in the application's state."""
+def make_router(pages: Path = PAGES) -> APIRouter:
+    """The routes; they find what is served in the application's state.
+
+    Args:
+        pages: A folder of files that are sent as they are; ``index.html`` for ``/``.
+    """
     router = APIRouter(prefix=PREFIX, tags=["vllm-moe-prune"])
 
     @router.get("/load")
@@ -148,20 +152,18 @@ def make_router() -> APIRouter:
                     raise HTTPException(404, str(error)) from error
         return HTMLResponse(served.report)
 
-    for path in sorted(PAGES.glob("*.*")):
-        send = partial(FileResponse, path, headers={"Cache-Control": "no-cache"})
-        router.add_api_route(f"/{path.name}", _sender(send), include_in_schema=False)
-        if path.name == EXPERTS_PAGE:
-            router.add_api_route("/", _sender(send), include_in_schema=False)
+    for path in sorted(pages.glob("*.*")):
+        name = "" if path.name == INDEX else path.name
+        router.add_api_route(f"/{name}", _sender(path), include_in_schema=False)
     return router
 
 
-def _sender(send: Any) -> Any:
-    async def sent() -> Response:
-        response: Response = send()
-        return response
+def _sender(path: Path) -> Callable[[], Awaitable[Response]]:
+    async def send() -> Response:
+        # Asked for again each time: an update of the package is seen at once.
+        return FileResponse(path, headers={"Cache-Control": "no-cache"})
 
-    return sent
+    return send
 
 
 def _draw(folder: Path) -> str:
