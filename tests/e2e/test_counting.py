@@ -23,7 +23,8 @@ def test_the_op_tells_the_compiler_the_truth() -> None:
     load.zero_()
     count_routed(load, IDS)
     count_routed(load, IDS.long())
-    assert load.tolist() == [4, 2, 6, 0]
+    count_routed(load, torch.tensor([[-1, -1]]))
+    assert load.tolist() == [4, 2, 6, 2]
 
 
 def test_padding_is_not_counted() -> None:
@@ -54,23 +55,24 @@ def test_nothing_of_it_is_loaded_without_being_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("monolithic", "capture", "why"),
+    ("method", "router", "why"),
     [
-        (True, None, "routes inside its kernel"),
-        (False, print, "something else listens to its router"),
-        (False, None, "something else listens to its router"),
+        ({"is_monolithic": True}, {}, "routes inside its kernel"),
+        ({}, {"num_fused_shared_experts": 1}, "shared experts are routed like"),
+        ({}, {"capture_fn": print}, "something else listens to its router"),
+        ({}, {"capture_fn": None}, "something else listens to its router"),
     ],
-    ids=["monolithic", "captured", "not hooked"],
+    ids=["monolithic", "fused", "captured", "not hooked"],
 )
 def test_layers_that_nobody_can_count_are_refused(
-    monolithic: bool, capture: object, why: str
+    method: dict[str, object], router: dict[str, object], why: str
 ) -> None:
     from vllm_moe_prune.plugin.routing_load import CountingMoERunner
 
     layer = SimpleNamespace(
         layer_name="model.layers.3.mlp.experts",
-        _quant_method=SimpleNamespace(is_monolithic=monolithic),
-        router=SimpleNamespace(capture_fn=capture),
+        _quant_method=SimpleNamespace(**({"is_monolithic": False} | method)),
+        router=SimpleNamespace(**({"capture_fn": len} | router)),
         counts_in_router=False,
         count=len,
     )

@@ -21,8 +21,9 @@ def _count(load: Tensor, ids_TK: Tensor) -> None:
     """Add one for each slot; ``load`` [E + 1] int64 ends in slots that do not count."""
     padding_T1 = _padding(len(ids_TK))
     if padding_T1 is not None:
-        ids_TK = ids_TK.masked_fill(padding_T1, len(load) - 1)
-    ids = ids_TK.flatten()
+        ids_TK = ids_TK.masked_fill(padding_T1, -1)
+    # -1, which vLLM's routers may say of padding too, becomes E.
+    ids = ids_TK.flatten().remainder(len(load))
     load.index_add_(0, ids, _one(load.device).expand(len(ids)))
 
 

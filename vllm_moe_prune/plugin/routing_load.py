@@ -69,6 +69,11 @@ class CountingMoERunner(MoERunner):
                 f"{self.layer_name}: {kernel} routes inside its kernel, where nobody "
                 f"can count; leave out {SWITCH}, or choose another --moe-backend."
             )
+        if getattr(self.router, "num_fused_shared_experts", 0):
+            raise ServeError(
+                f"{self.layer_name}: shared experts are routed like the others here, "
+                f"and cannot be told from them; leave out {SWITCH}."
+            )
         capture = getattr(self.router, "capture_fn", None)
         if not self.counts_in_router and capture != self.count:
             raise ServeError(
