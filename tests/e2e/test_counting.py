@@ -23,22 +23,24 @@ def test_the_op_tells_the_compiler_the_truth() -> None:
     load.zero_()
     count_routed(load, IDS)
     count_routed(load, IDS.long())
-    count_routed(load, torch.tensor([[-1, -1]]))
-    assert load.tolist() == [4, 2, 6, 2]
+    assert load.tolist() == [4, 2, 6, 0]
 
 
 def test_padding_is_not_counted() -> None:
     from vllm.forward_context import ForwardContext, override_forward_context
 
-    from vllm_moe_prune.plugin.load_op import count_routed
+    from vllm_moe_prune.plugin.load_op import count_real
 
     load = torch.zeros(4, dtype=torch.int64)
     # Longer than the batch, as vLLM's buffers are; the last token is no request's.
     slots = {"model.layers.0.self_attn.attn": torch.tensor([7, 8, -1, 5])}
     context = ForwardContext(no_compile_layers={}, attn_metadata={}, slot_mapping=slots)
     with override_forward_context(context):
-        count_routed(load, IDS)
+        count_real(load, IDS)
     assert load.tolist() == [1, 1, 2, 2]
+    # No context, but a router that marks padding itself.
+    count_real(load, torch.tensor([[1, 0], [-1, -1]]))
+    assert load.tolist() == [2, 2, 2, 4]
 
 
 def test_nothing_of_it_is_loaded_without_being_asked_for() -> None:

@@ -1,7 +1,6 @@
 """The custom op that counts routed tokens; opaque to torch.compile, fit for graphs.
 
-It adds to a tensor that stays where it is and never asks the device anything. Slots of
-tokens that exist only to fill a batch or to warm up are not counted.
+It adds to a tensor that stays where it is and never asks the device anything.
 T tokens, K slots of a token, E experts.
 """
 
@@ -17,14 +16,22 @@ LIBRARY = Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 LIBRARY.define("count_routed(Tensor(a!) load, Tensor ids) -> ()")  # type: ignore[no-untyped-call]
 
 
-def _count(load: Tensor, ids_TK: Tensor) -> None:
-    """Add one for each slot; ``load`` [E + 1] int64 ends in slots that do not count."""
+def count_all(load: Tensor, ids_TK: Tensor) -> None:
+    """Add one for each slot; ``load`` [E + 1] int64 ends in slots that do not count.
+
+    For CPUs, where vLLM fills no batch up: there are no graphs of fixed size.
+    """
+    ids = ids_TK.flatten()
+    load.index_add_(0, ids, _one(load.device).expand(len(ids)))
+
+
+def count_real(load: Tensor, ids_TK: Tensor) -> None:
+    """The same, but for tokens that only fill a batch up to the size of a graph."""
     padding_T1 = _padding(len(ids_TK))
     if padding_T1 is not None:
         ids_TK = ids_TK.masked_fill(padding_T1, -1)
     # -1, which vLLM's routers may say of padding too, becomes E.
-    ids = ids_TK.flatten().remainder(len(load))
-    load.index_add_(0, ids, _one(load.device).expand(len(ids)))
+    count_all(load, ids_TK.remainder(len(load)))
 
 
 @cache
@@ -46,7 +53,7 @@ def _fake(load: Tensor, ids_TK: Tensor) -> None:
     return None
 
 
-for _device in ("CPU", "CUDA"):
+for _device, _count in (("CPU", count_all), ("CUDA", count_real)):
     torch.library.impl(f"{NAMESPACE}::count_routed", _device, _count, lib=LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::count_routed", _fake, lib=LIBRARY)
 count_routed = torch.ops.vllm_moe_prune.count_routed.default
