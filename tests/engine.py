@@ -24,18 +24,32 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
+COUNTING = {
+    "additional_config": {"moe_prune_load": True},
+    "worker_extension_cls": "vllm_moe_prune.plugin.routing_load.RoutingLoad",
+}
+Loads = dict[int, list[int]]
+"""Layer -> routed slots of each expert."""
 # vLLM starts workers by importing the main script again: it must be a file of its own.
 ENGINES = """
 import torch
 from tests.engine import served
 if __name__ == "__main__":
     for out, model in {models}.items():
-        torch.save(served(model, tensor_parallel_size=2, **{options}), out)
+        loads = {{}}
+        found = served(model, loads, tensor_parallel_size=2, **{options})
+        torch.save((found, loads), out)
 """
 
 
-def served(model: Path | str, **options: Any) -> Tensor:
-    """Log-probabilities [T, V] from a vLLM engine, which is gone afterwards."""
+def served(model: Path | str, loads: Loads | None = None, **options: Any) -> Tensor:
+    """Log-probabilities [T, V] from a vLLM engine, which is gone afterwards.
+
+    Args:
+        model: A checkpoint.
+        loads: Filled with how many tokens were routed where; None: nothing counts.
+        options: Of the engine.
+    """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -48,8 +62,12 @@ def served(model: Path | str, **options: Any) -> Tensor:
         "max_logprobs": -1,
         "skip_tokenizer_init": True,
     }
+    if loads is not None:
+        engine |= COUNTING
     llm = LLM(str(model), **(engine | options))
     try:
+        if loads is not None:
+            assert all(llm.collective_rpc("moe_prune_start_load"))
         (output,) = llm.generate(
             [{"prompt_token_ids": TOKENS}],
             SamplingParams(
@@ -57,6 +75,8 @@ def served(model: Path | str, **options: Any) -> Tensor:
             ),
             use_tqdm=False,
         )
+        if loads is not None:
+            loads |= read_loads(llm)
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
@@ -70,6 +90,16 @@ def served(model: Path | str, **options: Any) -> Tensor:
     return rows_TV
 
 
+def read_loads(llm: Any) -> Loads:
+    """What an engine has counted; each layer comes from one process only."""
+    loads: Loads = {}
+    for worker in llm.collective_rpc("moe_prune_read_load"):
+        for layer, counts in worker or ():
+            assert layer not in loads
+            loads[layer] = counts
+    return loads
+
+
 def assert_same(found_TV: Tensor, expected_TV: Tensor) -> None:
     """Equal but for rounding in float32."""
     assert (found_TV - expected_TV).abs().max().item() <= ROUNDING
@@ -81,7 +111,7 @@ def in_two_processes(
     options: Mapping[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Save what engines of two workers say, one model after the other.
+    """Save what engines of two workers say and count, one model after the other.
 
     Args:
         folder: For the script.

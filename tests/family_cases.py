@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.engine import TOKENS, VOCAB
+from tests.engine import TOKENS, VOCAB, Loads
 from tests.reference import DROP_BLOCK, DROP_MOE, Cuts, Ids, LayerCut, write_plan
 from tests.reference_families import FamilyReference, Removed
 from tests.tiny import tiny_checkpoint
@@ -120,19 +120,38 @@ def make_plan(original: Path, case: Case) -> Path:
     return write_plan(path, source, case.cuts, routing=case.routing)
 
 
-def make_pruned(folder: Path, case: Case) -> tuple[Path, Tensor]:
-    """A pruned checkpoint, and what it should say [T, V]."""
+def make_pruned(folder: Path, case: Case) -> tuple[Path, Tensor, Loads]:
+    """A pruned checkpoint, what it should say [T, V], and where tokens should go."""
     original = make_original(folder / "original", case)
-    expected_TV = expected(folder / "reference", case)
+    reference = make_reference(folder / "reference", case)
+    expected_TV = said_by(reference)
     if not case.cuts:
-        return original, expected_TV
+        return original, expected_TV, loads_of(original, reference)
     pruned = folder / "pruned"
     cut(open_checkpoint(original), load_plan(make_plan(original, case)), pruned)
-    return pruned, expected_TV
+    return pruned, expected_TV, loads_of(pruned, reference)
 
 
-def expected(folder: Path, case: Case) -> Tensor:
-    """Log-probabilities [T, V] of the masked original, in float64."""
+def said_by(reference: FamilyReference) -> Tensor:
+    """Log-probabilities [T, V], in float64."""
+    return reference.logits(torch.tensor([TOKENS]))[0].log_softmax(dim=-1)
+
+
+def loads_of(folder: Path, reference: FamilyReference) -> Loads:
+    """What the reference routed where, by layers and experts of a checkpoint."""
+    checkpoint = open_checkpoint(folder)
+    loads: Loads = {}
+    for layer in checkpoint.moe_layers:
+        source, kept = layer.index, tuple(range(layer.num_experts))
+        if checkpoint.remap is not None:
+            entry = checkpoint.remap.layers[layer.index]
+            source, kept = entry.original_layer, entry.kept
+        loads[layer.index] = [reference.loads[source][expert] for expert in kept]
+    return loads
+
+
+def make_reference(folder: Path, case: Case) -> FamilyReference:
+    """The masked original."""
     original = make_original(folder, replace(case, layout=None))
     actions = {layer: cut.action for layer, cut in case.cuts.items()}
     kept = {
@@ -155,5 +174,4 @@ def expected(folder: Path, case: Case) -> Tensor:
         blocks=tuple(layer for layer, each in actions.items() if each == "drop-block"),
         redirect=served_by,
     )
-    reference = FamilyReference(original, removed)
-    return reference.logits(torch.tensor([TOKENS]))[0].log_softmax(dim=-1)
+    return FamilyReference(original, removed)

@@ -196,6 +196,8 @@ class Reference:
         self.cuts = cuts or {}
         self.routing = routing
         self.layers = range(self.config["num_hidden_layers"])
+        self.loads: dict[int, list[int]] = {}
+        """Layer -> routed slots of each survivor, of all tokens so far."""
 
     def logits(self, ids_ST: Tensor) -> Tensor:
         """Next-token logits [S, T, V]."""
@@ -266,8 +268,11 @@ class Reference:
         if cut.action == "drop-moe-keep-norm":
             return hidden_STD + x_ND.view_as(hidden_STD)
         weight_NE = self._selection(layer, x_ND)
+        chosen_E = (weight_NE > 0).sum(dim=0)
+        load = self.loads.setdefault(layer, [0] * len(self._kept(layer)))
         out_ND = torch.zeros_like(x_ND)
         for new, expert in enumerate(self._survivors(layer)):
+            load[new] += int(chosen_E[list(self._cluster(layer, new))].sum())
             if masks:
                 pairs = zip(expert, masks[new], strict=True)
                 expert = Expert(*(matrix.masked_fill(m, 0) for matrix, m in pairs))

@@ -9,6 +9,7 @@ Axes: S sequences, T tokens, D hidden, H heads, d head size, V vocabulary.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,8 @@ class FamilyReference:
         self.removed = removed or Removed()
         self.tensors = read_tensors(folder)
         self.family = self.config["model_type"]
+        self.loads: dict[int, Counter[int]] = {}
+        """Layer -> expert -> routed slots, of all tokens so far."""
 
     def weight(self, name: str) -> Tensor:
         """A matrix as the model computes with it."""
@@ -162,6 +165,7 @@ class FamilyReference:
                 target = self.removed.redirect.get(layer, {}).get(expert, expert)
                 if target is None:
                     continue
+                self.loads.setdefault(layer, Counter())[target] += 1
                 if target not in outputs:
                     outputs[target] = self.mlp(f"{at}experts.{target}.", x_ND, *names)
                 out_ND[token] += weight * outputs[target][token]

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,8 +15,16 @@ from .checkpoint.source import open_checkpoint
 from .decide.plan import check_plan, load_plan
 from .errors import ServeError
 from .plugin.verify import verify_folder
+from .plugin.watch import EXTENSION, PLUGINS, SWITCH
 
 PLUGIN_GROUP = "vllm.general_plugins"
+# Those that vLLM loads without being told to.
+PLUGIN_GROUPS = (
+    PLUGIN_GROUP,
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
 PLUGIN_NAME = "moe_prune"
 
 
@@ -24,6 +33,8 @@ def serve_command(
     revision: str | None = None,
     plan: Path | None = None,
     extra: Sequence[str] = (),
+    *,
+    watch: bool = False,
 ) -> list[str]:
     """The command line that serves a checkpoint, after checking that it will work.
 
@@ -32,6 +43,7 @@ def serve_command(
         revision: Revision of a Hub id.
         plan: Prune the original while loading, without writing anything.
         extra: Flags handed to vLLM as they are.
+        watch: Add pages and live routing load to the server.
 
     Raises:
         MoePruneError: vLLM or the plugin is missing or disabled, the checkpoint or
@@ -48,9 +60,50 @@ def serve_command(
         check_plan(loaded, checkpoint.layers, checkpoint.fingerprint, str(plan))
         command += ["--load-format", "moe_prune", "--model-loader-extra-config"]
         command += [json.dumps({"plan": str(plan.resolve())})]
-    if plan is not None or needs_plugin(checkpoint):
-        check_plugin()
+    if watch:
+        command = [*_environment(), *command, *_watch_flags(extra)]
+    if watch or plan is not None or needs_plugin(checkpoint):
+        check_registered()
+    if not watch and (plan is not None or needs_plugin(checkpoint)):
+        check_allowed()
     return [*command, *extra]
+
+
+def _watch_flags(extra: Sequence[str]) -> list[str]:
+    """What switches counting of routed tokens on."""
+    flags = {
+        "--additional-config": json.dumps({SWITCH: True}),
+        "--worker-extension-cls": EXTENSION,
+    }
+    for argument in extra:
+        flag = argument.partition("=")[0]
+        if flag in flags:
+            raise ServeError(
+                f"--watch sets {flag} itself. Leave --watch out and give all it sets, "
+                f"merged with yours: {shlex.join(_pairs(flags))}"
+            )
+    return _pairs(flags)
+
+
+def _pairs(flags: dict[str, str]) -> list[str]:
+    return [part for pair in flags.items() for part in pair]
+
+
+def _environment() -> list[str]:
+    """A prefix that names our endpoints to vLLM, which adds routes for no others.
+
+    The list it takes is for plugins of all kinds, so it names what is there.
+    """
+    allowed = os.environ.get("VLLM_PLUGINS")
+    names = {
+        point.name
+        for group in PLUGIN_GROUPS
+        for point in importlib.metadata.entry_points(group=group)
+    }
+    if allowed is not None:
+        names = set(allowed.split(","))
+    named = ",".join(sorted({*names, *PLUGINS} - {""}))
+    return [shutil.which("env") or "/usr/bin/env", f"VLLM_PLUGINS={named}"]
 
 
 def needs_plugin(checkpoint: Checkpoint) -> bool:
@@ -77,7 +130,7 @@ def find_vllm() -> str:
     return found
 
 
-def check_plugin() -> None:
+def check_registered() -> None:
     """Refuse to start a server that would not find the plugin."""
     points = importlib.metadata.entry_points(group=PLUGIN_GROUP)
     if PLUGIN_NAME not in {point.name for point in points}:
@@ -85,6 +138,10 @@ def check_plugin() -> None:
             f"the vLLM plugin {PLUGIN_NAME!r} is not registered. "
             "Install this package with pip into the environment of vLLM."
         )
+
+
+def check_allowed() -> None:
+    """Refuse to start a server that was told to leave the plugin out."""
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN_NAME not in allowed.split(","):
         raise ServeError(

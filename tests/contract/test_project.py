@@ -283,7 +283,9 @@ def test_entry_points_lead_somewhere() -> None:
     (command,) = entry_points(group="console_scripts", name="vllm-moe-prune")
     (plugin,) = entry_points(group="vllm.general_plugins", name="moe_prune")
     assert callable(command.load())
+    (routes,) = entry_points(group="vllm.endpoint_plugins", name="moe_prune_api")
     assert callable(plugin.load())
+    assert callable(routes.load())
 
 
 def test_the_package_says_that_it_is_typed() -> None:

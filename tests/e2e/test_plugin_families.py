@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine import assert_same, in_two_processes, served
+from tests.engine import Loads, assert_same, in_two_processes, served
 from tests.family_cases import (
     CASES,
     ENGINE,
     OURS,
-    expected,
     make_original,
     make_plan,
     make_pruned,
+    make_reference,
+    said_by,
 )
 from tests.reference import read_json
 
@@ -32,12 +33,15 @@ pytestmark = [
 @pytest.mark.parametrize("name", CASES)
 def test_vllm_computes_what_the_masked_original_does(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    pruned, expected_TV = make_pruned(tmp_path, case)
+    pruned, expected_TV, expected_loads = make_pruned(tmp_path, case)
     architecture = case.architecture or OURS[case.family]
     assert read_json(pruned / "config.json")["architectures"] == [architecture]
-    assert_same(served(pruned, **ENGINE[case.family]), expected_TV)
+    loads: Loads = {}
+    assert_same(served(pruned, loads, **ENGINE[case.family]), expected_TV)
+    assert loads == expected_loads
     if case.cuts:
-        unpruned_TV = expected(tmp_path / "unpruned", replace(case, cuts={}))
+        unpruned = make_reference(tmp_path / "unpruned", replace(case, cuts={}))
+        unpruned_TV = said_by(unpruned)
         assert (unpruned_TV - expected_TV).abs().max() > 1, "the plan changed nothing"
 
 
@@ -52,7 +56,7 @@ def test_original_is_pruned_while_loading(name: str, tmp_path: Path) -> None:
         model_loader_extra_config=plan,
         **ENGINE[case.family],
     )
-    assert_same(found_TV, expected(tmp_path / "reference", case))
+    assert_same(found_TV, said_by(make_reference(tmp_path / "reference", case)))
 
 
 @pytest.mark.slow
@@ -71,15 +75,17 @@ def test_two_processes_share_the_model(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    models, expected_TV = {}, {}
+    models, expected = {}, {}
     for name in names:
         folder = tmp_path / name
         folder.mkdir()
         out = folder / "out.pt"
-        models[out], expected_TV[out] = make_pruned(folder, CASES[name])
+        models[out], *expected[out] = make_pruned(folder, CASES[name])
     options = ENGINE[CASES[names[0]].family] | {
         "enable_expert_parallel": expert_parallel
     }
     in_two_processes(tmp_path, models, options, monkeypatch)
-    for out, each_TV in expected_TV.items():
-        assert_same(torch.load(out), each_TV)
+    for out, (expected_TV, expected_loads) in expected.items():
+        found_TV, loads = torch.load(out)
+        assert_same(found_TV, expected_TV)
+        assert loads == expected_loads

@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine import TOKENS, VOCAB, assert_same, in_two_processes, served
+from tests.engine import (
+    TOKENS,
+    VOCAB,
+    Loads,
+    assert_same,
+    in_two_processes,
+    served,
+)
 from tests.reference import (
     DROP_BLOCK,
     DROP_MOE,
@@ -134,6 +141,21 @@ def expected(original: Path, case: Case | None = None) -> Tensor:
     return logits_STV[0].log_softmax(dim=-1)
 
 
+def expected_loads(original: Path, case: Case) -> Loads:
+    """Routed slots of each survivor, by layer of the pruned model."""
+    reference = Reference(original, case.cuts, routing=case.routing)
+    reference.logits(torch.tensor([TOKENS]))
+    cuts = {layer: case.cuts.get(layer, LayerCut()) for layer in reference.layers}
+    left = [layer for layer, cut in cuts.items() if cut != DROP_BLOCK]
+    loads = {
+        new: reference.loads[layer]
+        for new, layer in enumerate(left)
+        if layer in reference.loads
+    }
+    assert all(sum(load) % len(TOKENS) == 0 for load in loads.values())
+    return loads
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_pruned_checkpoint_computes_what_the_masked_original_does(
     name: str, tmp_path: Path
@@ -142,8 +164,10 @@ def test_pruned_checkpoint_computes_what_the_masked_original_does(
     original = make_original(tmp_path / "original", case.layout)
     pruned = make_pruned(original, case)
     assert read_json(pruned / "config.json")["architectures"] == [case.architecture]
-    found_TV = served(pruned)
+    loads: Loads = {}
+    found_TV = served(pruned, loads)
     assert_same(found_TV, expected(original, case))
+    assert loads == expected_loads(original, case)
     assert (found_TV - expected(original)).abs().max() > 1, "the plan changed nothing"
     if name == "uniform":
         assert_same(found_TV, by_transformers(pruned))
@@ -218,4 +242,6 @@ def test_two_processes_share_the_model(
     original = make_original(tmp_path / "original", case.layout)
     pruned, out = make_pruned(original, case), tmp_path / "out.pt"
     in_two_processes(tmp_path, {out: pruned}, options, monkeypatch)
-    assert_same(torch.load(out), expected(original, case))
+    found_TV, loads = torch.load(out)
+    assert_same(found_TV, expected(original, case))
+    assert loads == expected_loads(original, case)

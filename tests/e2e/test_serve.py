@@ -5,9 +5,11 @@ through ``vllm-moe-prune serve``, and the real ``openai`` client.
 """
 
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.server import TOOL, serving
@@ -29,7 +31,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(pruned: Path) -> Iterator[str]:
-    with serving(pruned, "--max-model-len", "256") as found:
+    with serving(pruned, "--max-model-len", "256", "--watch") as found:
         yield found
 
 
@@ -63,3 +65,40 @@ def test_a_pruned_model_answers_completions_and_streamed_chat(address: str) -> N
         if chunk.choices and chunk.choices[0].delta.content
     ]
     assert "".join(pieces)
+
+
+def test_the_server_tells_what_it_serves_and_where_tokens_go(
+    pruned: Path, address: str
+) -> None:
+    base = address.removesuffix("/v1") + "/plugins/moe-prune"
+    with httpx.Client(timeout=30) as http:
+        for name in ("remap", "provenance"):
+            answer = http.get(f"{base}/{name}")
+            file = {"remap": "expert_remap.json"}.get(name, f"{name}.json")
+            assert answer.headers["content-type"] == "application/json"
+            assert answer.content == (pruned / file).read_bytes()
+        report = http.get(f"{base}/report")
+        assert report.headers["content-type"].startswith("text/html")
+        assert "stun40" in report.text
+
+        before, began = http.get(f"{base}/load").json(), time.time()
+        words = {"model": "demo", "prompt": "one two three", "max_tokens": 5}
+        answer = http.post(f"{address}/completions", json=words | {"temperature": 0})
+        usage = answer.json()["usage"]
+        after = http.get(f"{base}/load").json()
+    assert before["enabled"]
+    assert before["since"] == after["since"] < began
+    assert before["top_k"] == 2
+    # The last token that was generated is never fed back.
+    slots = 2 * (usage["prompt_tokens"] + usage["completion_tokens"] - 1)
+    table = open_checkpoint(pruned).remap
+    assert table is not None
+    for entry, old, new in zip(
+        table.layers, before["layers"], after["layers"], strict=True
+    ):
+        assert (new["layer"], new["source_layer"]) == (entry.layer, entry.layer)
+        assert new["source_experts"] == list(entry.kept)
+        pairs = zip(old["experts"], new["experts"], strict=True)
+        grown = [later - earlier for earlier, later in pairs]
+        assert min(grown) >= 0
+        assert sum(grown) == slots

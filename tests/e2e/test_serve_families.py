@@ -29,7 +29,7 @@ def test_the_answer_is_the_masked_originals(name: str, tmp_path: Path) -> None:
     # The tokenizer has a token per byte, so the vocabulary must be larger.
     case = CASES[name]
     case = replace(case, config={**case.config, "vocab": 512})
-    pruned, expected_TV = make_pruned(tmp_path, case)
+    pruned, expected_TV, _ = make_pruned(tmp_path, case)
     write_tokenizer(pruned, 512)
     flags = ["--dtype", "float32", "--max-model-len", "128"]
     if backend := ENGINE[case.family].get("attention_backend"):

@@ -9,8 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.test_plugin_mixtral import Case, expected, make_original, make_plan
-from tests.engine import assert_same, in_two_processes, served
+from tests.e2e.test_plugin_mixtral import (
+    Case,
+    expected,
+    expected_loads,
+    make_original,
+    make_plan,
+)
+from tests.engine import Loads, assert_same, in_two_processes, served
 from tests.reference import LayerCut
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.convert import convert
@@ -74,8 +80,10 @@ def test_bfloat16_is_as_far_from_the_truth_as_dense_is(
 
 @pytest.mark.slow
 def test_compiled_without_a_graph_break(packed: Path, dense: Path) -> None:
-    found_TV = served(packed, enforce_eager=False)
+    loads: Loads = {}
+    found_TV = served(packed, loads, enforce_eager=False)
     assert_same(found_TV, expected(dense))
+    assert loads == expected_loads(dense, Case({}, HALF.layout))
 
 
 @pytest.mark.parametrize(
@@ -95,4 +103,6 @@ def test_two_processes_share_the_experts(
 ) -> None:
     out = tmp_path / "out.pt"
     in_two_processes(tmp_path, {out: packed}, options, monkeypatch)
-    assert_same(torch.load(out), expected(dense))
+    found_TV, loads = torch.load(out)
+    assert_same(found_TV, expected(dense))
+    assert loads == expected_loads(dense, Case({}, HALF.layout))

@@ -21,6 +21,9 @@ def serve(
     plan: Annotated[
         Path | None, flag("Prune the original while loading; nothing is written.")
     ] = None,
+    watch: Annotated[
+        bool, flag("Add /plugins/moe-prune/: report, tables, live routing load.")
+    ] = False,
     dry_run: Annotated[
         bool, flag("Print the command, don't run it.", "--dry-run")
     ] = False,
@@ -34,7 +37,7 @@ def serve(
     from ..draw import err
     from ..serve_command import run_server, serve_command
 
-    command = serve_command(source, revision, plan, context.args)
+    command = serve_command(source, revision, plan, context.args, watch=watch)
     if dry_run:
         typer.echo(shlex.join(command))
         return

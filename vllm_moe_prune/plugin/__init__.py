@@ -17,6 +17,10 @@ that, and the model classes are named by string so that vLLM imports them when n
     sparse_moe.py     the quantisation method ``moe_prune``: experts without zeros
     expert_loader.py  expert matrices on their way into memory
     sparse_op.py      the custom op that runs a layer of them
+    watch.py          counting routed tokens: its switch, and what is said of it
+    routing_load.py   the layer that counts, and what workers tell
+    load_op.py        the custom op that counts
+    endpoint.py       routes in vLLM's server (``vllm.endpoint_plugins``)
 """
 
 from functools import cache

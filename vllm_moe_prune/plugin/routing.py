@@ -26,18 +26,23 @@ class RowTable(nn.Module):
             understands.
         group_R: Group of each row [R], int64; absent without uneven groups.
         row_GM: Rows of each group [G, M], int64, filled up with R.
+        load: Where tokens per expert are counted [E + 1], int64; absent unless asked.
+        counted_R: The entry of ``load`` that a row adds to, int32.
     """
 
     expert_R: torch.Tensor
     share_R: torch.Tensor
     group_R: torch.Tensor
     row_GM: torch.Tensor
+    load: torch.Tensor
+    counted_R: torch.Tensor
 
     def __init__(self, layer: ServedLayer) -> None:
         """For global expert ids; ``localise`` changes that."""
         super().__init__()
         self.targets = layer.redirect or tuple(range(layer.experts))
         self.grouped = layer.row_groups is not None
+        self.counting = False
         self._set("expert_R", torch.zeros(len(self.targets), dtype=torch.int32))
         self._set("share_R", torch.zeros(len(self.targets)))
         self.localise(None)
@@ -63,6 +68,26 @@ class RowTable(nn.Module):
         expert_R = torch.tensor(experts, dtype=torch.int32)
         self._set("expert_R", expert_R.clamp(min=0))
         self._set("share_R", (expert_R >= 0).to(torch.float32))
+
+    def count_into(self, load: torch.Tensor) -> None:
+        """Count every routed slot in ``load``, but not those that weigh nothing.
+
+        Args:
+            load: A counter per expert of the model, and one that nobody reads.
+        """
+        from .load_op import count_routed  # needs vLLM
+
+        nowhere = len(load) - 1
+        counted = [nowhere if target is None else target for target in self.targets]
+        self._set("load", load)
+        self._set("counted_R", torch.tensor(counted, dtype=torch.int32))
+        self.counting, self.count_routed = True, count_routed
+
+    def count(self, rows_TK: torch.Tensor, chosen_TK: torch.Tensor) -> None:
+        """Count slots [T, K] by their rows, where they were chosen at all."""
+        nowhere = len(self.load) - 1
+        ids_TK = self.counted_R[rows_TK].masked_fill(~chosen_TK, nowhere)
+        self.count_routed(self.load, ids_TK)
 
 
 def route_rows(
@@ -101,6 +126,8 @@ def route_rows(
         best = 1 if bias_R is None else 2
         choice_TR = _bar_groups(choice_TR, table, best=best, top_groups=top_groups)
     best_TK, rows_TK = choice_TR.topk(top_k, dim=-1)
+    if table.counting:
+        table.count(rows_TK, best_TK != NEVER)
     weights_TK = scores_TR.gather(1, rows_TK).masked_fill(best_TK == NEVER, 0.0)
     if renormalise:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)

@@ -6,6 +6,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_ep_group
 
 from ..layers import ServedLayer
+from ..routing import RowTable
 
 
 def count_experts(moe: Any, layer: ServedLayer, vllm_config: VllmConfig) -> None:
@@ -18,3 +19,14 @@ def count_experts(moe: Any, layer: ServedLayer, vllm_config: VllmConfig) -> None
     moe.n_redundant_experts = parallel_config.eplb_config.num_redundant_experts
     moe.n_physical_experts = moe.n_logical_experts + moe.n_redundant_experts
     moe.n_local_physical_experts = moe.n_physical_experts // moe.ep_size
+
+
+def count_where_rows_are(experts: Any, rows: RowTable) -> None:
+    """Where routed tokens are counted, let our routing do it instead of vLLM's.
+
+    It knows which slots weigh nothing, and experts by their ids in the whole model.
+    """
+    hand_over = getattr(experts, "hand_over", None)  # CountingMoERunner, if at all
+    load = hand_over() if hand_over is not None else None
+    if load is not None:
+        rows.count_into(load)

@@ -51,7 +51,7 @@ from ..layers import ServedLayer
 from ..routing import RowTable, route_rows
 from ..served import read_layers, rule_of
 from ..tally import first_load_tally, load_counted
-from .counts import count_experts
+from .counts import count_experts, count_where_rows_are
 
 
 class MoePruneDeepseekV2MoE(DeepseekV2MoE):
@@ -135,8 +135,10 @@ class MoePruneDeepseekV2MoE(DeepseekV2MoE):
             is_sequence_parallel=self.is_sequence_parallel,
             router_logits_dtype=self.gate.out_dtype,
         )
-        if self.rows is not None and local:
-            self.rows.localise(self.experts.routed_experts.expert_map.tolist())
+        if self.rows is not None:
+            count_where_rows_are(self.experts, self.rows)
+            if local:
+                self.rows.localise(self.experts.routed_experts.expert_map.tolist())
 
     def _route(
         self,

@@ -43,7 +43,7 @@ from ..layers import ServedLayer
 from ..routing import RowTable, route_rows
 from ..served import read_layers
 from ..tally import first_load_tally, load_counted
-from .counts import count_experts
+from .counts import count_experts, count_where_rows_are
 
 # vLLM reads the Hub's per-expert names; these add the other spellings of the table.
 MAPPER = WeightsMapper(
@@ -90,8 +90,10 @@ class MoePruneMixtralMoE(MixtralMoE):
             num_redundant_experts=self.n_redundant_experts,
             ckpt_names=("w1", "w2", "w3"),
         )
-        if self.rows is not None and local:
-            self.rows.localise(self.experts.routed_experts.expert_map.tolist())
+        if self.rows is not None:
+            count_where_rows_are(self.experts, self.rows)
+            if local:
+                self.rows.localise(self.experts.routed_experts.expert_map.tolist())
 
     def _route(
         self,

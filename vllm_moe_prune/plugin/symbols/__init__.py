@@ -4,9 +4,9 @@ Checked against the installed vLLM, and any other whose sources are at hand, by
 ``tests/contract/test_vllm_symbols.py``, which reads sources and imports nothing.
 """
 
-from . import models, quantization
+from . import models, quantization, watching
 from .symbol import Symbol
 
 __all__ = ["SYMBOLS", "Symbol"]
 
-SYMBOLS = models.SYMBOLS + quantization.SYMBOLS
+SYMBOLS = models.SYMBOLS + quantization.SYMBOLS + watching.SYMBOLS

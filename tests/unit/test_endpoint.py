@@ -1,0 +1,118 @@
+"""The routes inside vLLM's server, with what vLLM hands to endpoint plugins."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from tests.reference import DROP_MOE, LayerCut, write_plan
+from tests.tiny import tiny_checkpoint
+from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.cut.apply import cut
+from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.errors import ServeError
+from vllm_moe_prune.plugin.endpoint import PREFIX, MoePruneEndpoints, make_router
+from vllm_moe_prune.plugin.watch import EXTENSION, SWITCH
+
+CUTS = {0: DROP_MOE, 1: LayerCut(keep=(6, 2))}
+
+
+class Engine:
+    """What endpoint plugins see of an engine: its configuration, and its workers."""
+
+    def __init__(self, model: Path, *, on: bool = False, extension: str = "") -> None:
+        self.asked: list[str] = []
+        self.vllm_config = SimpleNamespace(
+            additional_config={SWITCH: on},
+            parallel_config=SimpleNamespace(worker_extension_cls=extension),
+            load_config=SimpleNamespace(load_format="auto", download_dir=None),
+            model_config=SimpleNamespace(model=str(model), revision=None),
+        )
+
+    async def collective_rpc(self, method: str) -> list[Any]:
+        self.asked.append(method)
+        if method == "moe_prune_start_load":
+            return [11.5, 11.0]
+        return [[(1, [3, 4]), (2, list(range(8))), (3, list(range(8)))], None]
+
+
+def client_of(engine: Engine) -> TestClient:
+    app, plugin = FastAPI(), MoePruneEndpoints()
+    plugin.attach_router(app)
+    asyncio.run(plugin.init_state(engine, app.state, None))
+    return TestClient(app, base_url=f"http://server{PREFIX}/")
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    return tiny_checkpoint(tmp_path / "ckpt", experts=8)
+
+
+@pytest.fixture
+def pruned(original: Path) -> Path:
+    source, out = open_checkpoint(original), original.with_name("pruned")
+    plan = write_plan(original.with_name("plan.json"), source, CUTS)
+    cut(source, load_plan(plan), out)
+    return out
+
+
+def test_files_of_the_checkpoint_are_sent_as_they_are(pruned: Path) -> None:
+    client = client_of(Engine(pruned))
+    for name, file in (("remap", "expert_remap"), ("provenance", "provenance")):
+        answer = client.get(name)
+        assert answer.headers["content-type"] == "application/json"
+        assert answer.content == (pruned / f"{file}.json").read_bytes()
+
+
+def test_the_report_is_drawn(pruned: Path) -> None:
+    client = client_of(Engine(pruned))
+    first = client.get("report")
+    assert first.headers["content-type"].startswith("text/html")
+    assert "<h1" in first.text
+    assert client.get("report").text == first.text
+
+
+def test_an_original_has_nothing_to_tell_but_its_load(original: Path) -> None:
+    client = client_of(Engine(original))
+    for name in ("remap", "provenance", "report"):
+        answer = client.get(name)
+        assert answer.status_code == 404
+        assert answer.json()["detail"].startswith("Nothing was pruned")
+    load = client.get("load").json()
+    assert load == {"enabled": False, "since": None, "top_k": 2, "layers": []}
+
+
+def test_workers_are_asked_only_while_counting_is_on(pruned: Path) -> None:
+    off = Engine(pruned, extension=EXTENSION)
+    client_of(off).get("load")
+    assert off.asked == []
+    on = Engine(pruned, on=True, extension=EXTENSION)
+    load = client_of(on).get("load").json()
+    assert on.asked == ["moe_prune_start_load", "moe_prune_read_load"]
+    assert (load["enabled"], load["since"]) == (True, 11.0)
+    assert [layer["experts"] for layer in load["layers"][:2]] == [[], [3, 4]]
+    assert load["layers"][1]["source_experts"] == [6, 2]
+
+
+def test_counts_that_nobody_could_read_are_refused(pruned: Path) -> None:
+    with pytest.raises(ServeError, match="--worker-extension-cls"):
+        client_of(Engine(pruned, on=True))
+
+
+def test_pages_are_found_beside_the_data(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("<p>Experts", "utf-8")
+    (tmp_path / "experts.js").write_text("1", "utf-8")
+    app = FastAPI()
+    app.include_router(make_router(tmp_path))
+    client = TestClient(app, base_url=f"http://server{PREFIX}/")
+    assert client.get("").text == "<p>Experts"
+    script = client.get("experts.js")
+    assert script.headers["content-type"].startswith("text/javascript")
+    assert script.headers["cache-control"] == "no-cache"

@@ -1,0 +1,59 @@
+"""The custom op that counts routed tokens; opaque to torch.compile, fit for graphs.
+
+It adds to a tensor that stays where it is and never asks the device anything.
+T tokens, K slots of a token, E experts.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.library import Library
+from vllm.forward_context import get_forward_context, is_forward_context_available
+
+NAMESPACE = "vllm_moe_prune"
+LIBRARY = Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+LIBRARY.define("count_routed(Tensor(a!) load, Tensor ids) -> ()")  # type: ignore[no-untyped-call]
+
+
+def count_all(load: Tensor, ids_TK: Tensor) -> None:
+    """Add one for each slot; ``load`` [E + 1] int64 ends in slots that do not count.
+
+    For CPUs, where vLLM fills no batch up: there are no graphs of fixed size.
+    """
+    ids = ids_TK.flatten()
+    load.index_add_(0, ids, _one(load.device).expand(len(ids)))
+
+
+def count_real(load: Tensor, ids_TK: Tensor) -> None:
+    """The same, but for tokens that only fill a batch up to the size of a graph."""
+    padding_T1 = _padding(len(ids_TK))
+    if padding_T1 is not None:
+        ids_TK = ids_TK.masked_fill(padding_T1, -1)
+    # -1, which vLLM's routers may say of padding too, becomes E.
+    count_all(load, ids_TK.remainder(len(load)))
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), dtype=torch.int64, device=device)
+
+
+def _padding(tokens: int) -> Tensor | None:
+    """True for tokens that no request sent [T, 1]; None: vLLM does not say."""
+    if not is_forward_context_available():
+        return None
+    # Where vLLM will keep a token's keys and values: nowhere, if it is not a real one.
+    for slots in dict(get_forward_context().slot_mapping).values():
+        return (slots[:tokens] < 0).unsqueeze(1)
+    return None
+
+
+def _fake(load: Tensor, ids_TK: Tensor) -> None:
+    return None
+
+
+for _device, _count in (("CPU", count_all), ("CUDA", count_real)):
+    torch.library.impl(f"{NAMESPACE}::count_routed", _device, _count, lib=LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::count_routed", _fake, lib=LIBRARY)
+count_routed = torch.ops.vllm_moe_prune.count_routed.default
