@@ -2,13 +2,18 @@
 
 import gc
 import math
+import os
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +23,7 @@ IDS = [1, *torch.randint(3, VOCAB, (47,), generator=torch.Generator().manual_see
 TOKENS = [int(token) for token in IDS]
 ROUNDING = 2e-4
 """Largest log-probability difference in float32; 6e-5 was the most ever seen."""
+RANK = "from tests.engine import run_rank; run_rank({!r})"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -30,16 +36,16 @@ COUNTING = {
 }
 Loads = dict[int, list[int]]
 """Layer -> routed slots of each expert."""
-# vLLM starts workers by importing the main script again: it must be a file of its own.
-ENGINES = """
-import torch
-from tests.engine import served
-if __name__ == "__main__":
-    for out, model in {models}.items():
-        loads = {{}}
-        found = served(model, loads, tensor_parallel_size=2, **{options})
-        torch.save((found, loads), out)
-"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model to be served by two ranks, and what they should say."""
+
+    model: Path
+    expected_TV: Tensor
+    expected_loads: Loads
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def served(model: Path | str, loads: Loads | None = None, **options: Any) -> Tensor:
@@ -105,27 +111,99 @@ def assert_same(found_TV: Tensor, expected_TV: Tensor) -> None:
     assert (found_TV - expected_TV).abs().max().item() <= ROUNDING
 
 
-def in_two_processes(
-    folder: Path,
-    models: Mapping[Path, Path],
-    options: Mapping[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Save what engines of two workers say and count, one model after the other.
+def check_two_ranks(folder: Path, jobs: Mapping[str, Job]) -> None:
+    """Serve one model after the other by the same two processes; each must be right.
+
+    vLLM's own executor would start three processes for each, for half a minute.
 
     Args:
-        folder: For the script.
-        models: File to write -> checkpoint.
-        options: Of every engine.
-        monkeypatch: For the environment.
+        folder: For what they find and write.
+        jobs: Name -> what to serve.
     """
-    script = folder / "engines.py"
-    named = {str(out): str(model) for out, model in models.items()}
-    script.write_text(ENGINES.format(models=named, options=dict(options)))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    run = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    ports = free_ports(len(jobs))
+    named = [
+        (port, str(folder / f"{name}.pt"), str(job.model), dict(job.options))
+        for port, (name, job) in zip(ports, jobs.items(), strict=True)
+    ]
+    everyone = {
+        **os.environ,
+        **ENVIRONMENT,
+        "PYTHONPATH": str(ROOT),
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "WORLD_SIZE": "2",
+    }
+    ranks, logs = [], []
+    for rank in ("0", "1"):
+        logs.append(folder / f"rank-{rank}.txt")
+        with logs[-1].open("w") as log:
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", RANK.format(named)],
+                    env=everyone | {"RANK": rank, "LOCAL_RANK": rank},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        # One that fails leaves the other waiting for it.
+        while all(rank.poll() is None for rank in ranks):
+            time.sleep(0.2)
+        for rank, log in zip(ranks, logs, strict=True):
+            assert not rank.poll(), log.read_text("utf-8")[-8000:]
+        for rank, log in zip(ranks, logs, strict=True):
+            assert rank.wait(60) == 0, log.read_text("utf-8")[-8000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+        # vLLM's workers leave it to the end of their process, which is cut short.
+        for port in ports:
+            for left in Path("/dev/shm").glob(f"{port}-*"):
+                left.unlink()
+    for name, job in jobs.items():
+        found_TV, loads = torch.load(folder / f"{name}.pt")
+        difference = (found_TV - job.expected_TV).abs().max().item()
+        assert difference <= ROUNDING, f"{name}: {difference}"
+        assert loads == job.expected_loads, name
+
+
+def run_rank(jobs: Sequence[tuple[int, str, str, Mapping[str, Any]]]) -> NoReturn:
+    """What one of the processes does.
+
+    Args:
+        jobs: Port to meet at, file for what is found, model, options of the engine.
+    """
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    rank, code = int(os.environ["RANK"]), 1
+    try:
+        for port, out, model, options in jobs:
+            # By the environment, all runs on a machine would share their memory.
+            address = (f"tcp://127.0.0.1:{port}", rank, rank)
+            ExecutorWithExternalLauncher._distributed_args = lambda _, a=address: a
+            loads: Loads = {}
+            found_TV = served(
+                model,
+                loads,
+                tensor_parallel_size=2,
+                distributed_executor_backend="external_launcher",
+                **options,
+            )
+            if rank == 0:
+                torch.save((found_TV, loads), out)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # threads of vLLM would keep the process alive
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on."""
+    with ExitStack() as stack:
+        found = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in found:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in found]

@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.engine import Loads, assert_same, in_two_processes, served
+from tests.engine import Job, Loads, assert_same, check_two_ranks, served
 from tests.family_cases import (
     CASES,
     ENGINE,
@@ -60,32 +59,20 @@ def test_original_is_pruned_while_loading(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor", "expert"])
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("arctic-one-after-the-other", "deepseek-normalised"),
-        ("v2-everything", "v3-uneven-groups"),
-    ],
-    ids=["plain", "latent"],
-)
-def test_two_processes_share_the_model(
-    names: tuple[str, ...],
-    expert_parallel: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    models, expected = {}, {}
-    for name in names:
-        folder = tmp_path / name
-        folder.mkdir()
-        out = folder / "out.pt"
-        models[out], *expected[out] = make_pruned(folder, CASES[name])
-    options = ENGINE[CASES[names[0]].family] | {
-        "enable_expert_parallel": expert_parallel
-    }
-    in_two_processes(tmp_path, models, options, monkeypatch)
-    for out, (expected_TV, expected_loads) in expected.items():
-        found_TV, loads = torch.load(out)
-        assert_same(found_TV, expected_TV)
-        assert loads == expected_loads
+def test_two_ranks_share_the_model(tmp_path: Path) -> None:
+    """Every family, by rows and columns, then by experts, of which each has two."""
+    latent = ["v2-everything", "v3-uneven-groups"]
+    tensors = ["arctic-one-after-the-other", "deepseek-normalised", *latent]
+    experts = ["arctic-everything", "deepseek-normalised", *latent]
+    made = {}
+    for name in {*tensors, *experts}:
+        (tmp_path / name).mkdir()
+        made[name] = make_pruned(tmp_path / name, CASES[name])
+    jobs = {}
+    for names, by_experts in ((tensors, False), (experts, True)):
+        for name in names:
+            options = {"enable_expert_parallel": by_experts}
+            options |= ENGINE[CASES[name].family]
+            how = "experts" if by_experts else "tensors"
+            jobs[f"{name}-{how}"] = Job(*made[name], options)
+    check_two_ranks(tmp_path, jobs)

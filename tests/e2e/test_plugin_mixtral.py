@@ -15,9 +15,10 @@ from torch import Tensor
 from tests.engine import (
     TOKENS,
     VOCAB,
+    Job,
     Loads,
     assert_same,
-    in_two_processes,
+    check_two_ranks,
     served,
 )
 from tests.reference import (
@@ -225,23 +226,15 @@ def test_bfloat16_stays_within_its_own_rounding(tmp_path: Path) -> None:
     assert (found_TV - expected(original, case)).abs().mean().item() < BF16_MEAN
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
+@pytest.mark.slow
+def test_two_ranks_share_the_model(tmp_path: Path) -> None:
+    jobs = {}
+    for name, options in (
         ("everything", {}),
-        pytest.param(
-            "dropped MoE", {"enable_expert_parallel": True}, marks=pytest.mark.slow
-        ),
-    ],
-    ids=["tensor-parallel", "expert-parallel"],
-)
-def test_two_processes_share_the_model(
-    name: str, options: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = CASES[name]
-    original = make_original(tmp_path / "original", case.layout)
-    pruned, out = make_pruned(original, case), tmp_path / "out.pt"
-    in_two_processes(tmp_path, {out: pruned}, options, monkeypatch)
-    found_TV, loads = torch.load(out)
-    assert_same(found_TV, expected(original, case))
-    assert loads == expected_loads(original, case)
+        ("dropped MoE", {"enable_expert_parallel": True}),
+    ):
+        case = CASES[name]
+        original = make_original(tmp_path / name, case.layout)
+        right = expected(original, case), expected_loads(original, case)
+        jobs[name] = Job(make_pruned(original, case), *right, options)
+    check_two_ranks(tmp_path, jobs)

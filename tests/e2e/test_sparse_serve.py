@@ -4,10 +4,8 @@ V vocabulary, T tokens.
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from tests.e2e.test_plugin_mixtral import (
     Case,
@@ -16,7 +14,7 @@ from tests.e2e.test_plugin_mixtral import (
     make_original,
     make_plan,
 )
-from tests.engine import Loads, assert_same, in_two_processes, served
+from tests.engine import Job, Loads, assert_same, check_two_ranks, served
 from tests.reference import LayerCut
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.convert import convert
@@ -86,23 +84,11 @@ def test_compiled_without_a_graph_break(packed: Path, dense: Path) -> None:
     assert loads == expected_loads(dense, Case({}, HALF.layout))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        pytest.param({"enable_expert_parallel": True}, marks=pytest.mark.slow),
-    ],
-    ids=["tensor-parallel", "expert-parallel"],
-)
-def test_two_processes_share_the_experts(
-    options: dict[str, Any],
-    dense: Path,
-    packed: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    out = tmp_path / "out.pt"
-    in_two_processes(tmp_path, {out: packed}, options, monkeypatch)
-    found_TV, loads = torch.load(out)
-    assert_same(found_TV, expected(dense))
-    assert loads == expected_loads(dense, Case({}, HALF.layout))
+@pytest.mark.slow
+def test_two_ranks_share_the_experts(dense: Path, packed: Path, tmp_path: Path) -> None:
+    right = expected(dense), expected_loads(dense, Case({}, HALF.layout))
+    jobs = {
+        "tensor-parallel": Job(packed, *right),
+        "expert-parallel": Job(packed, *right, {"enable_expert_parallel": True}),
+    }
+    check_two_ranks(tmp_path, jobs)
