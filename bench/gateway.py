@@ -43,6 +43,7 @@ CHAT = "/v1/chat/completions"
 Note = Callable[[str, dict[str, Any]], None]
 NAMES = ["latency", "paced", "saturated", "bytes", "held"]
 STREAMS = 64
+KEEP_ALIVE_S = 3  # uvicorn closes idle connections after 5
 ROUNDS = 5
 
 
@@ -167,7 +168,7 @@ async def measure(
 ) -> None:
     """Everything on the stub."""
     through, process = server
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         ask, both = Asker(session), (direct, through)
@@ -185,7 +186,7 @@ async def measure(
 
 async def measure_vllm(direct: str, through: str, share: int, note: Note) -> None:
     """The same two on a real server."""
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         ask = Asker(session)

@@ -100,12 +100,12 @@ def test_compare_streams_from_vllm(servers: tuple[Process, str]) -> None:
         expect(page.locator("#model-1")).to_contain_text("two: demo")
         page.get_by_label("text to go on with").check()
         page.get_by_label("Prompt").fill(PROMPT)
-        page.get_by_label("At most").fill("24")
+        page.get_by_label("At most").fill("80")
         page.get_by_role("button", name="Send to both").click()
         verdict = page.locator("#verdict")
         expect(verdict).to_contain_text("Both answers are the same.", timeout=30_000)
         for side in range(2):
             facts = page.locator(".speed").nth(side)
             expect(facts).to_contain_text(
-                re.compile(r"tokens/s\s*[\d.]+\s*tokens\s*24$")
+                re.compile(r"tokens/s\s*[\d.]+\s*tokens\s*80$")
             )

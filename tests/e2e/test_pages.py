@@ -198,12 +198,33 @@ def test_compare_streams_both_answers(
         page.get_by_label("Prompt").press("Control+Enter")
         for side in range(2):
             expect(answers.nth(side)).to_have_text("word word word")
-        expect(page.locator("#verdict")).to_contain_text("Both answers are the same.")
+        expect(page.locator("#verdict")).to_have_text(
+            "Too short to compare their speeds. Both answers are the same."
+        )
         for side in range(2):
             facts = page.locator(".speed").nth(side)
             expect(facts).to_contain_text(re.compile(r"first token\s*[\d.]+ m?s"))
             expect(facts).to_contain_text(re.compile(r"tokens\s*5$"))
         assert_accessible(page)
+
+
+def test_compare_tells_which_one_is_faster(browser: Browser, gateway: Process) -> None:
+    def slower(route: Route) -> None:
+        body = json.loads(route.request.post_data or "")
+        gap_s = 0.02 if body["model"] == "m" else 0.08
+        body["stub"] = {"events": 20, "gap_s": gap_s}
+        route.continue_(post_data=json.dumps(body))
+
+    with page_at(browser, f"{gateway.url}/compare.html") as page:
+        page.route("**/v1/chat/completions", slower)
+        expect(page.locator("#model-1")).to_contain_text("pruned: m")
+        page.get_by_role("button", name="Send to both").click()
+        verdict = re.compile(r"The second writes [\d.]+× as many tokens per second\.")
+        expect(page.locator("#verdict")).to_contain_text(verdict, timeout=15_000)
+        speeds = page.locator(".speed div:nth-child(2) dd").all_inner_texts()
+        # Four tokens after the first, in the time of twenty events.
+        assert 4 / (20 * 0.08) * 0.3 < float(speeds[0]) < 4 / (19 * 0.08) * 1.2
+        assert float(speeds[0]) < float(speeds[1])
 
 
 def test_compare_can_be_stopped_and_tells_of_failures(

@@ -2,6 +2,7 @@
 
 import { $, Failure, ask, askJson, failed, inVllm, listBackends, make, markNav, notice, number, root, times } from "./common.js";
 
+const SHORTEST_MS = 100;
 const OTHER = "other";
 const sides = [...document.querySelectorAll(".side")].map((box, at) => ({
   at,
@@ -126,7 +127,9 @@ async function answerOn(side, signal) {
   return result;
 }
 
-const rateOf = ({ tokens, first, last }) => (tokens > 1 && last > first ? (1000 * (tokens - 1)) / (last - first) : null);
+// Text that came all at once says nothing about how fast it was written.
+const rateOf = ({ tokens, first, last }) => (tokens > 1 && last - first >= SHORTEST_MS
+  ? (1000 * (tokens - 1)) / (last - first) : null);
 
 function showSpeed({ facts }, result) {
   const rate = rateOf(result);
@@ -174,7 +177,7 @@ function verdict(results) {
   const texts = a.text === b.text ? "Both answers are the same."
     : same ? `The answers are the same for their first ${number(same)} characters.` : "The answers differ from the start.";
   const [one, two] = results.map(rateOf);
-  if (!one || !two) return texts;
+  if (!one || !two) return `Too short to compare their speeds. ${texts}`;
   const [better, ratio] = two > one ? [1, two / one] : [0, one / two];
   if (ratio < 1.05) return `Both are about equally fast. ${texts}`;
   sides[better].facts[1].classList.add("better");
@@ -209,6 +212,7 @@ async function start() {
     fill(found);
     if (!found.length) notice("No models yet", "No backend has been up since the gateway was started.", true);
     else if (inVllm && found.length === 1) notice("", "This server has one model. Choose another server for the second, or run vllm-moe-prune gateway before both.", true);
+    $("notice").classList.toggle("quiet", found.length > 0);
   } catch (error) {
     failed("The models cannot be listed.", error, true);
   }
