@@ -48,6 +48,8 @@ NO_EXPERTS: dict[str, Any] = {"experts": {"method": "none"}}
 NO_ZEROS: dict[str, Any] = {"slim": {"method": "none"}}
 Row = tuple[str, str, dict[str, Any]]
 """Group, name, recipe."""
+Found = tuple[str, str, dict[str, float], float, int]
+"""Group, name, what it costs, sparsity of the experts, bytes of the files."""
 
 
 def rows(layers: int) -> Iterator[Row]:
@@ -175,8 +177,18 @@ class Bench:
     def recipe(self, name: str, data: dict[str, Any]) -> Recipe:
         return parse_recipe({"calibration": self.calibration, **data}, name)
 
-    def run(self) -> list[tuple[str, str, dict[str, float], float, int]]:
-        found = []
+    def run(self) -> list[Found]:
+        """Every row of the table; those of a finished seed are kept with its work."""
+        kept = self.work / "rows.json" if self.work else None
+        if kept is not None and kept.is_file():
+            return [tuple(row) for row in json.loads(kept.read_text("utf-8"))]
+        found = self.rows()
+        if kept is not None:
+            kept.write_text(json.dumps(found), "utf-8")
+        return found
+
+    def rows(self) -> list[Found]:
+        found: list[Found] = []
         asked = [
             (group, name, self.recipe(name, data))
             for group, name, data in rows(len(self.checkpoint.layers))
@@ -222,7 +234,7 @@ class Bench:
             print(f"tune {total:.0%}: {winner.name}", file=sys.stderr)
         return found
 
-    def order_control(self) -> list[tuple[str, str, dict[str, float], float, int]]:
+    def order_control(self) -> list[Found]:
         data = {
             "experts": {"method": "stun", "drop": 0.2},
             "total_sparsity": 0.5,

@@ -104,7 +104,7 @@ def streamed(model: str, **wishes: Any) -> dict[str, Any]:
     return chat(model, stream=True, stub=wishes)
 
 
-def until(condition: Callable[[], Any], what: str, timeout_s: float = 15) -> None:
+def until(condition: Callable[[], Any], what: str, timeout_s: float = 60) -> None:
     """Wait for something that another process does."""
     deadline = time.monotonic() + timeout_s
     while not condition():

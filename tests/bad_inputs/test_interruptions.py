@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.reference import LayerCut, write_plan
+from tests.tiny import tiny_checkpoint
+from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.errors import CheckpointError
 
 from .case import deleted, run_cli, snapshot
@@ -51,20 +54,23 @@ def test_ctrl_c_says_how_to_resume_and_resuming_gives_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for _ in range(5):
-        process = subprocess.Popen(
-            [*PROGRAM, *CUT.split()],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        while not (folder / "new.partial").exists() and process.poll() is None:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
-        if process.returncode != 0:
-            break
-        shutil.rmtree(folder / "new")  # it was done before the signal arrived
+    # Large enough to be far from done when the signal arrives.
+    large = tiny_checkpoint(
+        folder / "large", layers=6, experts=16, hidden=256, width=1024, dtype="float32"
+    )
+    cuts = dict.fromkeys(range(6), LayerCut(sparsity=0.5))
+    write_plan(folder / "large.json", open_checkpoint(large), cuts, slim="magnitude")
+    command = "cut large --plan large.json -o new --json"
+    process = subprocess.Popen(
+        [*PROGRAM, *command.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (folder / "new.partial").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert stdout == ""
     assert stderr == (
@@ -72,8 +78,8 @@ def test_ctrl_c_says_how_to_resume_and_resuming_gives_the_same_bytes(
         "Run the same command with --resume to continue.\n"
     )
     assert not (folder / "new").exists()
-    assert run_cli(f"{CUT} --resume", monkeypatch, capsys).status == 0
-    undisturbed = CUT.replace("-o new", "-o undisturbed")
+    assert run_cli(f"{command} --resume", monkeypatch, capsys).status == 0
+    undisturbed = command.replace("-o new", "-o undisturbed")
     assert run_cli(undisturbed, monkeypatch, capsys).status == 0
     assert weights(folder / "new") == weights(folder / "undisturbed")
     assert not (folder / "new.partial").exists()
