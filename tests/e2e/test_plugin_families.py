@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine import Job, Loads, assert_same, check_two_ranks, served
+from tests.engine import Loads, assert_same, served
 from tests.family_cases import (
     CASES,
     ENGINE,
@@ -56,23 +56,3 @@ def test_original_is_pruned_while_loading(name: str, tmp_path: Path) -> None:
         **ENGINE[case.family],
     )
     assert_same(found_TV, said_by(make_reference(tmp_path / "reference", case)))
-
-
-@pytest.mark.slow
-def test_two_ranks_share_the_model(tmp_path: Path) -> None:
-    """Every family, by rows and columns, then by experts, of which each has two."""
-    latent = ["v2-everything", "v3-uneven-groups"]
-    tensors = ["arctic-one-after-the-other", "deepseek-normalised", *latent]
-    experts = ["arctic-everything", "deepseek-normalised", *latent]
-    made = {}
-    for name in {*tensors, *experts}:
-        (tmp_path / name).mkdir()
-        made[name] = make_pruned(tmp_path / name, CASES[name])
-    jobs = {}
-    for names, by_experts in ((tensors, False), (experts, True)):
-        for name in names:
-            options = {"enable_expert_parallel": by_experts}
-            options |= ENGINE[CASES[name].family]
-            how = "experts" if by_experts else "tensors"
-            jobs[f"{name}-{how}"] = Job(*made[name], options)
-    check_two_ranks(tmp_path, jobs)

@@ -15,10 +15,8 @@ from torch import Tensor
 from tests.engine import (
     TOKENS,
     VOCAB,
-    Job,
     Loads,
     assert_same,
-    check_two_ranks,
     served,
 )
 from tests.reference import (
@@ -224,17 +222,3 @@ def test_bfloat16_stays_within_its_own_rounding(tmp_path: Path) -> None:
     original = make_original(tmp_path / "original", case.layout, "bfloat16")
     found_TV = served(make_pruned(original, case), dtype="bfloat16")
     assert (found_TV - expected(original, case)).abs().mean().item() < BF16_MEAN
-
-
-@pytest.mark.slow
-def test_two_ranks_share_the_model(tmp_path: Path) -> None:
-    jobs = {}
-    for name, options in (
-        ("everything", {}),
-        ("dropped MoE", {"enable_expert_parallel": True}),
-    ):
-        case = CASES[name]
-        original = make_original(tmp_path / name, case.layout)
-        right = expected(original, case), expected_loads(original, case)
-        jobs[name] = Job(make_pruned(original, case), *right, options)
-    check_two_ranks(tmp_path, jobs)

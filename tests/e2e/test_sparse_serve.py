@@ -14,7 +14,7 @@ from tests.e2e.test_plugin_mixtral import (
     make_original,
     make_plan,
 )
-from tests.engine import Job, Loads, assert_same, check_two_ranks, served
+from tests.engine import Loads, assert_same, served
 from tests.reference import LayerCut
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.convert import convert
@@ -38,16 +38,24 @@ HALF = Case(
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dense(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def packed(dense: Path) -> Path:
+    return make_packed(dense)
+
+
+def make_dense(folder: Path) -> Path:
     """A pruned checkpoint with zeros, stored dense."""
-    original = make_original(tmp_path_factory.mktemp("dense") / "ckpt", HALF.layout)
+    original = make_original(folder / "ckpt", HALF.layout)
     out = original.with_name("dense")
     plan = load_plan(make_plan(original, HALF, slim="magnitude"))
     cut(open_checkpoint(original), plan, out)
     return out
 
 
-@pytest.fixture(scope="module")
-def packed(dense: Path) -> Path:
+def make_packed(dense: Path) -> Path:
     """The same, compressed."""
     out = dense.with_name("packed")
     result = convert(open_checkpoint(dense), out, "bitmask")
@@ -82,13 +90,3 @@ def test_compiled_without_a_graph_break(packed: Path, dense: Path) -> None:
     found_TV = served(packed, loads, enforce_eager=False)
     assert_same(found_TV, expected(dense))
     assert loads == expected_loads(dense, Case({}, HALF.layout))
-
-
-@pytest.mark.slow
-def test_two_ranks_share_the_experts(dense: Path, packed: Path, tmp_path: Path) -> None:
-    right = expected(dense), expected_loads(dense, Case({}, HALF.layout))
-    jobs = {
-        "tensor-parallel": Job(packed, *right),
-        "expert-parallel": Job(packed, *right, {"enable_expert_parallel": True}),
-    }
-    check_two_ranks(tmp_path, jobs)

@@ -1,0 +1,48 @@
+"""Pruned models shared by two ranks, by rows and columns (TP) and by experts (EP)."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import test_plugin_mixtral as mixtral
+from tests.e2e import test_sparse_serve as sparse
+from tests.engine import Job, check_two_ranks
+from tests.family_cases import CASES, ENGINE, make_pruned
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+EXPERTS = {"enable_expert_parallel": True}
+
+
+def test_mixtral_dense_and_compressed(tmp_path: Path) -> None:
+    jobs = {}
+    for name, options in (("everything", {}), ("dropped MoE", EXPERTS)):
+        case = mixtral.CASES[name]
+        original = mixtral.make_original(tmp_path / name, case.layout)
+        right = mixtral.expected(original, case), mixtral.expected_loads(original, case)
+        jobs[name] = Job(mixtral.make_pruned(original, case), *right, options)
+    dense = sparse.make_dense(tmp_path)
+    packed = sparse.make_packed(dense)
+    whole = mixtral.Case({}, sparse.HALF.layout)
+    right = mixtral.expected(dense), mixtral.expected_loads(dense, whole)
+    jobs["compressed tensors"] = Job(packed, *right)
+    jobs["compressed experts"] = Job(packed, *right, EXPERTS)
+    check_two_ranks(tmp_path, jobs)
+
+
+def test_every_other_family(tmp_path: Path) -> None:
+    """Every family, by rows and columns, then by experts, of which each has two."""
+    latent = ["v2-everything", "v3-uneven-groups"]
+    tensors = ["arctic-one-after-the-other", "deepseek-normalised", *latent]
+    experts = ["arctic-everything", "deepseek-normalised", *latent]
+    made = {}
+    for name in {*tensors, *experts}:
+        (tmp_path / name).mkdir()
+        made[name] = make_pruned(tmp_path / name, CASES[name])
+    jobs = {}
+    for names, by_experts in ((tensors, False), (experts, True)):
+        for name in names:
+            options = {"enable_expert_parallel": by_experts}
+            options |= ENGINE[CASES[name].family]
+            how = "experts" if by_experts else "tensors"
+            jobs[f"{name}-{how}"] = Job(*made[name], options)
+    check_two_ranks(tmp_path, jobs)
