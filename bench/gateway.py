@@ -26,8 +26,6 @@ import json
 import os
 import random
 import resource
-import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -37,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from server import VLLM, free_port, running
 
 STUB = Path(__file__).resolve().parents[1] / "tests" / "stub_backend.py"
 CHAT = "/v1/chat/completions"
@@ -105,49 +104,8 @@ def vllm(folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "vllm_moe_prune", "serve", str(folder)]
     command += ["--port", str(port), "--served-model-name", "m", "--enforce-eager"]
     command += ["--max-num-seqs", str(STREAMS)]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    with running(command, port, **env, VLLM_LOGGING_LEVEL="WARNING") as (url, _):
+    with running(command, port, **VLLM) as (url, _):
         yield url
-
-
-@contextlib.contextmanager
-def running(
-    command: list[str], port: int, **env: str
-) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    """A server process, from when it is healthy."""
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(
-        command,
-        env=os.environ | env,
-        stdout=quiet,
-        stderr=quiet,
-        start_new_session=True,
-    ) as process:
-        try:
-            url = f"http://127.0.0.1:{port}"
-            asyncio.run(until_healthy(url, process))
-            yield url, process
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-
-
-async def until_healthy(url: str, process: "subprocess.Popen[bytes]") -> None:
-    """Until the server answers; it may also die."""
-    async with aiohttp.ClientSession() as session:
-        while process.poll() is None:
-            with contextlib.suppress(aiohttp.ClientError):
-                async with session.get(f"{url}/health") as answer:
-                    if answer.status == 200:
-                        return
-            await asyncio.sleep(0.2)
-    raise SystemExit(f"a server ended with status {process.returncode}")
-
-
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def resident_mib(process: "subprocess.Popen[bytes]") -> float:

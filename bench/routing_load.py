@@ -19,18 +19,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from server import VLLM
+
+from vllm_moe_prune.plugin.watch import EXTENSION, SWITCH
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-COUNTING = {
-    "additional_config": {"moe_prune_load": True},
-    "worker_extension_cls": "vllm_moe_prune.plugin.routing_load.RoutingLoad",
-}
+ENVIRONMENT = VLLM | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+COUNTING = {"additional_config": {SWITCH: True}, "worker_extension_cls": EXTENSION}
 CALLS = 2000
 clock = time.process_time
 

@@ -17,10 +17,7 @@ import json
 import os
 import random
 import shutil
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +27,7 @@ from pathlib import Path
 import httpx
 import torch
 from safetensors.torch import load_file, save_file
+from server import VLLM, free_port, running
 from synthetic import write_mixtral
 
 from vllm_moe_prune.checkpoint.source import open_checkpoint
@@ -104,49 +102,22 @@ def serve_and_measure(
     folder: Path, concurrency: list[int], name: str
 ) -> dict[str, object]:
     """Start a server, load it, stop it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
-    if name == "dense":
-        environment["VLLM_PLUGINS"] = ""
+    port = free_port()
+    environment = VLLM | ({"VLLM_PLUGINS": ""} if name == "dense" else {})
     command = [
         *(str(Path(sys.executable).with_name("vllm")), "serve", str(folder)),
         *("--port", str(port), "--max-model-len", "256", "--enforce-eager"),
         *("--skip-tokenizer-init", "--max-num-seqs", "16"),
     ]
     started = time.monotonic()
-    with subprocess.Popen(command, env=environment, start_new_session=True) as server:
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until_ready(url, server)
-            start_s = time.monotonic() - started
-            asyncio.run(load(url, folder, 2))  # warms up
-            result: dict[str, object] = {"start_s": round(start_s, 1)}
-            result["worker_gb"] = round(largest_rss(server.pid) / 1e9, 2)
-            for parallel in concurrency:
-                result[str(parallel)] = asyncio.run(load(url, folder, parallel))
-            return result
-        finally:
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait()
-
-
-def wait_until_ready(url: str, server: "subprocess.Popen[bytes]") -> None:
-    """Until the server answers; it may also die."""
-    while True:
-        if server.poll() is not None:
-            raise SystemExit(f"the server ended with status {server.returncode}")
-        try:
-            if httpx.get(f"{url}/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
+    with running(command, port, quiet=False, **environment) as (url, server):
+        start_s = time.monotonic() - started
+        asyncio.run(load(url, folder, 2))  # warms up
+        result: dict[str, object] = {"start_s": round(start_s, 1)}
+        result["worker_gb"] = round(largest_rss(server.pid) / 1e9, 2)
+        for parallel in concurrency:
+            result[str(parallel)] = asyncio.run(load(url, folder, parallel))
+        return result
 
 
 def largest_rss(group: int) -> int:

@@ -3,19 +3,20 @@
 import gc
 import math
 import os
-import socket
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from tests.server import free_ports
+from vllm_moe_prune.plugin.watch import EXTENSION, SWITCH, merge
 
 ROOT = Path(__file__).parents[1]
 VOCAB = 128
@@ -30,10 +31,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
-COUNTING = {
-    "additional_config": {"moe_prune_load": True},
-    "worker_extension_cls": "vllm_moe_prune.plugin.routing_load.RoutingLoad",
-}
+COUNTING = {"additional_config": {SWITCH: True}, "worker_extension_cls": EXTENSION}
 Loads = dict[int, list[int]]
 """Layer -> routed slots of each expert."""
 
@@ -82,7 +80,7 @@ def served(model: Path | str, loads: Loads | None = None, **options: Any) -> Ten
             use_tqdm=False,
         )
         if loads is not None:
-            loads |= read_loads(llm)
+            loads |= merge(llm.collective_rpc("moe_prune_read_load"))
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
@@ -94,16 +92,6 @@ def served(model: Path | str, loads: Loads | None = None, **options: Any) -> Ten
         for token, entry in tokens.items():
             row_V[token] = entry.logprob
     return rows_TV
-
-
-def read_loads(llm: Any) -> Loads:
-    """What an engine has counted; each layer comes from one process only."""
-    loads: Loads = {}
-    for worker in llm.collective_rpc("moe_prune_read_load"):
-        for layer, counts in worker or ():
-            assert layer not in loads
-            loads[layer] = counts
-    return loads
 
 
 def assert_same(found_TV: Tensor, expected_TV: Tensor) -> None:
@@ -198,12 +186,3 @@ def run_rank(jobs: Sequence[tuple[int, str, str, Mapping[str, Any]]]) -> NoRetur
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # threads of vLLM would keep the process alive
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens on."""
-    with ExitStack() as stack:
-        found = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in found:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in found]

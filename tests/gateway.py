@@ -1,63 +1,18 @@
 """Real gateways before real HTTP servers, each in a process of its own."""
 
-import os
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-TOOL = [sys.executable, "-m", "vllm_moe_prune"]
+from tests.server import TOOL, Process, free_port
+
 STUB = Path(__file__).with_name("stub_backend.py")
-START_TIMEOUT_S = 60
 CHAT = "/v1/chat/completions"
-
-
-class Process:
-    """A server that has been started, and its address."""
-
-    def __init__(self, command: list[str], port: int, log: Path, **env: str) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self.port = port
-        self.log = log
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                command, stdout=output, stderr=output, env=os.environ | env
-            )
-
-    def wait_for(self, path: str = "/health") -> "Process":
-        """Until it answers a path with 200."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if httpx.get(self.url + path).status_code == 200:
-                    return self
-            except httpx.TransportError:
-                pass
-            time.sleep(0.05)
-        pytest.fail(f"{path} never was 200: {self.said()[-3000:]}")
-
-    def said(self) -> str:
-        """Everything it has written."""
-        return self.log.read_text("utf-8")
-
-    def kill(self) -> None:
-        """At once, as the out-of-memory killer does."""
-        self.process.kill()
-        self.process.wait()
-
-
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start_stub(
@@ -82,16 +37,6 @@ def start_gateway(
     env = {"MOE_PRUNE_POLL_S": "0.2"} | env
     gateway = Process(command, port, folder / f"gateway-{port}.log", **env)
     return gateway.wait_for("/ready" if ready else "/health")
-
-
-@contextmanager
-def running(*servers: Process) -> Iterator[None]:
-    """None of them is left behind."""
-    try:
-        yield
-    finally:
-        for server in servers:
-            server.kill()
 
 
 def chat(model: str, **more: Any) -> dict[str, Any]:

@@ -62,9 +62,10 @@ def serve_command(
         command += [json.dumps({"plan": str(plan.resolve())})]
     if watch:
         command = [*_environment(), *command, *_watch_flags(extra)]
-    if watch or plan is not None or needs_plugin(checkpoint):
+    needed = plan is not None or needs_plugin(checkpoint)
+    if needed or watch:
         check_registered()
-    if not watch and (plan is not None or needs_plugin(checkpoint)):
+    if needed and not watch:  # which names the plugin itself
         check_allowed()
     return [*command, *extra]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.gateway import Process, running, start_gateway, start_stub
+from tests.gateway import start_gateway, start_stub
+from tests.server import Process, running
 
 pytestmark = pytest.mark.slow
 PATHS = {

@@ -38,8 +38,8 @@ ROWS = (
         "slim",
         "verify",
     },
-    {"measuring", "pipeline", "planning", "plugin", "preflight", "tune"},
-    {"draw", "serve", "serve_command", "show", "show_search"},
+    {"measuring", "pipeline", "planning", "plugin", "preflight", "serve", "tune"},
+    {"draw", "serve_command", "show", "show_search"},
     {"cli"},
     {"__main__"},
 )

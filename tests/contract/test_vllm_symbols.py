@@ -192,7 +192,7 @@ def test_replaced_constructor_sets_every_attribute(
     replacement = find(PLUGIN, f"models.{family}", ours)
     assert isinstance(upstream, ast.ClassDef)
     assert isinstance(replacement, ast.ClassDef)
-    counts = find(PLUGIN, "models.counts", "count_experts")
+    counts = find(PLUGIN, "models.moe_parts", "count_experts")
     assert isinstance(counts, ast.FunctionDef)
     ours_set = attributes(replacement)
     if "count_experts" in ast.unparse(replacement):

@@ -13,14 +13,13 @@ from openai import NotFoundError, OpenAI
 
 from tests.gateway import (
     CHAT,
-    Process,
     chat,
     metric,
-    running,
     start_gateway,
     start_stub,
     streamed,
 )
+from tests.server import Process, running
 
 PROVENANCE = {
     "source_bytes": 1000,

@@ -16,16 +16,14 @@ from openai import APIError, AuthenticationError, OpenAI
 
 from tests.gateway import (
     CHAT,
-    TOOL,
-    Process,
     chat,
     metric,
-    running,
     start_gateway,
     start_stub,
     streamed,
     until,
 )
+from tests.server import TOOL, Process, running
 
 pytestmark = pytest.mark.slow
 Start = Callable[..., Process]

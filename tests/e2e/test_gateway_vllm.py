@@ -11,8 +11,8 @@ from openai import OpenAI
 from playwright.sync_api import expect
 
 from tests.browser import chromium, page_at
-from tests.gateway import Process, metric, running, start_gateway, until
-from tests.server import serving
+from tests.gateway import metric, start_gateway, until
+from tests.server import Process, running, serving
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

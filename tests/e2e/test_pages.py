@@ -10,7 +10,8 @@ import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
 from tests.browser import DESKTOP, PHONE, assert_accessible, chromium, page_at
-from tests.gateway import Process, running, start_gateway, start_stub
+from tests.gateway import start_gateway, start_stub
+from tests.server import Process, running
 
 pytestmark = pytest.mark.slow
 THEMES = [(DESKTOP, False), (DESKTOP, True), (PHONE, False), (PHONE, True)]

@@ -18,8 +18,9 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.apply import cut
 from vllm_moe_prune.decide.plan import load_plan
 from vllm_moe_prune.errors import ServeError
-from vllm_moe_prune.plugin.endpoint import PREFIX, MoePruneEndpoints, make_router
+from vllm_moe_prune.plugin.endpoint import MoePruneEndpoints, make_router
 from vllm_moe_prune.plugin.watch import EXTENSION, SWITCH
+from vllm_moe_prune.serve.site import PREFIX
 
 CUTS = {0: DROP_MOE, 1: LayerCut(keep=(6, 2))}
 

@@ -9,13 +9,12 @@ as open as its own ``/metrics``.
 
 import asyncio
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request
-from fastapi.responses import FileResponse, HTMLResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 
@@ -26,13 +25,11 @@ from ..cut.build_remap import build_remap
 from ..errors import MoePruneError, ServeError
 from ..report.page import page
 from ..report.read import read_numbers
+from ..serve.site import INDEX, PAGES, PREFIX, page_files, sender
 from . import LOAD_FORMAT
 from .verify import local_folder
 from .watch import EXTENSION, SWITCH, Load, describe_load, is_on, merge
 
-PREFIX = "/plugins/moe-prune"
-PAGES = Path(__file__).parents[1] / "serve" / "pages"
-INDEX = "index.html"
 JSON = "application/json"
 
 
@@ -152,18 +149,10 @@ def make_router(pages: Path = PAGES) -> APIRouter:
                     raise HTTPException(404, str(error)) from error
         return HTMLResponse(served.report)
 
-    for path in sorted(pages.glob("*.*")):
+    for path in page_files(pages):
         name = "" if path.name == INDEX else path.name
-        router.add_api_route(f"/{name}", _sender(path), include_in_schema=False)
+        router.add_api_route(f"/{name}", sender(path), include_in_schema=False)
     return router
-
-
-def _sender(path: Path) -> Callable[[], Awaitable[Response]]:
-    async def send() -> Response:
-        # Asked for again each time: an update of the package is seen at once.
-        return FileResponse(path, headers={"Cache-Control": "no-cache"})
-
-    return send
 
 
 def _draw(folder: Path) -> str:

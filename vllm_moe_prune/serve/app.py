@@ -2,13 +2,10 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -21,9 +18,8 @@ from .metrics import Metrics
 from .refusals import Refusal
 from .relay import Relay
 from .settings import GatewaySettings
+from .site import INDEX, page_files, sender
 
-PAGES = Path(str(files(__package__))) / "pages"
-INDEX = "index.html"
 OTHER_METHODS = ["POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "QUERY"]
 
 
@@ -84,7 +80,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    pages = sorted(path.name for path in PAGES.iterdir() if path.is_file())
+    pages = {f"/{path.name}": path for path in page_files()}
+    pages["/"] = pages[f"/{INDEX}"]
     app.add_middleware(
         Guard,
         keys=settings.api_keys,
@@ -142,12 +139,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         Route("/v1/{path:path}", relay),
         Route("/backends/{path:path}", relay),
     ]
-    for name in pages:
-        page = partial(FileResponse, PAGES / name)
-        app.add_api_route(f"/{name}", _sends(page), include_in_schema=False)
-    app.add_api_route(
-        "/", _sends(partial(FileResponse, PAGES / INDEX)), include_in_schema=False
-    )
+    for address, path in pages.items():
+        app.add_api_route(address, sender(path), include_in_schema=False)
     return app
 
 
@@ -167,16 +160,6 @@ def states(backends: Backends) -> BackendList:
             for one in backends.all
         ]
     )
-
-
-def _sends(page: Any) -> Any:
-    async def send() -> Response:
-        response: Response = page()
-        # Read again each time, by its ETag: an update of the package is seen at once.
-        response.headers["Cache-Control"] = "no-cache"
-        return response
-
-    return send
 
 
 async def _only_get(request: Request) -> NoReturn:

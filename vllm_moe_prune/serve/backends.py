@@ -11,6 +11,7 @@ from pydantic import SecretStr
 
 from .metrics import Metrics
 from .refusals import Refusal, unreachable
+from .site import PREFIX
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,6 @@ POLL_TIMEOUT_S = 5
 # vLLM closes idle connections after 5 s; one it is closing must not be used.
 KEEP_ALIVE_S = 3
 LEVEL = {True: logging.INFO, False: logging.WARNING}
-PLUGIN = "/plugins/moe-prune"
 
 
 class Backend:
@@ -143,7 +143,7 @@ class Backends:
         """Put into the metrics what pruning did to the model."""
         record: Any = None
         try:
-            path = f"{PLUGIN}/provenance"
+            path = f"{PREFIX}/provenance"
             async with self._get(backend, path, timeout) as answer:
                 if answer.status == 200:
                     record = await answer.json(content_type=None)

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .refusals import Refusal
 
-OPEN = {"/", "/health", "/ready", "/metrics", "/openapi.json"}
+OPEN = {"/health", "/ready", "/metrics", "/openapi.json"}
 
 
 class Guard:
@@ -18,7 +18,7 @@ class Guard:
     Args:
         app: What is guarded.
         keys: Any of them opens; with none, nothing is closed.
-        pages: Names of files without data, readable by everybody, as a browser
+        pages: Addresses of files without data, readable by everybody, as a browser
             cannot send a key with an address.
         refused: Told the code of every refusal.
     """
@@ -33,7 +33,7 @@ class Guard:
         self.app = app
         self.refused = refused
         self.digests = [_digest(key.get_secret_value().encode()) for key in keys]
-        self.open = OPEN | {f"/{page}" for page in pages}
+        self.open = OPEN | set(pages)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check, then pass on."""

@@ -17,11 +17,12 @@ from multidict import CIMultiDict
 from starlette.types import Message, Receive, Scope, Send
 from yarl import URL
 
-from .backends import PLUGIN, Backend, Backends
+from .backends import Backend, Backends
 from .body import Bodies, Body, ClientGone
 from .metrics import Metrics, path_label
 from .refusals import Refusal, broken, draining, silent, unreachable
 from .settings import GatewaySettings
+from .site import PREFIX
 from .stream import Events, Whole
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ HOP_BY_HOP = {
 }
 NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 NOT_RETURNED = HOP_BY_HOP | {b"date"}  # uvicorn writes its own
-PLUGIN_DATA = {f"{PLUGIN}/{name}" for name in ("load", "remap", "provenance", "report")}
+PLUGIN_DATA = {f"{PREFIX}/{name}" for name in ("load", "remap", "provenance", "report")}
 # aiohttp would add these where a client sent none.
 NO_EXTRAS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 

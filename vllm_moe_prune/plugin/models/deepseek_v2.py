@@ -46,12 +46,11 @@ from vllm.platforms import current_platform
 from ...archs.deepseek_v2 import ARCH
 from ...archs.spec import MoeArch, RouterRule
 from ..absent import Absent
-from ..compat import wants_local_ids
 from ..layers import ServedLayer
-from ..routing import RowTable, route_rows
+from ..routing import route_rows
 from ..served import read_layers, rule_of
 from ..tally import first_load_tally, load_counted
-from .counts import count_experts, count_where_rows_are
+from .moe_parts import connect_rows, count_experts, row_table
 
 
 class MoePruneDeepseekV2MoE(DeepseekV2MoE):
@@ -105,10 +104,9 @@ class MoePruneDeepseekV2MoE(DeepseekV2MoE):
                 reduce_results=False,
                 prefix=f"{prefix}.shared_experts",
             )
-        local = wants_local_ids(vllm_config) and self.ep_size > 1
-        routed = local or not layer.rows_are_experts
         self.rule = rule
-        self.rows = RowTable(layer) if routed else None
+        self.rows = row_table(self, layer, vllm_config)
+        routed = self.rows is not None
         self.experts = FusedMoEFactory(
             shared_experts=self.shared_experts,
             gate=self.gate,
@@ -135,10 +133,7 @@ class MoePruneDeepseekV2MoE(DeepseekV2MoE):
             is_sequence_parallel=self.is_sequence_parallel,
             router_logits_dtype=self.gate.out_dtype,
         )
-        if self.rows is not None:
-            count_where_rows_are(self.experts, self.rows)
-            if local:
-                self.rows.localise(self.experts.routed_experts.expert_map.tolist())
+        connect_rows(self, vllm_config)
 
     def _route(
         self,

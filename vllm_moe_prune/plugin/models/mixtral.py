@@ -38,12 +38,11 @@ from vllm.model_executor.models.utils import (
 
 from ...archs.mixtral import ARCH
 from ..absent import Absent
-from ..compat import wants_local_ids
 from ..layers import ServedLayer
-from ..routing import RowTable, route_rows
+from ..routing import route_rows
 from ..served import read_layers
 from ..tally import first_load_tally, load_counted
-from .counts import count_experts, count_where_rows_are
+from .moe_parts import connect_rows, count_experts, row_table
 
 # vLLM reads the Hub's per-expert names; these add the other spellings of the table.
 MAPPER = WeightsMapper(
@@ -74,9 +73,7 @@ class MoePruneMixtralMoE(MixtralMoE):
         self.gate = GateLinear(
             config.hidden_size, layer.router_rows, prefix=f"{prefix}.gate"
         )
-        local = wants_local_ids(vllm_config) and self.ep_size > 1
-        routed = local or not layer.rows_are_experts
-        self.rows = RowTable(layer) if routed else None
+        self.rows = row_table(self, layer, vllm_config)
         self.experts = FusedMoEFactory(
             num_experts=layer.experts,
             top_k=layer.top_k,
@@ -85,15 +82,12 @@ class MoePruneMixtralMoE(MixtralMoE):
             renormalize=renormalise,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.experts",
-            custom_routing_function=self._route if routed else None,
+            custom_routing_function=None if self.rows is None else self._route,
             enable_eplb=self.enable_eplb,
             num_redundant_experts=self.n_redundant_experts,
             ckpt_names=("w1", "w2", "w3"),
         )
-        if self.rows is not None:
-            count_where_rows_are(self.experts, self.rows)
-            if local:
-                self.rows.localise(self.experts.routed_experts.expert_map.tolist())
+        connect_rows(self, vllm_config)
 
     def _route(
         self,

@@ -152,7 +152,6 @@ function clear({ answer, facts }) {
 }
 
 async function run(side, signal) {
-  clear(side);
   try {
     return await answerOn(side, signal);
   } catch (error) {

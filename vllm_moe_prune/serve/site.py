@@ -1,0 +1,27 @@
+"""What the gateway and vLLM's own server both serve: the pages, and where data lies."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from fastapi.responses import FileResponse, Response
+
+PREFIX = "/plugins/moe-prune"
+"""The address of the data, and in vLLM's server of the pages, of one checkpoint."""
+PAGES = Path(__file__).parent / "pages"
+INDEX = "index.html"
+"""The page that a folder's address shows."""
+
+
+def page_files(folder: Path = PAGES) -> list[Path]:
+    """The pages and what belongs to them, sent as they are."""
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def sender(path: Path) -> Callable[[], Awaitable[Response]]:
+    """A route that sends one file."""
+
+    async def send() -> Response:
+        # Asked for again each time, by its ETag: an update of the package is seen.
+        return FileResponse(path, headers={"Cache-Control": "no-cache"})
+
+    return send
