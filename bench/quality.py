@@ -2,9 +2,11 @@
 
     .venv/bin/python bench/quality.py examples/demo-mixtral --seeds 0 1 2
 
-Every plan is judged in the streaming forward on held-out text, nothing is written (but
-for the order control, which takes two cuts). ``--json`` keeps the numbers,
-``--markdown`` a table for docs/results.md. A killed run continues with ``--work``.
+Every plan is judged in the streaming forward on the beginnings of the held-out files,
+nothing is written (but for the order control, which takes two cuts). What is measured
+to decide, sensitivity and the search of `tune`, is measured on the ends of those files.
+``--json`` keeps the numbers, ``--markdown`` a table for docs/results.md. A killed run
+continues with ``--work``.
 """
 
 import argparse
@@ -123,10 +125,26 @@ def texts(checkpoint: Checkpoint, windows: int, length: int) -> list[Text]:
     return [*found, sums(checkpoint)]
 
 
+def search_text(checkpoint: Checkpoint, each: int = 5000) -> str:
+    """What budgets and ``tune`` are judged on: as many last tokens of each domain."""
+    found = []
+    for domain in DOMAINS:
+        path = EXAMPLES / "heldout" / f"{domain}.txt"
+        text = path.read_text("utf-8")
+        tokenizer = TokenReader(checkpoint, str(path)).tokenizer
+        spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        start, _ = spans[-each]
+        assert start >= len(text) // 2  # the first half judges
+        found.append(text[start:])
+    return "\n".join(found)
+
+
 def sums(checkpoint: Checkpoint, count: int = SUMS) -> Text:
     """``BOS a + b =`` and its answer; only the answer is a target."""
     path = EXAMPLES / "heldout" / "arithmetic.txt"
-    lines = re.findall(r"^(\d+ \+ \d+ =)( \d+)$", path.read_text("utf-8"), re.M)
+    text = path.read_text("utf-8")
+    text = text[: len(text) // 2]
+    lines = re.findall(r"^(\d+ \+ \d+ =)( \d+)$", text, re.M)
     reader = TokenReader(checkpoint, str(path))
     rows = []
     for prompt, answer in list(dict.fromkeys(lines))[:count]:
@@ -141,6 +159,7 @@ def sums(checkpoint: Checkpoint, count: int = SUMS) -> Text:
     for at, (ids, start) in enumerate(rows):
         ids_ST[at, : len(ids)] = torch.tensor(ids)
         targets_ST[at, start : len(ids)] = torch.tensor(ids[start:])
+    assert len(rows) == count
     return Text(ids_ST, targets_ST)
 
 
@@ -165,6 +184,7 @@ class Bench:
             "sequence_length": args.length,
             "seed": seed,
             "heldout": args.samples,
+            "heldout_source": str(args.search),
         }
         self.texts = texts(self.checkpoint, args.windows, args.length)
         self.model = StreamingModel(self.checkpoint)
@@ -295,7 +315,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
-    runs = [Bench(args.model, seed, args).run() for seed in args.seeds]
+    with tempfile.TemporaryDirectory() as folder:
+        args.search = Path(folder) / "search.txt"
+        args.search.write_text(search_text(open_checkpoint(args.model)), "utf-8")
+        runs = [Bench(args.model, seed, args).run() for seed in args.seeds]
+    del args.search
     table = []
     for at, (group, name, _, sparsity, size) in enumerate(runs[0]):
         values = [run[at][2] for run in runs]

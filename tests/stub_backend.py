@@ -4,7 +4,8 @@
 
 A real HTTP server in a process of its own, so that it can be killed. A JSON body may
 have ``"stub": {...}`` with ``events`` and ``size`` of a stream, ``gap_s`` between them,
-``first_s`` before the head, ``half`` to end with half an event and then hang.
+``first_s`` before the head, ``half`` to end with half an event and then hang,
+``tail_s`` between the last event and the end of the stream.
 ``/stub/seen`` tells what has come in, and how it went.
 """
 
@@ -117,6 +118,10 @@ async def converse(
         return
     last = completion("chat.completion.chunk", "delta", "")
     rest = event(last) + b"data: [DONE]\n\n"
+    if tail_s := wishes.get("tail_s"):
+        await send({"type": "http.response.body", "body": rest, "more_body": True})
+        rest = b""
+        await asyncio.sleep(tail_s)
     await send({"type": "http.response.body", "body": rest})
     entry["ended"] = "complete"
     leaving.cancel()

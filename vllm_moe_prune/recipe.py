@@ -188,6 +188,9 @@ class Calibration(Strict):
     heldout: int = Field(default=16, ge=1)
     """Further windows, kept apart, on which candidates are judged (``tune``, and
     ``experts.budget: sensitivity``)."""
+    heldout_source: str | None = None
+    """Where those windows come from instead: text of what the model is to be good at,
+    in the same forms as ``source``."""
 
 
 class LayerStage(Strict):

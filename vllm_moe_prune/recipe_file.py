@@ -71,6 +71,7 @@ FLAGS = {
     "sequence_length": ("calibration", "sequence_length"),
     "seed": ("calibration", "seed"),
     "heldout": ("calibration", "heldout"),
+    "judge_on": ("calibration", "heldout_source"),
 }
 
 

@@ -18,6 +18,7 @@ from tests.gateway import (
     start_gateway,
     start_stub,
     streamed,
+    until,
 )
 from tests.server import Process, running
 
@@ -233,6 +234,21 @@ def test_metrics_tell_what_happened(gateway: Process, client: OpenAI) -> None:
     assert metric(gateway, "moe_prune_errors_total", **code) == errors + 1
     assert metric(gateway, "moe_prune_backend_up", backend="two") == 1
     assert metric(gateway, "moe_prune_requests_in_flight", backend="two") == 0
+
+
+def test_a_client_that_has_read_the_last_event_may_leave(gateway: Process) -> None:
+    told = {"backend": "one", "kind": "completion"}
+    gone = {"backend": "one", "code": "client_gone"}
+    tokens = metric(gateway, "moe_prune_tokens_total", **told)
+    errors = metric(gateway, "moe_prune_errors_total", **gone)
+    request = streamed("full", tail_s=60)
+    with httpx.stream("POST", gateway.url + CHAT, json=request) as answer:
+        lines = answer.iter_lines()
+        assert "data: [DONE]" in lines
+    in_flight = "moe_prune_requests_in_flight"
+    until(lambda: metric(gateway, in_flight, backend="one") == 0, "none in flight")
+    assert metric(gateway, "moe_prune_tokens_total", **told) == tokens + 5
+    assert metric(gateway, "moe_prune_errors_total", **gone) == errors
 
 
 def test_metrics_show_what_pruning_did(gateway: Process) -> None:

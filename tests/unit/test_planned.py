@@ -18,6 +18,7 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut import planned
 from vllm_moe_prune.cut.planned import Loss, LossJournal, Text, planned_losses
 from vllm_moe_prune.decide.plan import CutPlan
+from vllm_moe_prune.errors import CalibrationError
 from vllm_moe_prune.evaluate import run_layer
 from vllm_moe_prune.recipe import Calibration, Recipe, parse_recipe
 
@@ -116,6 +117,21 @@ def test_heldout_windows_are_apart(tokens: Tokens, heldout: Tokens) -> None:
     two = {tuple(row) for row in heldout.ids_ST.tolist()}
     assert (len(one), len(two)) == (3, 2)
     assert not one & two
+
+
+def test_heldout_windows_can_be_of_a_text_of_their_own(
+    checkpoint: Checkpoint, calibration: Calibration, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("zebra yak quail " * 400)
+    asked = calibration.model_copy(update={"heldout_source": str(own)})
+    found = load_heldout(checkpoint, asked)
+    alone = calibration.model_copy(update={"source": str(own), "samples": 2})
+    assert torch.equal(found.ids_ST, load_tokens(checkpoint, alone).ids_ST)
+    assert found.source == own.name
+    own.write_text("zebra")
+    with pytest.raises(CalibrationError, match=r"own\.txt.*--heldout"):
+        load_heldout(checkpoint, asked)
 
 
 def test_planned_losses_are_those_of_what_is_cut(

@@ -111,6 +111,7 @@ def test_every_flag_reaches_the_recipe(flag: str) -> None:
         "sequence_length": 77,
         "seed": 9,
         "heldout": 6,
+        "judge_on": "own.txt",
     }
     found: Any = with_overrides(Recipe(), {flag: values[flag]})
     for attribute in FLAGS[flag]:

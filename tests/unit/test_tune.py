@@ -85,6 +85,8 @@ def test_the_best_loses_least_and_is_what_gets_cut(
     final = [one for one in tuned.judged if one.final]
     assert tuned.best.loss.mean == min(one.loss.mean for one in final)
     assert len(final) < len(tuned.judged)
+    # What changes least is judged to the end, in all its ways.
+    assert {"wanda", "wanda, sparsegpt", "wanda, owl"} <= {one.name for one in final}
     assert not tuned.left_out
     for one in tuned.judged:
         assert one.plan.predicted is not None

@@ -75,11 +75,14 @@ def load_tokens(checkpoint: Checkpoint, calibration: Calibration) -> Tokens:
 
 
 def load_heldout(checkpoint: Checkpoint, calibration: Calibration) -> Tokens:
-    """Windows of the same text that are kept apart, to judge candidates on.
+    """Windows to judge candidates on: of a text of their own, or kept apart.
 
     Raises:
         CalibrationError: As ``load_tokens``, or the text is too short for both.
     """
+    if calibration.heldout_source is not None:
+        own = {"source": calibration.heldout_source, "samples": calibration.heldout}
+        return load_tokens(checkpoint, calibration.model_copy(update=own))
     first = calibration.samples
     return _chosen(checkpoint, calibration, first, first + calibration.heldout)
 
@@ -105,7 +108,8 @@ def _chosen(
         raise CalibrationError(
             f"{source}: gives {windows} windows of {length} tokens, but {samples} are "
             f"asked for{f' and {apart} apart to judge on' if first else ''}. "
-            "Use a longer text, or lower --samples or --sequence-length."
+            "Use a longer text, or fewer or shorter windows: --samples, --heldout, "
+            "--sequence-length."
         )
     chosen = sorted(_ranked(windows, calibration.seed)[first:last])
     rows = ids[: windows * payload].reshape(windows, payload)[chosen]

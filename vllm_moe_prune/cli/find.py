@@ -51,6 +51,10 @@ def tune(
     heldout: Annotated[
         int | None, flag("Windows kept apart, to judge the candidates on.")
     ] = None,
+    judge_on: Annotated[
+        str | None,
+        flag("Take them from this text instead, of what the model is to be good at."),
+    ] = None,
     plot: Annotated[
         Path | None, flag("Draw size against perplexity into this .png or .svg.")
     ] = None,

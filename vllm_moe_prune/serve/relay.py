@@ -82,6 +82,8 @@ class Exchange:
         self.path = b""
         self.status = 0
         self.streaming = False
+        self.told_all = False
+        """The client may leave: nothing it wants is still to come."""
 
     async def run(self, receive: Receive, body: Body) -> None:
         """Read the request, choose a backend, pass on what it answers.
@@ -99,9 +101,10 @@ class Exchange:
             await asyncio.wait(
                 (answering, leaving), return_when=asyncio.FIRST_COMPLETED
             )
-            if not answering.done():
+            if answering.done():
+                answering.result()
+            elif not self.told_all:
                 raise ClientGone
-            answering.result()
         finally:
             leaving.cancel()
             answering.cancel()
@@ -191,7 +194,8 @@ class Exchange:
         kind = answer.headers.get("Content-Type", "")
         encoded = "Content-Encoding" in answer.headers
         self.streaming = kind.startswith("text/event-stream") and not encoded
-        pieces = Events() if self.streaming else Whole("json" in kind and not encoded)
+        is_json = "json" in kind and not encoded
+        pieces = Events() if self.streaming else Whole(is_json, answer.content_length)
         self.status = answer.status
         start: Message = {
             "type": "http.response.start",
@@ -200,20 +204,23 @@ class Exchange:
         }
         await self.send(start)
         first, last = True, False
-        async for data in answer.content.iter_any():
-            piece = pieces.feed(data)
-            # The end comes with the last piece: one system call less for each answer.
-            if last := answer.content.at_eof():
-                piece += pieces.finish()
-            if piece or last:
-                await self.send(_body(piece, not last))
-            if piece and first:
-                first = False
-                self._first_piece()
-        if not last:
-            await self.send(_body(pieces.finish(), False))
-        for token_kind, count in pieces.tokens().items():
-            self.relay.metrics.tokens.labels(self.label, token_kind).inc(count)
+        try:
+            async for data in answer.content.iter_any():
+                piece = pieces.feed(data)
+                self.told_all = pieces.ended
+                # The end comes with the last piece: one system call less per answer.
+                if last := answer.content.at_eof():
+                    piece += pieces.finish()
+                if piece or last:
+                    await self.send(_body(piece, not last))
+                if piece and first:
+                    first = False
+                    self._first_piece()
+            if not last:
+                await self.send(_body(pieces.finish(), False))
+        finally:  # a client may leave as soon as it has read the end
+            for token_kind, count in pieces.tokens().items():
+                self.relay.metrics.tokens.labels(self.label, token_kind).inc(count)
 
     def _headers(self) -> CIMultiDict[str]:
         """The client's headers that are meant for the backend."""

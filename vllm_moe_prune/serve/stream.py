@@ -24,6 +24,8 @@ class Events:
         self._rest = b""
         self.usage = b""
         """The last piece that has token counts in it."""
+        self.ended = False
+        """Whether the event has passed that says that no other will come."""
 
     def feed(self, data: bytes) -> bytes:
         """What can go out now that these bytes have come."""
@@ -37,6 +39,7 @@ class Events:
             whole, self._rest = data[:cut], data[cut:]
         if USAGE.search(whole):
             self.usage = whole
+        self.ended = self.ended or whole.rstrip().endswith(b"data: [DONE]")
         return whole
 
     def finish(self) -> bytes:
@@ -55,9 +58,16 @@ class Events:
 class Whole:
     """An answer that is no stream: passed as it comes, and read once for tokens."""
 
-    def __init__(self, is_json: bool) -> None:
+    def __init__(self, is_json: bool, length: int | None = None) -> None:
+        """Of an answer of so many bytes, if that is known."""
         self._kept: list[bytes] | None = [] if is_json else None
         self._size = 0
+        self._length = length
+
+    @property
+    def ended(self) -> bool:
+        """Whether all bytes have passed."""
+        return self._size == self._length
 
     def feed(self, data: bytes) -> bytes:
         """The same bytes."""

@@ -41,6 +41,11 @@ def refinements(candidate: Candidate, tune: TuneStage) -> list[Candidate]:
     return [_candidate(recipe, f"{candidate.name}, {way}", data) for way, data in ways]
 
 
+def zeros_alone(tune: TuneStage) -> str:
+    """The name of the structure, tried if share 0 is, from which nothing leaves."""
+    return tune.slims[0]
+
+
 def _structures(
     tune: TuneStage, layers: Sequence[LayerShape]
 ) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -24,7 +24,7 @@ from ..planning import plan
 from ..preflight import RunOptions
 from ..probe import with_owl, with_sensitivity
 from ..recipe import ExpertStage, Recipe, SlimStage, TuneStage
-from .candidates import Candidate, refinements, structures
+from .candidates import Candidate, refinements, structures, zeros_alone
 
 RUNGS = (0.25, 0.5)
 """Shares of the tokens on which all, then the better half, are judged first."""
@@ -126,11 +126,11 @@ class _Search:
         early: list[Judged] = []
         for share in RUNGS:
             judged = self._judge(plans, share)
-            half = max(self.settings.finalists, (len(judged) + 1) // 2)
-            early += judged[half:]
-            plans = {one.name: plans[one.name] for one in judged[:half]}
+            better, worse = self._split(judged, (len(judged) + 1) // 2)
+            early += worse
+            plans = {one.name: plans[one.name] for one in better}
         judged = self._judge(plans, 1.0)
-        refined = self._refined(judged[: self.settings.finalists], stats)
+        refined = self._refined(self._split(judged, 0)[0], stats)
         judged = self._judge({**plans, **refined}, 1.0)
         early.sort(key=lambda one: (one.loss.mean, one.file_bytes, one.name))
         return Tuned(self._intact(), tuple(judged + early), tuple(self.left_out))
@@ -201,6 +201,20 @@ class _Search:
             for (name, found), loss in zip(plans.items(), losses, strict=True)
         ]
         return sorted(judged, key=lambda one: (one.loss.mean, one.file_bytes, one.name))
+
+    def _split(
+        self, judged: Sequence[Judged], count: int
+    ) -> tuple[list[Judged], list[Judged]]:
+        """The better ones, ``count`` or as many as finalists, and the others.
+
+        Zeros alone are never among the others: they change least, and lead where
+        little has to go, but with few tokens that is hard to see.
+        """
+        count = max(self.settings.finalists, count)
+        simplest = zeros_alone(self.settings)
+        rest = judged[count:]
+        better = [*judged[:count], *(one for one in rest if one.name == simplest)]
+        return better, [one for one in rest if one.name != simplest]
 
     def _losses(
         self,
