@@ -13,6 +13,7 @@ import torch
 from .calibrate.data import Ids, TokenReader
 from .calibrate.experts import run_experts
 from .calibrate.forward import NO_TARGET, StreamingModel
+from .calibrate.memory import release_freed
 from .calibrate.text import name_of
 from .checkpoint.open import Checkpoint
 from .checkpoint.reader import read_expert
@@ -88,6 +89,7 @@ def perplexity(
         hidden_STD = model.embed(tokens_ST.clamp(min=0))
         for index in range(model.num_layers):
             run_layer(model, index, hidden_STD)
+            release_freed()
             report(_progress(checkpoint, index, number, len(batches)))
         nll, predicted = model.nll(hidden_STD, tokens_ST)
         total += nll

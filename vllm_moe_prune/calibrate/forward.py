@@ -34,6 +34,7 @@ from .experts import (
     run_experts,
 )
 from .members import check_layer, info_of
+from .memory import keep_few_kernels
 from .stock import (
     activation,
     causal_mask,
@@ -86,6 +87,7 @@ class StreamingModel:
         Raises:
             CheckpointError: A tensor that the forward needs is missing or misshapen.
         """
+        keep_few_kernels()
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         arch = checkpoint.arch

@@ -24,6 +24,7 @@ from .data import Tokens
 from .distances import router_distances, router_row_norms, weight_distances
 from .experts import Routing, run_experts
 from .forward import StreamingModel
+from .memory import release_freed
 from .stats import FORMAT_VERSION, LayerStats, Stats
 
 # Counts of at most this many tokens are exact in fp32; sums of them are fp64.
@@ -237,6 +238,7 @@ class _Meter:
 
     def tell(self, index: int) -> None:
         """Layer ``index`` is done."""
+        release_freed()
         done = index + 1
         total = sum(self._bytes)
         self._report(

@@ -17,6 +17,7 @@ from ..calibrate.boundary import BoundaryStore
 from ..calibrate.data import Tokens
 from ..calibrate.experts import run_experts
 from ..calibrate.forward import StreamingModel
+from ..calibrate.memory import release_freed
 from ..calibrate.stats import Stats
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.writer import (
@@ -296,6 +297,7 @@ class _Cut:
         return len(self.checkpoint.layers)
 
     def _tell(self, layers_done: int) -> None:
+        release_freed()
         self._report(
             Progress(
                 "cut",

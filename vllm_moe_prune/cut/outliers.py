@@ -11,6 +11,7 @@ import torch
 from ..calibrate.data import Tokens
 from ..calibrate.experts import add_expert, expert_tokens, place
 from ..calibrate.forward import StreamingModel
+from ..calibrate.memory import release_freed
 from ..calibrate.stats import LayerStats, Stats
 from ..checkpoint.open import Layer
 from ..decide.plan import CutPlan, trimming
@@ -50,6 +51,7 @@ def with_outliers(
             hidden_STD, after = _through(model, plan, layer, known, hidden_STD)
             if layer.has_moe:
                 found[layer.index] = after
+        release_freed()
         done = layer.index + 1
         share = total * done // len(layers)
         report(Progress("outliers", done, len(layers), share, total))

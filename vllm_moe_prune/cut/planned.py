@@ -20,6 +20,7 @@ import torch
 from ..calibrate.data import sha256_of
 from ..calibrate.experts import add_expert, expert_tokens, place
 from ..calibrate.forward import StreamingModel
+from ..calibrate.memory import release_freed
 from ..checkpoint.open import Layer
 from ..checkpoint.writer import writing
 from ..decide.plan import CutPlan, LayerPlan
@@ -308,6 +309,7 @@ class _Sweep:
         return states
 
     def _tell(self, layers: int) -> None:
+        release_freed()
         count = len(self.checkpoint.decoder_layers)
         total = self.checkpoint.tensor_bytes
         done = self._sweep * count + layers
