@@ -64,7 +64,7 @@ def verify(
     plan = load_plan(folder / "plan.json")
     check_plan(plan, source.layers, source.fingerprint, str(folder / "plan.json"))
     _check_names(output, source, plan)
-    zeros, dense_zeros, done = 0, 0, 0
+    zeros, dense_zeros, done, at = 0, 0, 0, 0
     tensors = output_tensors(source, plan)
     for tensor in tensors:
         found = _compare(source, output, tensor, plan)
@@ -73,8 +73,9 @@ def verify(
         else:
             dense_zeros += found
         done += output.tensors[tensor.name].nbytes
+        if tensor.layer is not None:
+            at = max(at, tensor.layer)  # those of no layer come first and last
         layers = len(source.layers)
-        at = layers if tensor.layer is None else tensor.layer
         report(Progress("verify", at, layers, done, output.tensor_bytes))
     removed = source.expert_parameters - output.expert_parameters
     removed_all = source.parameters - output.parameters
