@@ -9,7 +9,7 @@ import os
 # oneDNN compiles a matrix product for each number of rows, here of tokens that an
 # expert gets, and keeps 1024 of them: 400 MiB. PyTorch keeps others of its own.
 CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-KEPT = 64
+KEPT = 16
 
 
 def keep_few_kernels() -> None:
