@@ -24,6 +24,7 @@ IDS = [1, *torch.randint(3, VOCAB, (47,), generator=torch.Generator().manual_see
 TOKENS = [int(token) for token in IDS]
 ROUNDING = 2e-4
 """Largest log-probability difference in float32; 6e-5 was the most ever seen."""
+STOCK = "from tests.engine import run_stock; run_stock({!r})"
 RANK = "from tests.engine import run_rank; run_rank({!r})"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -97,6 +98,46 @@ def served(model: Path | str, loads: Loads | None = None, **options: Any) -> Ten
 def assert_same(found_TV: Tensor, expected_TV: Tensor) -> None:
     """Equal but for rounding in float32."""
     assert (found_TV - expected_TV).abs().max().item() <= ROUNDING
+
+
+def served_by_stock(
+    folder: Path, models: Mapping[str, Path], **options: Any
+) -> dict[str, Tensor]:
+    """Log-probabilities of some models by a vLLM that no plugin has touched.
+
+    Args:
+        folder: For what it finds and writes.
+        models: Name -> checkpoint.
+        options: Of the engines.
+    """
+    jobs = {name: str(model) for name, model in models.items()}
+    out = folder / "stock.pt"
+    environment = ENVIRONMENT | {
+        "PYTHONPATH": str(ROOT),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_PLUGINS": "",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", STOCK.format((str(out), jobs, options))],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-8000:]
+    found: dict[str, Tensor] = torch.load(out)
+    return found
+
+
+def run_stock(job: tuple[str, Mapping[str, str], Mapping[str, Any]]) -> None:
+    """What that process does: file for what is found, models, options."""
+    from vllm import ModelRegistry
+
+    out, models, options = job
+    found = {name: served(model, **options) for name, model in models.items()}
+    assert not any("MoePrune" in name for name in ModelRegistry.get_supported_archs())
+    torch.save(found, out)
 
 
 def check_two_ranks(folder: Path, jobs: Mapping[str, Job]) -> None:

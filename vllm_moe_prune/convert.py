@@ -130,6 +130,11 @@ def convert(
         OutputError: See ``open_workspace``.
     """
     companions(checkpoint)
+    if checkpoint.form is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its weights are quantised; only those that are not "
+            "can be stored without their zeros."
+        )
     plan, dense_layers = _plan(checkpoint, layout, report)
     shards = plan_shards(
         [part for item in plan for part in item.parts], max_shard_bytes

@@ -27,6 +27,7 @@ from .cut.predict import model_facts
 from .decide.needs import needed_statistics
 from .decide.order import halves
 from .decide.plan import CutPlan, check_plan, load_plan, save_plan
+from .errors import PlanError
 from .measuring import (
     calibration_tokens,
     measure,
@@ -68,6 +69,11 @@ def cut(
     started = time.monotonic()
     check_options(checkpoint, out, options)
     check_plan(decided, checkpoint.layers, checkpoint.fingerprint, where)
+    if options.layout != "dense" and decided.is_quantised:
+        raise PlanError(
+            f"{where}: quantises experts, which --layout {options.layout} cannot "
+            "store. Leave --layout out."
+        )
     if tokens is None and decided.needs_activations:
         asked = decided.recipe.calibration
         if text is not None:

@@ -30,6 +30,7 @@ Chooser = Literal["stun"] | Criterion
 Budget = Literal["global", "per-layer", "sensitivity"]
 SlimMethod = Literal["wanda", "wanda-variant", "magnitude", "sparsegpt", "none"]
 NEEDS_ACTIVATIONS = ("wanda", "wanda-variant", "sparsegpt")
+QuantMethod = Literal["rtn", "gptq", "awq", "none"]
 Part = Literal["experts", "attention", "shared", "mlp"]
 """What can be slimmed: routed experts; attention; shared experts; other MLPs, that is
 dense layers and Arctic's residual MLP. The router is none of them."""
@@ -177,6 +178,40 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
+class QuantiseStage(Strict):
+    """Fewer bits for the routed experts that survive; routers, norms, embeddings and
+    everything else stay as they are. Written in the formats of compressed-tensors."""
+
+    method: QuantMethod = "none"
+    """Rounding to nearest, which needs no data; or GPTQ, or AWQ, which do."""
+    weights: Literal["int4", "int8", "fp8"] = "int4"
+    """int8 has a scale for each row, fp8 one for each block of 128 x 128."""
+    group_size: Literal[32, 64, 128] | None = None
+    """Of int4: neighbours in a row that share a scale; None: the largest of these into
+    which every matrix divides."""
+    zero_point: bool = False
+    """Of int4: ranges that need not be symmetric, at a zero point for each group."""
+    act_order: bool = False
+    """Of GPTQ: columns with the largest inputs first."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "QuantiseStage":
+        refuse(
+            (self.weights != "int4" and self.method in ("gptq", "awq"))
+            and f"weights: {self.weights} needs method: rtn",
+            (self.weights != "int4" and self.zero_point)
+            and "zero_point needs weights: int4",
+            (self.act_order and self.method != "gptq")
+            and "act_order needs method: gptq",
+        )
+        return self
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether it needs calibration activations."""
+        return self.method in ("gptq", "awq")
+
+
 class Calibration(Strict):
     """Which text the statistics come from."""
 
@@ -202,6 +237,11 @@ class LayerStage(Strict):
     """Instead of ``drop_moe``: how many, those that change their input least."""
     block_count: int | None = Field(default=None, ge=0)
     """Instead of ``drop_blocks``; chosen before ``moe_count``."""
+    moe_share: Share | None = None
+    """Instead of a count: what part of the MoE sublayers, to the nearest, at least one
+    unless it is 0."""
+    block_share: Share | None = None
+    """Instead of a count, likewise."""
     moe_norm: Literal["drop", "keep"] = "drop"
     """Whether the norm before a MoE leaves with it, in the metric (Eq. 9, Eq. 8) and
     in the output alike."""
@@ -213,12 +253,16 @@ class LayerStage(Strict):
     @model_validator(mode="after")
     def _one_way(self) -> "LayerStage":
         refuse(
-            (bool(self.drop_moe) and self.moe_count is not None)
-            and "give drop_moe or moe_count, not both",
-            (bool(self.drop_blocks) and self.block_count is not None)
-            and "give drop_blocks or block_count, not both",
+            _several(self.drop_moe, self.moe_count, self.moe_share)
+            and "give drop_moe or moe_count or moe_share, not two",
+            _several(self.drop_blocks, self.block_count, self.block_share)
+            and "give drop_blocks or block_count or block_share, not two",
         )
         return self
+
+
+def _several(listed: tuple[int, ...], count: int | None, share: float | None) -> bool:
+    return sum((bool(listed), count is not None, share is not None)) > 1
 
 
 class TuneStage(Strict):
@@ -265,6 +309,7 @@ class Recipe(Strict):
     sparsity_of: Literal["experts", "all"] = "experts"
     experts: ExpertStage = ExpertStage()
     slim: SlimStage = SlimStage()
+    quantise: QuantiseStage = QuantiseStage()
     layers: LayerStage = LayerStage()
     routing: Literal["drop", "redirect", "preserve"] = "drop"
     """A removed expert's router row goes; or leads to its cluster's survivor; or stays,
@@ -283,6 +328,7 @@ class Recipe(Strict):
         experts, slim = self.experts, self.slim
         number = experts.drop is not None or experts.keep is not None
         fixed = slim.is_grouped and slim.allocation == "uniform"
+        zeros = total is not None or slim.sparsity or slim.is_grouped
         refuse(
             (total is not None and slim.sparsity is not None)
             and "give total_sparsity or slim.sparsity, not both",
@@ -299,6 +345,12 @@ class Recipe(Strict):
             and "routing: preserve needs experts.method: score",
             (self.routing == "preserve" and experts.min_experts == 0)
             and "routing: preserve needs at least one expert per layer",
+            (self.quantise.method != "none" and slim.method != "none" and zeros)
+            and "quantise and zeros do not go together yet; set slim.method: none",
+            (self.quantise.method != "none" and self.tune is not None)
+            and "tune does not try out quantised weights; leave out quantise",
+            (self.quantise.method != "none" and self.order == "unstructured-first")
+            and "order: unstructured-first is about zeros; leave out quantise",
             (self.order == "unstructured-first" and slim.allocation == "owl")
             and "order: unstructured-first needs slim.allocation: uniform",
         )
@@ -314,7 +366,8 @@ class Recipe(Strict):
     @property
     def needs_activations(self) -> bool:
         """Whether the cut needs calibration activations."""
-        return self.slim.method in NEEDS_ACTIVATIONS
+        by_data = self.slim.method in NEEDS_ACTIVATIONS
+        return by_data or self.quantise.needs_activations
 
 
 def parse_recipe(data: object, where: str) -> Recipe:

@@ -116,8 +116,8 @@ SWEPT: dict[str, tuple[str, ...]] = {
 }
 INSTEAD: dict[str, dict[str, Any]] = {
     "share": {"experts": {"drop": None, "keep": None}},
-    "moe-count": {"layers": {"drop_moe": ()}},
-    "block-count": {"layers": {"drop_blocks": ()}},
+    "moe-count": {"layers": {"drop_moe": (), "moe_share": None}},
+    "block-count": {"layers": {"drop_blocks": (), "block_share": None}},
 }
 WHOLE = ("keep", "moe-count", "block-count")
 MOST_SWEPT = 1000

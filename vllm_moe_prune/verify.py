@@ -2,7 +2,7 @@
 
 Against its source, every surviving tensor is compared: copies bit for bit, means
 recomputed, slimmed matrices equal to the source wherever they are not zero, and as
-many zeros in each as the plan says.
+many zeros in each as the plan says; of quantised ones see ``cut/verify_quantised.py``.
 """
 
 import json
@@ -20,6 +20,7 @@ from .cut.build_remap import build_remap
 from .cut.config import pruned_config
 from .cut.copy import group_mean
 from .cut.slice import OutputTensor, output_tensors
+from .cut.verify_quantised import check_quantised, check_scaled
 from .decide.plan import CutPlan, check_plan, load_plan
 from .errors import CheckpointError, RemapError
 from .progress import Progress, Report, ignore
@@ -66,17 +67,24 @@ def verify(
     _check_names(output, source, plan)
     zeros, dense_zeros, done, at = 0, 0, 0, 0
     tensors = output_tensors(source, plan)
+    total = sum(output.stored(tensor.name).nbytes for tensor in tensors)
     for tensor in tensors:
-        found = _compare(source, output, tensor, plan)
+        found = 0
+        if tensor.made == "copied":
+            found = _compare(source, output, tensor, plan)
+        elif tensor.made == "scaled":
+            check_scaled(source, output, tensor)
+        elif tensor.stands_for:
+            check_quantised(source, output, tensor, plan)
         if tensor.is_expert:
             zeros += found
         else:
             dense_zeros += found
-        done += output.tensors[tensor.name].nbytes
+        done += output.stored(tensor.name).nbytes
         if tensor.layer is not None:
             at = max(at, tensor.layer)  # those of no layer come first and last
         layers = len(source.layers)
-        report(Progress("verify", at, layers, done, output.tensor_bytes))
+        report(Progress("verify", at, layers, done, total))
     removed = source.expert_parameters - output.expert_parameters
     removed_all = source.parameters - output.parameters
     return Verified(
@@ -104,9 +112,9 @@ def check_compressed(checkpoint: Checkpoint) -> None:
 
 def _check_names(output: Checkpoint, source: Checkpoint, plan: CutPlan) -> None:
     expected = {tensor.name for tensor in output_tensors(source, plan)}
-    if missing := sorted(expected - output.tensors.keys()):
+    if missing := sorted(expected - output.stored_names):
         raise CheckpointError(f"{output.folder}: tensor {missing[0]!r} is missing.")
-    if extra := sorted(output.tensors.keys() - expected):
+    if extra := sorted(output.stored_names - expected):
         raise CheckpointError(f"{output.folder}: tensor {extra[0]!r} is not planned.")
     remap = build_remap(source, plan)
     if remap != output.remap:
@@ -123,7 +131,7 @@ def _compare(
     source: Checkpoint, output: Checkpoint, tensor: OutputTensor, plan: CutPlan
 ) -> int:
     """Compare one tensor group by group; returns the zeros in a slimmed matrix."""
-    info = output.tensors[tensor.name]
+    info = output.stored(tensor.name)
     counted = tensor.is_expert or tensor.sparsity > 0
     zeros = 0
     for position, group in enumerate(tensor.groups):

@@ -4,7 +4,7 @@ Works on original checkpoints and on those this tool has already cut: the layer 
 come from config.json's ``per_layer_config`` and the remap table.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 from ..archs import find_arch
 from ..archs.spec import Layout, MoeArch, RouterRule
 from ..errors import CheckpointError, RemapError
+from ..kernels.quantised import Form
 from .block_fp8 import SUFFIX, Blocks, read_blocks
 from .compressed import Storage, dense_view
 from .config_values import check_dense, check_pattern, positive, router_rule
 from .index import TensorInfo, fingerprint
 from .layers import Layer, LayerReader
+from .quantised import FLOATS, QuantisedTensor, fold_quantised, read_form
 from .remap import ExpertRemap, load_remap
 
 __all__ = ["Checkpoint", "Layer", "Origin", "build_checkpoint"]
@@ -61,6 +63,11 @@ class Checkpoint:
     storage: Storage | None = None
     """How expert weights are stored; None: dense. ``config`` and ``tensors`` are those
     of the dense form in either case."""
+    form: Form | None = None
+    """How weights are quantised by compressed-tensors; ``tensors`` are dense then too,
+    and ``config`` says what the files do."""
+    parts: dict[str, TensorInfo] = field(default_factory=dict)
+    """What quantised weights are stored in, by name."""
 
     @property
     def decoder_layers(self) -> list[Layer]:
@@ -103,6 +110,20 @@ class Checkpoint:
     def stored_bytes(self) -> int:
         """Bytes that all tensors take in the files."""
         return sum(info.stored_bytes for info in self.tensors.values())
+
+    def stored(self, name: str) -> TensorInfo:
+        """A tensor as it is copied: a part of a quantised one, or the tensor itself."""
+        return self.parts.get(name) or self.tensors[name]
+
+    @property
+    def stored_names(self) -> set[str]:
+        """The names of all tensors that a cut copies or compares."""
+        quantised = {
+            name
+            for name, info in self.tensors.items()
+            if isinstance(info, QuantisedTensor)
+        }
+        return (self.tensors.keys() - quantised) | self.parts.keys()
 
     def is_scale(self, name: str) -> bool:
         """Whether there is a tensor of this name that holds the scales of another."""
@@ -148,7 +169,11 @@ def build_checkpoint(
     where = folder / "config.json"
     arch = find_arch(config.get("model_type"), str(where))
     config, tensors, storage = dense_view(config, tensors, arch, str(where))
-    blocks = read_blocks(config, where)
+    form = read_form(config, str(where))
+    parts: dict[str, TensorInfo] = {}
+    if form is not None:
+        tensors, parts = _without_parts(arch, tensors, form)
+    blocks = read_blocks(config, where) if form is None else None
     for key in ("layers", "hidden", "top_k", "experts", "width"):
         positive(config, getattr(arch.config, key), where)
     check_dense(arch, config, where)
@@ -209,7 +234,26 @@ def build_checkpoint(
         rule,
         blocks,
         storage,
+        form,
+        parts,
     )
+
+
+def _without_parts(
+    arch: MoeArch, tensors: dict[str, TensorInfo], form: Form
+) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
+    """Quantised matrices as the dense tensors they stand for, and their parts."""
+    embedding = tensors.get(arch.embedding)
+    known = embedding is not None and embedding.dtype in FLOATS
+    dtype = embedding.dtype if embedding is not None and known else "BF16"
+    folded = fold_quantised(tensors, form, dtype)
+    parts = {
+        part.name: part
+        for info in folded.values()
+        if isinstance(info, QuantisedTensor)
+        for part in info.parts.values()
+    }
+    return folded, parts
 
 
 def _has_moe(arch: MoeArch, view: dict[str, Any], index: int, where: Path) -> bool:

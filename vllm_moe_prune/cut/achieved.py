@@ -6,7 +6,7 @@ from typing import Any
 
 from ..checkpoint.open import Checkpoint
 from ..decide.plan import CutPlan
-from .slice import OutputTensor, output_tensors
+from .slice import output_tensors
 from .slim_layer import LayerRecord
 
 
@@ -98,7 +98,7 @@ def achieved(
             for name in (checkpoint.expert_names(layer) if layer.has_moe else ())
         )
         after = sum(
-            _numel(tensor)
+            tensor.parameters
             for tensor in tensors
             if tensor.layer == layer.index and tensor.is_expert
         )
@@ -117,15 +117,8 @@ def achieved(
             )
         )
     after_all = sum(
-        _numel(tensor)
+        tensor.parameters
         for tensor in tensors
         if not checkpoint.is_scale(tensor.groups[0][0].source)
     )
     return Achieved(tuple(layers), checkpoint.parameters, after_all)
-
-
-def _numel(tensor: OutputTensor) -> int:
-    count = 1
-    for size in tensor.shape:
-        count *= size
-    return count

@@ -35,6 +35,7 @@ from .achieved import Achieved
 from .copy import write_tensor
 from .finish import write_companions
 from .output import Workspace, companions, open_workspace, publish
+from .quantise_layer import quantise_layer
 from .slice import OutputTensor, output_tensors
 from .slim_dense import DenseSlimmer
 from .slim_layer import LayerRecord, SlimContext, slim_layer, trimmed_routing
@@ -91,7 +92,7 @@ def cut(
     check_plan(plan, checkpoint.layers, checkpoint.fingerprint, where)
     if plan.needs_activations and tokens is None:
         raise CalibrationError(
-            f"{where}: slims by {plan.slim}, which needs calibration text. "
+            f"{where}: {plan.by_data}, which needs calibration text. "
             "Pass --calibration FILE."
         )
     companions(checkpoint)
@@ -175,15 +176,13 @@ class _Cut:
             self.checkpoint.layers, self.plan.layers, strict=True
         ):
             self._write(layer.index)
-            if self._slims(layer_plan):
-                new, record = self._new_index[layer.index], LayerRecord(layer.index)
-                dense.begin(layer, new)
+            if self._changes(layer_plan):
+                record = LayerRecord(layer.index)
+                dense.begin(layer, self._new_index[layer.index])
                 dense.by_magnitude()
                 record.dense_zeros = dense.zeros
-                if self._slims_experts(layer.index):
-                    slim_layer(
-                        context, layer, layer_plan, record, new, None, want_output=False
-                    )
+                if self._changes_experts(layer.index):
+                    self._change_experts(context, record, None, want_output=False)
                 self._record(record)
             self._tell(layer.index + 1)
 
@@ -214,7 +213,7 @@ class _Cut:
                 )
                 model.replaced.clear()
                 record.dense_zeros = dense.zeros
-                if self._slims(layer_plan):
+                if self._changes(layer_plan):
                     self._record(record)
             if layer.index < last:
                 store.save(layer.index + 1, hidden)
@@ -233,7 +232,7 @@ class _Cut:
         index = record.layer
         layer, layer_plan = self.checkpoint.layers[index], self.plan.layers[index]
         self._write(index)
-        if is_last and not self._slims(layer_plan):
+        if is_last and not self._changes(layer_plan):
             return hidden
         hidden, x_ND = model.enter(index, hidden)
         trimmed = trimmed_layer(layer, layer_plan, self.plan)
@@ -241,13 +240,10 @@ class _Cut:
             return hidden
         if not trimmed.has_moe:
             return hidden + x_ND.view_as(hidden) if trimmed.norm_only else hidden
-        if self._slims_experts(index):
-            out_ND = slim_layer(
+        if self._changes_experts(index):
+            out_ND = self._change_experts(
                 context,
-                layer,
-                layer_plan,
                 record,
-                self._new_index[index],
                 x_ND,
                 # Shared experts are slimmed where their output is added.
                 want_output=not is_last or self.plan.slim_parts != ("experts",),
@@ -266,21 +262,42 @@ class _Cut:
             hidden += out_ND.view_as(hidden)
         return hidden
 
-    def _slims(self, layer_plan: LayerPlan) -> bool:
-        """Whether zeros may be written into a layer."""
-        stays = layer_plan.action != "drop-block"
-        return stays and layer_plan.sparsity > 0 and self.plan.slim != "none"
+    def _change_experts(
+        self,
+        context: SlimContext,
+        record: LayerRecord,
+        x_ND: torch.Tensor | None,
+        *,
+        want_output: bool,
+    ) -> torch.Tensor | None:
+        """Slim or quantise the experts of a layer, and write them."""
+        index = record.layer
+        layer, layer_plan = self.checkpoint.layers[index], self.plan.layers[index]
+        what = context, layer, layer_plan, record, self._new_index[index], x_ND
+        if not self.plan.is_quantised:
+            return slim_layer(*what, want_output=want_output)
+        scaled = [one for one in self._by_layer[index] if one.made == "scaled"]
+        return quantise_layer(*what, scaled, want_output=want_output)
 
-    def _slims_experts(self, layer: int) -> bool:
-        """Whether zeros are written into its experts, all or some matrices of each."""
-        tensors = self._by_layer.get(layer, [])
-        return any(tensor.is_expert and tensor.sparsity > 0 for tensor in tensors)
+    def _changes(self, layer_plan: LayerPlan) -> bool:
+        """Whether zeros may be written into a layer, or its experts quantised."""
+        stays = layer_plan.action != "drop-block"
+        slims = layer_plan.sparsity > 0 and self.plan.slim != "none"
+        return (stays and slims) or (self.plan.is_quantised and bool(layer_plan.keep))
+
+    def _changes_experts(self, layer: int) -> bool:
+        """Whether its experts are, all or some matrices of each."""
+        return any(
+            tensor.is_expert and (tensor.sparsity > 0 or tensor.made == "quantised")
+            for tensor in self._by_layer.get(layer, [])
+        )
 
     def _write(self, layer: int | None) -> None:
         """Write what is not slimmed; experts are slimmed, and written, as a whole."""
-        elsewhere = layer is not None and self._slims_experts(layer)
+        elsewhere = layer is not None and self._changes_experts(layer)
         for tensor in self._by_layer.get(layer, []):
-            if tensor.sparsity == 0 and not (tensor.is_expert and elsewhere):
+            here = tensor.sparsity == 0 and tensor.made == "copied"
+            if here and not (tensor.is_expert and elsewhere):
                 write_tensor(self.checkpoint, tensor, self.writer)
 
     def _record(self, record: LayerRecord) -> None:

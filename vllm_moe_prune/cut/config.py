@@ -5,6 +5,7 @@ import hashlib
 from typing import Any
 
 from ..checkpoint.open import MTP_OVERRIDES, OVERRIDES, Checkpoint
+from ..checkpoint.quantised import CONFIG_KEY
 from ..checkpoint.remap import (
     CONFIG_BLOCK,
     FILE_NAME,
@@ -14,6 +15,7 @@ from ..checkpoint.remap import (
     dump_remap,
 )
 from ..decide.plan import CutPlan
+from .quantised_config import quantization_config, renumbered
 
 
 def pruned_config(
@@ -62,6 +64,10 @@ def pruned_config(
     config["architectures"] = [
         arch.stock_architecture if stock else arch.pruned_architecture
     ]
+    if plan.is_quantised:
+        config[CONFIG_KEY] = quantization_config(checkpoint, plan)
+    elif checkpoint.form is not None:
+        config[CONFIG_KEY] = renumbered(checkpoint, plan)
     config[CONFIG_BLOCK] = {
         "format_version": FORMAT_VERSION,
         "tool_version": plan.tool_version,

@@ -65,7 +65,7 @@ def tensor_view(tensor: torch.Tensor) -> memoryview:
 
 
 def _read_piece(checkpoint: Checkpoint, piece: Piece) -> torch.Tensor:
-    info = checkpoint.tensors[piece.source]
+    info = checkpoint.stored(piece.source)
     return read_tensor(info) if piece.row is None else read_row(info, piece.row)
 
 
@@ -78,7 +78,7 @@ def _extent(info: TensorInfo, piece: Piece) -> tuple[int, int]:
 def _copy_piece(
     checkpoint: Checkpoint, name: str, piece: Piece, writer: ShardWriter, at: int
 ) -> int:
-    info = checkpoint.tensors[piece.source]
+    info = checkpoint.stored(piece.source)
     start, stop = _extent(info, piece)
     while start < stop:
         end = min(start + CHUNK_BYTES, stop)

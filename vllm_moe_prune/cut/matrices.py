@@ -66,3 +66,23 @@ def taken(checkpoint: Checkpoint, layer: Layer, plan: CutPlan) -> tuple[bool, ..
     slimming = slimming_of(plan)
     names = expert_names(checkpoint, layer)
     return tuple(slimming.takes(Matrix(name, "experts", 0, 0)) for name in names)
+
+
+def read_by_experts(checkpoint: Checkpoint, layer: Layer) -> frozenset[str]:
+    """What makes or reads the experts' input besides routers and experts themselves.
+
+    The norm before them, and gate and up of shared experts; names below the layer.
+    """
+    prefix = checkpoint.arch.layer_prefix.format(layer=layer.index)
+    norms = {
+        name.removeprefix(prefix)
+        for name in checkpoint.layer_names(layer.index)
+        if checkpoint.arch.is_moe_norm(name, layer.index)
+    }
+    shared = {
+        name
+        for part in dense_parts(checkpoint, layer)
+        if part.norm is None
+        for name in part.mlp.names[:2]
+    }
+    return frozenset(norms | shared)

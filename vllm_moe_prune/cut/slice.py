@@ -5,16 +5,20 @@ group of one is copied byte for byte, a larger one (a reconstructed cluster) is
 averaged. Size prediction, writing and load-time pruning all read this one list.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..archs.spec import ROUTER_ROLES, Role, TensorRule
 from ..checkpoint.block_fp8 import SUFFIX
 from ..checkpoint.index import TensorInfo
 from ..checkpoint.open import Checkpoint, Layer
+from ..checkpoint.quantised import QuantisedTensor
 from ..decide.plan import CutPlan, LayerPlan
-from ..errors import PlanError
-from .matrices import slimmed_dense, slimmed_roles
+from ..decide.quantise import form_of
+from .matrices import read_by_experts, slimmed_dense, slimmed_roles
+from .possible import check_possible
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,22 @@ class OutputTensor:
     role: Role | None = None
     sparsity: float = 0.0
     """Zeros to write into it; above 0 only for matrices that are slimmed."""
+    made: Literal["copied", "quantised", "scaled"] = "copied"
+    """Whether it is written from its pieces, or by quantising: as a part of a quantised
+    matrix, or (by AWQ) multiplied by powers of two."""
+    stands_for: int | None = None
+    """Parameters it holds; None: as many as elements. Of the parts of a quantised
+    matrix the first holds them all."""
 
     @property
     def is_expert(self) -> bool:
         """Whether it holds weights of routed experts."""
         return self.role is not None and self.role not in ROUTER_ROLES
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters of the model it holds."""
+        return math.prod(self.shape) if self.stands_for is None else self.stands_for
 
 
 def keeps_router(plan: CutPlan, layer_plan: LayerPlan) -> bool:
@@ -65,9 +80,11 @@ def output_tensors(checkpoint: Checkpoint, plan: CutPlan) -> list[OutputTensor]:
     Raises:
         PlanError: Nothing would be left to route, or rows no longer match experts.
     """
-    _check_possible(checkpoint, plan)
+    check_possible(checkpoint, plan)
     before, after, layers = _split_names(checkpoint)
-    tensors = [_copy(checkpoint.tensors[name], name) for name in before]
+    tensors = [
+        tensor for name in before for tensor in _copies(checkpoint.tensors[name], name)
+    ]
     new_index = 0
     for layer, layer_plan in zip(checkpoint.layers, plan.layers, strict=True):
         if layer_plan.action == "drop-block":
@@ -76,7 +93,9 @@ def output_tensors(checkpoint: Checkpoint, plan: CutPlan) -> list[OutputTensor]:
             checkpoint, layer, layer_plan, plan, new_index, layers[layer.index]
         )
         new_index += 1
-    return tensors + [_copy(checkpoint.tensors[name], name) for name in after]
+    for name in after:
+        tensors += _copies(checkpoint.tensors[name], name)
+    return tensors
 
 
 def names_in_order(checkpoint: Checkpoint) -> list[str]:
@@ -100,41 +119,6 @@ def names_in_order(checkpoint: Checkpoint) -> list[str]:
     return names + after
 
 
-def _check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
-    if not any(layer.keep for layer in plan.layers):
-        raise PlanError(
-            f"the plan leaves no layer of {checkpoint.origin.name} with experts; keep "
-            "at least one MoE sublayer."
-        )
-    if checkpoint.blocks is not None:
-        _check_fp8(plan)
-    for layer in checkpoint.layers:
-        if layer.redirect not in (None, tuple(range(layer.num_experts))):
-            raise PlanError(
-                f"{checkpoint.folder}: layer {layer.index}: its router still has rows "
-                "of removed experts (routing: redirect), so rows and experts do not "
-                "match. Cut the original instead."
-            )
-
-
-def _check_fp8(plan: CutPlan) -> None:
-    """Refuse what would change FP8 weights other than to zero."""
-    for layer_plan in plan.layers:
-        if layer_plan.reconstruct and any(
-            len(cluster) > 1 for cluster in layer_plan.clusters or ()
-        ):
-            raise PlanError(
-                f"layer {layer_plan.layer}: reconstruct averages experts, which fp8 "
-                "weights do not survive exactly. Set experts.reconstruct: never, or "
-                "start from bf16 weights."
-            )
-    if plan.is_slimmed and plan.slim == "sparsegpt":
-        raise PlanError(
-            "slim.method sparsegpt changes the weights that stay, which fp8 weights do "
-            "not survive exactly. Use wanda or magnitude, or start from bf16 weights."
-        )
-
-
 def _split_names(
     checkpoint: Checkpoint,
 ) -> tuple[list[str], list[str], dict[int, list[str]]]:
@@ -149,6 +133,20 @@ def _split_names(
 
 def _copy(info: TensorInfo, name: str, layer: int | None = None) -> OutputTensor:
     return OutputTensor(name, info.dtype, info.shape, ((Piece(info.name),),), layer)
+
+
+def _copies(
+    info: TensorInfo, name: str, layer: int | None = None, role: Role | None = None
+) -> Iterator[OutputTensor]:
+    """A tensor under a name; a quantised one as its parts."""
+    if not isinstance(info, QuantisedTensor):
+        yield replace(_copy(info, name, layer), role=role)
+        return
+    base, left = name.rpartition(".")[0], info.numel
+    for part, stored in info.parts.items():
+        copied = _copy(stored, f"{base}.{part}", layer)
+        yield replace(copied, role=role, stands_for=left)
+        left = 0
 
 
 def _layer_tensors(
@@ -167,6 +165,8 @@ def _layer_tensors(
     routed |= {name + SUFFIX for name in routed if checkpoint.is_scale(name + SUFFIX)}
     dropped = layer_plan.drops_moe
     dense = slimmed_dense(checkpoint, layer, layer_plan, plan)
+    scales = plan.quantise.method == "awq" and layer.has_moe and not dropped
+    scaled = read_by_experts(checkpoint, layer) if scales else frozenset()
     for name in names:
         if layer.has_moe and name in routed:
             continue
@@ -175,13 +175,18 @@ def _layer_tensors(
         )
         if dropped and arch.is_moe_member(name, layer.index) and not stays:
             continue
-        new_name = new_prefix + name.removeprefix(old_prefix)
-        copied = _copy(checkpoint.tensors[name], new_name, layer.index)
         inner = name.removeprefix(old_prefix)
-        yield replace(copied, sparsity=dense.get(inner, 0.0))
+        info = checkpoint.tensors[name]
+        for copied in _copies(info, new_prefix + inner, layer.index):
+            if inner in scaled:
+                yield replace(copied, made="scaled")
+            else:
+                yield replace(copied, sparsity=dense.get(inner, 0.0))
     if layer.has_moe and not dropped:
         for rule in layout.router_parts:
-            yield _router(checkpoint, rule, layer, layer_plan, plan, new_index)
+            router = _router(checkpoint, rule, layer, layer_plan, plan, new_index)
+            made = scales and rule.role == "router"
+            yield replace(router, made="scaled" if made else "copied")
         yield from _experts(checkpoint, layer, layer_plan, plan, new_index)
 
 
@@ -279,7 +284,13 @@ def _experts(
                     for old, weight in members
                 )
                 first = checkpoint.tensors[pieces[0].source]
-                yield build(rule, new, (pieces,), first)
+                if plan.is_quantised:
+                    yield from _parts(build(rule, new, (pieces,), first), plan)
+                elif isinstance(first, QuantisedTensor):
+                    name = rule.name(new_index, new)
+                    yield from _copies(first, name, layer.index, rule.role)
+                else:
+                    yield build(rule, new, (pieces,), first)
                 scale = first.name + SUFFIX
                 if checkpoint.is_scale(scale):
                     name = rule.name(new_index, new) + SUFFIX
@@ -292,3 +303,21 @@ def _experts(
                 for members in survivors
             )
             yield build(rule, None, groups, checkpoint.tensors[name])
+
+
+def _parts(matrix: OutputTensor, plan: CutPlan) -> Iterator[OutputTensor]:
+    """What a matrix is stored in once it is quantised."""
+    rows, cols = matrix.shape
+    base, left = matrix.name.rpartition(".")[0], rows * cols
+    found = form_of(plan.quantise).parts(rows, cols, matrix.dtype)
+    for part, (dtype, shape) in found.items():
+        yield replace(
+            matrix,
+            name=f"{base}.{part}",
+            dtype=dtype,
+            shape=shape,
+            sparsity=0.0,
+            made="quantised",
+            stands_for=left,
+        )
+        left = 0

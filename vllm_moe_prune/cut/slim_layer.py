@@ -43,7 +43,8 @@ class LayerRecord:
     dense_zeros: int = 0
     """Zeros among its other matrices that were slimmed: attention, MLPs."""
     unseen: list[int] = field(default_factory=list)
-    """Input ids of experts no calibration token reached: pruned by magnitude."""
+    """Input ids of experts no calibration token reached: pruned by magnitude, or
+    rounded to nearest."""
     trimmed_powers_5: list[float] = field(default_factory=lambda: [0.0] * 5)
     """Sums of powers (``slim/kurtosis.py``) of the surviving experts' weights, before
     slimming."""
@@ -99,8 +100,8 @@ def slim_layer(
             add_expert(out_ND, x_ND, *found.served, running, context.model.act)
         record.expert_parameters += sum(matrix.numel() for matrix in found.expert)
         record.zeros += sum(_zeros(matrix) for matrix in found.expert)
-        _add_powers(record.trimmed_powers_5, found.trimmed)
-        _add_powers(record.slimmed_powers_5, found.expert)
+        add_powers(record.trimmed_powers_5, found.trimmed)
+        add_powers(record.slimmed_powers_5, found.expert)
         old = layer.index, layer_plan.keep[found.new]
         _write_expert(context, old, (new_index, found.new), found.expert)
     return out_ND
@@ -151,7 +152,7 @@ def slimmed_experts(
     for new in range(trimmed.num_experts):
         trimmed_expert = survivor(checkpoint, layer, layer_plan, new)
         served = None
-        with _naming(checkpoint, layer, layer_plan, new):
+        with naming(checkpoint, layer, layer_plan, new):
             if routing is None or x_ND is None or model is None:
                 expert = slim_by_magnitude(trimmed_expert, plan, sparsity, wanted)
             else:
@@ -163,7 +164,7 @@ def slimmed_experts(
 
 
 @contextmanager
-def _naming(
+def naming(
     checkpoint: Checkpoint, layer: Layer, layer_plan: LayerPlan, new: int
 ) -> Iterator[None]:
     """Say which expert it was that a slimming method could not work on."""
@@ -191,7 +192,7 @@ def trimmed_routing(
     return model.route(trimmed_layer(layer, layer_plan, plan), x_ND, read)
 
 
-def _add_powers(powers_5: list[float], expert: Expert) -> None:
+def add_powers(powers_5: list[float], expert: Expert) -> None:
     """Add to ``powers_5`` in place."""
     for matrix in expert:
         for power, total in enumerate(power_sums(matrix.reshape(-1)).tolist()):

@@ -11,6 +11,7 @@ from .facts import ModelFacts, Slimming, count_layers
 from .groups import together
 from .layers import decide_layers
 from .plan import CutPlan, LayerPlan
+from .quantise import resolved_form
 from .zeros import check_slimming, counted_size, plan_routing, slim_sparsities
 
 
@@ -42,6 +43,7 @@ def make_plan(
             "Set order: structured-first for a single plan."
         )
     check_slimming(recipe, facts)
+    quantise = resolved_form(recipe.quantise, facts)
     complete = resolved(recipe, facts, stats)
     layers, threshold = decide_experts(stats, facts.layers, complete)
     sparsities = slim_sparsities(complete, facts, layers, stats)
@@ -56,6 +58,7 @@ def make_plan(
         slim_parts=recipe.slim.scope,
         slim_exclude=recipe.slim.exclude,
         router_weighted=recipe.slim.router_weighted,
+        quantise=quantise,
         threshold=threshold,
         layers=tuple(
             layer.model_copy(update={"sparsity": _snapped(sparsity, pattern)})

@@ -33,13 +33,16 @@ def decide_layers(
         if shape.mtp and stage.mtp == "drop":
             actions[index] = "drop-block"
     protected = {layer for layer, ids in recipe.experts.protected.items() if ids}
-    if stage.block_count:
-        decoders = [at for at, shape in enumerate(layers) if not shape.mtp]
+    decoders = [at for at, shape in enumerate(layers) if not shape.mtp]
+    blocks = _number(stage.block_count, stage.block_share, len(decoders))
+    if blocks:
         free = [layer for layer in decoders if layer not in protected]
-        _check_count("block_count", stage.block_count, len(free), len(decoders) - 1)
-        for layer in choose_blocks(stats, stage, stage.block_count, free):
+        _check_count("block_count", blocks, len(free), len(decoders) - 1)
+        for layer in choose_blocks(stats, stage, blocks, free):
             actions[layer] = "drop-block"
-    if stage.moe_count:
+    sublayers = sum(layers[at].has_moe for at in decoders)
+    moe = _number(stage.moe_count, stage.moe_share, sublayers)
+    if moe:
         free = [
             layer
             for layer, shape in enumerate(layers)
@@ -48,10 +51,17 @@ def decide_layers(
             and actions[layer] == "keep"
             and layer not in protected
         ]
-        _check_count("moe_count", stage.moe_count, len(free), len(layers))
-        for layer in rank_moe(stats, stage, free)[: stage.moe_count]:
+        _check_count("moe_count", moe, len(free), len(layers))
+        for layer in rank_moe(stats, stage, free)[:moe]:
             actions[layer] = _moe_action(stage)
     return actions
+
+
+def _number(count: int | None, share: float | None, total: int) -> int:
+    """How many are asked for, outright or as a part of all there are."""
+    if share is None:
+        return count or 0
+    return max(1, round(share * total)) if share else 0
 
 
 def rank_moe(

@@ -23,13 +23,13 @@ def needed_statistics(recipe: Recipe) -> frozenset[str]:
     fields: set[str] = set()
     if _removes_experts(recipe):
         fields |= _of_experts(recipe.experts)
-    if recipe.layers.moe_count:
+    if recipe.layers.moe_count or recipe.layers.moe_share:
         norm = recipe.layers.moe_norm
         fields |= {
             "tokens",
             "moe_cosine_sum" if norm == "drop" else "moe_only_cosine_sum",
         }
-    if recipe.layers.block_count:
+    if recipe.layers.block_count or recipe.layers.block_share:
         fields |= {"block_cosine_HH", "block_tokens"}
     if recipe.slim.method != "none" and recipe.slim.allocation == "owl":
         fields |= {"owl_outliers_E", "owl_m"}

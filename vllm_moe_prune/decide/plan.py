@@ -19,6 +19,7 @@ from ..recipe import (
     NEEDS_ACTIVATIONS,
     Index,
     Part,
+    QuantiseStage,
     Recipe,
     SlimMethod,
     Strict,
@@ -137,6 +138,8 @@ class CutPlan(Strict):
     """Matrices whose name below the layer's prefix contains one of these stay dense."""
     router_weighted: bool = False
     """Wanda's input norms are of inputs times routing weights."""
+    quantise: QuantiseStage = QuantiseStage()
+    """How the experts that survive are quantised."""
     measurement: Measurement = Measurement()
     threshold: float | None = None
     """Merge height up to which clusters were formed (STUN's t), or score up to which
@@ -160,7 +163,20 @@ class CutPlan(Strict):
     @property
     def needs_activations(self) -> bool:
         """Whether executing the plan needs calibration activations."""
-        return self.slim in NEEDS_ACTIVATIONS and self.is_slimmed
+        by_data = self.slim in NEEDS_ACTIVATIONS and self.is_slimmed
+        return by_data or self.quantise.needs_activations
+
+    @property
+    def by_data(self) -> str:
+        """What needs the activations, for errors."""
+        if self.quantise.needs_activations:
+            return f"quantises by {self.quantise.method}"
+        return f"slims by {self.slim}"
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether executing the plan quantises experts."""
+        return self.quantise.method != "none"
 
     @field_validator("pattern")
     @classmethod

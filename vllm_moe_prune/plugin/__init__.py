@@ -17,6 +17,7 @@ that, and the model classes are named by string so that vLLM imports them when n
     sparse_moe.py     the quantisation method ``moe_prune``: experts without zeros
     expert_loader.py  expert matrices on their way into memory
     sparse_op.py      the custom op that runs a layer of them
+    dequantised_moe.py  quantised experts that vLLM has no kernel for
     watch.py          counting routed tokens: its switch, and what is said of it
     routing_load.py   the layer that counts, and what workers tell
     load_op.py        the custom op that counts
@@ -55,6 +56,8 @@ def register() -> None:
     from vllm.model_executor.model_loader import register_model_loader
 
     from ..checkpoint.compressed import METHOD
+    from ..checkpoint.quantised import METHOD as QUANTISED
+    from .dequantised_moe import FallbackConfig
     from .loader import PruningLoader
     from .sparse_moe import MoePruneConfig
 
@@ -68,3 +71,4 @@ def register() -> None:
     # Unlike models, vLLM takes a loader as a class only, never as a string.
     register_model_loader(LOAD_FORMAT)(PruningLoader)
     register_quantization_config(METHOD)(MoePruneConfig)
+    register_quantization_config(QUANTISED)(FallbackConfig)

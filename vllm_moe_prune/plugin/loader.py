@@ -75,9 +75,14 @@ class PruningLoader(BaseModelLoader):
         check_plan(plan, checkpoint.layers, checkpoint.fingerprint, where)
         if plan.needs_activations:
             raise PlanError(
-                f"{where}: slims by {plan.slim}, which needs calibration activations. "
+                f"{where}: {plan.by_data}, which needs calibration activations. "
                 "Run `vllm-moe-prune cut` and serve what it writes, or plan with "
                 "slimming by magnitude or none."
+            )
+        if plan.is_quantised:
+            raise PlanError(
+                f"{where}: quantises experts, which is not done while loading. Run "
+                "`vllm-moe-prune cut` and serve what it writes."
             )
         return checkpoint, plan
 

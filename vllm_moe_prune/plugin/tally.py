@@ -12,6 +12,7 @@ import torch
 
 from ..archs.spec import ROUTER_ROLES, MoeArch, Role
 from ..checkpoint.compressed import dense_name
+from ..checkpoint.quantised import values_name
 from ..errors import CheckpointError
 from .layers import ServedLayer
 
@@ -79,8 +80,9 @@ class WeightTally:
                     yield layer.index, expert, role
 
     def _pieces(self, name: str, tensor: torch.Tensor) -> Iterator[Piece]:
-        # Of a matrix stored in parts the mask counts; the loader wants all of them.
-        dense = dense_name(name)
+        # Of a matrix stored in parts one counts; the loader wants all of them.
+        dense = values_name(name)
+        dense = None if dense is None else dense_name(dense)
         found = None if dense is None else self._match(dense)
         if found is None:
             return

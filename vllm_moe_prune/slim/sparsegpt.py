@@ -86,7 +86,8 @@ def inverse_factor(hessian_DD: Tensor, damping: float = DAMPING) -> Tensor:
     Raises:
         CalibrationError: If H is not positive definite in spite of the damping.
     """
-    damped_DD = hessian_DD.to(torch.float32, copy=True)
+    dtype = torch.promote_types(hessian_DD.dtype, torch.float32)
+    damped_DD = hessian_DD.to(dtype, copy=True)
     diagonal_D = damped_DD.diagonal()
     live_D = diagonal_D > 0
     mean = diagonal_D[live_D].mean()
@@ -102,7 +103,7 @@ def inverse_factor(hessian_DD: Tensor, damping: float = DAMPING) -> Tensor:
     upper_DD = lower_DD.flip(0, 1)
     eye_DD = torch.eye(len(upper_DD), dtype=upper_DD.dtype, device=upper_DD.device)
     factor_DD: Tensor = torch.linalg.solve_triangular(upper_DD, eye_DD, upper=True)
-    return factor_DD.float()
+    return factor_DD.to(dtype)
 
 
 def _block_cols(m: int | None) -> int:

@@ -5,6 +5,7 @@ from .symbol import Symbol, members
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 _LAYERS = "vllm.model_executor.layers"
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
+_COMPRESSED = f"{_QUANTIZATION}.compressed_tensors.compressed_tensors"
 
 SYMBOLS = (
     Symbol(_QUANTIZATION, "register_quantization_config", ("quantization",)),
@@ -27,6 +28,13 @@ SYMBOLS = (
     ),
     Symbol(f"{_LAYERS}.linear", "LinearBase"),
     Symbol(f"{_LAYERS}.linear", "UnquantizedLinearMethod"),
+    Symbol(_COMPRESSED, "CompressedTensorsConfig"),
+    Symbol(
+        _COMPRESSED,
+        "CompressedTensorsConfig.get_quant_method",
+        ("layer", "prefix"),
+    ),
+    *members(_COMPRESSED, "CompressedTensorsConfig", "config"),
     Symbol("vllm.model_executor.utils", "set_weight_attrs", ("weight", "weight_attrs")),
     Symbol(f"{_FUSED_MOE}.activation", "MoEActivation"),
     *members(f"{_FUSED_MOE}.activation", "MoEActivation", "SILU"),
@@ -36,6 +44,7 @@ SYMBOLS = (
         "FusedMoEConfig",
         "activation",
         "has_bias",
+        "in_dtype",
         "moe_parallel_config",
     ),
     *members(f"{_FUSED_MOE}.config", "FusedMoEParallelConfig", "tp_size", "tp_rank"),

@@ -1,0 +1,133 @@
+"""Quantised experts in real vLLM engines against dequantised ones in plain torch.
+
+The plugin in float32 has to be right but for rounding. Stock vLLM's kernels compute in
+bfloat16, and those for int4 and int8 round activations to 8 bits on the way.
+V vocabulary, T tokens.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine import TOKENS, VOCAB, assert_same, served, served_by_stock
+from tests.family_cases import ENGINE, UNEVEN, UNSORTED
+from tests.quantised import add_outliers, write_dense, write_untrimmed
+from tests.reference import DROP_MOE, Cuts, LayerCut, Reference, read_json, write_plan
+from tests.reference_families import FamilyReference, Removed
+from tests.tiny import tiny_checkpoint
+from vllm_moe_prune.calibrate.data import Tokens, sha256_of
+from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.cut.apply import cut
+from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.recipe import QuantiseStage
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.usefixtures("engines_in_this_process"),
+]
+
+MIXTRAL: Cuts = {
+    0: LayerCut(keep=(0, 2, 3, 5, 7)),
+    1: DROP_MOE,
+    3: LayerCut(keep=(6, 0, 2)),
+}
+DEEPSEEK: Cuts = {1: DROP_MOE, 2: UNEVEN, 3: UNSORTED}
+AWQ = {"method": "awq", "group_size": 32, "zero_point": True}
+GPTQ = {"method": "gptq", "group_size": 32, "act_order": True}
+
+
+def make_original(folder: Path, **options: Any) -> Path:
+    sizes = {"vocab": VOCAB, "dtype": "float32", "tokenizer": False}
+    sizes |= {"rms_norm_eps": 1e-6}  # as transformers has it for latent norms
+    return add_outliers(tiny_checkpoint(folder, **(sizes | options)))
+
+
+def make_cut(original: Path, out: Path, cuts: Cuts, stage: dict[str, Any]) -> Path:
+    source = open_checkpoint(original)
+    path = write_plan(out.with_suffix(".json"), source, cuts)
+    quantise = QuantiseStage.model_validate(stage)
+    plan = load_plan(path).model_copy(update={"quantise": quantise})
+    seeded = torch.Generator().manual_seed(0)
+    ids_ST = torch.randint(3, VOCAB, (8, 64), generator=seeded)
+    cut(source, plan, out, tokens=Tokens(ids_ST, "random", sha256_of(ids_ST)))
+    return out
+
+
+def mixtral_says(folder: Path, cuts: Cuts | None = None) -> Tensor:
+    logits_STV = Reference(folder, cuts).logits(torch.tensor([TOKENS]))
+    return logits_STV[0].log_softmax(dim=-1)
+
+
+def deepseek_says(folder: Path, cuts: Cuts) -> Tensor:
+    keep = {at: cut.keep for at, cut in cuts.items() if cut.keep is not None}
+    moe = tuple(at for at, cut in cuts.items() if cut == DROP_MOE)
+    reference = FamilyReference(folder, Removed(keep=keep, moe=moe))
+    return reference.logits(torch.tensor([TOKENS]))[0].log_softmax(dim=-1)
+
+
+def test_the_plugin_serves_uneven_mixtral(tmp_path: Path) -> None:
+    original = make_original(tmp_path / "original")
+    pruned = make_cut(original, tmp_path / "pruned", MIXTRAL, AWQ)
+    dense = write_untrimmed(original, pruned, tmp_path / "dense")
+    found_TV = served(pruned)
+    assert_same(found_TV, mixtral_says(dense, MIXTRAL))
+    assert (found_TV - mixtral_says(original, MIXTRAL)).abs().max() > 0.01
+
+
+def test_the_plugin_serves_uneven_deepseek(tmp_path: Path) -> None:
+    original = make_original(tmp_path / "original", model_type="deepseek_v3")
+    pruned = make_cut(original, tmp_path / "pruned", DEEPSEEK, GPTQ)
+    dense = write_untrimmed(original, pruned, tmp_path / "dense")
+    found_TV = served(pruned, **ENGINE["deepseek_v3"])
+    assert_same(found_TV, deepseek_says(dense, DEEPSEEK))
+    assert (found_TV - deepseek_says(original, DEEPSEEK)).abs().max() > 0.01
+
+
+def test_the_plugin_serves_what_was_trimmed_after_it_was_quantised(
+    tmp_path: Path,
+) -> None:
+    original = make_original(tmp_path / "original")
+    stage = {"method": "rtn", "weights": "int8"}
+    whole = make_cut(original, tmp_path / "whole", {}, stage)
+    pruned = make_cut(whole, tmp_path / "pruned", MIXTRAL, {})
+    dense = write_dense(whole, tmp_path / "dense")
+    assert_same(served(pruned), mixtral_says(dense, MIXTRAL))
+
+
+STOCK = {
+    "int4": {"method": "gptq", "group_size": 64},
+    "int8": {"method": "rtn", "weights": "int8"},
+    "fp8": {"method": "rtn", "weights": "fp8"},
+}
+
+
+@pytest.mark.skipif(
+    not torch.cpu._is_amx_tile_supported(), reason="vLLM's CPU kernels need AMX"
+)
+def test_stock_vllm_serves_uniform_mixtral(tmp_path: Path) -> None:
+    uniform: Cuts = {at: LayerCut(keep=(6, 1, 4, 3)) for at in range(4)}
+    sizes = {"hidden": 128, "width": 128, "dtype": "bfloat16"}
+    original = make_original(tmp_path / "original", **sizes)
+    models = {
+        name: make_cut(original, tmp_path / name, uniform, stage)
+        for name, stage in STOCK.items()
+    }
+    for model in models.values():
+        architectures = read_json(model / "config.json")["architectures"]
+        assert architectures == ["MixtralForCausalLM"]
+    denses = {
+        name: write_dense(model, tmp_path / f"{name}-dense")
+        for name, model in models.items()
+    }
+    both = models | {f"{name}-dense": dense for name, dense in denses.items()}
+    found = served_by_stock(tmp_path, both, dtype="bfloat16")
+    for name, dense in denses.items():
+        truth_TV = mixtral_says(dense)
+        errors = [
+            (found[key] - truth_TV).abs().mean().item()
+            for key in (name, f"{name}-dense")
+        ]
+        assert errors[0] <= 2 * errors[1], name

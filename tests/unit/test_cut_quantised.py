@@ -1,0 +1,341 @@
+"""Cuts that quantise, and cuts of what is quantised already. E experts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.quantised import add_outliers, dense_tensors, write_dense, write_untrimmed
+from tests.reference import (
+    DROP_BLOCK,
+    DROP_MOE,
+    Cuts,
+    LayerCut,
+    Reference,
+    folder_bytes,
+    raw_bytes,
+    read_json,
+    read_tensors,
+    write_plan,
+)
+from tests.tiny import tiny_checkpoint, tiny_text
+from vllm_moe_prune import pipeline
+from vllm_moe_prune.calibrate.data import load_tokens
+from vllm_moe_prune.checkpoint.open import Checkpoint
+from vllm_moe_prune.checkpoint.reader import read_weight
+from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.convert import convert
+from vllm_moe_prune.cut.apply import CutResult, cut
+from vllm_moe_prune.cut.predict import with_prediction
+from vllm_moe_prune.decide.plan import CutPlan, load_plan
+from vllm_moe_prune.errors import CheckpointError, PlanError, RecipeError
+from vllm_moe_prune.kernels.quantised import Form, dequantise
+from vllm_moe_prune.recipe import Calibration, QuantiseStage, Recipe, parse_recipe
+from vllm_moe_prune.slim.rtn import rtn
+from vllm_moe_prune.verify import verify
+
+UNEVEN: Cuts = {
+    0: LayerCut(keep=(5, 0, 3)),
+    1: DROP_MOE,
+    2: DROP_BLOCK,
+    3: LayerCut(keep=(1, 2, 4, 6, 7)),
+}
+INT4 = {"method": "rtn", "weights": "int4", "group_size": 32}
+STAGES: dict[str, dict[str, Any]] = {
+    "int4": INT4,
+    "zero-points": INT4 | {"zero_point": True},
+    "int8": {"method": "rtn", "weights": "int8"},
+    "fp8": {"method": "rtn", "weights": "fp8"},
+    "gptq": INT4 | {"method": "gptq", "zero_point": True},
+    "gptq-ordered": INT4 | {"method": "gptq", "act_order": True},
+    "awq": INT4 | {"method": "awq", "zero_point": True},
+}
+FAMILIES = ("mixtral", "arctic", "deepseek_v2", "deepseek_v3")
+
+
+def tiny(folder: Path, model_type: str = "mixtral", **options: Any) -> Checkpoint:
+    sizes = {"hidden": 128, "width": 128}
+    tiny_checkpoint(folder, model_type=model_type, **(sizes | options))
+    return open_checkpoint(add_outliers(folder))
+
+
+def planned(checkpoint: Checkpoint, cuts: Cuts, stage: dict[str, Any]) -> CutPlan:
+    path = checkpoint.folder.with_name("plan.json")
+    plan = load_plan(write_plan(path, checkpoint, cuts))
+    stage_model = QuantiseStage.model_validate(stage)
+    return with_prediction(
+        checkpoint, plan.model_copy(update={"quantise": stage_model}), 60_000
+    )
+
+
+def quantised(
+    checkpoint: Checkpoint,
+    out: Path,
+    cuts: Cuts,
+    stage: dict[str, Any],
+    samples: int = 4,
+    **how: Any,
+) -> tuple[CutPlan, CutResult]:
+    plan = planned(checkpoint, cuts, stage)
+    tokens = None
+    if plan.needs_activations:
+        text = str(tiny_text(checkpoint.folder.parent))
+        calibration = Calibration(source=text, samples=samples, sequence_length=64)
+        tokens = load_tokens(checkpoint, calibration)
+    result = cut(checkpoint, plan, out, tokens=tokens, max_shard_bytes=60_000, **how)
+    return plan, result
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_sizes_are_met_and_the_output_is_what_it_says(
+    name: str, tmp_path: Path
+) -> None:
+    source = tiny(tmp_path / "model")
+    plan, result = quantised(source, tmp_path / "out", UNEVEN, STAGES[name])
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert plan.predicted is not None
+    assert len(files) == plan.predicted.shards > 1
+    assert sum(path.stat().st_size for path in files) == plan.predicted.file_bytes
+    stored = read_tensors(tmp_path / "out")
+    total = sum(tensor.nbytes for tensor in stored.values())
+    assert total == plan.predicted.tensor_bytes < 0.8 * source.tensor_bytes
+    verified = verify(tmp_path / "out", source)
+    assert verified.expert_sparsity == pytest.approx(plan.predicted.expert_sparsity)
+    assert result.achieved.parameters_after == plan.predicted.parameters
+    again, dense = open_checkpoint(tmp_path / "out"), dense_tensors(tmp_path / "out")
+    assert again.tensors.keys() == dense.keys()
+    for name, tensor in dense.items():
+        assert raw_bytes(read_weight(again, name)) == raw_bytes(tensor), name
+    assert again.stored_bytes == total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["zero-points", "gptq", "awq"])
+def test_experts_are_near_their_originals_and_all_else_is_the_same(
+    family: str, name: str, tmp_path: Path
+) -> None:
+    source = tiny(tmp_path / "model", family)
+    quantised(source, tmp_path / "out", {}, STAGES[name])
+    before = read_tensors(source.folder)
+    after = read_tensors(
+        write_untrimmed(source.folder, tmp_path / "out", tmp_path / "dense")
+    )
+    scales = {}
+    for layer in source.moe_layers:
+        norm = f"model.layers.{layer.index}.post_attention_layernorm.weight"
+        scales[layer.index] = before[norm].float() / after[norm].float()
+    changed = 0
+    for at, old in before.items():
+        new, layer = after[at], source.arch.layer_of(at)
+        scale = scales.get(layer, torch.ones(128)) if layer is not None else None
+        reads = "gate" in at or "up_proj" in at or ".w1." in at or ".w3." in at
+        if ".experts." in at and ("down" in at or ".w2." in at):
+            inner = at.replace("down_proj", "up_proj").replace(".w2.", ".w3.")
+            assert scale is not None
+            shift = rows_scale(before[inner], after[inner].float() / scale)
+            near(old, new.float() / shift)
+            changed += 1
+        elif ".experts." in at:
+            assert scale is not None
+            found = new.float() / scale
+            if "up_proj" in at or ".w3." in at:
+                found = found * rows_scale(old, found)[:, None]
+            near(old, found)
+            changed += 1
+        elif scale is not None and layer in scales and reads and "residual" not in at:
+            scaled = at.endswith(("gate.weight", "gate_proj.weight", "up_proj.weight"))
+            expected = old.float() * scale if scaled else old.float()
+            assert torch.equal(new.float(), expected), at
+        elif not at.endswith("post_attention_layernorm.weight"):
+            assert raw_bytes(new) == raw_bytes(old), at
+    assert changed == 3 * sum(layer.num_experts for layer in source.moe_layers)
+    if name == "awq":
+        powers = torch.cat(list(scales.values())).log2()
+        assert torch.equal(powers, powers.round())
+        assert powers.abs().max() > 0
+    else:
+        assert all(bool((scale == 1).all()) for scale in scales.values())
+
+
+def rows_scale(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """By which power of two each row was divided."""
+    ratio = old.float().norm(dim=1) / new.float().norm(dim=1)
+    return torch.exp2(ratio.log2().round())
+
+
+def near(old: torch.Tensor, new: torch.Tensor) -> None:
+    error = (old.float() - new.float()).norm() / old.float().norm()
+    # GPTQ moves weights on purpose, the further the fewer tokens there are.
+    assert 0 < error < 0.5
+
+
+def test_data_makes_the_model_s_answers_better_than_rounding_does(
+    tmp_path: Path,
+) -> None:
+    source = tiny(tmp_path / "model", vocab=512)
+    text = str(tiny_text(tmp_path, seed=5))
+    heldout = load_tokens(source, Calibration(source=text, samples=2, seed=1))
+    ids_ST = heldout.ids_ST[:, :128]
+
+    def says(folder: Path) -> torch.Tensor:
+        return Reference(folder).logits(ids_ST).log_softmax(dim=-1)
+
+    truth_STV, lost = says(source.folder), {}
+    for name in ("rtn", "gptq", "awq"):
+        stage = {"method": name, "group_size": 64}
+        quantised(source, tmp_path / name, {}, stage, samples=32)
+        found_STV = says(write_dense(tmp_path / name, tmp_path / f"{name}-dense"))
+        lost[name] = float((truth_STV.exp() * (truth_STV - found_STV)).sum(-1).mean())
+    assert 0 < lost["gptq"] < lost["rtn"], lost
+    assert 0 < lost["awq"] < lost["rtn"], lost
+
+
+def test_experts_that_no_token_reached_are_rounded_and_reported(tmp_path: Path) -> None:
+    source = tiny(tmp_path / "model", experts=16, layers=2, seed=3)
+    text = tmp_path / "short.txt"
+    text.write_text("one expert")
+    plan = planned(source, {}, STAGES["gptq"])
+    calibration = Calibration(source=str(text), samples=1, sequence_length=2)
+    tokens = load_tokens(source, calibration)
+    result = cut(source, plan, tmp_path / "out", tokens=tokens)
+    form = Form("int4", 32, zero_point=True)
+    dense, stored = dense_tensors(tmp_path / "out"), read_tensors(source.folder)
+    for record, layer in zip(result.records, result.achieved.layers, strict=True):
+        assert record.unseen == list(layer.unseen)
+        assert len(record.unseen) >= 16 - 2 * tokens.ids_ST.numel()
+        for expert in range(16):
+            moe = f"model.layers.{record.layer}.block_sparse_moe"
+            name = f"{moe}.experts.{expert}.w1.weight"
+            rounded = dequantise(rtn(stored[name], form), form, torch.bfloat16)
+            assert torch.equal(dense[name], rounded) == (expert in record.unseen)
+
+
+@pytest.mark.parametrize("name", ["int4", "awq"])
+def test_a_resumed_cut_writes_the_same_bytes(name: str, tmp_path: Path) -> None:
+    source = tiny(tmp_path / "model")
+    quantised(source, tmp_path / "whole", UNEVEN, STAGES[name])
+
+    def stop(progress: Any) -> None:
+        if progress.layer == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantised(source, tmp_path / "out", UNEVEN, STAGES[name], report=stop)
+    assert not (tmp_path / "out").exists()
+    quantised(source, tmp_path / "out", UNEVEN, STAGES[name], resume=True)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["zero-points", "int8", "fp8"])
+def test_trimming_copies_packed_experts_byte_for_byte(
+    name: str, tmp_path: Path
+) -> None:
+    source = tiny(tmp_path / "model")
+    quantised(source, tmp_path / "whole", {}, STAGES[name])
+    whole = open_checkpoint(tmp_path / "whole")
+    plan, _ = quantised(whole, tmp_path / "st", UNEVEN, {})
+    quantised(source, tmp_path / "ts", UNEVEN, STAGES[name])
+    sides = [read_tensors(tmp_path / side) for side in ("st", "ts")]
+    assert sides[0].keys() == sides[1].keys()
+    for at, tensor in sides[0].items():
+        assert raw_bytes(tensor) == raw_bytes(sides[1][at]), at
+    assert plan.predicted is not None
+    files = (tmp_path / "st").glob("*.safetensors")
+    assert sum(path.stat().st_size for path in files) == plan.predicted.file_bytes
+    verify(tmp_path / "st", whole)
+    configs = [read_json(tmp_path / side / "config.json") for side in ("st", "ts")]
+    for key in ("quantization_config", "architectures", "per_layer_config"):
+        assert configs[0].get(key) == configs[1].get(key)
+
+
+def test_layers_named_in_the_config_keep_their_meaning(tmp_path: Path) -> None:
+    source = tiny(tmp_path / "model")
+    quantised(source, tmp_path / "whole", {}, INT4)
+    path = tmp_path / "whole" / "config.json"
+    config = read_json(path)
+    ignored = ["lm_head", *(f"model.layers.{at}.self_attn.q_proj" for at in range(4))]
+    config["quantization_config"]["ignore"] = ignored
+    path.write_text(json.dumps(config))
+    whole = open_checkpoint(tmp_path / "whole")
+    quantised(whole, tmp_path / "out", UNEVEN, {})
+    found = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert found["ignore"] == ignored[:4]
+    config["quantization_config"]["ignore"] = ["re:model.layers.3.*"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(PlanError, match=r"names layers by number"):
+        quantised(open_checkpoint(tmp_path / "whole"), tmp_path / "no", UNEVEN, {})
+
+
+def test_the_config_is_what_the_library_reads_and_leaves_the_rest_alone(
+    tmp_path: Path,
+) -> None:
+    source = tiny(tmp_path / "model", "deepseek_v3")
+    quantised(source, tmp_path / "out", {}, STAGES["gptq-ordered"])
+    block = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert block["quant_method"] == "compressed-tensors"
+    assert block["format"] == "pack-quantized"
+    (group,) = block["config_groups"].values()
+    weights = group["weights"]
+    assert (weights["num_bits"], weights["group_size"]) == (4, 32)
+    assert weights["symmetric"] is True
+    assert weights["actorder"] == "weight"
+    assert group["input_activations"] is None
+    inner = {name.rpartition(".")[2].removesuffix("$") for name in block["ignore"]}
+    assert {"lm_head", "gate", "kv_b_proj", "o_proj", "down_proj"} <= inner
+    assert not any("experts\\.0" in name for name in block["ignore"])
+    assert sum("mlp\\.gate_proj" in name for name in block["ignore"]) == 1
+
+
+def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    source = tiny(tmp_path / "model", width=96)
+    for stage, says in (
+        (INT4 | {"group_size": 64}, "96 columns do not divide into groups of 64"),
+        ({"method": "rtn", "weights": "fp8"}, "blocks of 128 x 128"),
+    ):
+        recipe = Recipe(quantise=QuantiseStage.model_validate(stage))
+        with pytest.raises(RecipeError, match=says):
+            pipeline.plan(source, recipe, None)
+    chosen = pipeline.plan(source, parse("awq"), None)
+    assert chosen.quantise.group_size == 32
+    quantised(source, tmp_path / "out", {}, INT4)
+    again = open_checkpoint(tmp_path / "out")
+    with pytest.raises(PlanError, match="quantised already"):
+        quantised(again, tmp_path / "twice", {}, INT4)
+    with pytest.raises(CheckpointError, match="its weights are quantised"):
+        convert(again, tmp_path / "twice", "bitmask")
+    mean = {0: LayerCut(keep=(0,), clusters=(tuple(range(8)),), reconstruct=True)}
+    with pytest.raises(PlanError, match="averages experts"):
+        quantised(again, tmp_path / "twice", mean, {})
+    packed = tiny(tmp_path / "packed", layout="block_sparse_moe.packed")
+    with pytest.raises(PlanError, match="a tensor for each matrix"):
+        quantised(packed, tmp_path / "twice", {}, INT4)
+    fp8 = tiny(tmp_path / "fp8", "deepseek_v3", fp8=(128, 128))
+    with pytest.raises(PlanError, match="fp8 already"):
+        quantised(fp8, tmp_path / "twice", {}, INT4)
+    options = pipeline.RunOptions(layout="bitmask")
+    with pytest.raises(PlanError, match="--layout bitmask cannot"):
+        pipeline.cut(source, planned(source, {}, INT4), tmp_path / "twice", options)
+
+
+def parse(method: str) -> Recipe:
+    return Recipe(quantise=QuantiseStage(method=method))
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"quantise": {"method": "gptq", "weights": "int8"}}, "needs method: rtn"),
+        ({"quantise": {"weights": "fp8", "zero_point": True}}, "needs weights: int4"),
+        ({"quantise": {"method": "awq", "act_order": True}}, "needs method: gptq"),
+        ({"quantise": {"method": "rtn", "group_size": 16}}, "quantise.group_size"),
+        ({"quantise": {"method": "rtn"}, "total_sparsity": 0.5}, "do not go together"),
+        ({"quantise": {"method": "rtn"}, "tune": {}}, "tune does not try out"),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(
+    data: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RecipeError, match=says):
+        parse_recipe(data, "test")

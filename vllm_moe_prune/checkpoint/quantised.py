@@ -1,0 +1,258 @@
+"""Checkpoints that compressed-tensors quantised, read as if they were dense.
+
+A matrix ``NAME.weight`` is stored as ``NAME.weight_packed`` or as an 8-bit
+``NAME.weight``, with ``NAME.weight_scale`` and what else its form has. Opening folds
+the parts into one tensor in the model's own dtype, so that every reader sees dense
+weights; a cut copies the parts themselves.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..kernels.quantised import (
+    BLOCK,
+    PACKED,
+    PLAIN,
+    SCALE,
+    SHAPE,
+    ZERO,
+    Form,
+    Quantised,
+    dequantise,
+    unpack,
+)
+from .index import ITEM_BYTES, TensorInfo, read_bytes
+
+CONFIG_KEY = "quantization_config"
+METHOD = "compressed-tensors"
+SUPPORTED = (
+    "int4 in groups or rows (pack-quantized), int8 in rows (int-quantized), and fp8 in "
+    "rows or blocks of 128 x 128 (float-quantized)"
+)
+VALUES = {"I8": "int8", "F8_E4M3": "fp8"}
+PARTS = (PACKED, SCALE, SHAPE, ZERO)
+TYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+FLOATS = ("BF16", "F16", "F32")
+
+
+def values_name(name: str) -> str | None:
+    """What a stored tensor counts as: values stand for their matrix, scales not."""
+    base, _, part = name.rpartition(".")
+    if part == PACKED:
+        return f"{base}.{PLAIN}"
+    return None if part in PARTS else name
+
+
+def is_quantised(config: Mapping[str, Any]) -> bool:
+    """Whether config.json names compressed-tensors."""
+    block = config.get(CONFIG_KEY)
+    return isinstance(block, dict) and block.get("quant_method") == METHOD
+
+
+def read_form(config: Mapping[str, Any], where: str) -> Form | None:
+    """How config.json says that weights are quantised; None: they are not, or others'.
+
+    Raises:
+        CheckpointError: They are in a form that is not supported.
+    """
+    if not is_quantised(config):
+        return None
+    from compressed_tensors.quantization import QuantizationConfig
+    from pydantic import ValidationError
+
+    block = config[CONFIG_KEY]
+    try:
+        found = QuantizationConfig.model_validate(block)
+        groups = list(found.config_groups.values())
+    # The library raises these for presets and values that it does not know.
+    except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = str(error).splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{where}: {CONFIG_KEY} is not one of compressed-tensors: {said[0]}."
+        ) from error
+    form = None
+    if len(groups) == 1 and not isinstance(groups[0], list):
+        form = _form_of(groups[0], groups[0].format or found.format)
+    if form is None:
+        raise CheckpointError(
+            f"{where}: {CONFIG_KEY}: weights quantised in this way cannot be read. "
+            f"Supported: {SUPPORTED}, the same everywhere."
+        )
+    return form
+
+
+def _form_of(scheme: Any, stored: Any) -> Form | None:
+    """The form of a scheme of the library's, or None."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    if (
+        weights is None
+        or weights.dynamic
+        or (inputs is not None and not inputs.dynamic)
+    ):
+        return None
+    if (
+        weights.actorder not in (None, "weight")
+        or scheme.output_activations is not None
+    ):
+        return None
+    bits = {(4, "int"): "int4", (8, "int"): "int8", (8, "float"): "fp8"}.get(
+        (weights.num_bits, weights.type)
+    )
+    if bits is None:
+        return None
+    size = {"channel": None, "group": weights.group_size, "block": BLOCK}.get(
+        weights.strategy, 0
+    )
+    ordered = weights.actorder is not None
+    form = Form(bits, size, not weights.symmetric, ordered)  # type: ignore[arg-type]
+    blocks = weights.block_structure in (None, [BLOCK, BLOCK])
+    # What the library makes of the form again must be what it was.
+    known = form.args.model_dump(exclude={"observer", "observer_kwargs", "zp_dtype"})
+    same = known == weights.model_dump(
+        exclude={"observer", "observer_kwargs", "zp_dtype"}
+    )
+    return form if size != 0 and blocks and same and stored == form.format else None
+
+
+@dataclass(frozen=True)
+class QuantisedTensor(TensorInfo):
+    """A matrix stored in parts; name, shape, dtype and bytes are the dense one's."""
+
+    form: Form
+    parts: Mapping[str, TensorInfo]
+    """By the last part of their names."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes the parts take in their files."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def read(self, start: int, stop: int) -> bytearray:
+        """Dense bytes ``start`` to ``stop``; all of the matrix is read for them.
+
+        Raises:
+            CheckpointError: The parts contradict each other.
+        """
+        dense = dequantise(self.load(), self.form, TYPES[self.dtype])
+        view = dense.contiguous().view(torch.uint8).reshape(-1)
+        return bytearray(view[start:stop].numpy().data)
+
+    def load(self) -> Quantised:
+        """The matrix as it is stored.
+
+        Raises:
+            CheckpointError: Its shape is given wrongly, or a scale is not finite.
+        """
+        parts = {name: _load(info) for name, info in self.parts.items()}
+        shape = parts.get(SHAPE)
+        if shape is not None and tuple(shape.tolist()) != self.shape:
+            raise CheckpointError(
+                f"{self.file}: {self.name}: stored with shape {shape.tolist()}, "
+                f"expected {list(self.shape)}."
+            )
+        if not bool(torch.isfinite(parts[SCALE]).all()):
+            raise CheckpointError(
+                f"{self.file}: {self.name}: a scale is NaN or infinite. Download the "
+                "checkpoint again."
+            )
+        return unpack(parts, self.form)
+
+
+def _load(info: TensorInfo) -> torch.Tensor:
+    data = read_bytes(info)
+    if not data:
+        return torch.empty(info.shape, dtype=TYPES[info.dtype])
+    return torch.frombuffer(data, dtype=TYPES[info.dtype]).reshape(info.shape)
+
+
+def fold_quantised(
+    tensors: dict[str, TensorInfo], form: Form, dtype: str
+) -> dict[str, TensorInfo]:
+    """Every tensor under its dense name; types and shapes of all parts are checked.
+
+    Args:
+        tensors: What the headers list.
+        form: Of what is quantised.
+        dtype: The model's, as safetensors spells it.
+
+    Raises:
+        CheckpointError: A part is missing, misshapen, or belongs to nothing.
+    """
+    folded: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        base, _, part = name.rpartition(".")
+        first = PACKED if form.bits == "int4" else PLAIN
+        values = part == first and VALUES.get(info.dtype, "int4") == form.bits
+        if values:
+            shape = _dense_shape(info, form)
+            folded[f"{base}.{PLAIN}"] = _fold(base, tensors, form, shape, dtype)
+        elif part not in PARTS:
+            folded[name] = info
+        elif f"{base}.{first}" not in tensors:
+            raise CheckpointError(f"{info.file}: {name!r} belongs to no weight.")
+    return folded
+
+
+def _dense_shape(info: TensorInfo, form: Form) -> tuple[int, int]:
+    if len(info.shape) != 2:
+        raise CheckpointError(
+            f"{info.file}: {info.name}: shape {list(info.shape)}, expected two axes."
+        )
+    return info.shape[0], info.shape[1] * (8 if form.bits == "int4" else 1)
+
+
+def _fold(
+    base: str,
+    tensors: Mapping[str, TensorInfo],
+    form: Form,
+    shape: tuple[int, int],
+    dtype: str,
+) -> QuantisedTensor:
+    wanted = form.parts(*shape, dtype)
+    found = {}
+    for part, (kind, size) in wanted.items():
+        info = tensors.get(f"{base}.{part}")
+        if info is None:
+            raise CheckpointError(
+                f"{base}.{part}: is missing, but {CONFIG_KEY} of config.json needs it."
+            )
+        kinds = FLOATS if part == SCALE else (kind,)
+        if info.dtype not in kinds or info.shape != size:
+            raise CheckpointError(
+                f"{info.file}: {info.name}: {info.dtype} of shape {list(info.shape)}, "
+                f"expected {'/'.join(kinds)} of shape {list(size)} "
+                f"({form.bits} of {shape[0]} x {shape[1]})."
+            )
+        found[part] = info
+    extra = [
+        part for part in PARTS if part not in wanted and f"{base}.{part}" in tensors
+    ]
+    if extra:
+        raise CheckpointError(
+            f"{base}.{extra[0]}: is there, but {CONFIG_KEY} of config.json says "
+            "nothing of it."
+        )
+    first = found[next(iter(wanted))]
+    return QuantisedTensor(
+        name=f"{base}.{PLAIN}",
+        dtype=dtype,
+        shape=shape,
+        file=first.file,
+        offset=-1,
+        nbytes=math.prod(shape) * ITEM_BYTES[dtype],
+        form=form,
+        parts=found,
+    )

@@ -1,0 +1,74 @@
+"""What a cut refuses: plans that its input could not survive as they mean it."""
+
+from ..checkpoint.open import Checkpoint
+from ..decide.plan import CutPlan
+from ..errors import PlanError
+
+
+def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
+    """Refuse a plan that cannot be carried out on a checkpoint.
+
+    Raises:
+        PlanError: Nothing would be left to route, rows no longer match experts, or
+            stored values would have to change that must not.
+    """
+    if not any(layer.keep for layer in plan.layers):
+        raise PlanError(
+            f"the plan leaves no layer of {checkpoint.origin.name} with experts; keep "
+            "at least one MoE sublayer."
+        )
+    if checkpoint.blocks is not None:
+        _check_fp8(plan)
+    if checkpoint.form is not None:
+        _check_quantised(checkpoint, plan)
+    if plan.is_quantised and not all(r.per_expert for r in checkpoint.layout.experts):
+        raise PlanError(
+            f"{checkpoint.folder}: quantise needs a tensor for each matrix of each "
+            f"expert, which layout {checkpoint.layout.name} has not. Save the model "
+            "with its experts apart, as the Hub has it."
+        )
+    for layer in checkpoint.layers:
+        if layer.redirect not in (None, tuple(range(layer.num_experts))):
+            raise PlanError(
+                f"{checkpoint.folder}: layer {layer.index}: its router still has rows "
+                "of removed experts (routing: redirect), so rows and experts do not "
+                "match. Cut the original instead."
+            )
+
+
+def _check_quantised(checkpoint: Checkpoint, plan: CutPlan) -> None:
+    """Refuse what would change weights that are quantised already."""
+    _check_means(plan, "quantised")
+    if plan.is_slimmed or plan.is_quantised:
+        raise PlanError(
+            f"{checkpoint.folder}: its weights are quantised already, so the cut "
+            "copies them. Set slim.method: none and quantise.method: none, or start "
+            "from bf16 weights."
+        )
+
+
+def _check_means(plan: CutPlan, kind: str) -> None:
+    for layer_plan in plan.layers:
+        if layer_plan.reconstruct and any(
+            len(cluster) > 1 for cluster in layer_plan.clusters or ()
+        ):
+            raise PlanError(
+                f"layer {layer_plan.layer}: reconstruct averages experts, which {kind} "
+                "weights do not survive exactly. Set experts.reconstruct: never, or "
+                "start from bf16 weights."
+            )
+
+
+def _check_fp8(plan: CutPlan) -> None:
+    """Refuse what would change FP8 weights other than to zero."""
+    _check_means(plan, "fp8")
+    if plan.is_quantised:
+        raise PlanError(
+            "quantise.method changes weights that are fp8 already. Set it to none, or "
+            "start from bf16 weights."
+        )
+    if plan.is_slimmed and plan.slim == "sparsegpt":
+        raise PlanError(
+            "slim.method sparsegpt changes the weights that stay, which fp8 weights do "
+            "not survive exactly. Use wanda or magnitude, or start from bf16 weights."
+        )
