@@ -109,8 +109,8 @@ STOCK = {
 )
 def test_stock_vllm_serves_uniform_mixtral(tmp_path: Path) -> None:
     uniform: Cuts = {at: LayerCut(keep=(6, 1, 4, 3)) for at in range(4)}
-    sizes = {"hidden": 128, "width": 128, "dtype": "bfloat16"}
-    original = make_original(tmp_path / "original", **sizes)
+    sizes = {"hidden": 128, "width": 128, "dtype": "bfloat16", "vocab": VOCAB}
+    original = tiny_checkpoint(tmp_path / "original", tokenizer=False, **sizes)
     models = {
         name: make_cut(original, tmp_path / name, uniform, stage)
         for name, stage in STOCK.items()

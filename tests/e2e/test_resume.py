@@ -58,6 +58,7 @@ CUTS = {
     5: LayerCut(sparsity=0.3),
 }
 METHODS = ["none", "wanda"]
+QUANTISED = {"awq": {"method": "awq", "group_size": 32}}
 # A file of the model that is larger than any shard.
 LARGE = "vocabulary.txt"
 
@@ -178,12 +179,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     text = tiny_text(world.folder, characters=20_000)
     calibration = {"source": str(text), "samples": 4, "sequence_length": 64}
     checkpoint = open_checkpoint(world.model)
-    for method in METHODS:
+    for method in [*METHODS, *QUANTISED]:
         write_plan(
             world.plan(method),
             checkpoint,
             CUTS,
-            slim=method,
+            slim=method if method in METHODS else "none",
+            quantise=QUANTISED.get(method),
             recipe={"calibration": calibration},
         )
     (world.folder / "recipe.yaml").write_text(
@@ -212,7 +214,8 @@ GiveHalfDone = Callable[[str, Path], Path]
 
 
 @pytest.mark.parametrize(
-    ("method", "lines"), [("none", 1), ("none", 4), ("none", 16), ("wanda", 9)]
+    ("method", "lines"),
+    [("none", 1), ("none", 4), ("none", 16), ("wanda", 9), ("awq", 9)],
 )
 def test_killed_cut_resumes_to_the_same_bytes(
     world: World, tmp_path: Path, method: str, lines: int
