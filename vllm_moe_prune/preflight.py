@@ -13,6 +13,7 @@ from .checkpoint.reader import check_routers
 from .checkpoint.writer import MAX_SHARD_BYTES
 from .convert import LayoutName
 from .cut.output import check_output, companions, staging_folder
+from .cut.possible import check_stored
 from .cut.predict import model_facts
 from .decide.build import make_plan
 from .errors import PlanError, RecipeError
@@ -69,7 +70,10 @@ def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
     Raises:
         RecipeError: What was asked for cannot be done with this checkpoint.
+        PlanError: Its weights are stored in a way that does not allow it.
     """
+    quantises = recipe.quantise.method != "none"
+    check_stored(checkpoint, zeros=recipe.asks_zeros, quantises=quantises)
     # A PlanError says that statistics are missing, and they are.
     with suppress(PlanError):
         make_plan(None, recipe, model_facts(checkpoint), tool_version=__version__)

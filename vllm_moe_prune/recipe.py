@@ -328,7 +328,6 @@ class Recipe(Strict):
         experts, slim = self.experts, self.slim
         number = experts.drop is not None or experts.keep is not None
         fixed = slim.is_grouped and slim.allocation == "uniform"
-        zeros = total is not None or slim.sparsity or slim.is_grouped
         refuse(
             (total is not None and slim.sparsity is not None)
             and "give total_sparsity or slim.sparsity, not both",
@@ -345,7 +344,7 @@ class Recipe(Strict):
             and "routing: preserve needs experts.method: score",
             (self.routing == "preserve" and experts.min_experts == 0)
             and "routing: preserve needs at least one expert per layer",
-            (self.quantise.method != "none" and slim.method != "none" and zeros)
+            (self.quantise.method != "none" and self.asks_zeros)
             and "quantise and zeros do not go together yet; set slim.method: none",
             (self.quantise.method != "none" and self.tune is not None)
             and "tune does not try out quantised weights; leave out quantise",
@@ -355,6 +354,13 @@ class Recipe(Strict):
             and "order: unstructured-first needs slim.allocation: uniform",
         )
         return self
+
+    @property
+    def asks_zeros(self) -> bool:
+        """Whether weights may be zeroed; a total can be met by experts alone."""
+        stage = self.slim
+        asked = self.total_sparsity is not None or stage.sparsity or stage.is_grouped
+        return stage.method != "none" and bool(asked)
 
     @property
     def needs_coactivation(self) -> bool:

@@ -25,6 +25,7 @@ def show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:
     further = [layer.num_experts for layer in checkpoint.layers if layer.mtp]
     dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})
     files = len({info.file for info in checkpoint.tensors.values()})
+    stored = "bitmask" if checkpoint.storage else "dense"
     data: dict[str, Any] = {
         "source": checkpoint.origin.name,
         "revision": checkpoint.origin.revision,
@@ -39,7 +40,7 @@ def show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:
         "files": files,
         "tensors": len(checkpoint.tensors),
         "tensor_bytes": checkpoint.tensor_bytes,
-        "stored": "bitmask" if checkpoint.storage else "dense",
+        "stored": checkpoint.form.bits if checkpoint.form else stored,
         "stored_bytes": checkpoint.stored_bytes,
         "parameters": checkpoint.parameters,
         "expert_parameters": checkpoint.expert_parameters,
@@ -82,6 +83,8 @@ def _groups(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 
 def _compression(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     """What storing experts without their zeros saves."""
+    if checkpoint.form is not None:
+        return [("quantised", checkpoint.form.words)]
     if checkpoint.storage is None:
         return []
     dense, stored = checkpoint.tensor_bytes, checkpoint.stored_bytes

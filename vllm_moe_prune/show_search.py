@@ -1,18 +1,21 @@
 """What the commands that help to choose print: recipes, sweeps, searches."""
 
 import math
+import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint.open import Checkpoint
 from .draw import hint, print_json, table
-from .progress import peak_rss_bytes
+from .progress import gib, peak_rss_bytes
 from .show import source_of
 
 if TYPE_CHECKING:
     from .decide.plan import CutPlan
     from .recipe import Recipe
+    from .recommend import Costs, Recommended
     from .tune.search import Tuned
 
 
@@ -39,6 +42,56 @@ def show_recipes(recipes: "Sequence[Recipe]", as_json: bool) -> None:
     about = "what it is for"
     table("Recipes", ("name", "needs text", about), rows, text=[about])
     hint("Next: vllm-moe-prune run CKPT OUT --recipe NAME --calibration TEXT")
+
+
+def show_recommended(
+    checkpoint: Checkpoint, found: "Recommended", as_json: bool
+) -> None:
+    """The recipes that meet a wish, below the checkpoint as it is."""
+    from .decide.needs import needs_tokens
+
+    original = found.original
+    data = [
+        {
+            "recipe": one.recipe.name,
+            "description": one.recipe.description,
+            "needs_calibration": (
+                needs_tokens(one.recipe) or one.recipe.needs_activations
+            ),
+            **asdict(one.costs),
+            "decode_bytes_factor": round(one.faster(original), 4),
+        }
+        for one in found.choices
+    ]
+    if as_json:
+        print_json(
+            {
+                "source": source_of(checkpoint),
+                "original": asdict(original),
+                "recipes": data,
+                "left_out": found.left_out,
+            }
+        )
+        return
+    rows = [
+        (name, *_costs(costs), f"{original.decode_bytes / costs.decode_bytes:.2f}x")
+        for name, costs in (
+            ("(as it is)", original),
+            *((one.recipe.name, one.costs) for one in found.choices),
+        )
+    ]
+    heads = ("recipe", "weights", "TFLOPs", "read per token", "less")
+    table("Recipes that fit", heads, rows)
+    for name, why in found.left_out.items():
+        hint(textwrap.fill(f"Left out: {name}: {why}", 79, subsequent_indent="  "))
+    hint("TFLOPs are of 2,048 tokens at batch 1; read per token are weights only.")
+    name = found.choices[0].recipe.name
+    hint(f"Next: vllm-moe-prune run {source_of(checkpoint)} OUT --recipe {name}")
+
+
+def _costs(costs: "Costs") -> tuple[str, str, str]:
+    read = f"{costs.decode_bytes / 1e6:,.1f} MB"
+    return gib(costs.weight_bytes), f"{costs.flops / 1e12:.3g}", read
 
 
 def show_sweep(plans: "Sequence[tuple[Path, CutPlan]]", as_json: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 from .checkpoint.compressed import CompressedTensor
 from .checkpoint.index import TensorInfo
 from .checkpoint.open import Checkpoint
+from .checkpoint.quantised import PartedTensor
 from .checkpoint.reader import read_row, read_tensor
 from .checkpoint.source import open_checkpoint
 from .cut.build_remap import build_remap
@@ -100,14 +101,16 @@ def verify(
 
 
 def check_compressed(checkpoint: Checkpoint) -> None:
-    """Read every tensor that is stored compressed: do its parts fit together?
+    """Read every tensor that is stored in parts: do they fit together?
 
     Raises:
-        CheckpointError: Naming the tensor and the row.
+        CheckpointError: Naming the tensor, and of a compressed one the row.
     """
     for info in checkpoint.tensors.values():
         if isinstance(info, CompressedTensor):
             info.read_rows(0, info.shape[0])
+        elif isinstance(info, PartedTensor):
+            info.dense()
 
 
 def _check_names(output: Checkpoint, source: Checkpoint, plan: CutPlan) -> None:

@@ -155,5 +155,7 @@ def test_quantisations(said: dict[str, Any], tmp_path: Path) -> None:
         tmp_path, model_type=V3, layers=2, shards=1, fp8=(32, 32), tokenizer=False
     )
     changed(folder, quantization_config=said)
-    with pytest.raises(CheckpointError, match=r"quantised|weight_block_size"):
+    with pytest.raises(
+        CheckpointError, match=r"quantised|weight_block_size|group_size"
+    ):
         open_checkpoint(folder)

@@ -36,6 +36,7 @@ RUNS = {
     "verify": "verify out --source ckpt",
     "run": f"run ckpt new --calibration text.txt --keep 3 {SMALL}",
     "recipes": "recipes",
+    "recommend": "recommend ckpt --speed 1.1",
     "tune": f"tune ckpt -o best.json --total 0.4 --calibration text.txt {SMALL}"
     " --recipe small.yaml --heldout 2",
     "report": "report out",
@@ -189,7 +190,7 @@ def test_results_go_to_stdout_and_progress_to_stderr(
     assert ran.status == 0, ran
     assert ran.stdout
     assert PROGRESS.sub("", ran.stderr) == ""
-    silent = {"inspect", "plan", "recipes", "report"}
+    silent = {"inspect", "plan", "recipes", "recommend", "report"}
     assert bool(ran.stderr) == (name not in silent)
     assert_plain(ran)
 

@@ -38,7 +38,8 @@ ROWS = (
         "slim",
         "verify",
     },
-    {"measuring", "pipeline", "planning", "plugin", "preflight", "serve", "tune"},
+    {"measuring", "pipeline", "planning", "plugin", "preflight", "serve", "tune"}
+    | {"recommend"},
     {"draw", "serve_command", "show", "show_search"},
     {"cli"},
     {"__main__"},

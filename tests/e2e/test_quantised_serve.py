@@ -97,6 +97,20 @@ def test_the_plugin_serves_what_was_trimmed_after_it_was_quantised(
     assert_same(served(pruned), mixtral_says(dense, MIXTRAL))
 
 
+def test_what_vllm_has_no_kernel_for_is_dequantised_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = make_original(tmp_path / "original", dtype="bfloat16")
+    stage = {"method": "rtn", "group_size": 32, "zero_point": True}
+    whole = make_cut(original, tmp_path / "whole", {}, stage)
+    found_TV = served(whole, dtype="bfloat16")
+    said = [one.getMessage() for one in caplog.records if "dequantised" in one.message]
+    assert len(said) == 4
+    assert "layers.0.block_sparse_moe.experts: no kernel of vLLM's" in said[0]
+    dense = write_dense(whole, tmp_path / "dense")
+    assert torch.equal(found_TV, served(dense, dtype="bfloat16"))
+
+
 STOCK = {
     "int4": {"method": "gptq", "group_size": 64},
     "int8": {"method": "rtn", "weights": "int8"},

@@ -1,11 +1,13 @@
 """Cuts that quantise, and cuts of what is quantised already. E experts."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.quantised import add_outliers, dense_tensors, write_dense, write_untrimmed
 from tests.reference import (
@@ -23,16 +25,23 @@ from tests.reference import (
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.calibrate.data import load_tokens
+from vllm_moe_prune.calibrate.forward import StreamingModel, run_experts
 from vllm_moe_prune.checkpoint.open import Checkpoint
-from vllm_moe_prune.checkpoint.reader import read_weight
+from vllm_moe_prune.checkpoint.reader import read_expert, read_weight
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.convert import convert
 from vllm_moe_prune.cut.apply import CutResult, cut
 from vllm_moe_prune.cut.predict import with_prediction
 from vllm_moe_prune.decide.plan import CutPlan, load_plan
-from vllm_moe_prune.errors import CheckpointError, PlanError, RecipeError
-from vllm_moe_prune.kernels.quantised import Form, dequantise
+from vllm_moe_prune.errors import (
+    CalibrationError,
+    CheckpointError,
+    PlanError,
+    RecipeError,
+)
+from vllm_moe_prune.kernels.quantised import Form, dequantise, pack
 from vllm_moe_prune.recipe import Calibration, QuantiseStage, Recipe, parse_recipe
+from vllm_moe_prune.recipe_file import load_recipe, with_overrides
 from vllm_moe_prune.slim.rtn import rtn
 from vllm_moe_prune.verify import verify
 
@@ -52,6 +61,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "gptq-ordered": INT4 | {"method": "gptq", "act_order": True},
     "awq": INT4 | {"method": "awq", "zero_point": True},
 }
+RECIPES = {"turbo": ("drop-moe", 2), "turbo-block": ("drop-block", 1)}
 FAMILIES = ("mixtral", "arctic", "deepseek_v2", "deepseek_v3")
 
 
@@ -250,6 +260,123 @@ def test_trimming_copies_packed_experts_byte_for_byte(
         assert configs[0].get(key) == configs[1].get(key)
 
 
+GROUP = {
+    "format": None,
+    "input_activations": None,
+    "output_activations": None,
+    "targets": ["Linear"],
+    "weights": {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+        "group_size": None,
+        "num_bits": 4,
+        "observer": "minmax",
+        "observer_kwargs": {},
+        "scale_dtype": None,
+        "strategy": "channel",
+        "symmetric": True,
+        "type": "int",
+        "zp_dtype": None,
+    },
+}
+FOREIGN: dict[str, tuple[Form, str, dict[str, Any]]] = {
+    "W4A16": (
+        Form("int4", 64),
+        "pack-quantized",
+        {"strategy": "group", "group_size": 64},
+    ),
+    "W4A16-rows": (Form("int4"), "pack-quantized", {}),
+    "FP8-dynamic": (
+        Form("fp8"),
+        "float-quantized",
+        {"num_bits": 8, "type": "float"},
+    ),
+}
+
+
+def foreign(folder: Path, name: str) -> Path:
+    """A checkpoint as llm-compressor writes it: attention is quantised as well."""
+    source = tiny(folder)
+    form, stored_as, words = FOREIGN[name]
+    config = read_json(folder / "config.json")
+    ignore, tensors = ["lm_head"], {}
+    for at, tensor in read_tensors(folder).items():
+        base = at.removesuffix(".weight")
+        if tensor.dim() != 2 or "embed" in at or "lm_head" in at:
+            tensors[at] = tensor
+        elif base.endswith(".gate"):
+            tensors[at] = tensor
+            ignore.append(base)
+        else:
+            packed = pack(rtn(tensor, form), form)
+            tensors |= {f"{base}.{part}": each for part, each in packed.items()}
+    dynamic = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    inputs = dynamic if form.bits == "fp8" else None
+    weights = GROUP["weights"] | words
+    config["quantization_config"] = {
+        "config_groups": {
+            "group_0": GROUP | {"input_activations": inputs, "weights": weights}
+        },
+        "format": stored_as,
+        "global_compression_ratio": None,
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": "0.12.2",
+    }
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    assert len(source.layers) == 4
+    return folder
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_others_quantised_is_read_and_trimmed(name: str, tmp_path: Path) -> None:
+    folder = foreign(tmp_path / "model", name)
+    source, dense = open_checkpoint(folder), dense_tensors(folder)
+    assert source.tensors.keys() == dense.keys()
+    for at, tensor in dense.items():
+        assert raw_bytes(read_weight(source, at)) == raw_bytes(tensor), at
+    quantised(source, tmp_path / "out", UNEVEN, {})
+    verify(tmp_path / "out", source)
+    before, after = read_tensors(folder), read_tensors(tmp_path / "out")
+    kept = {0: (0, (5, 0, 3)), 1: (1, ()), 2: (3, (1, 2, 4, 6, 7))}
+    for at, tensor in after.items():
+        parts = at.split(".")
+        if "layers" in parts:
+            layer, experts = kept[int(parts[2])]
+            parts[2] = str(layer)
+            if "experts" in parts:
+                parts[5] = str(experts[int(parts[5])])
+            elif at.endswith("gate.weight"):
+                tensor, rows = before[".".join(parts)], tensor
+                assert torch.equal(rows, tensor[list(experts)])
+        assert raw_bytes(tensor) == raw_bytes(before[".".join(parts)]), at
+    ids_ST = torch.randint(3, 500, (2, 32), generator=torch.Generator().manual_seed(0))
+    model = StreamingModel(source)
+    hidden_STD = model.embed(ids_ST)
+    for layer in source.layers:
+        hidden_STD, x_ND = model.enter(layer.index, hidden_STD)
+        assert x_ND is not None
+        routing = model.route(layer, x_ND)
+        out_ND = run_experts(
+            x_ND, routing, layer, partial(read_expert, source, layer), model.act
+        )
+        hidden_STD += out_ND.view_as(hidden_STD)
+    loss, count = model.nll(hidden_STD, ids_ST)
+    logits = Reference(write_dense(folder, tmp_path / "dense")).logits(ids_ST)
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids_ST[:, 1:].flatten()
+    )
+    assert loss / count == pytest.approx(float(expected), rel=0.02)
+
+
 def test_layers_named_in_the_config_keep_their_meaning(tmp_path: Path) -> None:
     source = tiny(tmp_path / "model")
     quantised(source, tmp_path / "whole", {}, INT4)
@@ -314,6 +441,8 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     fp8 = tiny(tmp_path / "fp8", "deepseek_v3", fp8=(128, 128))
     with pytest.raises(PlanError, match="fp8 already"):
         quantised(fp8, tmp_path / "twice", {}, INT4)
+    with pytest.raises(CalibrationError, match="quantises by gptq, which needs"):
+        cut(source, planned(source, {}, STAGES["gptq"]), tmp_path / "twice")
     options = pipeline.RunOptions(layout="bitmask")
     with pytest.raises(PlanError, match="--layout bitmask cannot"):
         pipeline.cut(source, planned(source, {}, INT4), tmp_path / "twice", options)
@@ -321,6 +450,31 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
 
 def parse(method: str) -> Recipe:
     return Recipe(quantise=QuantiseStage(method=method))
+
+
+@pytest.mark.parametrize(("name", "action"), RECIPES.items())
+def test_combined_recipes_scale_to_any_depth(
+    name: str, action: tuple[str, int], tmp_path: Path
+) -> None:
+    source = tiny(tmp_path / "model", layers=8, experts=4)
+    calibration = {
+        "calibration": str(tiny_text(tmp_path, 20_000)),
+        "samples": 4,
+        "sequence_length": 64,
+    }
+    recipe = with_overrides(load_recipe(name), calibration)
+    plan, _, verified = pipeline.run(
+        source, recipe, tmp_path / "out", pipeline.RunOptions()
+    )
+    actions = [layer.action for layer in plan.layers]
+    assert actions.count(action[0]) == action[1]
+    assert actions.count("keep") == 8 - action[1]
+    assert plan.quantise.group_size == 128
+    assert verified.experts == 4 * (8 - action[1])
+    block = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert block["format"] == "pack-quantized"
+    passes = read_json(tmp_path / "out" / "provenance.json")["forward_passes"]
+    assert passes == {"measure": 1, "cut": 1}
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,9 @@ def read_blocks(config: Mapping[str, Any], where: Path) -> Blocks | None:
     if not block or not (isinstance(sizes, list) and len(sizes) == 2):
         raise CheckpointError(
             f"{where}: the checkpoint is quantised ({said.get('quant_method')}); only "
-            "bf16, fp16, fp32 and block-scaled fp8 (e4m3) weights can be pruned. Start "
-            "from the unquantised checkpoint."
+            "bf16, fp16, fp32 and block-scaled fp8 (e4m3) weights, and those of "
+            "compressed-tensors, GPTQ and AWQ, can be pruned. Start from the "
+            "unquantised checkpoint."
         )
     if any(type(size) is not int or size < 1 for size in sizes):
         raise CheckpointError(

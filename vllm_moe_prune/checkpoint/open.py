@@ -16,9 +16,10 @@ from ..kernels.quantised import Form
 from .block_fp8 import SUFFIX, Blocks, read_blocks
 from .compressed import Storage, dense_view
 from .config_values import check_dense, check_pattern, positive, router_rule
+from .gptq_awq import AutoForm, fold_auto, read_auto_form
 from .index import TensorInfo, fingerprint
 from .layers import Layer, LayerReader
-from .quantised import FLOATS, QuantisedTensor, fold_quantised, read_form
+from .quantised import FLOATS, PartedTensor, fold_quantised, read_form
 from .remap import ExpertRemap, load_remap
 
 __all__ = ["Checkpoint", "Layer", "Origin", "build_checkpoint"]
@@ -63,8 +64,8 @@ class Checkpoint:
     storage: Storage | None = None
     """How expert weights are stored; None: dense. ``config`` and ``tensors`` are those
     of the dense form in either case."""
-    form: Form | None = None
-    """How weights are quantised by compressed-tensors; ``tensors`` are dense then too,
+    form: Form | AutoForm | None = None
+    """How weights are quantised; ``tensors`` are dense then too,
     and ``config`` says what the files do."""
     parts: dict[str, TensorInfo] = field(default_factory=dict)
     """What quantised weights are stored in, by name."""
@@ -121,7 +122,7 @@ class Checkpoint:
         quantised = {
             name
             for name, info in self.tensors.items()
-            if isinstance(info, QuantisedTensor)
+            if isinstance(info, PartedTensor)
         }
         return (self.tensors.keys() - quantised) | self.parts.keys()
 
@@ -169,7 +170,7 @@ def build_checkpoint(
     where = folder / "config.json"
     arch = find_arch(config.get("model_type"), str(where))
     config, tensors, storage = dense_view(config, tensors, arch, str(where))
-    form = read_form(config, str(where))
+    form = read_form(config, str(where)) or read_auto_form(config, str(where))
     parts: dict[str, TensorInfo] = {}
     if form is not None:
         tensors, parts = _without_parts(arch, tensors, form)
@@ -240,17 +241,20 @@ def build_checkpoint(
 
 
 def _without_parts(
-    arch: MoeArch, tensors: dict[str, TensorInfo], form: Form
+    arch: MoeArch, tensors: dict[str, TensorInfo], form: Form | AutoForm
 ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
     """Quantised matrices as the dense tensors they stand for, and their parts."""
     embedding = tensors.get(arch.embedding)
     known = embedding is not None and embedding.dtype in FLOATS
     dtype = embedding.dtype if embedding is not None and known else "BF16"
-    folded = fold_quantised(tensors, form, dtype)
+    if isinstance(form, AutoForm):
+        folded = fold_auto(tensors, form, dtype)
+    else:
+        folded = fold_quantised(tensors, form, dtype)
     parts = {
         part.name: part
         for info in folded.values()
-        if isinstance(info, QuantisedTensor)
+        if isinstance(info, PartedTensor)
         for part in info.parts.values()
     }
     return folded, parts

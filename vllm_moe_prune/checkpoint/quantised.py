@@ -36,6 +36,8 @@ SUPPORTED = (
 )
 VALUES = {"I8": "int8", "F8_E4M3": "fp8"}
 PARTS = (PACKED, SCALE, SHAPE, ZERO)
+INDEX = "weight_g_idx"
+"""Names the group of each column; forms that need it are not supported."""
 TYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -128,10 +130,9 @@ def _form_of(scheme: Any, stored: Any) -> Form | None:
 
 
 @dataclass(frozen=True)
-class QuantisedTensor(TensorInfo):
+class PartedTensor(TensorInfo):
     """A matrix stored in parts; name, shape, dtype and bytes are the dense one's."""
 
-    form: Form
     parts: Mapping[str, TensorInfo]
     """By the last part of their names."""
 
@@ -146,9 +147,31 @@ class QuantisedTensor(TensorInfo):
         Raises:
             CheckpointError: The parts contradict each other.
         """
-        dense = dequantise(self.load(), self.form, TYPES[self.dtype])
-        view = dense.contiguous().view(torch.uint8).reshape(-1)
+        view = self.dense().contiguous().view(torch.uint8).reshape(-1)
         return bytearray(view[start:stop].numpy().data)
+
+    def dense(self) -> torch.Tensor:
+        """The matrix as a model computes with it.
+
+        Raises:
+            CheckpointError: The parts contradict each other.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class QuantisedTensor(PartedTensor):
+    """A matrix in a form of compressed-tensors."""
+
+    form: Form
+
+    def dense(self) -> torch.Tensor:
+        """The matrix as a model computes with it.
+
+        Raises:
+            CheckpointError: See ``load``.
+        """
+        return dequantise(self.load(), self.form, TYPES[self.dtype])
 
     def load(self) -> Quantised:
         """The matrix as it is stored.
@@ -156,7 +179,7 @@ class QuantisedTensor(TensorInfo):
         Raises:
             CheckpointError: Its shape is given wrongly, or a scale is not finite.
         """
-        parts = {name: _load(info) for name, info in self.parts.items()}
+        parts = {name: load_part(info) for name, info in self.parts.items()}
         shape = parts.get(SHAPE)
         if shape is not None and tuple(shape.tolist()) != self.shape:
             raise CheckpointError(
@@ -171,7 +194,7 @@ class QuantisedTensor(TensorInfo):
         return unpack(parts, self.form)
 
 
-def _load(info: TensorInfo) -> torch.Tensor:
+def load_part(info: TensorInfo) -> torch.Tensor:
     data = read_bytes(info)
     if not data:
         return torch.empty(info.shape, dtype=TYPES[info.dtype])
@@ -199,6 +222,11 @@ def fold_quantised(
         if values:
             shape = _dense_shape(info, form)
             folded[f"{base}.{PLAIN}"] = _fold(base, tensors, form, shape, dtype)
+        elif part == INDEX:
+            raise CheckpointError(
+                f"{info.file}: {name!r}: reordered groups are not supported; neither "
+                "are they by vLLM. Quantise again with static activation ordering."
+            )
         elif part not in PARTS:
             folded[name] = info
         elif f"{base}.{first}" not in tensors:

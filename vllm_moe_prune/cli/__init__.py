@@ -45,7 +45,7 @@ def _root(
 for command in (
     *(prune.inspect, prune.measure, prune.plan, prune.cut, prune.convert),
     *(prune.verify, prune.run),
-    *(find.recipes, find.tune),
+    *(find.recipes, find.recommend, find.tune),
 ):
     app.command()(command)
 # What serve does not know goes on to vLLM.

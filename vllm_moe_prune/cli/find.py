@@ -1,4 +1,4 @@
-"""The commands that help to choose: recipes, and the best plan for a size."""
+"""The commands that help to choose: a recipe, or the best plan for a size."""
 
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +32,42 @@ def recipes(as_json: Json = False) -> None:
     from ..show_search import show_recipes
 
     show_recipes([load_recipe(name) for name in shipped_recipes()], as_json)
+
+
+def recommend(
+    source: Source,
+    revision: Revision = None,
+    memory: Annotated[
+        str | None, flag("Largest size of the weights, e.g. 24GiB.")
+    ] = None,
+    speed: Annotated[
+        str | None, flag("How many times less a token has to read, e.g. 2x.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes that fit a memory or a speed; reads headers only.
+
+    Speed is told by the bytes of weights read for a token at batch 1, which bound
+    decoding; nothing is measured.
+
+    Example: `vllm-moe-prune recommend mistralai/Mixtral-8x7B-v0.1 --memory 24GiB`
+
+    Example: `vllm-moe-prune recommend CKPT --speed 2x --json`
+    """
+    from .. import recommend as choosing
+    from ..checkpoint.source import open_headers
+    from ..errors import RecipeError
+    from ..recipe_file import load_recipe, parse_size, shipped_recipes
+    from ..show_search import show_recommended
+
+    if memory is None and speed is None:
+        raise RecipeError("say what for: --memory 24GiB, --speed 2x, or both.")
+    size = parse_size(memory) if memory is not None else None
+    times = choosing.parse_speed(speed) if speed is not None else None
+    checkpoint = open_headers(source, revision)
+    recipes = [load_recipe(name) for name in shipped_recipes()]
+    found = choosing.recommend(checkpoint, recipes, size, times)
+    show_recommended(checkpoint, found, as_json)
 
 
 def tune(

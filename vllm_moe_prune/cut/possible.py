@@ -20,13 +20,8 @@ def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
     if checkpoint.blocks is not None:
         _check_fp8(plan)
     if checkpoint.form is not None:
-        _check_quantised(checkpoint, plan)
-    if plan.is_quantised and not all(r.per_expert for r in checkpoint.layout.experts):
-        raise PlanError(
-            f"{checkpoint.folder}: quantise needs a tensor for each matrix of each "
-            f"expert, which layout {checkpoint.layout.name} has not. Save the model "
-            "with its experts apart, as the Hub has it."
-        )
+        _check_means(plan, "quantised")
+    check_stored(checkpoint, zeros=plan.is_slimmed, quantises=plan.is_quantised)
     for layer in checkpoint.layers:
         if layer.redirect not in (None, tuple(range(layer.num_experts))):
             raise PlanError(
@@ -36,14 +31,34 @@ def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
             )
 
 
-def _check_quantised(checkpoint: Checkpoint, plan: CutPlan) -> None:
-    """Refuse what would change weights that are quantised already."""
-    _check_means(plan, "quantised")
-    if plan.is_slimmed or plan.is_quantised:
+def check_stored(checkpoint: Checkpoint, *, zeros: bool, quantises: bool) -> None:
+    """Refuse what the way in which weights are stored does not allow.
+
+    Args:
+        checkpoint: The input.
+        zeros: Whether weights will be zeroed.
+        quantises: Whether experts will be quantised.
+
+    Raises:
+        PlanError: They are quantised already, or packed.
+    """
+    if checkpoint.form is not None and (zeros or quantises):
         raise PlanError(
-            f"{checkpoint.folder}: its weights are quantised already, so the cut "
-            "copies them. Set slim.method: none and quantise.method: none, or start "
-            "from bf16 weights."
+            f"{checkpoint.folder}: its weights are quantised already, so a cut copies "
+            "them. Set slim.method: none and quantise.method: none, or start from "
+            "bf16 weights."
+        )
+    packed = not all(rule.per_expert for rule in checkpoint.layout.experts)
+    if quantises and packed:
+        raise PlanError(
+            f"{checkpoint.folder}: quantise needs a tensor for each matrix of each "
+            f"expert, which layout {checkpoint.layout.name} has not. Save the model "
+            "with its experts apart, as the Hub has it."
+        )
+    if quantises and checkpoint.blocks is not None:
+        raise PlanError(
+            f"{checkpoint.folder}: quantise changes weights that are fp8 already. Set "
+            "quantise.method: none, or start from bf16 weights."
         )
 
 
@@ -62,11 +77,6 @@ def _check_means(plan: CutPlan, kind: str) -> None:
 def _check_fp8(plan: CutPlan) -> None:
     """Refuse what would change FP8 weights other than to zero."""
     _check_means(plan, "fp8")
-    if plan.is_quantised:
-        raise PlanError(
-            "quantise.method changes weights that are fp8 already. Set it to none, or "
-            "start from bf16 weights."
-        )
     if plan.is_slimmed and plan.slim == "sparsegpt":
         raise PlanError(
             "slim.method sparsegpt changes the weights that stay, which fp8 weights do "

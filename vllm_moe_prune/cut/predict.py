@@ -10,10 +10,15 @@ from .slice import output_tensors
 
 def model_facts(checkpoint: Checkpoint) -> ModelFacts:
     """The checkpoint as plain numbers, which is all that ``decide`` sees of it."""
+    return facts_of(checkpoint, checkpoint.fingerprint)
+
+
+def facts_of(checkpoint: Checkpoint, fingerprint: str) -> ModelFacts:
+    """The same under a fingerprint that is known: routers are not read for it."""
     return ModelFacts(
         model=ModelId(
             model_type=checkpoint.arch.model_type,
-            fingerprint=checkpoint.fingerprint,
+            fingerprint=fingerprint,
             source=checkpoint.origin.name,
             revision=checkpoint.origin.revision,
         ),

@@ -73,8 +73,10 @@ def renumbered(checkpoint: Checkpoint, plan: CutPlan) -> dict[str, Any]:
     new = {old: at for at, old in enumerate(left)}
     if len(left) == len(plan.layers):
         return block
-    block["ignore"] = _renamed(checkpoint, block.get("ignore") or [], new)
-    for group in block["config_groups"].values():
+    for key in ("ignore", "modules_to_not_convert"):
+        if block.get(key):
+            block[key] = _renamed(checkpoint, block[key], new)
+    for group in block.get("config_groups", {}).values():
         group["targets"] = _renamed(checkpoint, group["targets"], new)
     return block
 

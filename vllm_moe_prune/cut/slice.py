@@ -14,7 +14,7 @@ from ..archs.spec import ROUTER_ROLES, Role, TensorRule
 from ..checkpoint.block_fp8 import SUFFIX
 from ..checkpoint.index import TensorInfo
 from ..checkpoint.open import Checkpoint, Layer
-from ..checkpoint.quantised import QuantisedTensor
+from ..checkpoint.quantised import PartedTensor
 from ..decide.plan import CutPlan, LayerPlan
 from ..decide.quantise import form_of
 from .matrices import read_by_experts, slimmed_dense, slimmed_roles
@@ -139,7 +139,7 @@ def _copies(
     info: TensorInfo, name: str, layer: int | None = None, role: Role | None = None
 ) -> Iterator[OutputTensor]:
     """A tensor under a name; a quantised one as its parts."""
-    if not isinstance(info, QuantisedTensor):
+    if not isinstance(info, PartedTensor):
         yield replace(_copy(info, name, layer), role=role)
         return
     base, left = name.rpartition(".")[0], info.numel
@@ -286,7 +286,7 @@ def _experts(
                 first = checkpoint.tensors[pieces[0].source]
                 if plan.is_quantised:
                     yield from _parts(build(rule, new, (pieces,), first), plan)
-                elif isinstance(first, QuantisedTensor):
+                elif isinstance(first, PartedTensor):
                     name = rule.name(new_index, new)
                     yield from _copies(first, name, layer.index, rule.role)
                 else:

@@ -34,14 +34,14 @@ def decide_layers(
             actions[index] = "drop-block"
     protected = {layer for layer, ids in recipe.experts.protected.items() if ids}
     decoders = [at for at, shape in enumerate(layers) if not shape.mtp]
-    blocks = _number(stage.block_count, stage.block_share, len(decoders))
+    blocks = number_of(stage.block_count, stage.block_share, len(decoders))
     if blocks:
         free = [layer for layer in decoders if layer not in protected]
         _check_count("block_count", blocks, len(free), len(decoders) - 1)
         for layer in choose_blocks(stats, stage, blocks, free):
             actions[layer] = "drop-block"
     sublayers = sum(layers[at].has_moe for at in decoders)
-    moe = _number(stage.moe_count, stage.moe_share, sublayers)
+    moe = number_of(stage.moe_count, stage.moe_share, sublayers)
     if moe:
         free = [
             layer
@@ -57,7 +57,7 @@ def decide_layers(
     return actions
 
 
-def _number(count: int | None, share: float | None, total: int) -> int:
+def number_of(count: int | None, share: float | None, total: int) -> int:
     """How many are asked for, outright or as a part of all there are."""
     if share is None:
         return count or 0

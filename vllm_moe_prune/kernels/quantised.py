@@ -81,6 +81,15 @@ class Form:
         return self.bits == "fp8" and self.group_size is not None
 
     @property
+    def words(self) -> str:
+        """The form as a person says it."""
+        shared = f"{self.group_size} of a row" if self.group_size else "a row"
+        if self.is_blocked:
+            shared = f"{BLOCK} x {BLOCK}"
+        zero = " with zero points" if self.zero_point else ""
+        return f"{self.bits}, a scale for {shared}{zero}"
+
+    @property
     def format(self) -> str:
         """The library's name of the stored format."""
         return {

@@ -12,6 +12,7 @@ import torch
 
 from ..archs.spec import ROUTER_ROLES, MoeArch, Role
 from ..checkpoint.compressed import dense_name
+from ..checkpoint.gptq_awq import auto_name
 from ..checkpoint.quantised import values_name
 from ..errors import CheckpointError
 from .layers import ServedLayer
@@ -81,8 +82,9 @@ class WeightTally:
 
     def _pieces(self, name: str, tensor: torch.Tensor) -> Iterator[Piece]:
         # Of a matrix stored in parts one counts; the loader wants all of them.
-        dense = values_name(name)
-        dense = None if dense is None else dense_name(dense)
+        dense: str | None = name
+        for known_as in (values_name, auto_name, dense_name):
+            dense = None if dense is None else known_as(dense)
         found = None if dense is None else self._match(dense)
         if found is None:
             return

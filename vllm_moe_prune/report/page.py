@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..calibrate.stats import Array
+from ..decide.quantise import form_of
 from ..progress import gib
 from . import svg
 from .read import LayerNumbers, Numbers
@@ -362,6 +363,9 @@ def _facts(numbers: Numbers) -> list[tuple[str, str]]:
         ("Slimming", f"{plan.slim}, {plan.pattern}"),
         ("Forward passes", passes),
     ]
+    if plan.is_quantised:
+        how = f"{plan.quantise.method}, {form_of(plan.quantise).words}"
+        facts.append(("Quantised experts", how))
     if plan.threshold is not None:
         facts.append(("Threshold", f"{plan.threshold:.6g}"))
     facts += [

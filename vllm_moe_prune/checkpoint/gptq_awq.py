@@ -1,0 +1,211 @@
+"""Checkpoints in the layouts of GPTQ's and AWQ's own tools, read as if they were dense.
+
+A matrix ``NAME.weight`` [R, C] in 4 bits is stored turned: ``NAME.qweight``,
+``NAME.qzeros`` and ``NAME.scales`` [G, R], eight values to an int32. GPTQ packs the
+inputs of an output, [C / 8, R], and names the group of each input in ``NAME.g_idx``;
+AWQ packs outputs, [C, R / 8], in an order of its own. They can be measured and trimmed,
+their parts copied; nothing here writes such a layout.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import CheckpointError
+from ..kernels.quantised import PLAIN
+from ..recipe import first_problem
+from .index import ITEM_BYTES, TensorInfo
+from .quantised import CONFIG_KEY, FLOATS, TYPES, PartedTensor, load_part
+
+QWEIGHT, QZEROS, SCALES, G_IDX = "qweight", "qzeros", "scales", "g_idx"
+PARTS = (QWEIGHT, QZEROS, SCALES, G_IDX)
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight outputs the four bits at each place of an int32 belong to."""
+
+
+class _Block(BaseModel):
+    """What is read of the ``quantization_config`` of either tool."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    quant_method: Literal["gptq", "awq"]
+    bits: Literal[4]
+    group_size: Annotated[int, Field(ge=-1)]
+    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
+    version: Literal["gemm"] = "gemm"
+
+
+@dataclass(frozen=True)
+class AutoForm:
+    """How such a checkpoint is quantised."""
+
+    method: Literal["gptq", "awq"]
+    group_size: int | None
+    """Inputs that share a scale; None: all of them."""
+    zeros_less_one: bool
+    """Whether stored zero points are less by one, as GPTQ's first format has them."""
+
+    bits = "int4"
+
+    @property
+    def words(self) -> str:
+        """The form as a person says it."""
+        shared = f"{self.group_size} of a row" if self.group_size else "a row"
+        return f"int4 in the layout of {self.method.upper()}, a scale for {shared}"
+
+    def parts(self, rows: int, cols: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of the tensors that store a matrix; F16 stands for floats."""
+        groups = math.ceil(cols / (self.group_size or cols))
+        shape = (cols // 8, rows) if self.method == "gptq" else (cols, rows // 8)
+        found: dict[str, tuple[str, tuple[int, ...]]] = {
+            QWEIGHT: ("I32", shape),
+            QZEROS: ("I32", (groups, rows // 8)),
+            SCALES: ("F16", (groups, rows)),
+        }
+        if self.method == "gptq":
+            found[G_IDX] = ("I32", (cols,))
+        return found
+
+
+def auto_name(name: str) -> str | None:
+    """What a stored tensor counts as: values stand for their matrix, scales not."""
+    base, _, part = name.rpartition(".")
+    if part == QWEIGHT:
+        return f"{base}.{PLAIN}"
+    return None if part in PARTS else name
+
+
+def read_auto_form(config: Mapping[str, Any], where: str) -> AutoForm | None:
+    """How config.json says that weights are quantised; None: in no such layout.
+
+    Raises:
+        CheckpointError: It is one of these tools', but not supported.
+    """
+    block = config.get(CONFIG_KEY)
+    known = ("gptq", "awq")
+    if not isinstance(block, dict) or block.get("quant_method") not in known:
+        return None
+    try:
+        found = _Block.model_validate(block)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{where}: {CONFIG_KEY}: {first_problem(error)}. Of GPTQ and AWQ, 4 bits "
+            "in their usual layouts can be read."
+        ) from error
+    if found.group_size == 0:
+        raise CheckpointError(f"{where}: {CONFIG_KEY}: group_size is 0.")
+    size = found.group_size if found.group_size > 0 else None
+    less = found.quant_method == "gptq" and found.checkpoint_format == "gptq"
+    return AutoForm(found.quant_method, size, less)
+
+
+@dataclass(frozen=True)
+class AutoTensor(PartedTensor):
+    """A matrix in one of these layouts."""
+
+    form: AutoForm
+
+    def dense(self) -> torch.Tensor:
+        """The matrix as a model computes with it.
+
+        Raises:
+            CheckpointError: A scale is not finite, or a group does not exist.
+        """
+        parts = {name: load_part(info) for name, info in self.parts.items()}
+        scale_GR, cols = parts[SCALES].float(), self.shape[1]
+        if not bool(torch.isfinite(scale_GR).all()):
+            raise CheckpointError(
+                f"{self.file}: {self.name}: a scale is NaN or infinite. Download the "
+                "checkpoint again."
+            )
+        group_C = torch.arange(cols) // (self.form.group_size or cols)
+        if self.form.method == "gptq":
+            values_CR = _nibbles(parts[QWEIGHT].T).T
+            zero_GR = _nibbles(parts[QZEROS]) + int(self.form.zeros_less_one)
+            group_C = parts[G_IDX].long()
+            if bool(((group_C < 0) | (group_C >= len(scale_GR))).any()):
+                raise CheckpointError(
+                    f"{self.file}: {self.name}: {G_IDX} names groups that are not "
+                    "there."
+                )
+        else:
+            values_CR, zero_GR = _awq(parts[QWEIGHT]), _awq(parts[QZEROS])
+        dense_CR = (values_CR - zero_GR[group_C]) * scale_GR[group_C]
+        return dense_CR.T.to(TYPES[self.dtype])
+
+
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """The eight values of each int32 of a row, the low bits first."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    return ((packed[:, :, None] >> shifts) & 15).flatten(1)
+
+
+def _awq(packed: torch.Tensor) -> torch.Tensor:
+    """The same in AWQ's order."""
+    order = torch.tensor(AWQ_ORDER).argsort()
+    values = _nibbles(packed).view(len(packed), -1, 8)
+    return values[:, :, order].flatten(1)
+
+
+def fold_auto(
+    tensors: dict[str, TensorInfo], form: AutoForm, dtype: str
+) -> dict[str, TensorInfo]:
+    """Every tensor under its dense name; types and shapes of all parts are checked.
+
+    Args:
+        tensors: What the headers list.
+        form: Of what is quantised.
+        dtype: The model's, as safetensors spells it.
+
+    Raises:
+        CheckpointError: A part is missing, misshapen, or belongs to nothing.
+    """
+    folded: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        base, _, part = name.rpartition(".")
+        if part == QWEIGHT:
+            folded[f"{base}.{PLAIN}"] = _fold(base, tensors, form, dtype)
+        elif part not in PARTS:
+            folded[name] = info
+        elif f"{base}.{QWEIGHT}" not in tensors:
+            raise CheckpointError(f"{info.file}: {name!r} belongs to no weight.")
+    return folded
+
+
+def _fold(
+    base: str, tensors: Mapping[str, TensorInfo], form: AutoForm, dtype: str
+) -> AutoTensor:
+    first = tensors[f"{base}.{QWEIGHT}"]
+    if len(first.shape) != 2:
+        raise CheckpointError(
+            f"{first.file}: {first.name}: shape {list(first.shape)}, expected two axes."
+        )
+    turned = form.method == "gptq"
+    cols = first.shape[0] * (8 if turned else 1)
+    rows = first.shape[1] * (1 if turned else 8)
+    found = {}
+    for part, (kind, size) in form.parts(rows, cols).items():
+        info = tensors.get(f"{base}.{part}")
+        if info is None:
+            raise CheckpointError(f"{first.file}: {base + '.' + part!r} is missing.")
+        kinds = FLOATS if kind == "F16" else (kind,)
+        if info.dtype not in kinds or info.shape != size:
+            raise CheckpointError(
+                f"{info.file}: {info.name}: {info.dtype} of shape {list(info.shape)}, "
+                f"expected {'/'.join(kinds)} of shape {list(size)}."
+            )
+        found[part] = info
+    return AutoTensor(
+        name=f"{base}.{PLAIN}",
+        dtype=dtype,
+        shape=(rows, cols),
+        file=first.file,
+        offset=-1,
+        nbytes=rows * cols * ITEM_BYTES[dtype],
+        parts=found,
+        form=form,
+    )
