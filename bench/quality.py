@@ -54,7 +54,7 @@ Found = tuple[str, str, dict[str, float], float, int]
 """Group, name, what it costs, sparsity of the experts, bytes of the files."""
 
 
-def rows(layers: int) -> Iterator[Row]:
+def rows(layers: int, seed: int) -> Iterator[Row]:
     """Every method of the table but the controls that need a cut, and the search."""
     yield "", "dense", {**NO_EXPERTS, **NO_ZEROS}
     for drop in (0.25, 0.5):
@@ -64,6 +64,8 @@ def rows(layers: int) -> Iterator[Row]:
                 name = "Expert Drop" if criterion == "routing-score" else criterion
                 stage = {"method": "score", "criterion": criterion}
                 stage = {**stage, "drop": drop, "budget": budget}
+                if criterion == "random":
+                    stage["seed"] = seed
                 yield group, f"{name}, {budget}", {"experts": stage, **NO_ZEROS}
             for name, how in stun_variants():
                 stage = {"method": "stun", "drop": drop, "budget": budget, **how}
@@ -189,7 +191,7 @@ class Bench:
         self.texts = texts(self.checkpoint, args.windows, args.length)
         self.model = StreamingModel(self.checkpoint)
         work = args.work / f"{Path(folder).name}-{seed}" if args.work else None
-        self.work = work
+        self.work, self.seed = work, seed
         self.journal = LossJournal(work / "bench.jsonl" if work else None)
         self.tokens = load_tokens(self.checkpoint, self.recipe("", {}).calibration)
         self.options = pipeline.RunOptions()
@@ -211,7 +213,7 @@ class Bench:
         found: list[Found] = []
         asked = [
             (group, name, self.recipe(name, data))
-            for group, name, data in rows(len(self.checkpoint.layers))
+            for group, name, data in rows(len(self.checkpoint.layers), self.seed)
         ]
         recipes = [recipe for _, _, recipe in asked]
         stats = collect(self.checkpoint, recipes, self.tokens, self.options)
@@ -319,7 +321,6 @@ def main() -> None:
         args.search = Path(folder) / "search.txt"
         args.search.write_text(search_text(open_checkpoint(args.model)), "utf-8")
         runs = [Bench(args.model, seed, args).run() for seed in args.seeds]
-    del args.search
     table = []
     for at, (group, name, _, sparsity, size) in enumerate(runs[0]):
         values = [run[at][2] for run in runs]
@@ -331,7 +332,8 @@ def main() -> None:
     table.sort(key=lambda row: order.index(row["group"]))
     print(markdown(table))
     if args.json:
-        settings = {key: str(value) for key, value in vars(args).items()}
+        kept = ("model", "seeds", "samples", "length", "windows")
+        settings = {key: getattr(args, key) for key in kept}
         text = json.dumps({"settings": settings, "rows": table}, indent=1)
         args.json.write_text(text + "\n", "utf-8")
     if args.markdown:
