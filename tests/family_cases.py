@@ -44,6 +44,15 @@ class Case:
     layout: str | None = None
     """How weights are spelt; None: as on the Hub."""
 
+    @property
+    def zeros(self) -> Cuts:
+        """What the plan makes zero, and nothing else of it."""
+        return {
+            layer: LayerCut(sparsity=cut.sparsity)
+            for layer, cut in self.cuts.items()
+            if cut.sparsity
+        }
+
 
 def keep(*ids: int) -> LayerCut:
     """Drop the other experts."""
@@ -53,6 +62,11 @@ def keep(*ids: int) -> LayerCut:
 def clusters(keep: Ids, *members: Ids) -> LayerCut:
     """Let survivors serve their clusters."""
     return LayerCut(keep=keep, clusters=members)
+
+
+def halved(cut: LayerCut) -> LayerCut:
+    """The same, with half of the weights of each survivor zero."""
+    return replace(cut, sparsity=0.5)
 
 
 # Tiny Arctic and DeepSeek-MoE have 8 experts, top-2; V2 and V3 16 in 4 groups, top-4 of
@@ -101,6 +115,14 @@ CASES = {
     "v3-drops": Case("deepseek_v3", {0: DROP_BLOCK, 1: DROP_MOE, 2: UNEVEN}),
     "v3-redirect": Case("deepseek_v3", {1: SIXTEEN, 3: SIXTEEN}, "redirect"),
 }
+# Half of the weights in the experts of layers 1 and 2 become zero; layer 3 stays dense.
+HALF = LayerCut(sparsity=0.5)
+COMPRESSED = {
+    "arctic": Case("arctic", {0: DROP_MOE, 1: halved(keep(0, 2, 5)), 2: HALF}),
+    "deepseek": Case("deepseek", {1: halved(EIGHT), 2: HALF}, "redirect"),
+    "v2": Case("deepseek_v2", {1: halved(EQUAL), 2: halved(UNEVEN), 3: DROP_BLOCK}),
+    "v3": Case("deepseek_v3", {1: halved(UNSORTED), 2: HALF}, layout="mlp.packed"),
+}
 
 
 def make_original(folder: Path, case: Case) -> Path:
@@ -117,7 +139,8 @@ def make_original(folder: Path, case: Case) -> Path:
 
 def make_plan(original: Path, case: Case) -> Path:
     path, source = original.with_name("plan.json"), open_checkpoint(original)
-    return write_plan(path, source, case.cuts, routing=case.routing)
+    slim = "magnitude" if case.zeros else "none"
+    return write_plan(path, source, case.cuts, routing=case.routing, slim=slim)
 
 
 def make_pruned(folder: Path, case: Case) -> tuple[Path, Tensor, Loads]:
@@ -153,20 +176,25 @@ def loads_of(folder: Path, reference: FamilyReference) -> Loads:
 def make_reference(folder: Path, case: Case) -> FamilyReference:
     """The masked original."""
     original = make_original(folder, replace(case, layout=None))
-    actions = {layer: cut.action for layer, cut in case.cuts.items()}
+    if case.zeros:
+        # Experts are made zero one by one, whatever becomes of the others.
+        only_zeros = make_plan(original, replace(case, cuts=case.zeros, routing="drop"))
+        original = folder.with_name(f"{folder.name}-zeros")
+        cut(open_checkpoint(folder), load_plan(only_zeros), original)
+    actions = {layer: each.action for layer, each in case.cuts.items()}
     kept = {
-        layer: cut.keep
-        for layer, cut in case.cuts.items()
-        if cut.keep is not None and cut.clusters is None
+        layer: each.keep
+        for layer, each in case.cuts.items()
+        if each.keep is not None and each.clusters is None
     }
     served_by = {
         layer: {
             member: survivor
-            for survivor, members in zip(cut.keep, cut.clusters, strict=True)
+            for survivor, members in zip(each.keep, each.clusters, strict=True)
             for member in members
         }
-        for layer, cut in case.cuts.items()
-        if cut.keep is not None and cut.clusters is not None
+        for layer, each in case.cuts.items()
+        if each.keep is not None and each.clusters is not None
     }
     removed = Removed(
         keep=kept,

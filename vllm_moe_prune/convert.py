@@ -1,11 +1,13 @@
 """Changing how expert weights are stored: dense or compressed, both ways, bit for bit.
 
 A first pass counts non-zeros, so that every shard is planned to the byte before it is
-written; the second one writes. Memory holds one expert matrix.
+written; the second one writes. Memory holds one expert matrix, also where all experts
+of a layer are packed into one tensor.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from . import __version__
 from .checkpoint.compressed import DENSE, DTYPES, compressed_config
 from .checkpoint.index import ITEM_BYTES, TensorInfo, read_bytes
 from .checkpoint.open import Checkpoint, Layer
-from .checkpoint.reader import read_tensor
+from .checkpoint.reader import read_row, read_tensor
 from .checkpoint.writer import (
     MAX_SHARD_BYTES,
     ShardWriter,
@@ -37,8 +39,8 @@ from .cut.output import (
 )
 from .cut.slice import names_in_order
 from .decide.plan import load_plan
-from .errors import CheckpointError, RecipeError
-from .kernels.bitmask import Bitmask, fits, pack
+from .errors import RecipeError
+from .kernels.bitmask import INTEGERS, fits, pack
 from .progress import Progress, Report, ignore
 from .recipe import parse_pattern
 
@@ -126,7 +128,7 @@ def convert(
         report: Called once per layer.
 
     Raises:
-        CheckpointError: Experts are packed into one tensor per layer, or damaged.
+        CheckpointError: Experts are damaged.
         OutputError: See ``open_workspace``.
     """
     companions(checkpoint)
@@ -215,25 +217,22 @@ def _compress(
     checkpoint: Checkpoint, layer: Layer, group: tuple[int, int] | None
 ) -> Iterator[Stored]:
     """The expert matrices of one layer in parts; nothing if they have to stay dense."""
-    if not all(rule.per_expert for rule in checkpoint.layout.experts):
-        raise CheckpointError(
-            f"{checkpoint.folder}: packs all experts of a layer into one tensor "
-            f"({checkpoint.layout.name}); only one tensor per expert can be compressed."
-        )
     infos = [checkpoint.tensors[name] for name in checkpoint.expert_names(layer)]
-    if any(info.shape[1] % 8 or info.dtype not in DTYPES for info in infos):
+    if any(info.shape[-1] % 8 or info.dtype not in DTYPES for info in infos):
         return
     for info in infos:
-        rows, cols = info.shape
-        matrix_RC = read_tensor(info)
-        fixed = group if group is not None and fits(matrix_RC, *group) else None
+        *axes, cols = info.shape
+        rows, kept, fixed = math.prod(axes), 0, group
+        for matrix_RC in _matrices(info):
+            kept += int(torch.count_nonzero(_integers(matrix_RC)))
+            if fixed is not None and not fits(matrix_RC, *fixed):
+                fixed = None
         base = info.name.removesuffix(DENSE)
-        mask = Part(f"{base}.mask", "U8", (rows, cols // 8))
+        mask = Part(f"{base}.mask", "U8", (*axes, cols // 8))
         if fixed is not None:
             shape: tuple[int, ...] = (rows, cols // fixed[1], fixed[0])
             parts: tuple[Part, ...] = (Part(f"{base}.values", info.dtype, shape), mask)
         else:
-            kept = int(torch.count_nonzero(_integers(matrix_RC)))
             parts = (
                 Part(f"{base}.values", info.dtype, (kept,)),
                 Part(f"{base}.offsets", "I64", (rows + 1,)),
@@ -242,9 +241,16 @@ def _compress(
         yield Stored(info, layer.index, parts, fixed)
 
 
+def _matrices(info: TensorInfo) -> Iterator[torch.Tensor]:
+    """The matrix of one expert, or of each."""
+    if len(info.shape) == 2:
+        yield read_tensor(info)
+    else:
+        yield from (read_row(info, expert) for expert in range(info.shape[0]))
+
+
 def _integers(matrix: torch.Tensor) -> torch.Tensor:
-    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-    return matrix.view(sizes[matrix.element_size()])
+    return matrix.view(INTEGERS[matrix.element_size()])
 
 
 def _write(item: Stored, writer: ShardWriter) -> None:
@@ -260,14 +266,21 @@ def _write(item: Stored, writer: ShardWriter) -> None:
             stop = min(start + step, info.nbytes) if step else info.nbytes
             writer.write(info.name, memoryview(read_bytes(info, start, stop)), start)
         return
-    packed = pack(read_tensor(info), item.group)
-    for part, tensor in zip(item.parts, _tensors(packed), strict=True):
-        writer.write(part.name, tensor_view(tensor))
-
-
-def _tensors(packed: Bitmask) -> list[torch.Tensor]:
-    found = (packed.values, packed.offsets_R1, packed.mask_RB)
-    return [tensor for tensor in found if tensor is not None]
+    at = [0] * len(item.parts)
+    before = 0
+    for number, matrix_RC in enumerate(_matrices(info)):
+        packed = pack(matrix_RC, item.group)
+        offsets = packed.offsets_R1
+        if offsets is not None and number:
+            # The first offset of a matrix is the last one of the matrix before it.
+            offsets = offsets[1:] + before
+        parts = (packed.values, offsets, packed.mask_RB)
+        tensors = [part for part in parts if part is not None]
+        for index, (part, tensor) in enumerate(zip(item.parts, tensors, strict=True)):
+            if tensor.numel():  # an expert may be nothing but zeros
+                writer.write(part.name, tensor_view(tensor), at[index])
+            at[index] += tensor.nbytes
+        before += packed.values.numel()
 
 
 def _config(

@@ -108,7 +108,7 @@ def check_compressed(checkpoint: Checkpoint) -> None:
     """
     for info in checkpoint.tensors.values():
         if isinstance(info, CompressedTensor):
-            info.read_rows(0, info.shape[0])
+            info.check()
         elif isinstance(info, PartedTensor):
             info.dense()
 

@@ -109,7 +109,7 @@ CASES = [
         (BASE,),
         parts(mask=lambda t: t[:, 1:]),
     ),
-    Case("a flat mask", VERIFY, (BASE, "two axes"), parts(mask=lambda t: t.view(-1))),
+    Case("a flat mask", VERIFY, (BASE, "2 axes"), parts(mask=lambda t: t.view(-1))),
     Case("both forms", VERIFY, (BASE, "dense and compressed"), packed(dense_too)),
     Case("a later format", VERIFY, ("format_version",), block(format_version=2)),
     Case("another format", VERIFY, ("format",), block(format="csr")),

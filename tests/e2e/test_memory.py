@@ -4,15 +4,20 @@ The peak is what the kernel says of the process's own address space. (``ru_maxrs
 would not do: over fork and exec it inherits the parent's.)
 """
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.engine import ENVIRONMENT, ROOT
 from tests.reference import LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.cut.apply import cut
+from vllm_moe_prune.decide.plan import load_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -98,3 +103,60 @@ def test_peak_memory_does_not_grow_with_the_layers(
     more_weights = (MANY - FEW) * layer
     assert peaks["many"] - peaks["few"] < more_weights / 4
     assert peaks["few"] - peaks["none"] < 2 * layer
+
+
+# What vLLM allocates while it builds and fills a model: at the most, and in the end.
+LOADING = """
+import json, re, sys, threading
+from vllm import LLM
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+def held():
+    with open("/proc/self/status") as status:
+        return 1024 * int(re.search(r"RssAnon:\\s*(\\d+) kB", status.read())[1])
+
+load = BaseModelLoader.load_model
+def watched(*args, **options):
+    before, found, done = held(), [0], threading.Event()
+    def watch():
+        while not done.wait(0.002):
+            found.append(held())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = load(*args, **options)
+    done.set()
+    watcher.join()
+    print("\\nheld", json.dumps([max(found) - before, held() - before]))
+    return model
+
+BaseModelLoader.load_model = watched
+LLM(sys.argv[1], quantization="moe_prune", enforce_eager=True, max_model_len=64,
+    max_num_batched_tokens=64, max_num_seqs=2, skip_tokenizer_init=True)
+"""
+
+
+@pytest.mark.vllm
+def test_zeros_are_left_out_one_layer_at_a_time(tmp_path: Path) -> None:
+    source = open_checkpoint(make_model(tmp_path / "original", MANY, hidden=768))
+    cuts = {index: LayerCut(sparsity=0.75) for index in range(MANY)}
+    plan = write_plan(tmp_path / "plan.json", source, cuts, slim="magnitude")
+    cut(source, load_plan(plan), tmp_path / "zeros")
+    zeros = open_checkpoint(tmp_path / "zeros")
+    ran = subprocess.run(
+        [sys.executable, "-c", LOADING, str(zeros.folder)],
+        env=os.environ
+        | ENVIRONMENT
+        | {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    peak, end = json.loads(ran.stdout.split("held ", 1)[1].splitlines()[0])
+    experts = 2 * zeros.expert_parameters
+    packed = experts * (2 * 0.25 + 1 / 8) / 2
+    others = zeros.tensor_bytes - experts
+    spare = 16 << 20
+    assert packed + others / 2 < end < packed + others + spare
+    assert peak < packed + others + experts / MANY + spare
+    assert packed + others + experts / MANY + spare < experts, "says nothing"

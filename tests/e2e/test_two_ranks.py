@@ -7,7 +7,9 @@ import pytest
 from tests.e2e import test_plugin_mixtral as mixtral
 from tests.e2e import test_sparse_serve as sparse
 from tests.engine import Job, check_two_ranks
-from tests.family_cases import CASES, ENGINE, make_pruned
+from tests.family_cases import CASES, COMPRESSED, ENGINE, make_pruned
+from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.convert import convert
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 EXPERTS = {"enable_expert_parallel": True}
@@ -30,7 +32,7 @@ def test_mixtral_dense_and_compressed(tmp_path: Path) -> None:
 
 
 def test_every_other_family(tmp_path: Path) -> None:
-    """Every family, by rows and columns, then by experts, of which each has two."""
+    """Every family by rows and columns and by experts, with at least two of them."""
     latent = ["v2-everything", "v3-uneven-groups"]
     tensors = ["arctic-one-after-the-other", "deepseek-normalised", *latent]
     experts = ["arctic-everything", "deepseek-normalised", *latent]
@@ -45,4 +47,15 @@ def test_every_other_family(tmp_path: Path) -> None:
             options |= ENGINE[CASES[name].family]
             how = "experts" if by_experts else "tensors"
             jobs[f"{name}-{how}"] = Job(*made[name], options)
+    for name, case in COMPRESSED.items():
+        folder = tmp_path / f"compressed-{name}"
+        folder.mkdir()
+        zeros, *right = make_pruned(folder, case)
+        convert(open_checkpoint(zeros), folder / "packed", "bitmask")
+        for how in ("tensors", "experts"):
+            options = {
+                "enable_expert_parallel": how == "experts",
+                **ENGINE[case.family],
+            }
+            jobs[f"compressed-{name}-{how}"] = Job(folder / "packed", *right, options)
     check_two_ranks(tmp_path, jobs)

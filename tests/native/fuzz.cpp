@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "../../vllm_moe_prune/kernels/cpu/moe.h"
@@ -22,9 +23,11 @@ struct MoePruneLayer {
   const uint32_t* w13_masks;
   const int64_t* w13_starts;
   const void* w13_values;
+  const float* w13_scales;
   const uint32_t* w2_masks;
   const int64_t* w2_starts;
   const void* w2_values;
+  const float* w2_scales;
   void* out;
   int64_t tokens, top_k, hidden, width, experts, map_size, tile_from;
   int32_t type, level;
@@ -44,10 +47,23 @@ int64_t below(int64_t end) { return static_cast<int64_t>(rng() % end); }
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 template <class T>
+T of(float value) {
+  return T::of(value);
+}
+
+// Any of those that a normal distribution is likely to give, denormals too.
+template <>
+F8 of<F8>(float value) {
+  if (value == 0.0f) return {0};
+  auto size = static_cast<uint8_t>(std::fmin(std::fabs(value) * 200, 0x37));
+  return {static_cast<uint8_t>(size | (value < 0 ? 0x80 : 0))};
+}
+
+template <class T>
 std::vector<T> matrix(int64_t count, double zeros) {
   std::vector<T> made(count);
   std::normal_distribution<float> normal(0, 0.2f);
-  for (T& value : made) value = T::of(rng() % 1000 < zeros * 1000 ? 0.0f : normal(rng));
+  for (T& value : made) value = of<T>(rng() % 1000 < zeros * 1000 ? 0.0f : normal(rng));
   return made;
 }
 
@@ -57,6 +73,11 @@ struct Encoded {
   std::vector<uint32_t> masks;
   std::vector<int64_t> starts;
   std::vector<T> values;
+  std::vector<float> scales;
+
+  const float* scales_or_null() const {
+    return std::is_same<T, F8>::value ? scales.data() : nullptr;
+  }
 
   void add(const std::vector<std::vector<T>>& sources, int64_t rows, int64_t cols) {
     int64_t n = static_cast<int64_t>(sources.size());
@@ -66,7 +87,7 @@ struct Encoded {
     for (auto& source : sources) {
       pointers.push_back(source.data());
       for (T value : source) {
-        static const T zero = T::of(0.0f);
+        static const T zero = of<T>(0.0f);
         stored += std::memcmp(&value, &zero, sizeof value) != 0;
       }
     }
@@ -76,6 +97,8 @@ struct Encoded {
     moe_prune_encode(pointers.data(), n, rows, cols, sizeof(T), more.data(),
                      begins.data(), found.data());
     if (begins[blocks] != stored) std::abort();
+    for (int64_t i = 0; i < blocks * round_up(cols, STEP) / STEP; ++i)
+      scales.push_back(0.2f + 0.1f * static_cast<float>(below(4)));
     for (int64_t& begin : begins) begin += static_cast<int64_t>(values.size());
     masks.insert(masks.end(), more.begin(), more.end());
     starts.insert(starts.end(), begins.begin(), begins.end());
@@ -83,22 +106,26 @@ struct Encoded {
   }
 
   void finish() {
-    values.insert(values.end(), 32, T::of(0.0f));
+    values.insert(values.end(), 32, of<T>(0.0f));
+    scales.shrink_to_fit();
     values.shrink_to_fit();
   }
 };
 
-template <class T>
+// T: what tokens are, V: what weights are.
+template <class T, class V>
 void round(int32_t type) {
-  int64_t hidden = 1 + below(90), width = 1 + below(90), experts = 1 + below(5);
-  int64_t tokens = 1 + below(below(4) ? 12 : 80), top_k = 1 + below(experts);
+  // Longer than what is expanded at once, and more tokens than share that: now and then.
+  int64_t hidden = 1 + below(below(6) ? 90 : 1200), width = 1 + below(90);
+  int64_t experts = 1 + below(5), top_k = 1 + below(experts);
+  int64_t tokens = 1 + below(below(4) ? 12 : below(4) ? 80 : 1200);
   const double shares[] = {0.0, 0.4, 0.5, 0.65, 0.97, 1.0};
   double zeros = shares[below(6)];
-  Encoded<T> w13, w2;
+  Encoded<V> w13, w2;
   for (int64_t expert = 0; expert < experts; ++expert) {
-    w13.add({matrix<T>(width * hidden, zeros), matrix<T>(width * hidden, zeros)}, width,
+    w13.add({matrix<V>(width * hidden, zeros), matrix<V>(width * hidden, zeros)}, width,
             hidden);
-    w2.add({matrix<T>(hidden * width, zeros)}, hidden, width);
+    w2.add({matrix<V>(hidden * width, zeros)}, hidden, width);
   }
   w13.finish();
   w2.finish();
@@ -112,9 +139,10 @@ void round(int32_t type) {
   for (int32_t level = 0; level <= moe_prune_level(); ++level) {
     MoePruneLayer layer{
         x.data(), weights.data(), ids.data(), mapped ? map.data() : nullptr,
-        w13.masks.data(), w13.starts.data(), w13.values.data(), w2.masks.data(),
-        w2.starts.data(), w2.values.data(), out.data(), tokens, top_k, hidden, width,
-        experts, mapped ? experts + 2 : experts, 1 + below(6), type, level};
+        w13.masks.data(), w13.starts.data(), w13.values.data(), w13.scales_or_null(),
+        w2.masks.data(), w2.starts.data(), w2.values.data(), w2.scales_or_null(),
+        out.data(), tokens, top_k, hidden, width, experts,
+        mapped ? experts + 2 : experts, 1 + below(6), type, level};
     moe_prune_run(&layer);
     if (first.empty()) first.assign(out.begin(), out.end());
     for (size_t i = 0; i < out.size(); ++i) {
@@ -132,9 +160,12 @@ void round(int32_t type) {
 int main(int, char** arguments) {
   rng.seed(static_cast<uint32_t>(std::atoi(arguments[2])));
   for (int rounds = std::atoi(arguments[1]); rounds > 0; --rounds) {
-    round<Bf16>(AS_BF16);
-    round<F16>(AS_F16);
-    round<F32>(AS_F32);
+    round<Bf16, Bf16>(AS_BF16);
+    round<F16, F16>(AS_F16);
+    round<F32, F32>(AS_F32);
+    round<Bf16, F8>(AS_BF16);
+    round<F16, F8>(AS_F16);
+    round<F32, F8>(AS_F32);
   }
   std::printf("%d levels agree\n", moe_prune_level() + 1);
 }

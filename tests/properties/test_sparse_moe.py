@@ -84,6 +84,23 @@ def by_formula(given_: Problem, here: list[int] | None = None) -> Tensor:
     return out_TD
 
 
+def tiles(matrix_NK: Tensor) -> Tensor:
+    """Padded to whole blocks, [N / 16, 16, K / 32, 32]."""
+    rows, cols = matrix_NK.shape
+    padded = torch.nn.functional.pad(matrix_NK.float(), (0, -cols % 32, 0, -rows % 16))
+    return padded.unflatten(1, (-1, 32)).unflatten(0, (-1, 16))
+
+
+def as_fp8(matrix_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values in e4m3, the scales of 16 x 32 of them, and what they stand for."""
+    (rows, cols), tiled = matrix_NK.shape, tiles(matrix_NK)
+    scales = tiled.abs().amax(dim=(1, 3)) / 448 + 1e-6
+    values = (tiled / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+    dense = (values.float() * scales[:, None, :, None]).to(matrix_NK.dtype)
+    cut = [part.flatten(2).flatten(0, 1)[:rows, :cols] for part in (values, dense)]
+    return cut[0].contiguous(), scales, cut[1]
+
+
 def encoded(experts: list[Matrices]) -> tuple[Blocks, Blocks]:
     return (
         blocks.join([cpu_library.encode([gate, up]) for gate, up, _ in experts]),
@@ -151,6 +168,71 @@ def test_every_path_computes_the_formula(
     assert_close(blocks.fused_moe(*inputs), expected_TD, "definition")
     for name, how in ways():
         assert_close(cpu_library.fused_moe(*inputs, **how), expected_TD, name)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    tokens=st.sampled_from([1, 2, 5, 12, 13, 33, 70]),
+    hidden=st.sampled_from([8, 40, 136]),
+    width=st.sampled_from([8, 16, 100]),
+    sparsity=st.sampled_from([0.0, 0.5, 1.0]),
+    dtype=TYPES,
+    seed=st.integers(0, 10**6),
+)
+def test_fp8_weights_are_multiplied_by_their_scales(
+    tokens: int, hidden: int, width: int, sparsity: float, dtype: torch.dtype, seed: int
+) -> None:
+    given_ = problem(
+        tokens=tokens,
+        hidden=hidden,
+        width=width,
+        experts=2,
+        top_k=1,
+        sparsity=sparsity,
+        dtype=dtype,
+        seed=seed,
+    )
+    made = [tuple(as_fp8(matrix) for matrix in expert) for expert in given_.experts]
+    given_.experts[:] = [(gate[2], up[2], down[2]) for gate, up, down in made]
+    for encode in (blocks.encode, cpu_library.encode):
+        w13 = blocks.join(
+            [encode([gate[0], up[0]], [gate[1], up[1]]) for gate, up, _ in made]
+        )
+        w2 = blocks.join([encode([down[0]], [down[1]]) for *_, down in made])
+        inputs = (given_.x_TD, given_.weights_TK, given_.ids_TK, None, w13, w2, width)
+        expected_TD = by_formula(given_)
+        assert_close(blocks.fused_moe(*inputs), expected_TD, "definition")
+        for name, how in ways():
+            assert_close(cpu_library.fused_moe(*inputs, **how), expected_TD, name)
+
+
+def test_every_fp8_pattern_is_what_pytorch_says_it_is() -> None:
+    """Each pattern as the weight of one output: denormals, both zeros, then NaNs."""
+    one, nans = 0x38, (0x7F, 0xFF)
+    gate, up, down = torch.zeros(3, 256, 256, dtype=torch.uint8)
+    gate[:, 1] = one  # of an input that is 32, which silu leaves as it is
+    down.fill_diagonal_(one)
+    ones, halves = torch.ones(16, 8), torch.full((16, 8), 0.5)
+    x_TD = torch.zeros(40, 256).bfloat16()
+    x_TD[:, 0], x_TD[:, 1] = 1, 32
+    routed = torch.ones(40, 1), torch.zeros(40, 1, dtype=torch.int32)
+    for number in range(3):
+        up[:, 0] = torch.arange(256)
+        up[list(nans), 0] = 0
+        if number:
+            up[7, 0] = nans[number - 1]
+        gates, ups, downs = (part.view(blocks.FP8) for part in (gate, up, down))
+        w13 = cpu_library.encode([gates, ups], [ones, halves])
+        w2 = cpu_library.encode([downs], [ones])
+        expected_D = (32 * 0.5 * ups[:, 0].float()).bfloat16()
+        for name, how in ways():
+            for count in (1, 13, 40):
+                tokens = (x_TD[:count], routed[0][:count], routed[1][:count])
+                found_TD = cpu_library.fused_moe(*tokens, None, w13, w2, 256, **how)
+                if number:
+                    assert found_TD.isnan().all(), name
+                else:
+                    assert torch.equal(found_TD, expected_D.expand(count, -1)), name
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -259,6 +341,24 @@ def test_width_split_over_two_processes_adds_up() -> None:
             given_.x_TD, given_.weights_TK, given_.ids_TK, None, w13, w2, 48
         )
     assert_close(total_TD, by_formula(given_), "two halves")
+
+
+@pytest.mark.parametrize("tokens", [13, 40, 100])
+def test_inputs_that_are_expanded_in_several_chunks(tokens: int) -> None:
+    given_ = problem(
+        tokens=tokens,
+        hidden=1160,
+        width=600,
+        experts=1,
+        top_k=1,
+        sparsity=0.5,
+        dtype=torch.bfloat16,
+    )
+    w13, w2 = encoded(given_.experts)
+    inputs = (given_.x_TD, given_.weights_TK, given_.ids_TK, None, w13, w2, 600)
+    expected_TD = blocks.fused_moe(*inputs).double()
+    for name, how in ways():
+        assert_close(cpu_library.fused_moe(*inputs, **how), expected_TD, name)
 
 
 @pytest.mark.slow

@@ -2,23 +2,26 @@
 
 import filecmp
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.reference import LayerCut, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.compressed import CompressedTensor
 from vllm_moe_prune.checkpoint.open import Checkpoint
-from vllm_moe_prune.checkpoint.reader import read_tensor
+from vllm_moe_prune.checkpoint.reader import read_row, read_tensor
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.predict import model_facts
 from vllm_moe_prune.decide.plan import CutPlan, LayerPlan, load_plan
-from vllm_moe_prune.errors import CheckpointError, OutputError
+from vllm_moe_prune.errors import OutputError
+from vllm_moe_prune.kernels.bitmask import pack
 from vllm_moe_prune.pipeline import RunOptions, convert, cut, verify
 from vllm_moe_prune.recipe import Recipe
 from vllm_moe_prune.serve_command import needs_plugin
@@ -35,7 +38,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(folder)
 
 
-def plan(source: Checkpoint, pattern: str = "unstructured") -> CutPlan:
+def plan(
+    source: Checkpoint, pattern: str = "unstructured", experts: int = 4
+) -> CutPlan:
     """Half of the weights of all layers but the last become zero."""
     return CutPlan(
         tool_version="test",
@@ -46,7 +51,7 @@ def plan(source: Checkpoint, pattern: str = "unstructured") -> CutPlan:
         layers=tuple(
             LayerPlan(
                 layer=index,
-                experts=4,
+                experts=experts,
                 keep=(0, 2, 3),
                 sparsity=0.5 if index < LAYERS - 1 else 0.0,
             )
@@ -97,8 +102,10 @@ def test_there_and_back_is_the_same_folder_to_the_byte(
         ("deepseek_v2", {}),
         ("deepseek_v3", {}),
         ("deepseek_v3", {"fp8": (32, 32)}),
+        ("deepseek_v3", {"layout": "mlp.packed"}),
+        ("mixtral", {"layout": "block_sparse_moe.packed"}),
     ],
-    ids=["arctic", "v2", "v3", "v3-fp8"],
+    ids=["arctic", "v2", "v3", "v3-fp8", "v3-packed", "mixtral-packed"],
 )
 def test_every_family_goes_there_and_back(
     family: str, options: dict[str, Any], tmp_path: Path
@@ -162,13 +169,41 @@ def test_transformers_refuses_instead_of_inventing_experts(
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
 
-def test_experts_in_one_tensor_are_refused_before_anything_is_written(
-    tmp_path: Path,
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_experts_in_one_tensor_are_stored_like_one_matrix(
+    pattern: str, tmp_path: Path
 ) -> None:
-    folder = tiny_checkpoint(tmp_path / "ckpt", layout="mlp.packed", layers=1)
-    with pytest.raises(CheckpointError, match=r"mlp\.packed"):
-        convert(open_checkpoint(folder), tmp_path / "out", PACKED)
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+    folder = tiny_checkpoint(tmp_path / "ckpt", layout="mlp.packed", layers=LAYERS)
+    source = open_checkpoint(folder)
+    decided = plan(source, pattern, experts=8)
+    dense, packed, again = (tmp_path / name for name in ("dense", "packed", "again"))
+    cut(source, decided, dense, RunOptions())
+    # The first expert has no values: offsets of the second begin at 0 as well.
+    spoilt = load_file(dense / "model.safetensors")
+    for name, tensor in spoilt.items():
+        if ".layers.0.mlp.experts." in name:
+            tensor[0] = 0
+    save_file(spoilt, dense / "model.safetensors", metadata={"format": "pt"})
+    assert convert(open_checkpoint(dense), packed, PACKED).dense_layers == (2,)
+    name = "model.layers.0.mlp.experts.down_proj"
+    whole = load_file(dense / "model.safetensors")[name]
+    with safe_open(packed / "model.safetensors", framework="pt") as file:
+        mask, values = (
+            file.get_tensor(f"{name}.{part}") for part in ("mask", "values")
+        )
+        fixed = f"{name}.offsets" not in file.keys()  # noqa: SIM118
+    assert mask.shape == (*whole.shape[:-1], whole.shape[-1] // 8)
+    assert fixed == (pattern == "2:4")
+    rows = math.prod(whole.shape[:-1])
+    expected = pack(whole.view(rows, -1), (2, 4) if fixed else None)
+    assert torch.equal(values, expected.values)
+    opened = open_checkpoint(packed).tensors[name]
+    assert opened.shape == whole.shape
+    assert torch.equal(read_row(opened, 1), whole[1])
+    convert(open_checkpoint(packed), again, RunOptions())
+    found = load_file(again / "model.safetensors")
+    for each, tensor in load_file(dense / "model.safetensors").items():
+        assert torch.equal(found[each], tensor), each
 
 
 def test_a_killed_conversion_continues_with_the_same_bytes(

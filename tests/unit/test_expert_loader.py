@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vllm_moe_prune.checkpoint.block_fp8 import Blocks as ScaleBlocks
 from vllm_moe_prune.errors import CheckpointError, ServeError
 from vllm_moe_prune.kernels import cpu_library
 from vllm_moe_prune.kernels.bitmask import pack
@@ -33,15 +34,18 @@ def weights() -> Weights:
     return made
 
 
-def loader(ranks: int, rank: int, local: dict[int, int]) -> ExpertLoader:
+def a_layer(ranks: int, rank: int, local: dict[int, int]) -> SimpleNamespace:
     parallel = SimpleNamespace(tp_size=ranks, tp_rank=rank)
-    layer = SimpleNamespace(
+    return SimpleNamespace(
         layer_name="model.layers.0.mlp.experts",
         moe_config=SimpleNamespace(moe_parallel_config=parallel),
         _map_global_expert_id_to_local_expert_id=lambda e: local.get(e, -1),
     )
+
+
+def loader(ranks: int, rank: int, local: dict[int, int]) -> ExpertLoader:
     return ExpertLoader(
-        layer,
+        a_layer(ranks, rank, local),
         experts=len(local),
         hidden=HIDDEN,
         width=WIDTH // ranks,
@@ -49,17 +53,24 @@ def loader(ranks: int, rank: int, local: dict[int, int]) -> ExpertLoader:
     )
 
 
+def form_of(matrix: Tensor, form: str) -> dict[str, Any]:
+    """What of a matrix is stored."""
+    if form == "dense":
+        return {"weight": matrix}
+    packed = pack(matrix)
+    return {
+        "offsets": packed.offsets_R1,
+        "values": packed.values,
+        "mask": packed.mask_RB,
+    }
+
+
 def feed(target: ExpertLoader, weights: Weights, form: str) -> dict[int, bool]:
     """Every matrix, those of parts in an order that no checkpoint has."""
     taken = {}
     for (expert, shard), matrix in reversed(weights.items()):
         name = "experts.w2_" if shard == "w2" else "experts.w13_"
-        parts: dict[str, Any] = {"weight": matrix}
-        if form == "parts":
-            packed = pack(matrix)
-            parts = {"offsets": packed.offsets_R1, "values": packed.values}
-            parts["mask"] = packed.mask_RB
-        for part, tensor in parts.items():
+        for part, tensor in form_of(matrix, form).items():
             taken[expert] = target.load(None, tensor, name + part, shard, expert)
     return taken
 
@@ -114,6 +125,66 @@ def test_processes_with_some_experts_each_add_up(weights: Weights) -> None:
     whole_TD, *parts = found
     error = (whole_TD - sum(parts)).abs().max()
     assert error < 0.02 * whole_TD.abs().max()
+
+
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("form", ["dense", "parts"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fp8_brings_its_scales_in_any_order(ranks: int, form: str) -> None:
+    scaled, hidden, share = ScaleBlocks(32, 64), 96, 64
+    shapes = {"w3": (share * ranks, hidden), "w1": (share * ranks, hidden)}
+    shapes["w2"] = (hidden, share * ranks)
+    weights, scales, dense = {}, {}, {}
+    for shard, shape in shapes.items():
+        values = torch.randn(shape) * (torch.rand(shape) < 0.5)
+        weights[shard] = values.to(FP8)
+        scales[shard] = torch.rand(scaled.scale_shape(shape)) + 0.5
+        dense[shard] = scaled.dequantise(weights[shard], scales[shard], torch.float32)
+    for rank in range(ranks):
+        target = ExpertLoader(
+            a_layer(ranks, rank, {0: 0}),
+            experts=1,
+            hidden=hidden,
+            width=share,
+            dtype=torch.bfloat16,
+            scaled=scaled,
+        )
+        # Of gate and down the scales come first, of up last.
+        for shard, what in zip(
+            ("w2", "w1", "w2", "w1", "w3", "w3"), "sswwws", strict=True
+        ):
+            name = "experts.w2_" if shard == "w2" else "experts.w13_"
+            if what == "s":
+                target.load(None, scales[shard], f"{name}weight_scale_inv", shard, 0)
+                continue
+            for part, tensor in form_of(weights[shard], form).items():
+                target.load(None, tensor, name + part, shard, 0)
+        w13, w2 = target.finished()
+        assert w13.values.dtype == FP8
+        rows = slice(rank * share, (rank + 1) * share)
+        gate, up = decode(w13, 0, 2, (share, hidden), torch.float32)
+        (down,) = decode(w2, 0, 1, (hidden, share), torch.float32)
+        assert torch.equal(gate, dense["w1"][rows])
+        assert torch.equal(up, dense["w3"][rows])
+        assert torch.equal(down, dense["w2"][:, rows])
+
+
+def test_fp8_that_does_not_divide_or_is_none_is_refused() -> None:
+    sizes = {"experts": 1, "hidden": 64, "dtype": torch.bfloat16}
+    layer = a_layer(3, 0, {0: 0})
+    for width, scaled in ((48, ScaleBlocks(32, 32)), (64, ScaleBlocks(32, 24))):
+        with pytest.raises(ServeError, match="cannot be split"):
+            ExpertLoader(layer, width=width, scaled=scaled, **sizes)
+    target = ExpertLoader(
+        a_layer(1, 0, {0: 0}), width=64, scaled=ScaleBlocks(32, 32), **sizes
+    )
+    name = "experts.w13_weight"
+    with pytest.raises(CheckpointError, match=r"is torch\.float32"):
+        target.load(None, torch.zeros(64, 64), name, "w1", 0)
+    with pytest.raises(CheckpointError, match=r"scales of w1 have shape \[2, 3\]"):
+        target.load(None, torch.ones(2, 3), f"{name}_scale_inv", "w1", 0)
 
 
 def test_a_missing_expert_is_noticed(weights: Weights) -> None:

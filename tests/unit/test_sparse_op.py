@@ -26,8 +26,8 @@ def arguments() -> tuple[object, ...]:
     )
     w2 = blocks.join([blocks.encode([matrix(32, 16, e + 20)]) for e in (0, 1)])
     ids = torch.tensor([[0], [1], [0]], dtype=torch.int32)
-    parts = (w13.masks_EBS, w13.starts_EB1, w13.values)
-    more = (w2.masks_EBS, w2.starts_EB1, w2.values)
+    parts = (w13.masks_EBS, w13.starts_EB1, w13.values, w13.scales_EBC)
+    more = (w2.masks_EBS, w2.starts_EB1, w2.values, w2.scales_EBC)
     return (matrix(3, 32, 7), torch.ones(3, 1), ids, None, *parts, *more, 16)
 
 

@@ -1,15 +1,16 @@
 """Checkpoints whose expert weights are stored compressed, read as if they were dense.
 
 ``NAME.weight`` [R, C] is stored as ``NAME.mask`` [R, C / 8] U8, ``NAME.values`` and
-``NAME.offsets`` [R + 1] I64 (see ``kernels.bitmask``), and config.json says so in
-``quantization_config``. Opening such a checkpoint folds the parts back into one tensor
-each, and takes that block off the config, so that every reader sees the dense form.
+``NAME.offsets`` [R + 1] I64 (see ``kernels.bitmask``), a packed ``NAME`` [E, R, C] in
+the same way with E x R rows, and config.json says so in ``quantization_config``.
+Opening such a checkpoint folds the parts back into one tensor each, and takes that
+block off the config, so that every reader sees the dense form.
 """
 
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -60,12 +61,15 @@ class Storage(Strict):
     dense_config: Restored
 
 
-def dense_name(name: str) -> str | None:
-    """What a stored tensor counts as: masks stand for their matrix, other parts not."""
+def dense_names(name: str) -> tuple[str, ...]:
+    """What a stored tensor may count as: masks stand for their matrix, parts do not.
+
+    A matrix of one expert ends in ``.weight``, those of all experts in nothing.
+    """
     base, _, part = name.rpartition(".")
     if part == "mask":
-        return base + DENSE
-    return None if part in PARTS else name
+        return base + DENSE, base
+    return () if part in PARTS else (name,)
 
 
 def is_compressed(config: dict[str, Any]) -> bool:
@@ -134,6 +138,7 @@ class CompressedTensor(TensorInfo):
     """A tensor stored in parts; name, shape, dtype and bytes are the dense one's."""
 
     mask: TensorInfo
+    """Of two axes, whatever the file says: all rows of all experts."""
     values: TensorInfo
     offsets: TensorInfo | None
 
@@ -154,7 +159,7 @@ class CompressedTensor(TensorInfo):
         Raises:
             CheckpointError: The parts contradict each other in these rows.
         """
-        row_bytes = self.row_bytes
+        row_bytes = self.shape[-1] * ITEM_BYTES[self.dtype]
         if start >= stop:
             return bytearray()
         first, last = start // row_bytes, -(-stop // row_bytes)
@@ -162,8 +167,18 @@ class CompressedTensor(TensorInfo):
         base = first * row_bytes
         return bytearray(dense[start - base : stop - base].numpy().data)
 
+    def check(self) -> None:
+        """Read all of it, one expert at a time.
+
+        Raises:
+            CheckpointError: See ``bitmask.check``.
+        """
+        rows, step = self.mask.shape[0], self.shape[-2]
+        for first in range(0, rows, max(step, 1)):
+            self.read_rows(first, first + step)
+
     def read_rows(self, first: int, last: int) -> Bitmask:
-        """Some rows as they are stored, checked.
+        """Some rows as they are stored, checked; those of packed experts go on.
 
         Raises:
             CheckpointError: See ``bitmask.check``.
@@ -176,7 +191,7 @@ class CompressedTensor(TensorInfo):
             begin, end = int(offsets[0]), int(offsets[-1])
             total = self.values.shape[0]
             ends = (first == 0 and begin != 0) or (
-                last == self.shape[0] and end != total
+                last == self.mask.shape[0] and end != total
             )
             if not 0 <= begin <= end <= total or ends:
                 raise CheckpointError(
@@ -184,7 +199,7 @@ class CompressedTensor(TensorInfo):
                     f"{begin} to {end}, but there are {total} values."
                 )
             packed = Bitmask(mask, _part(self.values, begin, end), offsets - begin)
-        check(packed, (last - first, self.shape[1]), f"{self.file}: {self.name}")
+        check(packed, (last - first, self.shape[-1]), f"{self.file}: {self.name}")
         return packed
 
 
@@ -215,12 +230,7 @@ def dense_view(
     if not is_compressed(config):
         return config, tensors, None
     storage = parse_storage(config[CONFIG_KEY], where)
-    patterns = [
-        rule.pattern
-        for layout in arch.layouts
-        for rule in layout.experts
-        if rule.per_expert
-    ]
+    patterns = [rule.pattern for layout in arch.layouts for rule in layout.experts]
 
     def is_expert(name: str) -> bool:
         return any(pattern.match(name) for pattern in patterns)
@@ -243,21 +253,22 @@ def fold(
     folded = {}
     for name, info in tensors.items():
         base, _, part = name.rpartition(".")
-        if part not in PARTS or not may_be(base + DENSE):
+        dense = next((each for each in (base + DENSE, base) if may_be(each)), None)
+        if part not in PARTS or dense is None:
             folded[name] = info
         elif part == "mask":
-            if base + DENSE in tensors:
+            if dense in tensors:
                 raise CheckpointError(
-                    f"{info.file}: {base + DENSE!r} is there dense and compressed."
+                    f"{info.file}: {dense!r} is there dense and compressed."
                 )
-            folded[base + DENSE] = _fold(base, info, tensors)
+            folded[dense] = _fold(dense, base, info, tensors)
         elif f"{base}.mask" not in tensors:
             raise CheckpointError(f"{info.file}: {name!r} has no {base + '.mask'!r}.")
     return folded
 
 
 def _fold(
-    base: str, mask: TensorInfo, tensors: dict[str, TensorInfo]
+    dense: str, base: str, mask: TensorInfo, tensors: dict[str, TensorInfo]
 ) -> CompressedTensor:
     values, offsets = tensors.get(f"{base}.values"), tensors.get(f"{base}.offsets")
     where = f"{mask.file}: {base}"
@@ -269,20 +280,23 @@ def _fold(
         )
     if mask.dtype != "U8" or (offsets is not None and offsets.dtype != "I64"):
         raise CheckpointError(f"{where}: the mask must be U8, the offsets I64.")
-    if len(mask.shape) != 2:
+    axes = 2 if dense != base else 3
+    if len(mask.shape) != axes:
         raise CheckpointError(
-            f"{where}: the mask has shape {list(mask.shape)}, expected two axes."
+            f"{where}: the mask has shape {list(mask.shape)}, expected {axes} axes."
         )
-    shape = (mask.shape[0], mask.shape[1] * 8)
+    *rows, row_bytes = mask.shape
+    mask = replace(mask, shape=(math.prod(rows), row_bytes))
     check_shapes(
-        shape,
+        (mask.shape[0], row_bytes * 8),
         mask.shape,
         values.shape,
         None if offsets is None else offsets.shape,
         where,
     )
+    shape = (*rows, row_bytes * 8)
     return CompressedTensor(
-        name=base + DENSE,
+        name=dense,
         dtype=values.dtype,
         shape=shape,
         file=mask.file,

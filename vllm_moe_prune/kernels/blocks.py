@@ -8,7 +8,7 @@ padded to a multiple of 32. It is made while loading and never written to a file
 
 The functions here are the definition, in plain torch: every kernel is tested against
 them, and without a compiled library they are what runs. E experts, B blocks, S = K / 2
-steps, N outputs, K inputs.
+steps, C = K / 32 scales, N outputs, K inputs.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,8 @@ PAIR = 32
 STEP = 32
 TAIL = 32
 """Elements behind the last value, which kernels read but never use."""
-BITS = {2: torch.int16, 4: torch.int32}
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,15 @@ class Blocks:
     starts_EB1: Tensor
     """int64: where each block's values begin, counted over all experts."""
     values: Tensor
-    """bf16, fp16 or fp32, one dimension; ``TAIL`` elements more than are stored."""
+    """bf16, fp16, fp32 or e4m3, one dimension; ``TAIL`` more than are stored."""
+    scales_EBC: Tensor | None = None
+    """float32, of e4m3 only: weights are values times scales, in the type of tokens."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
-        parts = (self.masks_EBS, self.starts_EB1, self.values)
-        return sum(part.numel() * part.element_size() for part in parts)
+        parts = (self.masks_EBS, self.starts_EB1, self.values, self.scales_EBC)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 def round_up(value: int, step: int) -> int:
@@ -48,48 +51,76 @@ def round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def encode(sources: Sequence[Tensor]) -> Blocks:
-    """One expert's matrices [N, K] as blocks: (gate, up) alternating, or (down,)."""
+def encode(sources: Sequence[Tensor], scales: Sequence[Tensor] | None = None) -> Blocks:
+    """One expert's matrices [N, K] as blocks: (gate, up) alternating, or (down,).
+
+    Args:
+        sources: The matrices.
+        scales: Of e4m3: for each, what 16 outputs of 32 inputs have in common
+            [N / 16, K / 32], both rounded up.
+    """
     outputs, inputs = sources[0].shape
     rows, cols = round_up(outputs, BLOCK), round_up(inputs, STEP)
     bits = BITS[sources[0].element_size()]
-    stacked = sources[0].new_zeros(len(sources), rows, cols)
+    stacked = torch.zeros(len(sources), rows, cols, dtype=bits)
     for index, source in enumerate(sources):
-        stacked[index, :outputs, :inputs] = source
+        stacked[index, :outputs, :inputs] = source.view(bits)
     # [source, block, n, step, i] -> [block, source, step, n, i]
     parts = stacked.view(len(sources), -1, BLOCK, cols // 2, 2)
     lanes_BSL = parts.permute(1, 0, 3, 2, 4).reshape(-1, cols // 2, 2 * BLOCK)
     if len(lanes_BSL) % 2:
         lanes_BSL = torch.cat([lanes_BSL, torch.zeros_like(lanes_BSL[:1])])
-    kept_BSL = lanes_BSL.contiguous().view(bits) != 0
+    kept_BSL = lanes_BSL != 0
     weights_L = 2 ** torch.arange(2 * BLOCK)
     masks_BS = (kept_BSL * weights_L).sum(dim=2).to(torch.int32)
     counts_B = kept_BSL.sum(dim=(1, 2))
     starts_B1 = torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)])
     values = torch.cat([lanes_BSL[kept_BSL], lanes_BSL.new_zeros(TAIL)])
-    return Blocks(masks_BS[None], starts_B1[None], values)
+    return Blocks(
+        masks_BS[None],
+        starts_B1[None],
+        values.view(sources[0].dtype),
+        None if scales is None else alternate(scales)[None],
+    )
+
+
+def alternate(scales: Sequence[Tensor]) -> Tensor:
+    """The scales of each block [B, C], in the order of the blocks."""
+    scales_BC = torch.stack(list(scales), dim=1).flatten(0, 1).float()
+    if len(scales_BC) % 2:
+        scales_BC = torch.cat([scales_BC, torch.ones_like(scales_BC[:1])])
+    return scales_BC
 
 
 def join(experts: Sequence[Blocks]) -> Blocks:
     """Experts encoded one by one as one."""
     sizes = [len(expert.values) - TAIL for expert in experts]
     first = [sum(sizes[:index]) for index in range(len(sizes))]
-    pieces = [expert.values[:size] for expert, size in zip(experts, sizes, strict=True)]
-    tail = experts[0].values.new_zeros(TAIL)
+    # As integers: PyTorch does not join FP8.
+    bits = BITS[experts[0].values.element_size()]
+    pieces = [
+        expert.values.view(bits)[:size]
+        for expert, size in zip(experts, sizes, strict=True)
+    ]
+    values = torch.cat([*pieces, torch.zeros(TAIL, dtype=bits)])
+    starts = [
+        expert.starts_EB1 + start for expert, start in zip(experts, first, strict=True)
+    ]
+    scales = [expert.scales_EBC for expert in experts if expert.scales_EBC is not None]
     return Blocks(
         torch.cat([expert.masks_EBS for expert in experts]),
-        torch.cat(
-            [
-                expert.starts_EB1 + start
-                for expert, start in zip(experts, first, strict=True)
-            ]
-        ),
-        torch.cat([*pieces, tail]),
+        torch.cat(starts),
+        values.view(experts[0].values.dtype),
+        torch.cat(scales) if scales else None,
     )
 
 
 def decode(
-    blocks: Blocks, expert: int, sources: int, shape: tuple[int, int]
+    blocks: Blocks,
+    expert: int,
+    sources: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """The dense matrices [N, K] of one expert, without any host synchronisation.
 
@@ -98,6 +129,7 @@ def decode(
         expert: Which one.
         sources: How many matrices alternate: 2 for gate and up, 1 for down.
         shape: N and K.
+        dtype: Of weights that are values times scales; None: of what is stored.
     """
     outputs, inputs = shape
     masks_BS = blocks.masks_EBS[expert]
@@ -105,8 +137,14 @@ def decode(
     kept_BSL = (masks_BS[:, :, None] >> lanes_L) & 1
     rank_BX = kept_BSL.flatten(1).cumsum(dim=1, dtype=torch.int64) - 1
     index_BX = (blocks.starts_EB1[expert, :-1, None] + rank_BX).clamp_(min=0)
-    found_BX = blocks.values[index_BX]
-    dense_BX = torch.where(kept_BSL.flatten(1).bool(), found_BX, 0)
+    found_BX = blocks.values.view(BITS[blocks.values.element_size()])[index_BX]
+    bits_BX = torch.where(kept_BSL.flatten(1).bool(), found_BX, 0)
+    dense_BX = bits_BX.view(blocks.values.dtype)
+    if blocks.scales_EBC is not None and dtype is not None:
+        lanes = STEP * BLOCK  # that have a scale in common
+        dense_BCX = dense_BX.float().unflatten(1, (-1, lanes))
+        dense_BCX = dense_BCX * blocks.scales_EBC[expert, :, :, None]
+        dense_BX = dense_BCX.to(dtype).flatten(1)
     rows = round_up(outputs, BLOCK)
     lanes_BSL = dense_BX.view(*kept_BSL.shape)[: sources * rows // BLOCK]
     # [block, source, step, n, i] -> [source, block, n, step, i]
@@ -150,8 +188,8 @@ def fused_moe(
         token_n, slot_n = (local_TK == expert).nonzero(as_tuple=True)
         if len(token_n) == 0:
             continue
-        gate_FD, up_FD = decode(w13, expert, 2, (width, hidden))
-        (down_DF,) = decode(w2, expert, 1, (hidden, width))
+        gate_FD, up_FD = decode(w13, expert, 2, (width, hidden), x_TD.dtype)
+        (down_DF,) = decode(w2, expert, 1, (hidden, width), x_TD.dtype)
         x_nD = x_TD[token_n].float()
         gate_nF = x_nD @ gate_FD.float().T
         inner_nF = torch.nn.functional.silu(gate_nF) * (x_nD @ up_FD.float().T)

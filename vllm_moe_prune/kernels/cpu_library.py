@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import blocks
 from .bitmask import Bitmask, unpack
-from .blocks import BLOCK, PAIR, STEP, TAIL, Blocks, round_up
+from .blocks import BLOCK, FP8, PAIR, STEP, TAIL, Blocks, round_up
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,9 @@ LEVELS = ("portable", "AVX2", "AVX-512", "AVX-512 VBMI2 + BF16", "AMX")
 EXPAND, AMX = 3, 4
 NEVER = 1 << 40
 POINTERS = (
-    *("x", "weights", "ids", "expert_map", "w13_masks", "w13_starts", "w13_values"),
-    *("w2_masks", "w2_starts", "w2_values", "out"),
+    *("x", "weights", "ids", "expert_map"),
+    *("w13_masks", "w13_starts", "w13_values", "w13_scales"),
+    *("w2_masks", "w2_starts", "w2_values", "w2_scales", "out"),
 )
 NUMBERS = ("tokens", "top_k", "hidden", "width", "experts", "map_size", "tile_from")
 
@@ -105,11 +106,11 @@ def unpack_matrix(packed: Bitmask) -> Tensor:
     return dense_RC
 
 
-def encode(sources: Sequence[Tensor]) -> Blocks:
+def encode(sources: Sequence[Tensor], scales: Sequence[Tensor] | None = None) -> Blocks:
     """Like ``blocks.encode``, in native code."""
     found = library()
     if found is None:
-        return blocks.encode(sources)
+        return blocks.encode(sources, scales)
     sources = [source.contiguous() for source in sources]
     outputs, inputs = sources[0].shape
     assert all(
@@ -123,7 +124,7 @@ def encode(sources: Sequence[Tensor]) -> Blocks:
     stored = sum(
         int(torch.count_nonzero(source.view(blocks.BITS[size]))) for source in sources
     )
-    values = torch.empty(stored + TAIL, dtype=sources[0].dtype)
+    values = torch.empty(stored + TAIL, dtype=blocks.BITS[size])
     values[stored:] = 0
     pointers = (ctypes.c_void_p * len(sources))(*(s.data_ptr() for s in sources))
     found.moe_prune_encode(
@@ -136,7 +137,12 @@ def encode(sources: Sequence[Tensor]) -> Blocks:
         ctypes.c_void_p(starts_B1.data_ptr()),
         ctypes.c_void_p(values.data_ptr()),
     )
-    return Blocks(masks_BS[None], starts_B1[None], values)
+    return Blocks(
+        masks_BS[None],
+        starts_B1[None],
+        values.view(sources[0].dtype),
+        None if scales is None else blocks.alternate(scales)[None],
+    )
 
 
 def fused_moe(
@@ -182,8 +188,8 @@ def fused_moe(
     out_TD = torch.empty_like(x_TD)
     tensors = (
         *(x_TD, weights_TK, ids_TK, expert_map_G),
-        *(w13.masks_EBS, w13.starts_EB1, w13.values),
-        *(w2.masks_EBS, w2.starts_EB1, w2.values, out_TD),
+        *(w13.masks_EBS, w13.starts_EB1, w13.values, w13.scales_EBC),
+        *(w2.masks_EBS, w2.starts_EB1, w2.values, w2.scales_EBC, out_TD),
     )
     addresses = [None if item is None else item.data_ptr() for item in tensors]
     numbers = (
@@ -202,9 +208,17 @@ def _check(x_TD: Tensor, w13: Blocks, w2: Blocks, width: int) -> None:
     for part, pairs, inputs in ((w13, pairs13, hidden), (w2, pairs2, width)):
         assert part.masks_EBS.shape == (experts, 2 * pairs, round_up(inputs, STEP) // 2)
         assert part.starts_EB1.shape == (experts, 2 * pairs + 1)
-        assert part.values.dtype == x_TD.dtype
         assert part.masks_EBS.is_contiguous()
         assert part.starts_EB1.is_contiguous()
+        if part.scales_EBC is None:
+            assert part.values.dtype == x_TD.dtype
+        else:
+            steps = round_up(inputs, STEP) // STEP
+            assert part.values.dtype == FP8
+            assert part.scales_EBC.shape == (experts, 2 * pairs, steps)
+            assert part.scales_EBC.dtype == torch.float32
+            assert part.scales_EBC.is_contiguous()
+    assert (w13.scales_EBC is None) == (w2.scales_EBC is None)
 
 
 @cache

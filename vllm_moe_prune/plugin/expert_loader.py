@@ -1,7 +1,8 @@
 """Turns expert matrices, as they stream in, into the blocks that kernels run on.
 
-Matrices come dense or in parts, in any order, whole or not at all for this process.
-What is held beside the finished blocks is one expert's matrices. D hidden, F width.
+Matrices come dense or in parts, in any order, whole or not at all for this process; of
+FP8, scales come as well. What is held beside the finished blocks is one expert's
+matrices. D hidden, F width.
 """
 
 from collections.abc import Iterable
@@ -10,24 +11,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.compressed import PARTS
+from ..checkpoint.block_fp8 import SUFFIX
+from ..checkpoint.block_fp8 import Blocks as ScaleBlocks
 from ..errors import CheckpointError, ServeError
 from ..kernels import cpu_library
 from ..kernels.bitmask import Bitmask, check
-from ..kernels.blocks import Blocks, join
+from ..kernels.blocks import BLOCK, FP8, STEP, Blocks, join
+from .packed import is_complete
+
+KINDS = {"w1": "w13", "w3": "w13", "w2": "w2"}
+"""vLLM's gate, up and down, and which of them are encoded together."""
 
 
 class ExpertLoader:
     """One layer's experts on their way into memory."""
 
     def __init__(
-        self, layer: Any, *, experts: int, hidden: int, width: int, dtype: torch.dtype
+        self,
+        layer: Any,
+        *,
+        experts: int,
+        hidden: int,
+        width: int,
+        dtype: torch.dtype,
+        scaled: ScaleBlocks | None = None,
     ) -> None:
-        """For a layer of vLLM's; ``width`` is the part of this process."""
+        """For a layer of vLLM's.
+
+        Args:
+            layer: The layer.
+            experts: Of this process.
+            hidden: D.
+            width: The part of F of this process.
+            dtype: Of the weights, if they are not FP8.
+            scaled: Of FP8: what has a scale in common.
+
+        Raises:
+            ServeError: Processes would share what has a scale in common, or blocks.
+        """
         self.hidden, self.width = hidden, width
-        self._layer, self._dtype, self._experts = layer, dtype, experts
+        self._layer, self._experts, self._scaled = layer, experts, scaled
+        self._dtype = dtype if scaled is None else FP8
+        ranks = layer.moe_config.moe_parallel_config.tp_size
+        if scaled is not None and (
+            scaled.rows % BLOCK or scaled.cols % STEP or (ranks > 1 and width % STEP)
+        ):
+            raise ServeError(
+                f"{layer.layer_name}: FP8 experts with scales for {scaled.rows} x "
+                f"{scaled.cols} weights cannot be split into parts {width} wide; the "
+                f"sizes must divide by {BLOCK}, {STEP} and {STEP}. Use fewer ranks."
+            )
         self._parts: dict[tuple[int, str], dict[str, Tensor]] = {}
         self._dense: dict[int, dict[str, Tensor]] = {}
+        self._scales: dict[int, dict[str, Tensor]] = {}
         self._w13: dict[int, Blocks] = {}
         self._w2: dict[int, Blocks] = {}
         self._joined: dict[str, Blocks] = {}
@@ -51,7 +87,7 @@ class ExpertLoader:
         Args:
             param: The placeholder, which stays empty.
             loaded_weight: The tensor, for all processes.
-            weight_name: Ends in ``weight``, or in the name of a part.
+            weight_name: Ends in ``weight``, in the name of a part, or as scales do.
             shard_id: ``w1`` gate, ``w3`` up, ``w2`` down.
             expert_id: Among all experts.
             return_success: vLLM's; the answer is returned either way.
@@ -65,14 +101,19 @@ class ExpertLoader:
         local = self._layer._map_global_expert_id_to_local_expert_id(expert_id)
         if local < 0:
             return False
-        part = weight_name.rpartition(".")[2].rpartition("_")[2]
+        part = weight_name.rpartition(".")[2].partition("_")[2]
         if part == "weight":
             self._add(local, shard_id, loaded_weight, weight_name)
+            return True
+        if part == f"weight{SUFFIX}":
+            scales = self._grid(shard_id, loaded_weight, weight_name)
+            self._scales.setdefault(local, {})[shard_id] = scales
+            self._encode(local, KINDS[shard_id])
             return True
         parts = self._parts.setdefault((local, shard_id), {})
         # A copy: what vLLM hands over may be a view into a file that it will close.
         parts[part] = loaded_weight.clone()
-        if _is_complete(parts):
+        if is_complete(parts):
             del self._parts[local, shard_id]
             packed = Bitmask(parts["mask"], parts["values"], parts.get("offsets"))
             where = f"{weight_name}, expert {expert_id}, {shard_id}"
@@ -93,23 +134,55 @@ class ExpertLoader:
                 f"{name}: expert matrix {shard_id} has shape {list(dense.shape)}, "
                 f"expected {list(expected)}."
             )
+        if self._scaled is not None and dense.dtype != FP8:
+            raise CheckpointError(
+                f"{name}: expert matrix {shard_id} is {dense.dtype}; config.json "
+                f"says that weights are {FP8}."
+            )
         parallel = self._layer.moe_config.moe_parallel_config
         axis = 1 if shard_id == "w2" else 0
         if parallel.tp_size > 1:
             dense = dense.narrow(axis, parallel.tp_rank * self.width, self.width)
-        dense = dense.to(device="cpu", dtype=self._dtype)
-        if shard_id == "w2":
-            self._w2[local] = cpu_library.encode([dense])
-        else:
-            held = self._dense.setdefault(local, {})
-            held[shard_id] = dense.clone()
-            if len(held) == 2:
-                del self._dense[local]
-                self._w13[local] = cpu_library.encode([held["w1"], held["w3"]])
-        for kind, found in (("w13", self._w13), ("w2", self._w2)):
-            if len(found) == self._experts:
-                self._joined[kind] = join([found[e] for e in range(self._experts)])
-                found.clear()
+        held = self._dense.setdefault(local, {})
+        held[shard_id] = dense.to(device="cpu", dtype=self._dtype)
+        self._encode(local, KINDS[shard_id])
+        if shard_id in held:  # waits for another one; see above
+            held[shard_id] = held[shard_id].clone()
+
+    def _grid(self, shard_id: str, scales: Tensor, name: str) -> Tensor:
+        """The scale of each BLOCK outputs and STEP inputs, of this process."""
+        assert self._scaled is not None
+        whole = self._whole_shape(shard_id)
+        expected = self._scaled.scale_shape(whole)
+        if tuple(scales.shape) != expected:
+            raise CheckpointError(
+                f"{name}: the scales of {shard_id} have shape {list(scales.shape)}, "
+                f"expected {list(expected)}."
+            )
+        start = self._layer.moe_config.moe_parallel_config.tp_rank * self.width
+        here = (
+            (self.hidden, self.width) if shard_id == "w2" else (self.width, self.hidden)
+        )
+        first = (0, start) if shard_id == "w2" else (start, 0)
+        rows = (first[0] + torch.arange(0, here[0], BLOCK)) // self._scaled.rows
+        cols = (first[1] + torch.arange(0, here[1], STEP)) // self._scaled.cols
+        return scales.to(device="cpu", dtype=torch.float32)[rows][:, cols]
+
+    def _encode(self, local: int, kind: str) -> None:
+        """Gate with up, or down, once everything of it is there."""
+        shards = [shard for shard, each in KINDS.items() if each == kind]
+        held, scales = self._dense.get(local, {}), self._scales.get(local, {})
+        scaled = self._scaled is not None
+        if not all(s in held and (s in scales or not scaled) for s in shards):
+            return
+        found = self._w13 if kind == "w13" else self._w2
+        found[local] = cpu_library.encode(
+            [held.pop(shard) for shard in shards],
+            [scales.pop(shard) for shard in shards] if scaled else None,
+        )
+        if len(found) == self._experts:
+            self._joined[kind] = join([found[e] for e in range(self._experts)])
+            found.clear()
 
     def finished(self) -> tuple[Blocks, Blocks]:
         """Gate with up, and down, of all experts of this process.
@@ -125,13 +198,6 @@ class ExpertLoader:
                 "moe_prune, --load-format dummy has none to load."
             )
         return self._joined["w13"], self._joined["w2"]
-
-
-def _is_complete(parts: dict[str, Tensor]) -> bool:
-    """Whether all parts are there; values of three axes have no offsets."""
-    fixed = "values" in parts and parts["values"].dim() == 3
-    wanted = [part for part in PARTS if part != "offsets" or not fixed]
-    return all(part in parts for part in wanted)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -3,9 +3,11 @@
 For any model whose experts are vLLM's ``RoutedExperts``. Selected by a compressed
 checkpoint's ``quantization_config``, or by ``--quantization moe_prune`` on a dense one,
 whose zeros are then left out while it loads. Everything else (attention, shared
-experts, routers) stays vLLM's. D hidden, F width, T tokens, K slots per token.
+experts, routers) stays vLLM's; in an FP8 checkpoint, its method for FP8 has that. D
+hidden, F width, T tokens, K slots per token.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +23,15 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
-from ..checkpoint.compressed import METHOD, PARTS, parse_storage
+from ..checkpoint.block_fp8 import SUFFIX, read_blocks
+from ..checkpoint.block_fp8 import Blocks as ScaleBlocks
+from ..checkpoint.compressed import CONFIG_KEY, METHOD, PARTS, parse_storage
 from ..errors import ServeError
 from ..kernels.blocks import Blocks, decode
 from .expert_loader import ExpertLoader
@@ -36,10 +41,21 @@ from .sparse_op import sparse_moe
 class MoePruneConfig(QuantizationConfig):
     """What vLLM asks a quantisation method for."""
 
-    def __init__(self, dense_layers: frozenset[int] = frozenset()) -> None:
-        """Dense layers are those whose experts the checkpoint stores dense."""
+    def __init__(
+        self,
+        dense_layers: frozenset[int] = frozenset(),
+        fp8: QuantizationConfig | None = None,
+        scaled: ScaleBlocks | None = None,
+    ) -> None:
+        """Everything about how the checkpoint is stored.
+
+        Args:
+            dense_layers: Layers whose experts are stored dense.
+            fp8: vLLM's, of an FP8 checkpoint.
+            scaled: What has a scale in common there.
+        """
         super().__init__()
-        self.dense_layers = dense_layers
+        self.dense_layers, self.fp8, self.scaled = dense_layers, fp8, scaled
 
     @classmethod
     def get_name(cls) -> str:
@@ -67,24 +83,34 @@ class MoePruneConfig(QuantizationConfig):
 
         Raises:
             CheckpointError: The block is not one that this version writes.
-            ServeError: Its values are FP8.
         """
-        storage = parse_storage(config, "config.json")
-        if storage.dense_config.quantization_config is not None:
-            raise ServeError(
-                f"quantization {METHOD}: compressed FP8 experts cannot be served yet. "
-                "Convert the checkpoint with `vllm-moe-prune convert --layout dense`."
-            )
-        return cls(frozenset(storage.dense_layers))
+        where = "config.json"
+        storage = parse_storage(config, where)
+        dense_layers = frozenset(storage.dense_layers)
+        dense = storage.dense_config.quantization_config
+        scaled = read_blocks({CONFIG_KEY: dense}, Path(where))
+        if dense is None or scaled is None:
+            return cls(dense_layers)
+        fp8 = get_quantization_config("fp8").from_config(dense)
+        return cls(dense_layers, fp8, scaled)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Names of layers as vLLM has them."""
+        if self.fp8 is not None:
+            self.fp8.apply_vllm_mapper(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Ours for routed experts, vLLM's plain one for everything else."""
+        """Ours for routed experts, vLLM's own for everything else."""
         if isinstance(layer, RoutedExperts):
             dense = extract_layer_index(prefix) in self.dense_layers
-            # vLLM's CPU kernel ignores the expert map, ours never does.
-            if dense and not _splits_experts_on_cpu(layer):
-                return UnquantizedFusedMoEMethod(layer.moe_config)
-            return SparseMoEMethod(layer.moe_config)
+            # vLLM's CPU kernels ignore the expert map, ours never does.
+            if not dense or _splits_experts_on_cpu(layer):
+                return SparseMoEMethod(layer.moe_config, self.scaled)
+        if self.fp8 is not None:
+            self.fp8.packed_modules_mapping = self.packed_modules_mapping
+            return self.fp8.get_quant_method(layer, prefix)
+        if isinstance(layer, RoutedExperts):
+            return UnquantizedFusedMoEMethod(layer.moe_config)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 
@@ -95,13 +121,21 @@ def _splits_experts_on_cpu(layer: RoutedExperts) -> bool:
 class SparseMoEMethod(FusedMoEMethodBase):
     """Routed experts as blocks of masks and values; one custom op runs a layer."""
 
-    def __init__(self, moe: FusedMoEConfig) -> None:
+    def __init__(self, moe: FusedMoEConfig, scaled: ScaleBlocks | None = None) -> None:
         """Refuses what no kernel here computes.
+
+        Args:
+            moe: vLLM's.
+            scaled: Of FP8: what has a scale in common.
 
         Raises:
             ServeError: Naming the activation or the bias.
         """
         super().__init__(moe)
+        self.scaled = scaled
+        self._suffixes = ("weight", *PARTS)
+        if scaled is not None:
+            self._suffixes += (f"weight{SUFFIX}",)
         if moe.activation != MoEActivation.SILU or moe.has_bias:
             bias = " with biases" if moe.has_bias else ""
             raise ServeError(
@@ -126,11 +160,12 @@ class SparseMoEMethod(FusedMoEMethodBase):
             hidden=hidden_size,
             width=intermediate_size_per_partition,
             dtype=params_dtype,
+            scaled=self.scaled,
         )
         layer.moe_prune_loader = loader
         dtypes = {"mask": torch.uint8, "offsets": torch.int64}
         for matrix in ("w13", "w2"):
-            for part in ("weight", *PARTS):
+            for part in self._suffixes:
                 # Their sizes are known when they arrive: every expert has its own.
                 empty = torch.empty(0, dtype=dtypes.get(part, params_dtype))
                 parameter = Parameter(empty, requires_grad=False)
@@ -147,23 +182,23 @@ class SparseMoEMethod(FusedMoEMethodBase):
         w13, w2 = loader.finished()
         del layer.moe_prune_loader
         for matrix in ("w13", "w2"):
-            for part in ("weight", *PARTS):
+            for part in self._suffixes:
                 delattr(layer, f"{matrix}_{part}")
         few = w13.nbytes + w2.nbytes >= loader.dense_bytes
-        if few and not _splits_experts_on_cpu(layer):
+        if few and self.scaled is None and not _splits_experts_on_cpu(layer):
             _hand_over(self.moe, layer, loader, w13, w2)
             return
         device = torch.get_default_device()
         for name, blocks in (("w13", w13), ("w2", w2)):
-            layer.register_buffer(
-                f"{name}_masks", blocks.masks_EBS.to(device), persistent=False
-            )
-            layer.register_buffer(
-                f"{name}_starts", blocks.starts_EB1.to(device), persistent=False
-            )
-            layer.register_buffer(
-                f"{name}_values", blocks.values.to(device), persistent=False
-            )
+            parts = {
+                "masks": blocks.masks_EBS,
+                "starts": blocks.starts_EB1,
+                "values": blocks.values,
+                "scales": blocks.scales_EBC,
+            }
+            for part, tensor in parts.items():
+                held = None if tensor is None else tensor.to(device)
+                layer.register_buffer(f"{name}_{part}", held, persistent=False)
         layer.moe_prune_width = loader.width
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
@@ -193,9 +228,11 @@ class SparseMoEMethod(FusedMoEMethodBase):
             layer.w13_masks,
             layer.w13_starts,
             layer.w13_values,
+            layer.w13_scales,
             layer.w2_masks,
             layer.w2_starts,
             layer.w2_values,
+            layer.w2_scales,
             layer.moe_prune_width,
         )
 

@@ -20,8 +20,9 @@ NAMESPACE = "vllm_moe_prune"
 LIBRARY = Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(  # type: ignore[no-untyped-call]
     "sparse_moe(Tensor x, Tensor weights, Tensor ids, Tensor? expert_map, "
-    "Tensor w13_masks, Tensor w13_starts, Tensor w13_values, "
-    "Tensor w2_masks, Tensor w2_starts, Tensor w2_values, int width) -> Tensor"
+    "Tensor w13_masks, Tensor w13_starts, Tensor w13_values, Tensor? w13_scales, "
+    "Tensor w2_masks, Tensor w2_starts, Tensor w2_values, Tensor? w2_scales, "
+    "int width) -> Tensor"
 )
 
 
@@ -39,13 +40,15 @@ def _of_parts(run: Run) -> Callable[..., Tensor]:
         w13_masks: Tensor,
         w13_starts: Tensor,
         w13_values: Tensor,
+        w13_scales: Tensor | None,
         w2_masks: Tensor,
         w2_starts: Tensor,
         w2_values: Tensor,
+        w2_scales: Tensor | None,
         width: int,
     ) -> Tensor:
-        w13 = Blocks(w13_masks, w13_starts, w13_values)
-        w2 = Blocks(w2_masks, w2_starts, w2_values)
+        w13 = Blocks(w13_masks, w13_starts, w13_values, w13_scales)
+        w2 = Blocks(w2_masks, w2_starts, w2_values, w2_scales)
         return run(x_TD, weights_TK, ids_TK, expert_map_G, w13, w2, width)
 
     return unpacked
@@ -67,10 +70,10 @@ def _on_cuda(
     gate_up = _workspace(device, x_TD.dtype, (experts, 2 * width, hidden))
     down = _workspace(device, x_TD.dtype, (experts, hidden, width))
     for expert in range(experts):
-        gate_FD, up_FD = decode(w13, expert, 2, (width, hidden))
+        gate_FD, up_FD = decode(w13, expert, 2, (width, hidden), x_TD.dtype)
         gate_up[expert, :width].copy_(gate_FD)
         gate_up[expert, width:].copy_(up_FD)
-        down[expert].copy_(decode(w2, expert, 1, (hidden, width))[0])
+        down[expert].copy_(decode(w2, expert, 1, (hidden, width), x_TD.dtype)[0])
     found: Tensor = fused_experts(
         x_TD,
         gate_up,

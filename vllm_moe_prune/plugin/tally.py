@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..archs.spec import ROUTER_ROLES, MoeArch, Role
-from ..checkpoint.compressed import dense_name
+from ..checkpoint.compressed import dense_names
 from ..checkpoint.gptq_awq import auto_name
 from ..checkpoint.quantised import values_name
 from ..errors import CheckpointError
@@ -82,10 +82,12 @@ class WeightTally:
 
     def _pieces(self, name: str, tensor: torch.Tensor) -> Iterator[Piece]:
         # Of a matrix stored in parts one counts; the loader wants all of them.
-        dense: str | None = name
-        for known_as in (values_name, auto_name, dense_name):
-            dense = None if dense is None else known_as(dense)
-        found = None if dense is None else self._match(dense)
+        known: str | None = name
+        for known_as in (values_name, auto_name):
+            known = None if known is None else known_as(known)
+        candidates = () if known is None else dense_names(known)
+        matches = (self._match(each) for each in candidates)
+        found = next((match for match in matches if match is not None), None)
         if found is None:
             return
         match, role = found

@@ -1,21 +1,21 @@
 // AMX tiles: 16 steps of a block, expanded, are a tile of weights as they stand.
-// Up to 32 tokens use an expansion at once, from a buffer in the first-level cache; for
-// more, a pair of blocks is expanded whole into the second-level cache and read again.
+// Up to 32 tokens use an expansion at once, from a buffer in the first-level cache. For
+// more, a chunk of some pairs is expanded into the second-level cache, while the first
+// 32 tokens are multiplied; the others read it from there.
 
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cstring>
 #include <vector>
 
-#include "moe.h"
+#include "expansion.h"
 
 namespace moe_prune {
 namespace {
 
-constexpr int AHEAD = 1024;
 constexpr int TILE = 512;  // elements of a tile, of weights and of tokens
+constexpr int64_t CHUNK = 512;  // inputs expanded before other tokens use them
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
@@ -30,41 +30,33 @@ struct alignas(64) TileConfig {
 inline void written() { __asm__ __volatile__("" ::: "memory"); }
 
 // 16 steps of a block, dense, in the order of a tile.
-inline const uint16_t* expand(const uint32_t* masks, const uint16_t* values,
-                              uint16_t* tile) {
-  for (int step = 0; step < 16; ++step) {
-    uint32_t mask = masks[step];
-    if (step % 2 == 0)
-      _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
-    __m512i packed = _mm512_loadu_si512(values);
-    _mm512_store_si512(tile + step * 32, _mm512_maskz_expand_epi16(mask, packed));
-    values += __builtin_popcount(mask);
+template <class V>
+inline void expand(Cursor<V>& at, uint16_t* tile) {
+  _mm_prefetch(reinterpret_cast<const char*>(at.masks) + AHEAD, _MM_HINT_T0);
+  for (int step = 0; step < STEP / 2; ++step) {
+    if (step % 2 == 0) at.prefetch();
+    _mm512_store_si512(tile + step * 32, at.expanded(step));
   }
-  return values;
+  at.masks += STEP / 2;
+  at.scales = V::after(at.scales, STEP / 2);
 }
 
 // Tiles 0 to 3: sums of (token tile, block); 4 and 5: tokens; 6 and 7: weights.
-inline void zero_sums() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-
-// x points at a tile of tokens; the tile of the next 16 tokens is next_tokens behind it.
 template <int TOKEN_TILES>
-inline void multiply(const uint16_t* x, int64_t next_tokens, const uint16_t* first,
-                     const uint16_t* second) {
-  written();
-  _tile_loadd(6, first, 64);
-  _tile_loadd(7, second, 64);
-  _tile_loadd(4, x, 64);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 4, 7);
+inline void load_sums(const float* y, bool none) {
+  constexpr int64_t stride = WIDTH * sizeof(float);
+  if (none) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    return;
+  }
+  _tile_loadd(0, y, stride);
+  _tile_loadd(1, y + BLOCK, stride);
   if (TOKEN_TILES == 2) {
-    _tile_loadd(5, x + next_tokens, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(2, y + ROWS * WIDTH, stride);
+    _tile_loadd(3, y + ROWS * WIDTH + BLOCK, stride);
   }
 }
 
@@ -79,58 +71,143 @@ inline void store_sums(float* y) {
   }
 }
 
+// x points at a tile of tokens; the tile of the next 16 tokens is next_tokens behind it.
 template <int TOKEN_TILES>
-void at_once(const Stream pair[2], const uint16_t* x, int64_t k, float* y) {
-  alignas(64) uint16_t tiles[2][2][TILE];
-  const uint16_t* values[2] = {static_cast<const uint16_t*>(pair[0].values),
-                               static_cast<const uint16_t*>(pair[1].values)};
-  zero_sums();
-  for (int64_t k0 = 0; k0 < k; k0 += STEP, x += TILE) {
-    // Two buffers in turn: expanding the next one need not wait for the tile loads.
-    auto& now = tiles[(k0 / STEP) % 2];
-    for (int b = 0; b < 2; ++b)
-      values[b] = expand(pair[b].masks + k0 / 2, values[b], now[b]);
-    multiply<TOKEN_TILES>(x, ROWS * k, now[0], now[1]);
+inline void multiply(const uint16_t* x, int64_t next_tokens, const uint16_t* weights) {
+  written();
+  _tile_loadd(6, weights, 64);
+  _tile_loadd(7, weights + TILE, 64);
+  _tile_loadd(4, x, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  if (TOKEN_TILES == 2) {
+    _tile_loadd(5, x + next_tokens, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// Expands inputs of a pair and multiplies up to 32 tokens by them. The panel keeps all
+// tiles, or only two in turn: expanding the next one need not wait for the tile loads.
+template <class V, int TOKEN_TILES>
+void at_once(Cursor<V> pair[2], int64_t inputs, const uint16_t* x, int64_t next_tokens,
+             uint16_t* panel, bool keep, float* y, bool none) {
+  load_sums<TOKEN_TILES>(y, none);
+  for (int64_t step = 0; step < inputs / STEP; ++step, x += TILE) {
+    uint16_t* tiles = panel + (keep ? step : step % 2) * 2 * TILE;
+    expand(pair[0], tiles);
+    expand(pair[1], tiles + TILE);
+    multiply<TOKEN_TILES>(x, next_tokens, tiles);
   }
   store_sums<TOKEN_TILES>(y);
 }
 
+// Memory that will be needed, fetched bit by bit while tiles are multiplied.
+struct Ahead {
+  const char* next;
+  const char* end;
+
+  void fetch() {
+    if (next >= end) return;
+    _mm_prefetch(next, _MM_HINT_T1);
+    next += 64;
+  }
+};
+
 template <int TOKEN_TILES>
-void from_panel(const uint16_t* panel, const uint16_t* x, int64_t k, float* y) {
-  zero_sums();
-  for (int64_t k0 = 0; k0 < k; k0 += STEP, panel += 2 * TILE, x += TILE)
-    multiply<TOKEN_TILES>(x, ROWS * k, panel, panel + TILE);
+void from_panel(const uint16_t* panel, int64_t inputs, const uint16_t* x,
+                int64_t next_tokens, float* y, bool none, Ahead ahead[2], int lines) {
+  load_sums<TOKEN_TILES>(y, none);
+  for (int64_t step = 0; step < inputs / STEP; ++step, panel += 2 * TILE, x += TILE) {
+    multiply<TOKEN_TILES>(x, next_tokens, panel);
+    for (int line = 0; line < lines; ++line) {
+      ahead[0].fetch();
+      ahead[1].fetch();
+    }
+  }
   store_sums<TOKEN_TILES>(y);
 }
 
-uint16_t* panel_for(int64_t k) {
+uint16_t* panel_for(int64_t elements) {
   thread_local std::vector<uint16_t> memory;
-  size_t needed = 2 * BLOCK * k + 32;
+  size_t needed = elements + 32;
   if (memory.size() < needed) memory.resize(needed);
   auto address = reinterpret_cast<uintptr_t>(memory.data());
   return reinterpret_cast<uint16_t*>((address + 63) / 64 * 64);
+}
+
+template <class V>
+void one_pair(const Stream pair[2], const void* x_tiles, int64_t m, int64_t k, float* y) {
+  alignas(64) uint16_t tiles[4 * TILE];
+  const uint16_t* x = static_cast<const uint16_t*>(x_tiles);
+  Cursor<V> at[2] = {Cursor<V>(pair[0]), Cursor<V>(pair[1])};
+  if (m <= ROWS)
+    at_once<V, 1>(at, k, x, 0, tiles, false, y, true);
+  else
+    at_once<V, 2>(at, k, x, ROWS * k, tiles, false, y, true);
+}
+
+template <class V>
+void some_pairs(const Stream* blocks, int64_t pairs, const void* x_tiles, int64_t m,
+                int64_t k, float* y, int64_t y_pair) {
+  const uint16_t* x = static_cast<const uint16_t*>(x_tiles);
+  uint16_t* panels = panel_for(pairs * CHUNK * WIDTH);
+  Cursor<V> at[GROUP][2];
+  Ahead ahead[GROUP][2];
+  for (int64_t b = 0; b < 2 * pairs; ++b) at[b / 2][b % 2] = Cursor<V>(blocks[b]);
+  const int64_t two = 2 * ROWS, later = (m - 1) / two;  // groups of tokens but the first
+  for (int64_t k0 = 0; k0 < k; k0 += CHUNK) {
+    const int64_t inputs = k - k0 < CHUNK ? k - k0 : CHUNK;
+    const bool none = k0 == 0;
+    int64_t most = 0;
+    for (int64_t p = 0; p < pairs; ++p) {
+      const void* before[2] = {at[p][0].values, at[p][1].values};
+      at_once<V, 2>(at[p], inputs, x + k0 * ROWS, ROWS * k, panels + p * CHUNK * WIDTH, true,
+                 y + p * y_pair, none);
+      for (int b = 0; b < 2; ++b) {
+        // The next chunk is about as long as this one.
+        auto next = reinterpret_cast<const char*>(at[p][b].values);
+        int64_t bytes = next - static_cast<const char*>(before[b]);
+        ahead[p][b] = {next, next + (k0 + CHUNK < k ? bytes : 0)};
+        most = bytes > most ? bytes : most;
+      }
+    }
+    const int64_t loads = later * (inputs / STEP) * 64;
+    const int lines = static_cast<int>((most + loads - 1) / loads);
+    for (int64_t row = two; row < m; row += two) {
+      const uint16_t* tokens = x + row * k + k0 * ROWS;
+      for (int64_t p = 0; p < pairs; ++p) {
+        const uint16_t* panel = panels + p * CHUNK * WIDTH;
+        float* sums = y + p * y_pair + row * WIDTH;
+        if (m - row > ROWS)
+          from_panel<2>(panel, inputs, tokens, ROWS * k, sums, none, ahead[p], lines);
+        else
+          from_panel<1>(panel, inputs, tokens, 0, sums, none, ahead[p], lines);
+      }
+    }
+  }
 }
 
 }  // namespace
 
 void pair_amx(const Stream pair[2], const void* x_tiles, int64_t, int64_t m, int64_t k,
               float* y) {
-  const uint16_t* x = static_cast<const uint16_t*>(x_tiles);
-  if (m <= ROWS) return at_once<1>(pair, x, k, y);
-  if (m <= 2 * ROWS) return at_once<2>(pair, x, k, y);
-  uint16_t* panel = panel_for(k);
-  const uint16_t* values[2] = {static_cast<const uint16_t*>(pair[0].values),
-                               static_cast<const uint16_t*>(pair[1].values)};
-  for (int64_t k0 = 0; k0 < k; k0 += STEP)
-    for (int b = 0; b < 2; ++b)
-      values[b] = expand(pair[b].masks + k0 / 2, values[b],
-                         panel + (k0 / STEP * 2 + b) * TILE);
-  for (int64_t row = 0; row < m; row += 2 * ROWS) {
-    if (m - row > ROWS)
-      from_panel<2>(panel, x + row * k, k, y + row * WIDTH);
-    else
-      from_panel<1>(panel, x + row * k, k, y + row * WIDTH);
-  }
+  one_pair<Plain>(pair, x_tiles, m, k, y);
+}
+
+void pair_amx_f8(const Stream pair[2], const void* x_tiles, int64_t, int64_t m,
+                 int64_t k, float* y) {
+  one_pair<Scaled>(pair, x_tiles, m, k, y);
+}
+
+void pairs_amx(const Stream* blocks, int64_t pairs, const void* x_tiles, int64_t m,
+               int64_t k, float* y, int64_t y_pair) {
+  some_pairs<Plain>(blocks, pairs, x_tiles, m, k, y, y_pair);
+}
+
+void pairs_amx_f8(const Stream* blocks, int64_t pairs, const void* x_tiles, int64_t m,
+                  int64_t k, float* y, int64_t y_pair) {
+  some_pairs<Scaled>(blocks, pairs, x_tiles, m, k, y, y_pair);
 }
 
 bool amx_allowed() {

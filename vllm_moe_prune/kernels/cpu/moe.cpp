@@ -46,12 +46,12 @@ struct Kernels {
   ActivationKernel activate;
 };
 
-Kernels generic(int32_t level, int32_t type) {
-#define MOE_PRUNE_PICK(isa)                                           \
-  switch (type) {                                                     \
-    case AS_BF16: return {isa::pair_bf16, isa::activate_bf16};           \
-    case AS_F16: return {isa::pair_f16, isa::activate_f16};              \
-    default: return {isa::pair_f32, isa::activate_f32};               \
+Kernels generic(int32_t level, int32_t type, bool f8) {
+#define MOE_PRUNE_PICK(isa)                                                            \
+  switch (type) {                                                                      \
+    case AS_BF16: return {f8 ? isa::pair_f8_bf16 : isa::pair_bf16, isa::activate_bf16}; \
+    case AS_F16: return {f8 ? isa::pair_f8_f16 : isa::pair_f16, isa::activate_f16};     \
+    default: return {f8 ? isa::pair_f8_f32 : isa::pair_f32, isa::activate_f32};         \
   }
 #ifdef MOE_PRUNE_X86
   if (level >= AVX512) MOE_PRUNE_PICK(avx512)
@@ -61,6 +61,9 @@ Kernels generic(int32_t level, int32_t type) {
 }
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+constexpr int64_t TOKENS = 512;    // of an expert that are multiplied by an expansion
+constexpr int64_t SUMS = 1 << 18;  // floats of a thread that stay in its caches
 
 int64_t element_bytes(int32_t type) { return type == AS_F32 ? 4 : 2; }
 
@@ -148,20 +151,24 @@ void unpack(const uint8_t* mask, const void* values_bytes, const int64_t* starts
   }
 }
 
-// A layer's weights: [experts][blocks][k / 2] masks, [experts][blocks + 1] starts.
+// A layer's weights: [experts][blocks][k / 2] masks, [experts][blocks + 1] starts,
+// [experts][blocks][k / STEP] scales, if any.
 struct Weights {
   const uint32_t* masks;
   const int64_t* starts;
   const void* values;
+  const float* scales;
   int64_t blocks;
   int64_t k;
+  int64_t bytes;  // of a value
 
-  void pair(int64_t expert, int64_t index, int64_t bytes, Stream found[2]) const {
+  void pair(int64_t expert, int64_t index, Stream found[2]) const {
     for (int b = 0; b < 2; ++b) {
       int64_t block = 2 * index + b;
       int64_t start = starts[expert * (blocks + 1) + block];
       found[b].masks = masks + (expert * blocks + block) * (k / 2);
       found[b].values = static_cast<const char*>(values) + start * bytes;
+      found[b].scales = scales ? scales + (expert * blocks + block) * (k / STEP) : nullptr;
     }
   }
 };
@@ -180,7 +187,7 @@ struct Scratch {
 
 extern "C" {
 
-// The arguments of moe_prune_run; plugin/cpu_kernel.py has the same list.
+// The arguments of moe_prune_run; kernels/cpu_library.py has the same list.
 struct MoePruneLayer {
   const void* x;         // [tokens][hidden]
   const float* weights;  // [tokens][top_k]
@@ -189,9 +196,11 @@ struct MoePruneLayer {
   const uint32_t* w13_masks;
   const int64_t* w13_starts;
   const void* w13_values;
+  const float* w13_scales;  // of e4m3; null: values are of the type of tokens
   const uint32_t* w2_masks;
   const int64_t* w2_starts;
   const void* w2_values;
+  const float* w2_scales;
   void* out;  // [tokens][hidden]
   int64_t tokens, top_k, hidden, width, experts, map_size;
   int64_t tile_from;  // tokens of an expert from which AMX tiles are used
@@ -206,10 +215,9 @@ int32_t moe_prune_level() {
 void moe_prune_encode(const void* const* sources, int64_t n_sources, int64_t rows,
                       int64_t cols, int32_t bytes, uint32_t* masks, int64_t* starts,
                       void* values) {
-  if (bytes == 2)
-    encode<uint16_t>(sources, n_sources, rows, cols, masks, starts, values);
-  else
-    encode<uint32_t>(sources, n_sources, rows, cols, masks, starts, values);
+  if (bytes == 1) encode<uint8_t>(sources, n_sources, rows, cols, masks, starts, values);
+  if (bytes == 2) encode<uint16_t>(sources, n_sources, rows, cols, masks, starts, values);
+  if (bytes == 4) encode<uint32_t>(sources, n_sources, rows, cols, masks, starts, values);
 }
 
 void moe_prune_unpack(const uint8_t* mask, const void* values, const int64_t* starts,
@@ -225,9 +233,13 @@ void moe_prune_run(const MoePruneLayer* layer) {
   const int64_t k13 = round_up(p.hidden, STEP), k2 = round_up(p.width, STEP);
   const int64_t pairs13 = round_up(p.width, BLOCK) / BLOCK;
   const int64_t pairs2 = round_up(p.hidden, WIDTH) / WIDTH;
-  const Weights w13{p.w13_masks, p.w13_starts, p.w13_values, 2 * pairs13, k13};
-  const Weights w2{p.w2_masks, p.w2_starts, p.w2_values, 2 * pairs2, k2};
-  const Kernels base = generic(p.level, p.type);
+  const bool f8 = p.w13_scales != nullptr;
+  const int64_t stored = f8 ? 1 : bytes;
+  const Weights w13{p.w13_masks,  p.w13_starts, p.w13_values, p.w13_scales,
+                    2 * pairs13, k13,          stored};
+  const Weights w2{p.w2_masks, p.w2_starts, p.w2_values, p.w2_scales,
+                   2 * pairs2, k2,          stored};
+  const Kernels base = generic(p.level, p.type, f8);
 
   // Tokens sorted by expert; each expert's rows are padded to whole tiles.
   const int64_t slots = p.tokens * p.top_k;
@@ -276,22 +288,51 @@ void moe_prune_run(const MoePruneLayer* layer) {
   };
   const int64_t n_active = static_cast<int64_t>(active.size());
 
+  // Pairs that one thread takes at a time: several, where they share tokens in tiles, but
+  // so few that all threads have work until the end, and that their sums stay in caches.
+  const int64_t threads = omp_get_max_threads();
+  const int64_t group13 = std::clamp<int64_t>(n_active * pairs13 / (4 * threads), 1, GROUP);
+  const int64_t fit = std::max<int64_t>(1, SUMS / (std::max<int64_t>(p.tokens, 1) * WIDTH));
+  const int64_t group2 =
+      std::clamp<int64_t>(pairs2 / (4 * threads), 1, std::min<int64_t>(GROUP, fit));
+  const int64_t groups13 = (pairs13 + group13 - 1) / group13;
+  const int64_t groups2 = (pairs2 + group2 - 1) / group2;
+  const int64_t y_rows = std::min(most, TOKENS);
+
 #pragma omp parallel
   {
-    std::vector<float> y(most * WIDTH), sums(p.tokens * WIDTH);
+    std::vector<float> y(std::max(group13, group2) * y_rows * WIDTH);
+    std::vector<float> sums(group2 * p.tokens * WIDTH);
 #ifdef MOE_PRUNE_X86
     if (may_tile) amx_begin();
 #endif
-    auto multiply = [&](const Weights& w, const Active& a, int64_t index,
-                        Scratch& rows, int64_t stride) {
-      Stream blocks[2];
-      w.pair(a.expert, index, bytes, blocks);
+    // y[pairs][y_rows][WIDTH] of some rows of an expert, TOKENS at most.
+    auto multiply = [&](const Weights& w, const Active& a, int64_t first, int64_t pairs,
+                        Scratch& buffer, int64_t stride, int64_t row, int64_t rows) {
+      Stream blocks[2 * GROUP];
+      for (int64_t i = 0; i < pairs; ++i)
+        w.pair(a.expert, first + i, blocks + 2 * i);
+      const void* x = place(buffer, stride, a, row, 0);
       PairKernel kernel = base.pair;
 #ifdef MOE_PRUNE_X86
-      if (p.type == AS_BF16 && p.level >= EXPAND)
-        kernel = a.tiled ? pair_amx : pair_expand;
+      if (a.tiled && rows > 2 * ROWS) {
+        PairsKernel together = f8 ? pairs_amx_f8 : pairs_amx;
+        return together(blocks, pairs, x, rows, w.k, y.data(), y_rows * WIDTH);
+      }
+      if (a.tiled)
+        kernel = f8 ? pair_amx_f8 : pair_amx;
+      else if (p.type == AS_BF16 && p.level >= EXPAND)
+        kernel = f8 ? pair_expand_f8 : pair_expand;
 #endif
-      kernel(blocks, place(rows, stride, a, 0, 0), stride, a.rows, w.k, y.data());
+      for (int64_t i = 0; i < pairs; ++i)
+        kernel(blocks + 2 * i, x, stride, rows, w.k, y.data() + i * y_rows * WIDTH);
+    };
+    // As even as possible, in whole tiles.
+    auto each_part = [&](const Active& a, auto&& use) {
+      const int64_t parts = (a.rows + TOKENS - 1) / TOKENS;
+      const int64_t step = round_up((a.rows + parts - 1) / parts, 2 * ROWS);
+      for (int64_t row = 0; row < a.rows; row += step)
+        use(row, std::min(step, a.rows - row));
     };
 
     for (const Active& a : active) {
@@ -313,37 +354,47 @@ void moe_prune_run(const MoePruneLayer* layer) {
     }
 #pragma omp barrier
 
-#pragma omp for schedule(dynamic, 8)
-    for (int64_t task = 0; task < n_active * pairs13; ++task) {
-      const Active& a = active[task / pairs13];
-      int64_t column = task % pairs13 * BLOCK;
-      multiply(w13, a, task % pairs13, inputs, stride13);
-      if (!a.tiled) {
-        char* h = place(inner, stride2, a, 0, column);
-        base.activate(y.data(), a.rows, h, stride2);
-      }
-      for (int64_t row = 0; a.tiled && row < a.rows; row += ROWS)
-        base.activate(y.data() + row * WIDTH, ROWS, place(inner, stride2, a, row, column),
-                      STEP);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < n_active * groups13; ++task) {
+      const Active& a = active[task / groups13];
+      const int64_t first = task % groups13 * group13;
+      const int64_t pairs = std::min(group13, pairs13 - first);
+      each_part(a, [&](int64_t start, int64_t rows) {
+        multiply(w13, a, first, pairs, inputs, stride13, start, rows);
+        for (int64_t i = 0; i < pairs; ++i) {
+          const float* found = y.data() + i * y_rows * WIDTH;
+          const int64_t column = (first + i) * BLOCK;
+          if (!a.tiled)
+            base.activate(found, rows, place(inner, stride2, a, start, column), stride2);
+          for (int64_t row = 0; a.tiled && row < rows; row += ROWS)
+            base.activate(found + row * WIDTH, ROWS,
+                          place(inner, stride2, a, start + row, column), STEP);
+        }
+      });
     }
 
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t index = 0; index < pairs2; ++index) {
+    for (int64_t task = 0; task < groups2; ++task) {
+      const int64_t first = task * group2, pairs = std::min(group2, pairs2 - first);
       std::fill(sums.begin(), sums.end(), 0.0f);
-      for (const Active& a : active) {
-        multiply(w2, a, index, inner, stride2);
-        for (int64_t row = 0; row < a.rows; ++row) {
-          int64_t slot = slot_of[a.first + row];
-          float weight = p.weights[slot];
-          float* sum = sums.data() + slot / p.top_k * WIDTH;
-          for (int n = 0; n < WIDTH; ++n) sum[n] += weight * y[row * WIDTH + n];
-        }
-      }
-      int64_t held = std::min<int64_t>(WIDTH, p.hidden - index * WIDTH);
+      for (const Active& a : active)
+        each_part(a, [&](int64_t start, int64_t rows) {
+          multiply(w2, a, first, pairs, inner, stride2, start, rows);
+          for (int64_t row = 0; row < rows; ++row) {
+            const int64_t slot = slot_of[a.first + start + row];
+            const float weight = p.weights[slot];
+            for (int64_t i = 0; i < pairs; ++i) {
+              float* sum = sums.data() + (slot / p.top_k * group2 + i) * WIDTH;
+              const float* found = y.data() + (i * y_rows + row) * WIDTH;
+              for (int n = 0; n < WIDTH; ++n) sum[n] += weight * found[n];
+            }
+          }
+        });
+      const int64_t width = std::min(pairs * WIDTH, p.hidden - first * WIDTH);
       for (int64_t token = 0; token < p.tokens; ++token) {
-        const float* sum = sums.data() + token * WIDTH;
-        int64_t at = token * p.hidden + index * WIDTH;
-        for (int64_t n = 0; n < held; ++n) switch (p.type) {
+        const float* sum = sums.data() + token * group2 * WIDTH;
+        const int64_t at = token * p.hidden + first * WIDTH;
+        for (int64_t n = 0; n < width; ++n) switch (p.type) {
             case AS_BF16: static_cast<Bf16*>(p.out)[at + n] = Bf16::of(sum[n]); break;
             case AS_F16: static_cast<F16*>(p.out)[at + n] = F16::of(sum[n]); break;
             default: static_cast<float*>(p.out)[at + n] = sum[n];

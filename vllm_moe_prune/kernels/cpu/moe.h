@@ -17,18 +17,21 @@ constexpr int BLOCK = 16;  // outputs of a block
 constexpr int WIDTH = 32;  // outputs of a pair
 constexpr int STEP = 32;   // inputs are padded to a multiple of this
 constexpr int ROWS = 16;   // tokens of a tile
+constexpr int GROUP = 8;   // pairs that are multiplied one after the other, at most
 
+// Of tokens; weights are of the same type, or of e4m3 with scales.
 enum Type : int32_t { AS_BF16 = 0, AS_F16 = 1, AS_F32 = 2 };
 
 // One block, at its first value.
 struct Stream {
   const uint32_t* masks;
   const void* values;
+  const float* scales;  // of e4m3: one for each STEP inputs
 };
 
 // y[m][WIDTH] = x[m][k] times the two blocks, in fp32; rows of x are x_stride elements
-// apart. pair_amx takes x in tiles instead, [m / ROWS][k / STEP][ROWS][STEP], and rounds
-// m up to whole tiles.
+// apart. pair_amx takes x in tiles instead, [m / ROWS][k / STEP][ROWS][STEP], rounds m up
+// to whole tiles, and takes up to two of them.
 using PairKernel = void (*)(const Stream pair[2], const void* x, int64_t x_stride,
                             int64_t m, int64_t k, float* y);
 
@@ -40,6 +43,9 @@ using ActivationKernel = void (*)(const float* y, int64_t m, void* h, int64_t h_
   void pair_bf16(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);     \
   void pair_f16(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);      \
   void pair_f32(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);      \
+  void pair_f8_bf16(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);  \
+  void pair_f8_f16(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);   \
+  void pair_f8_f32(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);   \
   void activate_bf16(const float*, int64_t, void*, int64_t);                           \
   void activate_f16(const float*, int64_t, void*, int64_t);                            \
   void activate_f32(const float*, int64_t, void*, int64_t);                            \
@@ -53,9 +59,17 @@ MOE_PRUNE_GENERIC(avx512)
 
 // AVX-512 with VBMI2 and BF16: weights are expanded straight into the operand.
 void pair_expand(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
+void pair_expand_f8(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
 
 // The same, with AMX tiles for the products.
 void pair_amx(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
+void pair_amx_f8(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
+
+// The same for more tokens than two tiles and up to GROUP pairs, y_pair floats apart.
+using PairsKernel = void (*)(const Stream* blocks, int64_t pairs, const void* x_tiles,
+                             int64_t m, int64_t k, float* y, int64_t y_pair);
+void pairs_amx(const Stream*, int64_t, const void*, int64_t, int64_t, float*, int64_t);
+void pairs_amx_f8(const Stream*, int64_t, const void*, int64_t, int64_t, float*, int64_t);
 bool amx_allowed();  // asks Linux for the tiles; once is enough for a process
 void amx_begin();    // in every thread, before pair_amx
 void amx_end();      // in every thread, after it: the tiles are configured as before

@@ -61,6 +61,18 @@ struct F16 {
   }
 };
 
+// e4m3 without infinities; weights only.
+struct F8 {
+  uint8_t bits;
+
+  operator float() const {
+    const uint32_t size = bits & 0x7f, sign = static_cast<uint32_t>(bits & 0x80) << 24;
+    // Moved into place and scaled by 2^120, which is exact for denormals too.
+    float value = as_float(size << 20) * 0x1p120f;
+    return as_float((size == 0x7f ? 0x7fc00000 : as_bits(value)) | sign);
+  }
+};
+
 struct F32 {
   float value;
 

@@ -5,7 +5,7 @@ routing, groups of unequal size. Every forward is vLLM's. DeepSeek-MoE and DeepS
 are the same classes with another table (``deepseek.py``, ``deepseek_v3.py``).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ from ...archs.deepseek_v2 import ARCH
 from ...archs.spec import MoeArch, RouterRule
 from ..absent import Absent
 from ..layers import ServedLayer
+from ..packed import one_by_one
 from ..routing import route_rows
 from ..served import read_layers, rule_of
 from ..tally import first_load_tally, load_counted
@@ -349,24 +350,5 @@ class MoePruneDeepseekV2ForCausalLM(DeepseekV2ForCausalLM):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load; the first time, demand every expert exactly once."""
         load = super().load_weights
-        return load_counted(self, lambda each: load(_split(each)), weights)
-
-
-def _split(
-    weights: Iterable[tuple[str, torch.Tensor]],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Packed experts one by one, under the names that vLLM reads."""
-    for name, tensor in weights:
-        if name.endswith(".experts.gate_up_proj"):
-            each = name.removesuffix("gate_up_proj")
-            for expert, gate_up in enumerate(tensor):
-                for part, matrix in zip(
-                    ("gate_proj", "up_proj"), gate_up.chunk(2), strict=True
-                ):
-                    yield f"{each}{expert}.{part}.weight", matrix
-        elif name.endswith(".experts.down_proj"):
-            each = name.removesuffix("down_proj")
-            for expert, matrix in enumerate(tensor):
-                yield f"{each}{expert}.down_proj.weight", matrix
-        else:
-            yield name, tensor
+        names = ("gate_proj", "up_proj", "down_proj")
+        return load_counted(self, lambda each: load(one_by_one(each, *names)), weights)

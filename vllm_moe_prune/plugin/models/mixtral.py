@@ -39,19 +39,14 @@ from vllm.model_executor.models.utils import (
 from ...archs.mixtral import ARCH
 from ..absent import Absent
 from ..layers import ServedLayer
+from ..packed import one_by_one
 from ..routing import route_rows
 from ..served import read_layers
 from ..tally import first_load_tally, load_counted
 from .moe_parts import connect_rows, count_experts, row_table
 
 # vLLM reads the Hub's per-expert names; these add the other spellings of the table.
-MAPPER = WeightsMapper(
-    orig_to_new_substr={
-        ".mlp.": ".block_sparse_moe.",
-        ".experts.gate_up_proj": ".experts.w13",
-        ".experts.down_proj": ".experts.w2",
-    }
-)
+MAPPER = WeightsMapper(orig_to_new_substr={".mlp.": ".block_sparse_moe."})
 
 
 class MoePruneMixtralMoE(MixtralMoE):
@@ -244,4 +239,7 @@ class MoePruneMixtralForCausalLM(MixtralForCausalLM):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load; the first time, demand every expert exactly once."""
-        return load_counted(self, super().load_weights, weights)
+        load = super().load_weights
+        return load_counted(
+            self, lambda each: load(one_by_one(each, "w1", "w3", "w2")), weights
+        )
