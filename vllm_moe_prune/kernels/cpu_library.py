@@ -5,9 +5,9 @@ Everything is checked here, in Python: the library trusts its arguments.
 
 import ctypes
 import logging
-import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -30,7 +30,10 @@ POINTERS = (
     *("w13_masks", "w13_starts", "w13_values", "w13_scales"),
     *("w2_masks", "w2_starts", "w2_values", "w2_scales", "out"),
 )
-NUMBERS = ("tokens", "top_k", "hidden", "width", "experts", "map_size", "tile_from")
+NUMBERS = (
+    *("tokens", "top_k", "hidden", "width", "experts", "map_size"),
+    *("tile_from", "threads"),
+)
 
 
 class _Layer(ctypes.Structure):
@@ -156,6 +159,7 @@ def fused_moe(
     *,
     tile_from: int | None = None,
     at_level: int | None = None,
+    threads: int = 0,
 ) -> Tensor:
     """Like ``blocks.fused_moe``, in native code.
 
@@ -169,6 +173,7 @@ def fused_moe(
         width: .
         tile_from: Tokens of an expert from which AMX tiles are used; None: measured.
         at_level: Run on older instructions than the processor has; None: the best.
+        threads: 0: as many as PyTorch uses.
     """
     found = library()
     if found is None:
@@ -194,7 +199,7 @@ def fused_moe(
     addresses = [None if item is None else item.data_ptr() for item in tensors]
     numbers = (
         *(len(x_TD), ids_TK.shape[1], x_TD.shape[1], width),
-        *(len(w13.masks_EBS), map_size, tile_from),
+        *(len(w13.masks_EBS), map_size, tile_from, threads),
     )
     layer = _Layer(*addresses, *numbers, TYPES[x_TD.dtype], used)
     found.moe_prune_run(ctypes.byref(layer))
@@ -226,8 +231,15 @@ def tiles_pay_from() -> int:
     """How many tokens of an expert make AMX tiles the faster way, measured here.
 
     Both ways run on the same small layer, which stays in the cache, so that what is
-    compared is their arithmetic; the memory they read is the same.
+    compared is their arithmetic; the memory they read is the same. What counts is the
+    processor time of one thread: others may be busy. It is a thread of its own, since
+    OpenMP would forget the threads, and their places, that this one does not use.
     """
+    with ThreadPoolExecutor(max_workers=1) as own:
+        return own.submit(_tiles_pay_from).result()
+
+
+def _tiles_pay_from() -> int:
     hidden, width, most = 1024, 512, 12
     generator = torch.Generator().manual_seed(0)
 
@@ -235,31 +247,27 @@ def tiles_pay_from() -> int:
         made = torch.randn(outputs, inputs, generator=generator)
         return (made * (torch.rand(made.shape, generator=generator) < 0.5)).bfloat16()
 
-    w13 = encode([matrix(width, hidden), matrix(width, hidden)])
-    w2 = encode([matrix(hidden, width)])
+    w13 = blocks.encode([matrix(width, hidden), matrix(width, hidden)])
+    w2 = blocks.encode([matrix(hidden, width)])
     x_TD = torch.randn(most, hidden, generator=generator).bfloat16()
-    ones_T1 = torch.ones(most, 1)
+    ones_T1, ids_T1 = torch.ones(most, 1), torch.zeros(most, 1, dtype=torch.int32)
 
     def seconds(tokens: int, tile_from: int) -> float:
-        best = math.inf
-        for _ in range(7):
-            start = time.perf_counter()
-            fused_moe(
-                x_TD[:tokens],
-                ones_T1[:tokens],
-                torch.zeros(tokens, 1, dtype=torch.int32),
-                None,
-                w13,
-                w2,
-                width,
-                tile_from=tile_from,
-            )
-            best = min(best, time.perf_counter() - start)
-        return best
+        start = time.thread_time()
+        fused_moe(
+            *(x_TD[:tokens], ones_T1[:tokens], ids_T1[:tokens], None, w13, w2, width),
+            tile_from=tile_from,
+            threads=1,
+        )
+        return time.thread_time() - start
 
-    sizes = range(1, most + 1)
-    with_tiles = [seconds(tokens, 1) for tokens in sizes]
-    without = [seconds(tokens, NEVER) for tokens in sizes]
+    def best(tile_from: int) -> list[float]:
+        return [
+            min(seconds(tokens, tile_from) for _ in range(7))
+            for tokens in range(1, most + 1)
+        ]
+
+    with_tiles, without = best(1), best(NEVER)
     # The border with the least time in all: one disturbed measurement moves it little.
     totals = [sum(without[:n]) + sum(with_tiles[n:]) for n in range(most + 1)]
     return totals.index(min(totals)) + 1

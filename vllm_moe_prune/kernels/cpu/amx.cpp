@@ -15,7 +15,7 @@ namespace moe_prune {
 namespace {
 
 constexpr int TILE = 512;  // elements of a tile, of weights and of tokens
-constexpr int64_t CHUNK = 512;  // inputs expanded before other tokens use them
+constexpr int64_t CHUNK = 1024;  // inputs expanded before other tokens use them
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
@@ -102,29 +102,12 @@ void at_once(Cursor<V> pair[2], int64_t inputs, const uint16_t* x, int64_t next_
   store_sums<TOKEN_TILES>(y);
 }
 
-// Memory that will be needed, fetched bit by bit while tiles are multiplied.
-struct Ahead {
-  const char* next;
-  const char* end;
-
-  void fetch() {
-    if (next >= end) return;
-    _mm_prefetch(next, _MM_HINT_T1);
-    next += 64;
-  }
-};
-
 template <int TOKEN_TILES>
 void from_panel(const uint16_t* panel, int64_t inputs, const uint16_t* x,
-                int64_t next_tokens, float* y, bool none, Ahead ahead[2], int lines) {
+                int64_t next_tokens, float* y, bool none) {
   load_sums<TOKEN_TILES>(y, none);
-  for (int64_t step = 0; step < inputs / STEP; ++step, panel += 2 * TILE, x += TILE) {
+  for (int64_t step = 0; step < inputs / STEP; ++step, panel += 2 * TILE, x += TILE)
     multiply<TOKEN_TILES>(x, next_tokens, panel);
-    for (int line = 0; line < lines; ++line) {
-      ahead[0].fetch();
-      ahead[1].fetch();
-    }
-  }
   store_sums<TOKEN_TILES>(y);
 }
 
@@ -153,36 +136,20 @@ void some_pairs(const Stream* blocks, int64_t pairs, const void* x_tiles, int64_
   const uint16_t* x = static_cast<const uint16_t*>(x_tiles);
   uint16_t* panels = panel_for(pairs * CHUNK * WIDTH);
   Cursor<V> at[GROUP][2];
-  Ahead ahead[GROUP][2];
   for (int64_t b = 0; b < 2 * pairs; ++b) at[b / 2][b % 2] = Cursor<V>(blocks[b]);
-  const int64_t two = 2 * ROWS, later = (m - 1) / two;  // groups of tokens but the first
   for (int64_t k0 = 0; k0 < k; k0 += CHUNK) {
     const int64_t inputs = k - k0 < CHUNK ? k - k0 : CHUNK;
-    const bool none = k0 == 0;
-    int64_t most = 0;
-    for (int64_t p = 0; p < pairs; ++p) {
-      const void* before[2] = {at[p][0].values, at[p][1].values};
-      at_once<V, 2>(at[p], inputs, x + k0 * ROWS, ROWS * k, panels + p * CHUNK * WIDTH, true,
-                 y + p * y_pair, none);
-      for (int b = 0; b < 2; ++b) {
-        // The next chunk is about as long as this one.
-        auto next = reinterpret_cast<const char*>(at[p][b].values);
-        int64_t bytes = next - static_cast<const char*>(before[b]);
-        ahead[p][b] = {next, next + (k0 + CHUNK < k ? bytes : 0)};
-        most = bytes > most ? bytes : most;
-      }
-    }
-    const int64_t loads = later * (inputs / STEP) * 64;
-    const int lines = static_cast<int>((most + loads - 1) / loads);
-    for (int64_t row = two; row < m; row += two) {
+    for (int64_t row = 0; row < m; row += 2 * ROWS) {
       const uint16_t* tokens = x + row * k + k0 * ROWS;
       for (int64_t p = 0; p < pairs; ++p) {
-        const uint16_t* panel = panels + p * CHUNK * WIDTH;
+        uint16_t* panel = panels + p * CHUNK * WIDTH;
         float* sums = y + p * y_pair + row * WIDTH;
-        if (m - row > ROWS)
-          from_panel<2>(panel, inputs, tokens, ROWS * k, sums, none, ahead[p], lines);
+        if (row == 0)
+          at_once<V, 2>(at[p], inputs, tokens, ROWS * k, panel, true, sums, k0 == 0);
+        else if (m - row > ROWS)
+          from_panel<2>(panel, inputs, tokens, ROWS * k, sums, k0 == 0);
         else
-          from_panel<1>(panel, inputs, tokens, 0, sums, none, ahead[p], lines);
+          from_panel<1>(panel, inputs, tokens, 0, sums, k0 == 0);
       }
     }
   }

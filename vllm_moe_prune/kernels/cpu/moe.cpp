@@ -204,6 +204,7 @@ struct MoePruneLayer {
   void* out;  // [tokens][hidden]
   int64_t tokens, top_k, hidden, width, experts, map_size;
   int64_t tile_from;  // tokens of an expert from which AMX tiles are used
+  int64_t threads;    // 0: as many as OpenMP would use
   int32_t type, level;
 };
 
@@ -290,7 +291,7 @@ void moe_prune_run(const MoePruneLayer* layer) {
 
   // Pairs that one thread takes at a time: several, where they share tokens in tiles, but
   // so few that all threads have work until the end, and that their sums stay in caches.
-  const int64_t threads = omp_get_max_threads();
+  const int64_t threads = p.threads ? p.threads : omp_get_max_threads();
   const int64_t group13 = std::clamp<int64_t>(n_active * pairs13 / (4 * threads), 1, GROUP);
   const int64_t fit = std::max<int64_t>(1, SUMS / (std::max<int64_t>(p.tokens, 1) * WIDTH));
   const int64_t group2 =
@@ -299,7 +300,7 @@ void moe_prune_run(const MoePruneLayer* layer) {
   const int64_t groups2 = (pairs2 + group2 - 1) / group2;
   const int64_t y_rows = std::min(most, TOKENS);
 
-#pragma omp parallel
+#pragma omp parallel num_threads(static_cast<int>(threads))
   {
     std::vector<float> y(std::max(group13, group2) * y_rows * WIDTH);
     std::vector<float> sums(group2 * p.tokens * WIDTH);
