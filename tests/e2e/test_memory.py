@@ -157,6 +157,6 @@ def test_zeros_are_left_out_one_layer_at_a_time(tmp_path: Path) -> None:
     packed = experts * (2 * 0.25 + 1 / 8) / 2
     others = zeros.tensor_bytes - experts
     spare = 16 << 20
-    assert packed + others / 2 < end < packed + others + spare
-    assert peak < packed + others + experts / MANY + spare
-    assert packed + others + experts / MANY + spare < experts, "says nothing"
+    most = packed + others + experts / MANY + spare
+    assert packed < end <= peak < most
+    assert most < 0.6 * experts, "says nothing"

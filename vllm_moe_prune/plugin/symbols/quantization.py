@@ -9,6 +9,7 @@ _COMPRESSED = f"{_QUANTIZATION}.compressed_tensors.compressed_tensors"
 
 SYMBOLS = (
     Symbol(_QUANTIZATION, "register_quantization_config", ("quantization",)),
+    Symbol(_QUANTIZATION, "get_quantization_config", ("quantization",)),
     Symbol(f"{_QUANTIZATION}.base_config", "QuantizationConfig"),
     *members(
         f"{_QUANTIZATION}.base_config",
@@ -17,7 +18,15 @@ SYMBOLS = (
         "get_supported_act_dtypes",
         "get_min_capability",
         "get_config_filenames",
+        "packed_modules_mapping",
     ),
+    Symbol(
+        f"{_QUANTIZATION}.base_config",
+        "QuantizationConfig.apply_vllm_mapper",
+        ("hf_to_vllm_mapper",),
+    ),
+    Symbol(f"{_QUANTIZATION}.fp8", "Fp8Config"),
+    *members(f"{_QUANTIZATION}.fp8", "Fp8Config", "from_config", "get_quant_method"),
     Symbol(
         f"{_QUANTIZATION}.base_config", "QuantizationConfig.from_config", ("config",)
     ),
