@@ -159,17 +159,20 @@ async def ask(
         "prompt": tokens,
         "max_tokens": NEW,
         "ignore_eos": True,
-        "detokenize": False,
         "return_token_ids": True,
         "stream": True,
         "temperature": 0,
     }
-    start, first = time.monotonic(), 0.0
+    start, first, count = time.monotonic(), 0.0, 0
     async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
-            if line.startswith("data: {") and not first:
-                first = time.monotonic() - start
+            if line.startswith("data: {"):
+                first = first or time.monotonic() - start
+                (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+                count += len(choice["token_ids"])
+    if count != NEW:
+        raise SystemExit(f"{url}: {count} tokens came, {NEW} were asked for")
     return first, time.monotonic() - start
 
 

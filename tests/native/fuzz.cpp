@@ -44,8 +44,6 @@ std::mt19937 rng;
 
 int64_t below(int64_t end) { return static_cast<int64_t>(rng() % end); }
 
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 template <class T>
 T of(float value) {
   return T::of(value);

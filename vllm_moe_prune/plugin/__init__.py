@@ -16,6 +16,7 @@ that, and the model classes are named by string so that vLLM imports them when n
     loader.py    ``--load-format moe_prune``: prune the original while loading
     sparse_moe.py     the quantisation method ``moe_prune``: experts without zeros
     expert_loader.py  expert matrices on their way into memory
+    packed.py         packed experts, dense and compressed, one by one
     sparse_op.py      the custom op that runs a layer of them
     dequantised_moe.py  quantised experts that vLLM has no kernel for
     watch.py          counting routed tokens: its switch, and what is said of it

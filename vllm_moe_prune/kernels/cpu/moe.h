@@ -19,6 +19,10 @@ constexpr int STEP = 32;   // inputs are padded to a multiple of this
 constexpr int ROWS = 16;   // tokens of a tile
 constexpr int GROUP = 8;   // pairs that are multiplied one after the other, at most
 
+inline int64_t round_up(int64_t value, int64_t step) {
+  return (value + step - 1) / step * step;
+}
+
 // Of tokens; weights are of the same type, or of e4m3 with scales.
 enum Type : int32_t { AS_BF16 = 0, AS_F16 = 1, AS_F32 = 2 };
 

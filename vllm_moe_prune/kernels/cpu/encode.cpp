@@ -1,0 +1,116 @@
+// The C interface while loading: dense matrices as blocks, stored ones as dense.
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "moe.h"
+
+using namespace moe_prune;
+
+namespace {
+
+// One block of 16 rows from a dense matrix; returns how many values it has.
+template <class Bits>
+int64_t encode_block(const Bits* rows[BLOCK], int64_t cols, uint32_t* masks,
+                     Bits* values) {
+  constexpr int CHUNK = 64;
+  Bits local[BLOCK][CHUNK];
+  int64_t count = 0;
+  for (int64_t k0 = 0; k0 < round_up(cols, STEP); k0 += CHUNK) {
+    // Rows lie powers of two apart; read one element each, they would evict each other.
+    int64_t held = std::clamp<int64_t>(cols - k0, 0, CHUNK);
+    std::memset(local, 0, sizeof local);
+    for (int row = 0; row < BLOCK; ++row)
+      if (rows[row]) std::memcpy(local[row], rows[row] + k0, held * sizeof(Bits));
+    int64_t steps = std::min<int64_t>(CHUNK, round_up(cols, STEP) - k0) / 2;
+    for (int64_t step = 0; step < steps; ++step) {
+      uint32_t mask = 0;
+      for (int lane = 0; lane < 32; ++lane) {
+        Bits value = local[lane >> 1][2 * step + (lane & 1)];
+        mask |= static_cast<uint32_t>(value != 0) << lane;
+        values[count] = value;
+        count += value != 0;
+      }
+      masks[k0 / 2 + step] = mask;
+    }
+  }
+  return count;
+}
+
+template <class Bits>
+void encode(const void* const* sources, int64_t n_sources, int64_t rows, int64_t cols,
+            uint32_t* masks, int64_t* starts, void* values_bytes) {
+  int64_t blocks = round_up(n_sources * round_up(rows, BLOCK) / BLOCK, 2);
+  int64_t steps = round_up(cols, STEP) / 2;
+  auto values = static_cast<Bits*>(values_bytes);
+  auto row_pointers = [&](int64_t block, const Bits* pointers[BLOCK]) {
+    auto source = static_cast<const Bits*>(sources[block % n_sources]);
+    for (int i = 0; i < BLOCK; ++i) {
+      int64_t row = block / n_sources * BLOCK + i;
+      pointers[i] = row < rows ? source + row * cols : nullptr;
+    }
+  };
+  starts[0] = 0;
+#pragma omp parallel for schedule(static)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Bits* pointers[BLOCK];
+    row_pointers(block, pointers);
+    int64_t count = 0;
+    for (const Bits* row : pointers)
+      if (row)
+        for (int64_t k = 0; k < cols; ++k) count += row[k] != 0;
+    starts[block + 1] = count;
+  }
+  for (int64_t block = 0; block < blocks; ++block) starts[block + 1] += starts[block];
+#pragma omp parallel
+  {
+    std::vector<Bits> local(BLOCK * steps * 2 + 1);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Bits* pointers[BLOCK];
+      row_pointers(block, pointers);
+      int64_t count = encode_block(pointers, cols, masks + block * steps, local.data());
+      std::copy_n(local.data(), count, values + starts[block]);
+    }
+  }
+}
+
+template <class Bits>
+void unpack(const uint8_t* mask, const void* values_bytes, const int64_t* starts,
+            int64_t rows, int64_t cols, void* dense_bytes) {
+  auto values = static_cast<const Bits*>(values_bytes);
+  auto dense = static_cast<Bits*>(dense_bytes);
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    const Bits* next = values + starts[row];
+    const uint8_t* bits = mask + row * (cols / 8);
+    Bits* out = dense + row * cols;
+    for (int64_t byte = 0; byte < cols / 8; ++byte, out += 8) {
+      for (int bit = 0; bit < 8; ++bit) out[bit] = 0;
+      for (uint32_t left = bits[byte]; left != 0; left &= left - 1)
+        out[__builtin_ctz(left)] = *next++;
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void moe_prune_encode(const void* const* sources, int64_t n_sources, int64_t rows,
+                      int64_t cols, int32_t bytes, uint32_t* masks, int64_t* starts,
+                      void* values) {
+  if (bytes == 1) encode<uint8_t>(sources, n_sources, rows, cols, masks, starts, values);
+  if (bytes == 2) encode<uint16_t>(sources, n_sources, rows, cols, masks, starts, values);
+  if (bytes == 4) encode<uint32_t>(sources, n_sources, rows, cols, masks, starts, values);
+}
+
+void moe_prune_unpack(const uint8_t* mask, const void* values, const int64_t* starts,
+                      int64_t rows, int64_t cols, int32_t bytes, void* dense) {
+  if (bytes == 1) unpack<uint8_t>(mask, values, starts, rows, cols, dense);
+  if (bytes == 2) unpack<uint16_t>(mask, values, starts, rows, cols, dense);
+  if (bytes == 4) unpack<uint32_t>(mask, values, starts, rows, cols, dense);
+}
+
+}  // extern "C"
