@@ -142,7 +142,7 @@ def decode(
     dense_BX = bits_BX.view(blocks.values.dtype)
     if blocks.scales_EBC is not None and dtype is not None:
         lanes = STEP * BLOCK  # that have a scale in common
-        dense_BCX = dense_BX.float().unflatten(1, (-1, lanes))
+        dense_BCX = dense_BX.float().view(len(dense_BX), -1, lanes)
         dense_BCX = dense_BCX * blocks.scales_EBC[expert, :, :, None]
         dense_BX = dense_BCX.to(dtype).flatten(1)
     rows = round_up(outputs, BLOCK)

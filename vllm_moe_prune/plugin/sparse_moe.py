@@ -133,9 +133,8 @@ class SparseMoEMethod(FusedMoEMethodBase):
         """
         super().__init__(moe)
         self.scaled = scaled
-        self._suffixes = ("weight", *PARTS)
-        if scaled is not None:
-            self._suffixes += (f"weight{SUFFIX}",)
+        scales = () if scaled is None else (f"weight{SUFFIX}",)
+        self._suffixes = ("weight", *PARTS, *scales)
         if moe.activation != MoEActivation.SILU or moe.has_bias:
             bias = " with biases" if moe.has_bias else ""
             raise ServeError(

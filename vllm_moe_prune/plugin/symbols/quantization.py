@@ -25,7 +25,6 @@ SYMBOLS = (
         "QuantizationConfig.apply_vllm_mapper",
         ("hf_to_vllm_mapper",),
     ),
-    Symbol(f"{_QUANTIZATION}.fp8", "Fp8Config"),
     *members(f"{_QUANTIZATION}.fp8", "Fp8Config", "from_config", "get_quant_method"),
     Symbol(
         f"{_QUANTIZATION}.base_config", "QuantizationConfig.from_config", ("config",)
