@@ -39,7 +39,7 @@ from .cut.output import (
 )
 from .cut.slice import names_in_order
 from .decide.plan import load_plan
-from .errors import RecipeError
+from .errors import CheckpointError, RecipeError
 from .kernels.bitmask import INTEGERS, fits, pack
 from .progress import Progress, Report, ignore
 from .recipe import parse_pattern
@@ -128,7 +128,7 @@ def convert(
         report: Called once per layer.
 
     Raises:
-        CheckpointError: Experts are damaged.
+        CheckpointError: Experts are quantised, or damaged.
         OutputError: See ``open_workspace``.
     """
     companions(checkpoint)
