@@ -50,6 +50,7 @@ def weights(out: Path) -> dict[str, str]:
     return {name: what for name, what in snapshot(out).items() if name != "run.json"}
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_resume_and_resuming_gives_the_same_bytes(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -215,7 +215,10 @@ GiveHalfDone = Callable[[str, Path], Path]
 
 @pytest.mark.parametrize(
     ("method", "lines"),
-    [("none", 1), ("none", 4), ("none", 16), ("wanda", 9), ("awq", 9)],
+    [
+        *[("none", 1), ("none", 4), ("none", 16), ("wanda", 9)],
+        pytest.param("awq", 9, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_cut_resumes_to_the_same_bytes(
     world: World, tmp_path: Path, method: str, lines: int

@@ -121,7 +121,13 @@ def test_sizes_are_met_and_the_output_is_what_it_says(
     assert again.stored_bytes == total
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=() if name == "mixtral" else pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
 @pytest.mark.parametrize("name", ["zero-points", "gptq", "awq"])
 def test_experts_are_near_their_originals_and_all_else_is_the_same(
     family: str, name: str, tmp_path: Path
@@ -181,6 +187,7 @@ def near(old: torch.Tensor, new: torch.Tensor) -> None:
     assert 0 < error < 0.5
 
 
+@pytest.mark.slow
 def test_data_makes_the_model_s_answers_better_than_rounding_does(
     tmp_path: Path,
 ) -> None:
