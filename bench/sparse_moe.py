@@ -69,7 +69,7 @@ def main() -> None:
     """Measure and print one table per shape and share of zeros."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small layer")
-    parser.add_argument("--json", type=Path, help="add the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--zeros", nargs="+", default=list(ZEROS))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
