@@ -19,7 +19,16 @@ from ..errors import CheckpointError
 from ..kernels.quantised import PLAIN
 from ..recipe import first_problem
 from .index import ITEM_BYTES, TensorInfo
-from .quantised import CONFIG_KEY, FLOATS, TYPES, PartedTensor, load_part
+from .quantised import (
+    CONFIG_KEY,
+    FLOATS,
+    TYPES,
+    PartedTensor,
+    check_part,
+    fold_parts,
+    two_axes,
+    values_name,
+)
 
 QWEIGHT, QZEROS, SCALES, G_IDX = "qweight", "qzeros", "scales", "g_idx"
 PARTS = (QWEIGHT, QZEROS, SCALES, G_IDX)
@@ -73,10 +82,7 @@ class AutoForm:
 
 def auto_name(name: str) -> str | None:
     """What a stored tensor counts as: values stand for their matrix, scales not."""
-    base, _, part = name.rpartition(".")
-    if part == QWEIGHT:
-        return f"{base}.{PLAIN}"
-    return None if part in PARTS else name
+    return values_name(name, QWEIGHT, PARTS)
 
 
 def read_auto_form(config: Mapping[str, Any], where: str) -> AutoForm | None:
@@ -115,13 +121,8 @@ class AutoTensor(PartedTensor):
         Raises:
             CheckpointError: A scale is not finite, or a group does not exist.
         """
-        parts = {name: load_part(info) for name, info in self.parts.items()}
+        parts = self.load_parts(SCALES)
         scale_GR, cols = parts[SCALES].float(), self.shape[1]
-        if not bool(torch.isfinite(scale_GR).all()):
-            raise CheckpointError(
-                f"{self.file}: {self.name}: a scale is NaN or infinite. Download the "
-                "checkpoint again."
-            )
         group_C = torch.arange(cols) // (self.form.group_size or cols)
         if self.form.method == "gptq":
             values_CR = _nibbles(parts[QWEIGHT].T).T
@@ -164,40 +165,31 @@ def fold_auto(
     Raises:
         CheckpointError: A part is missing, misshapen, or belongs to nothing.
     """
-    folded: dict[str, TensorInfo] = {}
-    for name, info in tensors.items():
-        base, _, part = name.rpartition(".")
-        if part == QWEIGHT:
-            folded[f"{base}.{PLAIN}"] = _fold(base, tensors, form, dtype)
-        elif part not in PARTS:
-            folded[name] = info
-        elif f"{base}.{QWEIGHT}" not in tensors:
-            raise CheckpointError(f"{info.file}: {name!r} belongs to no weight.")
-    return folded
+
+    def fold(base: str, first: TensorInfo) -> TensorInfo:
+        return _fold(base, first, tensors, form, dtype)
+
+    return fold_parts(tensors, QWEIGHT, PARTS, fold)
 
 
 def _fold(
-    base: str, tensors: Mapping[str, TensorInfo], form: AutoForm, dtype: str
+    base: str,
+    first: TensorInfo,
+    tensors: Mapping[str, TensorInfo],
+    form: AutoForm,
+    dtype: str,
 ) -> AutoTensor:
-    first = tensors[f"{base}.{QWEIGHT}"]
-    if len(first.shape) != 2:
-        raise CheckpointError(
-            f"{first.file}: {first.name}: shape {list(first.shape)}, expected two axes."
-        )
-    turned = form.method == "gptq"
-    cols = first.shape[0] * (8 if turned else 1)
-    rows = first.shape[1] * (1 if turned else 8)
+    cols, rows = two_axes(first)
+    if form.method == "gptq":
+        cols *= 8
+    else:
+        rows *= 8
     found = {}
     for part, (kind, size) in form.parts(rows, cols).items():
         info = tensors.get(f"{base}.{part}")
         if info is None:
             raise CheckpointError(f"{first.file}: {base + '.' + part!r} is missing.")
-        kinds = FLOATS if kind == "F16" else (kind,)
-        if info.dtype not in kinds or info.shape != size:
-            raise CheckpointError(
-                f"{info.file}: {info.name}: {info.dtype} of shape {list(info.shape)}, "
-                f"expected {'/'.join(kinds)} of shape {list(size)}."
-            )
+        check_part(info, FLOATS if kind == "F16" else (kind,), size)
         found[part] = info
     return AutoTensor(
         name=f"{base}.{PLAIN}",

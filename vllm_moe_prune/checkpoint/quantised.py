@@ -7,7 +7,8 @@ weights; a cut copies the parts themselves.
 """
 
 import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..kernels.quantised import (
     SCALE,
     SHAPE,
     ZERO,
+    Bits,
     Form,
     Quantised,
     dequantise,
@@ -50,12 +52,14 @@ TYPES = {
 FLOATS = ("BF16", "F16", "F32")
 
 
-def values_name(name: str) -> str | None:
+def values_name(
+    name: str, first: str = PACKED, parts: Collection[str] = PARTS
+) -> str | None:
     """What a stored tensor counts as: values stand for their matrix, scales not."""
     base, _, part = name.rpartition(".")
-    if part == PACKED:
+    if part == first:
         return f"{base}.{PLAIN}"
-    return None if part in PARTS else name
+    return None if part in parts else name
 
 
 def is_quantised(config: Mapping[str, Any]) -> bool:
@@ -110,16 +114,19 @@ def _form_of(scheme: Any, stored: Any) -> Form | None:
         or scheme.output_activations is not None
     ):
         return None
-    bits = {(4, "int"): "int4", (8, "int"): "int8", (8, "float"): "fp8"}.get(
-        (weights.num_bits, weights.type)
-    )
+    known_bits: dict[tuple[int, str], Bits] = {
+        (4, "int"): "int4",
+        (8, "int"): "int8",
+        (8, "float"): "fp8",
+    }
+    bits = known_bits.get((weights.num_bits, weights.type))
     if bits is None:
         return None
     size = {"channel": None, "group": weights.group_size, "block": BLOCK}.get(
         weights.strategy, 0
     )
     ordered = weights.actorder is not None
-    form = Form(bits, size, not weights.symmetric, ordered)  # type: ignore[arg-type]
+    form = Form(bits, size, not weights.symmetric, ordered)
     blocks = weights.block_structure in (None, [BLOCK, BLOCK])
     # What the library makes of the form again must be what it was.
     known = form.args.model_dump(exclude={"observer", "observer_kwargs", "zp_dtype"})
@@ -130,7 +137,7 @@ def _form_of(scheme: Any, stored: Any) -> Form | None:
 
 
 @dataclass(frozen=True)
-class PartedTensor(TensorInfo):
+class PartedTensor(TensorInfo, ABC):
     """A matrix stored in parts; name, shape, dtype and bytes are the dense one's."""
 
     parts: Mapping[str, TensorInfo]
@@ -150,13 +157,27 @@ class PartedTensor(TensorInfo):
         view = self.dense().contiguous().view(torch.uint8).reshape(-1)
         return bytearray(view[start:stop].numpy().data)
 
+    @abstractmethod
     def dense(self) -> torch.Tensor:
         """The matrix as a model computes with it.
 
         Raises:
             CheckpointError: The parts contradict each other.
         """
-        raise NotImplementedError
+
+    def load_parts(self, scale: str) -> dict[str, torch.Tensor]:
+        """All parts, of which one holds scales.
+
+        Raises:
+            CheckpointError: A scale is not finite.
+        """
+        parts = {name: load_part(info) for name, info in self.parts.items()}
+        if not bool(torch.isfinite(parts[scale]).all()):
+            raise CheckpointError(
+                f"{self.file}: {self.name}: a scale is NaN or infinite. Download the "
+                "checkpoint again."
+            )
+        return parts
 
 
 @dataclass(frozen=True)
@@ -179,17 +200,12 @@ class QuantisedTensor(PartedTensor):
         Raises:
             CheckpointError: Its shape is given wrongly, or a scale is not finite.
         """
-        parts = {name: load_part(info) for name, info in self.parts.items()}
+        parts = self.load_parts(SCALE)
         shape = parts.get(SHAPE)
         if shape is not None and tuple(shape.tolist()) != self.shape:
             raise CheckpointError(
                 f"{self.file}: {self.name}: stored with shape {shape.tolist()}, "
                 f"expected {list(self.shape)}."
-            )
-        if not bool(torch.isfinite(parts[SCALE]).all()):
-            raise CheckpointError(
-                f"{self.file}: {self.name}: a scale is NaN or infinite. Download the "
-                "checkpoint again."
             )
         return unpack(parts, self.form)
 
@@ -214,32 +230,78 @@ def fold_quantised(
     Raises:
         CheckpointError: A part is missing, misshapen, or belongs to nothing.
     """
-    folded: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
-        base, _, part = name.rpartition(".")
-        first = PACKED if form.bits == "int4" else PLAIN
-        values = part == first and VALUES.get(info.dtype, "int4") == form.bits
-        if values:
-            shape = _dense_shape(info, form)
-            folded[f"{base}.{PLAIN}"] = _fold(base, tensors, form, shape, dtype)
-        elif part == INDEX:
+        if name.rpartition(".")[2] == INDEX:
             raise CheckpointError(
                 f"{info.file}: {name!r}: reordered groups are not supported; neither "
                 "are they by vLLM. Quantise again with static activation ordering."
             )
-        elif part not in PARTS:
+    each = 8 if form.bits == "int4" else 1
+
+    def fold(base: str, first: TensorInfo) -> TensorInfo:
+        if each == 1 and VALUES.get(first.dtype) != form.bits:
+            return first  # a weight that is not quantised
+        rows, cols = two_axes(first)
+        return _fold(base, tensors, form, (rows, cols * each), dtype)
+
+    return fold_parts(tensors, PACKED if each == 8 else PLAIN, PARTS, fold)
+
+
+def fold_parts(
+    tensors: dict[str, TensorInfo],
+    first: str,
+    parts: Collection[str],
+    fold: Callable[[str, TensorInfo], TensorInfo],
+) -> dict[str, TensorInfo]:
+    """Tensors with matrices in the place of their parts.
+
+    Args:
+        tensors: What the headers list.
+        first: The part that holds the values.
+        parts: What parts are called.
+        fold: From a name without its last part, and the values, to the matrix.
+
+    Raises:
+        CheckpointError: A part belongs to nothing.
+    """
+    folded: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        base, _, part = name.rpartition(".")
+        if part == first:
+            folded[f"{base}.{PLAIN}"] = fold(base, info)
+        elif part not in parts:
             folded[name] = info
         elif f"{base}.{first}" not in tensors:
             raise CheckpointError(f"{info.file}: {name!r} belongs to no weight.")
     return folded
 
 
-def _dense_shape(info: TensorInfo, form: Form) -> tuple[int, int]:
+def two_axes(info: TensorInfo) -> tuple[int, int]:
+    """The shape of a matrix.
+
+    Raises:
+        CheckpointError: It is none.
+    """
     if len(info.shape) != 2:
         raise CheckpointError(
             f"{info.file}: {info.name}: shape {list(info.shape)}, expected two axes."
         )
-    return info.shape[0], info.shape[1] * (8 if form.bits == "int4" else 1)
+    return info.shape[0], info.shape[1]
+
+
+def check_part(
+    info: TensorInfo, kinds: Collection[str], shape: tuple[int, ...], of: str = ""
+) -> None:
+    """Refuse a part of another type or shape than its matrix needs.
+
+    Raises:
+        CheckpointError: With both.
+    """
+    if info.dtype not in kinds or info.shape != shape:
+        raise CheckpointError(
+            f"{info.file}: {info.name}: {info.dtype} of shape {list(info.shape)}, "
+            f"expected {'/'.join(kinds)} of shape {list(shape)}{of}."
+        )
 
 
 def _fold(
@@ -257,13 +319,8 @@ def _fold(
             raise CheckpointError(
                 f"{base}.{part}: is missing, but {CONFIG_KEY} of config.json needs it."
             )
-        kinds = FLOATS if part == SCALE else (kind,)
-        if info.dtype not in kinds or info.shape != size:
-            raise CheckpointError(
-                f"{info.file}: {info.name}: {info.dtype} of shape {list(info.shape)}, "
-                f"expected {'/'.join(kinds)} of shape {list(size)} "
-                f"({form.bits} of {shape[0]} x {shape[1]})."
-            )
+        of = f" ({form.bits} of {shape[0]} x {shape[1]})"
+        check_part(info, FLOATS if part == SCALE else (kind,), size, of)
         found[part] = info
     extra = [
         part for part in PARTS if part not in wanted and f"{base}.{part}" in tensors
