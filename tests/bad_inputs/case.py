@@ -5,7 +5,7 @@ import json
 import shlex
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from vllm_moe_prune import cli
 
 Spoil = Callable[[Path], object]
 Edit = Callable[[dict[str, Any]], object]
+Change = Callable[[torch.Tensor], object]
 
 SMALL = "--samples 2 --sequence-length 32"
 # --overwrite: what stands in out from an earlier run must survive every refusal.
@@ -134,6 +135,35 @@ def holding(name: str, content: str | bytes) -> Spoil:
 def deleted(name: str) -> Spoil:
     """Delete a file."""
     return lambda folder: (folder / name).unlink()
+
+
+def in_tensors(name: str, changes: Mapping[str, Change]) -> Spoil:
+    """Change tensors: each becomes what its function returns; nothing, if no tensor."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / name
+        tensors = load_file(path)
+        for tensor, change in changes.items():
+            changed = change(tensors.pop(tensor))
+            if isinstance(changed, torch.Tensor):
+                tensors[tensor] = changed.contiguous()
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return spoil
+
+
+def added(name: str, tensor: str, data: torch.Tensor) -> Spoil:
+    """Add a tensor to a safetensors file."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / name
+        save_file(load_file(path) | {tensor: data}, path, metadata={"format": "pt"})
+
+    return spoil
+
+
+def gone(tensor: object) -> None:
+    """No tensor in its place."""
 
 
 def in_header(name: str, edit: Edit) -> Spoil:

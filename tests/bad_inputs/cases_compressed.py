@@ -3,16 +3,16 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.convert import convert
 
-from .case import Case, Edit, Spoil, in_json
+from .case import Case, Change, Spoil, added, gone, in_json, in_tensors
 
 BASE = "model.layers.1.block_sparse_moe.experts.1.w2"
 VERIFY = "verify packed --json"
 CONFIG = "packed/config.json"
+FILE = "packed/model.safetensors"
 
 
 def packed(then: Spoil) -> Spoil:
@@ -25,20 +25,10 @@ def packed(then: Spoil) -> Spoil:
     return spoil
 
 
-def parts(**changes: Edit) -> Spoil:
+def parts(**changes: Change) -> Spoil:
     """Change parts of one tensor: what each is becomes what its function returns."""
-
-    def spoil(folder: Path) -> None:
-        path = folder / "packed/model.safetensors"
-        tensors = load_file(path)
-        for part, change in changes.items():
-            name = f"{BASE}.{part}"
-            changed = change(tensors.pop(name))  # type: ignore[arg-type]
-            if isinstance(changed, torch.Tensor):
-                tensors[name] = changed.contiguous()
-        save_file(tensors, path, metadata={"format": "pt"})
-
-    return packed(spoil)
+    named = {f"{BASE}.{part}": change for part, change in changes.items()}
+    return packed(in_tensors(FILE, named))
 
 
 def block(**values: object) -> Spoil:
@@ -48,18 +38,8 @@ def block(**values: object) -> Spoil:
     )
 
 
-def dense_too(folder: Path) -> None:
-    """A tensor that is there in both forms."""
-    path = folder / "packed/model.safetensors"
-    tensors = load_file(path)
-    tensors[f"{BASE}.weight"] = torch.zeros(32, 48).bfloat16()
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def gone(tensor: object) -> None:
-    """No tensor in its place."""
-
-
+DENSE_TOO = added(FILE, f"{BASE}.weight", torch.zeros(32, 48).bfloat16())
+"""A tensor that is there in both forms."""
 CASES = [
     Case("a flipped mask", VERIFY, (BASE, "offsets[1]"), parts(mask=lambda t: t ^ 1)),
     Case("a lost mask", VERIFY, (BASE, "has no"), parts(mask=gone)),
@@ -110,7 +90,7 @@ CASES = [
         parts(mask=lambda t: t[:, 1:]),
     ),
     Case("a flat mask", VERIFY, (BASE, "2 axes"), parts(mask=lambda t: t.view(-1))),
-    Case("both forms", VERIFY, (BASE, "dense and compressed"), packed(dense_too)),
+    Case("both forms", VERIFY, (BASE, "dense and compressed"), packed(DENSE_TOO)),
     Case("a later format", VERIFY, ("format_version",), block(format_version=2)),
     Case("another format", VERIFY, ("format",), block(format="csr")),
     Case("an unknown key", VERIFY, ("zip",), block(zip=True)),

@@ -6,7 +6,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.reference import write_plan
 from tests.tiny import tiny_checkpoint
@@ -14,12 +13,13 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.apply import cut
 from vllm_moe_prune.decide.plan import load_plan
 
-from .case import Case, Edit, Spoil, in_json
+from .case import Case, Change, Spoil, added, gone, in_json, in_tensors
 
 BASE = "model.layers.1.block_sparse_moe.experts.1.w2"
 VERIFY = "verify quantised --json"
 EVAL = "eval quantised --text text.txt --sequence-length 32 --max-tokens 64 --json"
 CONFIG = "quantised/config.json"
+FILE = "quantised/model.safetensors"
 INT4 = {"method": "rtn", "group_size": 32, "zero_point": True}
 
 
@@ -47,20 +47,10 @@ def quantised(then: Spoil) -> Spoil:
     return spoil
 
 
-def parts(**changes: Edit) -> Spoil:
+def parts(**changes: Change) -> Spoil:
     """Change parts of one matrix: what each is becomes what its function returns."""
-
-    def spoil(folder: Path) -> None:
-        path = folder / "quantised/model.safetensors"
-        tensors = load_file(path)
-        for part, change in changes.items():
-            name = f"{BASE}.weight_{part}"
-            changed = change(tensors.pop(name, torch.zeros(1)))  # type: ignore[arg-type]
-            if isinstance(changed, torch.Tensor):
-                tensors[name] = changed.contiguous()
-        save_file(tensors, path, metadata={"format": "pt"})
-
-    return quantised(spoil)
+    named = {f"{BASE}.weight_{part}": change for part, change in changes.items()}
+    return quantised(in_tensors(FILE, named))
 
 
 def block(**values: Any) -> Spoil:
@@ -80,10 +70,7 @@ def weights(**values: Any) -> Spoil:
     return quantised(in_json(CONFIG, edit))
 
 
-def gone(tensor: object) -> None:
-    """No tensor in its place."""
-
-
+G_IDX = added(FILE, f"{BASE}.weight_g_idx", torch.arange(64).int())
 CASES = [
     Case("lost scales", VERIFY, (BASE, "is missing"), parts(scale=gone)),
     Case("lost zero points", VERIFY, (BASE, "is missing"), parts(zero_point=gone)),
@@ -129,7 +116,7 @@ CASES = [
         "a group index",
         VERIFY,
         (BASE, "weight_g_idx"),
-        parts(g_idx=lambda t: torch.arange(64).int()),
+        quantised(G_IDX),
     ),
     Case("2-bit weights", VERIFY, ("Supported: int4",), weights(num_bits=2)),
     Case("groups that are reordered", VERIFY, ("Supp",), weights(actorder="group")),

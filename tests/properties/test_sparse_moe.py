@@ -5,6 +5,7 @@ T tokens, D hidden, F width, E experts, K slots per token.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,12 @@ def ways() -> Iterator[tuple[str, dict[str, int]]]:
         yield "tiles for some", {"tile_from": 3}
 
 
+def assert_every_way(inputs: tuple[Any, ...], expected_TD: torch.Tensor) -> None:
+    """Every path gives what is expected of a call with these inputs."""
+    for name, how in ways():
+        assert_close(cpu_library.fused_moe(*inputs, **how), expected_TD, name)
+
+
 def assert_close(found_TD: Tensor, expected_TD: Tensor, what: str) -> None:
     largest = max(expected_TD.abs().max().item(), 1e-6)
     error = (found_TD.double() - expected_TD).abs().max().item() / largest
@@ -166,8 +173,7 @@ def test_every_path_computes_the_formula(
     inputs = (given_.x_TD, given_.weights_TK, given_.ids_TK, None, w13, w2, width)
     expected_TD = by_formula(given_)
     assert_close(blocks.fused_moe(*inputs), expected_TD, "definition")
-    for name, how in ways():
-        assert_close(cpu_library.fused_moe(*inputs, **how), expected_TD, name)
+    assert_every_way(inputs, expected_TD)
 
 
 @settings(deadline=None, max_examples=20)
@@ -202,8 +208,7 @@ def test_fp8_weights_are_multiplied_by_their_scales(
         inputs = (given_.x_TD, given_.weights_TK, given_.ids_TK, None, w13, w2, width)
         expected_TD = by_formula(given_)
         assert_close(blocks.fused_moe(*inputs), expected_TD, "definition")
-        for name, how in ways():
-            assert_close(cpu_library.fused_moe(*inputs, **how), expected_TD, name)
+        assert_every_way(inputs, expected_TD)
 
 
 def test_every_fp8_pattern_is_what_pytorch_says_it_is() -> None:
@@ -299,8 +304,7 @@ def test_experts_of_other_processes_add_nothing(dtype: torch.dtype) -> None:
     inputs = (given_.x_TD, given_.weights_TK, given_.ids_TK, expert_map_G, w13, w2, 48)
     expected_TD = by_formula(given_, here)
     assert_close(blocks.fused_moe(*inputs), expected_TD, "definition")
-    for name, how in ways():
-        assert_close(cpu_library.fused_moe(*inputs, **how), expected_TD, name)
+    assert_every_way(inputs, expected_TD)
 
 
 def test_ids_that_no_expert_has_are_left_out() -> None:
@@ -357,8 +361,7 @@ def test_inputs_that_are_expanded_in_several_chunks(tokens: int) -> None:
     w13, w2 = encoded(given_.experts)
     inputs = (given_.x_TD, given_.weights_TK, given_.ids_TK, None, w13, w2, 600)
     expected_TD = blocks.fused_moe(*inputs).double()
-    for name, how in ways():
-        assert_close(cpu_library.fused_moe(*inputs, **how), expected_TD, name)
+    assert_every_way(inputs, expected_TD)
 
 
 @pytest.mark.slow
@@ -375,5 +378,4 @@ def test_many_tokens_at_once() -> None:
     w13, w2 = encoded(given_.experts)
     inputs = (given_.x_TD, given_.weights_TK, given_.ids_TK, None, w13, w2, 64)
     expected_TD = blocks.fused_moe(*inputs).double()
-    for name, how in ways():
-        assert_close(cpu_library.fused_moe(*inputs, **how), expected_TD, name)
+    assert_every_way(inputs, expected_TD)

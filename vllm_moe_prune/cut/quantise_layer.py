@@ -16,7 +16,6 @@ from ..calibrate.experts import (
     Routing,
     add_expert,
     expert_hidden,
-    expert_tokens,
     place,
     token_chunks,
 )
@@ -32,15 +31,17 @@ from ..slim.rtn import rtn
 from ..slim.sparsegpt import add_inputs
 from .copy import build_tensor, tensor_view
 from .slice import OutputTensor
+from .slim_expert import column_sums
 from .slim_layer import (
     LayerRecord,
     Served,
     SlimContext,
     add_powers,
     naming,
+    trimmed_experts,
     trimmed_routing,
 )
-from .trimmed import survivor, trimmed_layer
+from .trimmed import trimmed_layer
 
 
 @torch.no_grad()
@@ -116,12 +117,13 @@ class _Layer:
 
     def experts(self) -> Iterator[tuple[int, Expert, Served | None]]:
         """Each expert, trimmed, with its tokens; None where there are no tokens."""
-        for new in range(self._trimmed.num_experts):
-            served = None
-            if self._routing is not None:
-                redirect = self._trimmed.redirect
-                served = Served(*expert_tokens(self._routing, new, redirect))
-            expert = survivor(self._context.checkpoint, self._layer, self._plan, new)
+        for new, expert, served in trimmed_experts(
+            self._context.checkpoint,
+            self._layer,
+            self._plan,
+            self._trimmed,
+            self._routing,
+        ):
             if self._x_ND is not None:
                 expert = Expert(*(part.to(self._x_ND.device) for part in expert))
             yield new, expert, served
@@ -241,11 +243,8 @@ def _by_awq(
 
 
 def _mean_size(x_ND: torch.Tensor) -> torch.Tensor:
-    """Mean of |x| over tokens, without a whole fp32 copy of ``x_ND``."""
-    total_D = torch.zeros(x_ND.shape[1], dtype=torch.float64, device=x_ND.device)
-    for start in range(0, len(x_ND), 2048):
-        total_D += x_ND[start : start + 2048].float().abs().sum(dim=0)
-    return total_D / max(1, len(x_ND))
+    """Mean of |x| over tokens."""
+    return column_sums(x_ND, torch.abs) / max(1, len(x_ND))
 
 
 def _write_scaled(

@@ -4,7 +4,7 @@ An expert that no token reached has all-zero sums, on which every method falls b
 magnitudes in its own comparison groups, so that the planned number of zeros holds.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -96,14 +96,16 @@ def add_sums(sums: torch.Tensor, x_nD: torch.Tensor, plan: CutPlan) -> None:
     if plan.slim == "sparsegpt":
         add_inputs(sums, x_nD)
     else:
-        sums += _column_squares(x_nD)
+        sums += column_sums(x_nD, torch.square)
 
 
-def _column_squares(x_nD: torch.Tensor) -> torch.Tensor:
-    """Sum of squares of each column, without a whole fp32 copy of ``x_nD``."""
+def column_sums(
+    x_nD: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Sum [D] of a function of each element, without a whole fp32 copy of ``x_nD``."""
     total_D = torch.zeros(x_nD.shape[1], dtype=torch.float64, device=x_nD.device)
     for start in range(0, len(x_nD), 2048):
-        total_D += x_nD[start : start + 2048].float().square().sum(dim=0)
+        total_D += of(x_nD[start : start + 2048].float()).sum(dim=0)
     return total_D
 
 

@@ -149,18 +149,32 @@ def slimmed_experts(
     routing = None
     if x_ND is not None and model is not None:
         routing = trimmed_routing(model, plan, layer, layer_plan, x_ND)
-    for new in range(trimmed.num_experts):
-        trimmed_expert = survivor(checkpoint, layer, layer_plan, new)
-        served = None
+    for new, trimmed_expert, served in trimmed_experts(
+        checkpoint, layer, layer_plan, trimmed, routing
+    ):
         with naming(checkpoint, layer, layer_plan, new):
-            if routing is None or x_ND is None or model is None:
+            if served is None or x_ND is None or model is None:
                 expert = slim_by_magnitude(trimmed_expert, plan, sparsity, wanted)
             else:
-                served = Served(*expert_tokens(routing, new, trimmed.redirect))
                 expert = slim_by_data(
                     trimmed_expert, plan, sparsity, x_ND, *served, model.act, wanted
                 )
         yield Slimmed(new, trimmed_expert, expert, served)
+
+
+def trimmed_experts(
+    checkpoint: Checkpoint,
+    layer: Layer,
+    layer_plan: LayerPlan,
+    trimmed: Layer,
+    routing: Routing | None,
+) -> Iterator[tuple[int, Expert, Served | None]]:
+    """Each expert a layer is left with, and its tokens; None where no data is used."""
+    for new in range(trimmed.num_experts):
+        served = None
+        if routing is not None:
+            served = Served(*expert_tokens(routing, new, trimmed.redirect))
+        yield new, survivor(checkpoint, layer, layer_plan, new), served
 
 
 @contextmanager

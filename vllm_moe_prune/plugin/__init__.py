@@ -15,7 +15,8 @@ that, and the model classes are named by string so that vLLM imports them when n
     models/      one file per family: vLLM's classes with other constructors
     loader.py    ``--load-format moe_prune``: prune the original while loading
     sparse_moe.py     the quantisation method ``moe_prune``: experts without zeros
-    expert_loader.py  expert matrices on their way into memory
+    arriving.py       expert matrices as vLLM hands them over
+    expert_loader.py  makes blocks of them
     packed.py         packed experts, dense and compressed, one by one
     sparse_op.py      the custom op that runs a layer of them
     dequantised_moe.py  quantised experts that vLLM has no kernel for

@@ -30,6 +30,7 @@ from vllm.platforms import current_platform
 from ..checkpoint.quantised import CONFIG_KEY, read_form
 from ..errors import CheckpointError, ServeError
 from ..kernels.quantised import Form, dequantise, unpack
+from .arriving import ArrivingExperts
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class DequantisingMethod(FusedMoEMethodBase):
         """For experts that are all stored in one form."""
         super().__init__(moe)
         self.form = form
+        self._suffixes = tuple(form.parts(8, 8, "BF16"))  # whatever the sizes
 
     def create_weights(
         self,
@@ -88,7 +90,7 @@ class DequantisingMethod(FusedMoEMethodBase):
         )
         layer.moe_prune_loader = loader
         for matrix in ("w13", "w2"):
-            for part in self.form.parts(8, 8, "BF16"):
+            for part in self._suffixes:
                 parameter = Parameter(torch.empty(0), requires_grad=False)
                 set_weight_attrs(parameter, {"weight_loader": loader.load})
                 layer.register_parameter(f"{matrix}_{part}", parameter)
@@ -103,7 +105,7 @@ class DequantisingMethod(FusedMoEMethodBase):
         loader.check_finished()
         del layer.moe_prune_loader
         for matrix, dense in (("w13", loader.w13_E2FD), ("w2", loader.w2_EDF)):
-            for part in self.form.parts(8, 8, "BF16"):
+            for part in self._suffixes:
                 delattr(layer, f"{matrix}_{part}")
             parameter = Parameter(dense, requires_grad=False)
             layer.register_parameter(f"{matrix}_weight", parameter)
@@ -128,8 +130,8 @@ class DequantisingMethod(FusedMoEMethodBase):
         raise ServeError(f"{layer.layer_name}: has no weights yet.")
 
 
-class _Loader:
-    """One layer's experts on their way into memory."""
+class _Loader(ArrivingExperts):
+    """Dequantises matrices as soon as their parts are there."""
 
     def __init__(
         self,
@@ -140,71 +142,43 @@ class _Loader:
         width: int,
         dtype: torch.dtype,
     ) -> None:
-        self._layer, self._form = layer, form
-        self._hidden, self._width = hidden, width
-        self._parts: dict[tuple[int, str], dict[str, Tensor]] = {}
+        super().__init__(layer, experts=experts, hidden=hidden, width=width)
+        self._form = form
         self._missing = {
             (expert, shard) for expert in range(experts) for shard in ("w1", "w2", "w3")
         }
         self.w13_E2FD = torch.empty(experts, 2 * width, hidden, dtype=dtype)
         self.w2_EDF = torch.empty(experts, hidden, width, dtype=dtype)
 
-    def load(
-        self,
-        param: Any,
-        loaded_weight: Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int,
-        return_success: bool = False,
-    ) -> bool:
-        """vLLM's weight loader: take one tensor of one expert.
-
-        Args:
-            param: The placeholder, which stays empty.
-            loaded_weight: The tensor, for all processes.
-            weight_name: Ends in the name of a part.
-            shard_id: ``w1`` gate, ``w3`` up, ``w2`` down.
-            expert_id: Among all experts.
-            return_success: vLLM's; the answer is returned either way.
-
-        Returns:
-            Whether this process has the expert.
+    def take(
+        self, local: int, shard_id: str, name: str, tensor: Tensor, where: str
+    ) -> None:
+        """One part of a matrix.
 
         Raises:
-            CheckpointError: The tensor has another shape or type than its form.
+            CheckpointError: The tensor has another shape than its form says.
         """
-        local = self._layer._map_global_expert_id_to_local_expert_id(expert_id)
-        if local < 0:
-            return False
-        rows, cols = self._whole_shape(shard_id)
-        wanted = self._form.parts(rows, cols, "BF16")
+        wanted = self._form.parts(*self.whole_shape(shard_id), "BF16")
         parts = self._parts.setdefault((local, shard_id), {})
-        part = next(part for part in wanted if weight_name.endswith(f"_{part}"))
-        if tuple(loaded_weight.shape) != wanted[part][1]:
+        part = next(part for part in wanted if name.endswith(f"_{part}"))
+        if tuple(tensor.shape) != wanted[part][1]:
             raise CheckpointError(
-                f"{weight_name}, expert {expert_id}, {shard_id}: has shape "
-                f"{list(loaded_weight.shape)}, expected {list(wanted[part][1])}."
+                f"{where}: has shape {list(tensor.shape)}, expected "
+                f"{list(wanted[part][1])}."
             )
         # A copy: what vLLM hands over may be a view into a file that it will close.
-        parts[part] = loaded_weight.cpu().clone()
+        parts[part] = tensor.cpu().clone()
         if len(parts) == len(wanted):
             self._place(local, shard_id, self._parts.pop((local, shard_id)))
-        return True
-
-    def _whole_shape(self, shard_id: str) -> tuple[int, int]:
-        width = self._width * self._layer.moe_config.moe_parallel_config.tp_size
-        return (self._hidden, width) if shard_id == "w2" else (width, self._hidden)
 
     def _place(self, local: int, shard_id: str, parts: dict[str, Tensor]) -> None:
         dense = dequantise(unpack(parts, self._form), self._form, self.w2_EDF.dtype)
-        start = self._width * self._layer.moe_config.moe_parallel_config.tp_rank
+        own = self.own(shard_id, dense)
         if shard_id == "w2":
-            self.w2_EDF[local] = dense[:, start : start + self._width]
+            self.w2_EDF[local] = own
         else:
-            at = 0 if shard_id == "w1" else self._width
-            own_FD = dense[start : start + self._width]
-            self.w13_E2FD[local, at : at + self._width] = own_FD
+            at = 0 if shard_id == "w1" else self.width
+            self.w13_E2FD[local, at : at + self.width] = own
         self._missing.discard((local, shard_id))
 
     def check_finished(self) -> None:

@@ -17,14 +17,15 @@ from ..errors import CheckpointError, ServeError
 from ..kernels import cpu_library
 from ..kernels.bitmask import Bitmask, check
 from ..kernels.blocks import BLOCK, FP8, STEP, Blocks, join
+from .arriving import ArrivingExperts
 from .packed import is_complete
 
 KINDS = {"w1": "w13", "w3": "w13", "w2": "w2"}
 """vLLM's gate, up and down, and which of them are encoded together."""
 
 
-class ExpertLoader:
-    """One layer's experts on their way into memory."""
+class ExpertLoader(ArrivingExperts):
+    """Makes blocks of them."""
 
     def __init__(
         self,
@@ -49,10 +50,10 @@ class ExpertLoader:
         Raises:
             ServeError: Processes would share what has a scale in common, or blocks.
         """
-        self.hidden, self.width = hidden, width
-        self._layer, self._experts, self._scaled = layer, experts, scaled
+        super().__init__(layer, experts=experts, hidden=hidden, width=width)
+        self._scaled = scaled
         self._dtype = dtype if scaled is None else FP8
-        ranks = layer.moe_config.moe_parallel_config.tp_size
+        ranks = self._parallel.tp_size
         if scaled is not None and (
             scaled.rows % BLOCK or scaled.cols % STEP or (ranks > 1 and width % STEP)
         ):
@@ -61,7 +62,6 @@ class ExpertLoader:
                 f"{scaled.cols} weights cannot be split into parts {width} wide; the "
                 f"sizes must divide by {BLOCK}, {STEP} and {STEP}. Use fewer ranks."
             )
-        self._parts: dict[tuple[int, str], dict[str, Tensor]] = {}
         self._dense: dict[int, dict[str, Tensor]] = {}
         self._scales: dict[int, dict[str, Tensor]] = {}
         self._w13: dict[int, Blocks] = {}
@@ -73,62 +73,34 @@ class ExpertLoader:
         """What the layer's experts take when they are stored dense."""
         return self._experts * 3 * self.hidden * self.width * self._dtype.itemsize
 
-    def load(
-        self,
-        param: Any,
-        loaded_weight: Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int,
-        return_success: bool = False,
-    ) -> bool:
-        """vLLM's weight loader: take one tensor of one expert.
-
-        Args:
-            param: The placeholder, which stays empty.
-            loaded_weight: The tensor, for all processes.
-            weight_name: Ends in ``weight``, in the name of a part, or as scales do.
-            shard_id: ``w1`` gate, ``w3`` up, ``w2`` down.
-            expert_id: Among all experts.
-            return_success: vLLM's; the answer is returned either way.
-
-        Returns:
-            Whether this process has the expert.
+    def take(
+        self, local: int, shard_id: str, name: str, tensor: Tensor, where: str
+    ) -> None:
+        """A dense matrix, a part of one, or its scales.
 
         Raises:
             CheckpointError: The tensor has another shape, or its parts disagree.
         """
-        local = self._layer._map_global_expert_id_to_local_expert_id(expert_id)
-        if local < 0:
-            return False
-        part = weight_name.rpartition(".")[2].partition("_")[2]
+        part = name.rpartition(".")[2].partition("_")[2]
         if part == "weight":
-            self._add(local, shard_id, loaded_weight, weight_name)
-            return True
+            self._add(local, shard_id, tensor, name)
+            return
         if part == f"weight{SUFFIX}":
-            scales = self._grid(shard_id, loaded_weight, weight_name)
+            scales = self._grid(shard_id, tensor, name)
             self._scales.setdefault(local, {})[shard_id] = scales
             self._encode(local, KINDS[shard_id])
-            return True
+            return
         parts = self._parts.setdefault((local, shard_id), {})
         # A copy: what vLLM hands over may be a view into a file that it will close.
-        parts[part] = loaded_weight.clone()
+        parts[part] = tensor.clone()
         if is_complete(parts):
             del self._parts[local, shard_id]
             packed = Bitmask(parts["mask"], parts["values"], parts.get("offsets"))
-            where = f"{weight_name}, expert {expert_id}, {shard_id}"
-            check(packed, self._whole_shape(shard_id), where)
-            dense = cpu_library.unpack_matrix(packed)
-            self._add(local, shard_id, dense, weight_name)
-        return True
-
-    def _whole_shape(self, shard_id: str) -> tuple[int, int]:
-        parallel = self._layer.moe_config.moe_parallel_config
-        width = self.width * parallel.tp_size
-        return (self.hidden, width) if shard_id == "w2" else (width, self.hidden)
+            check(packed, self.whole_shape(shard_id), where)
+            self._add(local, shard_id, cpu_library.unpack_matrix(packed), name)
 
     def _add(self, local: int, shard_id: str, dense: Tensor, name: str) -> None:
-        expected = self._whole_shape(shard_id)
+        expected = self.whole_shape(shard_id)
         if tuple(dense.shape) != expected:
             raise CheckpointError(
                 f"{name}: expert matrix {shard_id} has shape {list(dense.shape)}, "
@@ -139,12 +111,8 @@ class ExpertLoader:
                 f"{name}: expert matrix {shard_id} is {dense.dtype}; config.json "
                 f"says that weights are {FP8}."
             )
-        parallel = self._layer.moe_config.moe_parallel_config
-        axis = 1 if shard_id == "w2" else 0
-        if parallel.tp_size > 1:
-            dense = dense.narrow(axis, parallel.tp_rank * self.width, self.width)
         held = self._dense.setdefault(local, {})
-        held[shard_id] = dense.to(device="cpu", dtype=self._dtype)
+        held[shard_id] = self.own(shard_id, dense).to(device="cpu", dtype=self._dtype)
         self._encode(local, KINDS[shard_id])
         if shard_id in held:  # waits for another one; see above
             held[shard_id] = held[shard_id].clone()
@@ -152,14 +120,14 @@ class ExpertLoader:
     def _grid(self, shard_id: str, scales: Tensor, name: str) -> Tensor:
         """The scale of each BLOCK outputs and STEP inputs, of this process."""
         assert self._scaled is not None
-        whole = self._whole_shape(shard_id)
+        whole = self.whole_shape(shard_id)
         expected = self._scaled.scale_shape(whole)
         if tuple(scales.shape) != expected:
             raise CheckpointError(
                 f"{name}: the scales of {shard_id} have shape {list(scales.shape)}, "
                 f"expected {list(expected)}."
             )
-        start = self._layer.moe_config.moe_parallel_config.tp_rank * self.width
+        start = self._parallel.tp_rank * self.width
         here = (
             (self.hidden, self.width) if shard_id == "w2" else (self.width, self.hidden)
         )
