@@ -1,7 +1,7 @@
 """What does the gateway cost, and what can it hold?
 
-    python bench/gateway.py [--quick] [--only NAME ...] [--json FILE]
-    python bench/gateway.py [--quick] --vllm FOLDER [--json FILE]
+    python bench/gateway.py [--quick] [--only NAME ...] [--json FILE] [--nginx]
+    python bench/gateway.py [--quick] --vllm FOLDER [--json FILE] [--nginx]
 
 The stub of the tests, a real HTTP server in a process of its own, is asked directly and
 through a real `vllm-moe-prune gateway`, in turns, so that both see the same machine:
@@ -14,6 +14,8 @@ through a real `vllm-moe-prune gateway`, in turns, so that both see the same mac
   held        1000 streams at one time, for as long as it takes to see memory settle
 
 or with --vllm one request after the other and 64 streams at a time of a real server.
+With --nginx the first three, and those, also through an unbuffered nginx: what any
+process between the two costs here, written in C and knowing nothing of what it passes.
 Figures are added to those that a JSON file already has. Claims: at most 2 ms more
 latency at the median, at most 5 % of throughput at concurrency 64 (paced, and on a real
 server), all bytes equal, 1000 streams without an error or growing memory.
@@ -29,6 +31,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +43,25 @@ from server import VLLM, free_port, running
 STUB = Path(__file__).resolve().parents[1] / "tests" / "stub_backend.py"
 CHAT = "/v1/chat/completions"
 Note = Callable[[str, dict[str, Any]], None]
+Ways = dict[str, str]
+"""Name -> address: ``direct``, ``gateway`` and perhaps ``nginx``."""
+NGINX = """
+daemon off; worker_processes auto; error_log stderr; pid {folder}/pid;
+events {{ worker_connections 8192; }}
+http {{
+  access_log off; client_body_temp_path {folder}; proxy_temp_path {folder};
+  fastcgi_temp_path {folder}; uwsgi_temp_path {folder}; scgi_temp_path {folder};
+  upstream backend {{ server {backend}; keepalive 128; }}
+  server {{
+    listen 127.0.0.1:{port};
+    keepalive_requests 1000000;
+    location / {{
+      proxy_pass http://backend; proxy_http_version 1.1; proxy_buffering off;
+      proxy_set_header Connection ""; proxy_read_timeout 600s;
+    }}
+  }}
+}}
+"""
 NAMES = ["latency", "paced", "saturated", "bytes", "held"]
 STREAMS = 64
 KEEP_ALIVE_S = 3  # uvicorn closes idle connections after 5
@@ -53,6 +75,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--vllm", type=Path, help="a checkpoint to serve for real")
+    parser.add_argument("--nginx", action="store_true", help="compare with nginx")
     options = parser.parse_args()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -67,12 +90,17 @@ def main() -> None:
             figures[name] = found
             options.json.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
 
-    if options.vllm:
-        with vllm(options.vllm) as direct, gateway(direct) as (through, _):
-            asyncio.run(measure_vllm(direct, through, share, note))
-    else:
-        with stub() as direct, gateway(direct) as found:
-            asyncio.run(measure(direct, found, share, options.only, note))
+    backend = vllm(options.vllm) if options.vllm else stub()
+    with contextlib.ExitStack() as servers:
+        direct = servers.enter_context(backend)
+        through, process = servers.enter_context(gateway(direct))
+        ways = {"direct": direct, "gateway": through}
+        if options.nginx:
+            ways["nginx"] = servers.enter_context(nginx(direct))
+        if options.vllm:
+            asyncio.run(measure_vllm(ways, share, note))
+        else:
+            asyncio.run(measure(ways, process, share, options.only, note))
 
 
 # --- servers ----------------------------------------------------------------
@@ -98,6 +126,19 @@ def gateway(backend: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
 
 
 @contextlib.contextmanager
+def nginx(backend: str) -> Iterator[str]:
+    """Debian's nginx as a proxy that sends on what has come at once."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        address = backend.removeprefix("http://")
+        text = NGINX.format(folder=folder, backend=address, port=port)
+        config = Path(folder) / "nginx.conf"
+        config.write_text(text, "utf-8")
+        with running(["nginx", "-c", str(config)], port) as (url, _):
+            yield url
+
+
+@contextlib.contextmanager
 def vllm(folder: Path) -> Iterator[str]:
     """A real vLLM server of a checkpoint."""
     port = free_port()
@@ -118,31 +159,30 @@ def resident_mib(process: "subprocess.Popen[bytes]") -> float:
 
 
 async def measure(
-    direct: str,
-    server: tuple[str, "subprocess.Popen[bytes]"],
+    ways: Ways,
+    process: "subprocess.Popen[bytes]",
     share: int,
     only: list[str],
     note: Note,
 ) -> None:
-    """Everything on the stub."""
-    through, process = server
+    """Everything on the stub; the process is the gateway's."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        ask, both = Asker(session), (direct, through)
+        ask, through = Asker(session), ways["gateway"]
         paced, fast = request(events=50, gap_s=0.02), request(events=100)
         jobs = {
-            "latency": lambda: latency(ask, *both, request(), 1000 // share),
-            "paced": lambda: throughput(ask, *both, paced, 256 // share),
-            "saturated": lambda: throughput(ask, *both, fast, 640 // share),
-            "bytes": lambda: equal_bytes(ask, *both, 10_000 // share),
+            "latency": lambda: latency(ask, ways, request(), 1000 // share),
+            "paced": lambda: throughput(ask, ways, paced, 256 // share),
+            "saturated": lambda: throughput(ask, ways, fast, 640 // share),
+            "bytes": lambda: equal_bytes(ask, ways, 10_000 // share),
             "held": lambda: held(ask, through, process, 1000 // share),
         }
         for name in only:
             note(name, await jobs[name]())
 
 
-async def measure_vllm(direct: str, through: str, share: int, note: Note) -> None:
+async def measure_vllm(ways: Ways, share: int, note: Note) -> None:
     """The same two on a real server."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
     timeout = aiohttp.ClientTimeout(total=None)
@@ -150,10 +190,10 @@ async def measure_vllm(direct: str, through: str, share: int, note: Note) -> Non
         ask = Asker(session)
         one = {"model": "m", "prompt": "def", "max_tokens": 1, "temperature": 0}
         path = "/v1/completions"
-        found = await latency(ask, direct, through, one, 200 // share, path)
+        found = await latency(ask, ways, one, 200 // share, path)
         note("vllm_latency", found)
         many = one | {"max_tokens": 64, "ignore_eos": True, "stream": True}
-        found = await throughput(ask, direct, through, many, 256 // share, path)
+        found = await throughput(ask, ways, many, 256 // share, path)
         note("vllm_throughput", found)
 
 
@@ -184,50 +224,47 @@ def request(**wishes: Any) -> dict[str, Any]:
 
 
 async def latency(
-    ask: Asker, direct: str, through: str, body: Any, count: int, path: str = CHAT
+    ask: Asker, ways: Ways, body: Any, count: int, path: str = CHAT
 ) -> dict[str, float]:
-    """Milliseconds of one request at a time, direct and through, taking turns."""
-    times: dict[str, list[float]] = {direct: [], through: []}
+    """Milliseconds of one request at a time, each way, taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(count + 20):
-        for url in (direct, through):
+        for name, url in ways.items():
             start = time.perf_counter()
             await ask(url, body, path)
             if turn >= 20:
-                times[url].append(1000 * (time.perf_counter() - start))
-    at = {name: statistics.median(times[url]) for name, url in named(direct, through)}
-    p99 = {name: percentile(times[url]) for name, url in named(direct, through)}
-    return {
-        "requests": count,
-        "direct_ms": round(at["direct"], 3),
-        "gateway_ms": round(at["gateway"], 3),
-        "added_ms": round(at["gateway"] - at["direct"], 3),
-        "direct_p99_ms": round(p99["direct"], 3),
-        "gateway_p99_ms": round(p99["gateway"], 3),
-    }
+                times[name].append(1000 * (time.perf_counter() - start))
+    found: dict[str, float] = {"requests": count}
+    mid = {name: statistics.median(times[name]) for name in ways}
+    for name in ways:
+        found[f"{name}_ms"] = round(mid[name], 3)
+        found[f"{name}_p99_ms"] = round(percentile(times[name]), 3)
+        if name != "direct":
+            found[f"{name}_added_ms"] = round(mid[name] - mid["direct"], 3)
+    return found
 
 
 async def throughput(
-    ask: Asker, direct: str, through: str, body: Any, count: int, path: str = CHAT
+    ask: Asker, ways: Ways, body: Any, count: int, path: str = CHAT
 ) -> dict[str, float]:
     """Streams per second, 64 at a time; the median of rounds that take turns."""
-    rates: dict[str, list[float]] = {direct: [], through: []}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
-        for url in (direct, through):
+        for name, url in ways.items():
             start = time.perf_counter()
             await many(ask, url, [body] * count, path)
-            rates[url].append(count / (time.perf_counter() - start))
-    mid = {name: statistics.median(rates[url]) for name, url in named(direct, through)}
-    return {
-        "streams": count,
-        "direct_per_s": round(mid["direct"], 2),
-        "gateway_per_s": round(mid["gateway"], 2),
-        "lost_percent": round(100 * (1 - mid["gateway"] / mid["direct"]), 1),
-    }
+            rates[name].append(count / (time.perf_counter() - start))
+    found: dict[str, float] = {"streams": count}
+    mid = {name: statistics.median(rates[name]) for name in ways}
+    for name in ways:
+        found[f"{name}_per_s"] = round(mid[name], 2)
+        if name != "direct":
+            lost = 100 * (1 - mid[name] / mid["direct"])
+            found[f"{name}_lost_percent"] = round(lost, 1)
+    return found
 
 
-async def equal_bytes(
-    ask: Asker, direct: str, through: str, count: int
-) -> dict[str, float]:
+async def equal_bytes(ask: Asker, ways: Ways, count: int) -> dict[str, float]:
     """Streams of random lengths, through the gateway and not."""
     draw = random.Random(0)
     bodies = [
@@ -235,8 +272,8 @@ async def equal_bytes(
         for _ in range(count)
     ]
     # The stub's answer depends on the request only, so every pair must be equal.
-    passed = await many(ask, through, bodies)
-    plain = await many(ask, direct, bodies)
+    passed = await many(ask, ways["gateway"], bodies)
+    plain = await many(ask, ways["direct"], bodies)
     return {
         "streams": count,
         "bytes": sum(map(len, plain)),
@@ -283,11 +320,6 @@ async def many(
             return await ask(url, body, path)
 
     return list(await asyncio.gather(*map(one, bodies)))
-
-
-def named(direct: str, through: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Both, with the names they have in the figures."""
-    return ("direct", direct), ("gateway", through)
 
 
 def percentile(values: list[float]) -> float:
