@@ -1,6 +1,12 @@
-"""Synthetic Mixtral-shaped checkpoints for the benches: real files, random weights."""
+"""Synthetic Mixtral-shaped checkpoints for the benches: real files, random weights.
 
+python bench/synthetic.py FOLDER [--tokenizer examples/demo-mixtral] [--layers 8]
+    [--hidden 1024] [--width 3584] [--experts 8]
+"""
+
+import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -107,3 +113,23 @@ def write_mixtral(
 def tensor_bytes(folder: Path) -> int:
     """Bytes of all weight files in a folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def main() -> None:
+    """Write one that can be served; the defaults take 1.5 GB."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", type=Path, default="examples/demo-mixtral")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=3584)
+    parser.add_argument("--experts", type=int, default=8)
+    options = vars(parser.parse_args())
+    folder, tokenizer = options.pop("folder"), Path(options.pop("tokenizer"))
+    write_mixtral(folder, vocab=1536, **options)
+    for path in tokenizer.glob("*token*.json"):
+        shutil.copy(path, folder)
+
+
+if __name__ == "__main__":
+    main()

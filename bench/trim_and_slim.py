@@ -1,12 +1,12 @@
-"""The table of trimming, 4-bit weights and both (Demystifying, Table 3) on a demo model.
+"""Trimming, 4-bit weights and both, on a demo model: Demystifying's Table 3.
 
     python bench/trim_and_slim.py examples/demo-mixtral [--markdown FILE] [--json FILE]
 
-Base, AWQ, and Expert, Layer and Block Drop, each alone and with AWQ, in both orders: T+S
-trims and then quantises in one run, S+T trims a checkpoint that AWQ has made. Every row
-is a checkpoint that was written, opened again and judged: perplexity over five held-out
-domains and sums of which the answer counts, with standard errors (over windows, and
-over sums). FLOPs are those of one prompt of 2048 tokens.
+Base, AWQ, and Expert, Layer and Block Drop, each alone and with AWQ, in both orders:
+T+S trims and then quantises in one run, S+T trims a checkpoint that AWQ has made. Every
+row is a checkpoint that was written, opened again and judged: perplexity over five
+held-out domains and sums of which the answer counts, with standard errors (over
+windows, and over sums). FLOPs are those of one prompt of 2048 tokens.
 """
 
 import argparse

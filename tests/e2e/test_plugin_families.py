@@ -44,9 +44,8 @@ def test_vllm_computes_what_the_masked_original_does(name: str, tmp_path: Path) 
         assert (unpruned_TV - expected_TV).abs().max() > 1, "the plan changed nothing"
 
 
-@pytest.mark.parametrize("name", ["arctic-everything", "v3-uneven-groups"])
-def test_compiled_graphs_compute_the_same(name: str, tmp_path: Path) -> None:
-    case = CASES[name]
+def test_compiled_graphs_compute_the_same(tmp_path: Path) -> None:
+    case = CASES["v3-uneven-groups"]
     pruned, expected_TV, _ = make_pruned(tmp_path, case)
     compiled = {**ENGINE[case.family], "enforce_eager": False}
     assert_same(served(pruned, **compiled), expected_TV)

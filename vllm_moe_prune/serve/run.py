@@ -39,6 +39,7 @@ def run_gateway(settings: GatewaySettings) -> NoReturn:
         lifespan="on",
         log_config=_logging(),
         access_log=False,
+        proxy_headers=False,  # nobody asks where requests come from
         server_header=False,
         headers=[("x-content-type-options", "nosniff")],
         timeout_keep_alive=KEEP_ALIVE_S,
