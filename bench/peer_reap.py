@@ -137,9 +137,20 @@ def by_peer(
     cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     kept = json.loads((work / "kept.json").read_text("utf-8"))
     numbered = {int(name.split(".")[2]): kept[name] for name in kept}
+    note = mend(work / "out" / "config.json", len(next(iter(kept.values()))))
     costs = judge(open_checkpoint(work / "out"), args)
     found = row(folder, "llm-compressor", drop, costs, seconds, numbered)
-    return {**found, "cpu_s": round(cpu, 1)}
+    return {**found, "cpu_s": round(cpu, 1), "note": note}
+
+
+def mend(path: Path, experts: int) -> str:
+    """Let the configuration say how many experts there are, and say if it did not."""
+    config = json.loads(path.read_text("utf-8"))
+    if config.get("n_routed_experts") in (None, experts):
+        return ""
+    note = f"config.json says {config['n_routed_experts']} experts, has {experts}"
+    path.write_text(json.dumps(config | {"n_routed_experts": experts}), "utf-8")
+    return note
 
 
 def by_us(
