@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import EXAMPLES, NO_EXPERTS, NO_ZEROS, search_text, summary, texts
+from quality import BUDGETS, EXAMPLES, NO_EXPERTS, NO_ZEROS, search_text, summary, texts
 from safetensors.torch import save_file
 
 from vllm_moe_prune import pipeline
@@ -62,7 +62,6 @@ oneshot(
 )
 print("seconds", time.monotonic() - start)
 """
-BUDGETS = ("per-layer", "global", "sensitivity")
 
 
 def main() -> None:
@@ -162,7 +161,8 @@ def by_us(
 ) -> CutPlan:
     """REAP with one of our budgets."""
     stage = {"method": "score", "criterion": "reap", "drop": drop, "budget": budget}
-    data = {"calibration": calibration, "experts": stage, **NO_ZEROS}
+    experts = {**stage, **BUDGETS[budget]}
+    data = {"calibration": calibration, "experts": experts, **NO_ZEROS}
     recipe = parse_recipe(data, "reap")
     stats = collect(checkpoint, [recipe], tokens, pipeline.RunOptions())
     if "sensitivity_P2" in needed_statistics(recipe):

@@ -43,7 +43,12 @@ from vllm_moe_prune.tune.search import tune
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DOMAINS = ("arithmetic", "chat", "licence", "prose", "python")
 CRITERIA = ("random", "frequency", "reap", "routing-score", "total-output")
-BUDGETS = ("per-layer", "global", "sensitivity")
+# Sensitivity takes experts one at a time, so groups of a router cannot stay equal.
+BUDGETS: dict[str, dict[str, Any]] = {
+    "per-layer": {},
+    "global": {},
+    "sensitivity": {"groups": "uneven"},
+}
 SUMS = 200
 TOTALS = (0.4, 0.5, 0.65)
 NO_EXPERTS: dict[str, Any] = {"experts": {"method": "none"}}
@@ -59,16 +64,16 @@ def rows(layers: int, seed: int) -> Iterator[Row]:
     yield "", "dense", {**NO_EXPERTS, **NO_ZEROS}
     for drop in (0.25, 0.5):
         group = f"{drop:.0%} of the experts"
-        for budget in BUDGETS:
+        for budget, how in BUDGETS.items():
+            common = {"drop": drop, "budget": budget, **how}
             for criterion in CRITERIA:
                 name = "Expert Drop" if criterion == "routing-score" else criterion
-                stage = {"method": "score", "criterion": criterion}
-                stage = {**stage, "drop": drop, "budget": budget}
+                stage = {"method": "score", "criterion": criterion, **common}
                 if criterion == "random":
                     stage["seed"] = seed
                 yield group, f"{name}, {budget}", {"experts": stage, **NO_ZEROS}
-            for name, how in stun_variants():
-                stage = {"method": "stun", "drop": drop, "budget": budget, **how}
+            for name, variant in stun_variants():
+                stage = {"method": "stun", **common, **variant}
                 yield group, f"{name}, {budget}", {"experts": stage, **NO_ZEROS}
     for total in TOTALS:
         group = f"{total:.0%} in total"
