@@ -35,10 +35,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 import aiohttp
-from server import VLLM, free_port, running
+from server import VLLM
+
+from vllm_moe_prune.judge.server import free_port, running
 
 STUB = Path(__file__).resolve().parents[1] / "tests" / "stub_backend.py"
 CHAT = "/v1/chat/completions"
@@ -110,7 +113,8 @@ def main() -> None:
 def stub() -> Iterator[str]:
     """The stub backend of the tests."""
     port = free_port()
-    with running([sys.executable, str(STUB), str(port), "m"], port) as (url, _):
+    command = [sys.executable, str(STUB), str(port), "m"]
+    with running(command, port, DEVNULL) as (url, _):
         yield url
 
 
@@ -121,7 +125,7 @@ def gateway(backend: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     command = [sys.executable, "-m", "vllm_moe_prune", "gateway", "--port", str(port)]
     command += ["--backend", f"one={backend}", "--backend", f"two={backend}"]
     command += ["--max-concurrent", "4096"]
-    with running(command, port) as found:
+    with running(command, port, DEVNULL) as found:
         yield found
 
 
@@ -145,7 +149,7 @@ def vllm(folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "vllm_moe_prune", "serve", str(folder)]
     command += ["--port", str(port), "--served-model-name", "m", "--enforce-eager"]
     command += ["--max-num-seqs", str(STREAMS)]
-    with running(command, port, **VLLM) as (url, _):
+    with running(command, port, DEVNULL, **VLLM) as (url, _):
         yield url
 
 

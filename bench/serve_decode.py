@@ -28,11 +28,12 @@ from pathlib import Path
 import httpx
 import torch
 from safetensors.torch import load_file, save_file
-from server import VLLM, free_port, running
+from server import VLLM
 from synthetic import write_mixtral
 
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.convert import convert
+from vllm_moe_prune.judge.server import free_port, resident, running
 
 PROMPT, NEW = 64, 32
 
@@ -111,7 +112,7 @@ def serve_and_measure(
         *("--skip-tokenizer-init", "--max-num-seqs", "16"),
     ]
     started = time.monotonic()
-    with running(command, port, quiet=False, **environment) as (url, server):
+    with running(command, port, None, **environment) as (url, server):
         start_s = time.monotonic() - started
         asyncio.run(load(url, folder, 2))  # warms up
         result: dict[str, object] = {"start_s": round(start_s, 1)}
@@ -119,19 +120,6 @@ def serve_and_measure(
         for parallel in concurrency:
             result[str(parallel)] = asyncio.run(load(url, folder, parallel))
         return result
-
-
-def resident(group: int) -> int:
-    """Resident bytes of all processes in a group: the server and its engine."""
-    total = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[2]) == group:
-                total += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile
-    return total
 
 
 async def load(url: str, folder: Path, parallel: int) -> dict[str, float]:

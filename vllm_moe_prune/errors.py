@@ -8,6 +8,7 @@
     ├── RemapError                an expert remap table that does not fit its checkpoint
     ├── OutputError               the output folder: not empty, disk full, cannot resume
     ├── ServeError                the serving environment: vLLM or the plugin is missing
+    ├── EvaluationError           a task, its data, or the server it is put to
     └── Interrupted               Ctrl-C; says how to go on
 
 The command line prints the message as one line and exits with status 2 (130 after
@@ -52,6 +53,10 @@ class OutputError(MoePruneError):
 
 class ServeError(MoePruneError):
     """The checkpoint cannot be served in this environment."""
+
+
+class EvaluationError(MoePruneError):
+    """A model cannot be judged: a task, its data or the server does not do."""
 
 
 class Interrupted(MoePruneError):

@@ -78,7 +78,7 @@ def recommend(
         RecipeError: None does, with the one that comes nearest.
     """
     facts = facts_of(checkpoint, "")
-    original = costs_of(checkpoint, untouched(facts))
+    original = costs_as_is(checkpoint)
     choices, left_out = [], {}
     for recipe in recipes:
         if recipe.tune is not None:
@@ -162,6 +162,15 @@ def _last_layers(facts: ModelFacts, stage: LayerStage) -> LayerStage:
     return LayerStage(
         drop_moe=dropped, drop_blocks=blocks, moe_norm=stage.moe_norm, mtp=stage.mtp
     )
+
+
+def costs_as_is(checkpoint: Checkpoint) -> Costs:
+    """What a checkpoint takes as it stands, pruned or not.
+
+    Raises:
+        PlanError: It routes by redirect: what an expert is used for is not in headers.
+    """
+    return costs_of(checkpoint, untouched(facts_of(checkpoint, "")))
 
 
 def costs_of(checkpoint: Checkpoint, plan: CutPlan) -> Costs:

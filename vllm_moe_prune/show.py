@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from .convert import Converted
     from .cut.apply import CutResult
     from .decide.plan import CutPlan, LayerPlan
-    from .evaluate import Perplexity
     from .report.read import Kurtosis, Numbers
     from .verify import Verified
 
@@ -363,35 +362,3 @@ def show_verified(verified: "Verified", as_json: bool) -> None:
     facts(f"Verified {verified.folder}", checked)
     if verified.expert_sparsity is None:
         hint("Pass --source CKPT to compare the weights too.")
-
-
-def show_perplexities(results: Sequence["Perplexity"], as_json: bool) -> None:
-    """What ``eval`` measured."""
-    if as_json:
-        print_json(
-            {
-                "results": [
-                    {
-                        "source": item.source,
-                        "tokens": item.tokens,
-                        "nll": item.nll_sum,
-                        "perplexity": item.perplexity,
-                    }
-                    for item in results
-                ]
-            }
-        )
-        return
-    table(
-        "Held-out perplexity",
-        ("text", "tokens", "nats per token", "perplexity"),
-        [
-            (
-                item.source,
-                f"{item.tokens:,}",
-                f"{item.nll_sum / item.tokens:.4f}",
-                f"{item.perplexity:.3f}",
-            )
-            for item in results
-        ],
-    )

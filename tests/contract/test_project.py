@@ -40,7 +40,8 @@ ROWS = (
     },
     {"measuring", "pipeline", "planning", "plugin", "preflight", "serve", "tune"}
     | {"recommend"},
-    {"draw", "serve_command", "show", "show_search"},
+    {"draw", "judge", "serve_command"}
+    | {"show", "show_compared", "show_judged", "show_search"},
     {"cli"},
     {"__main__"},
 )

@@ -8,7 +8,7 @@ import typer
 
 from .. import __version__
 from ..errors import Interrupted, MoePruneError, said_by
-from . import around, find, prune, use
+from . import around, find, judge, prune, use
 from .flags import flag
 
 # Typer keeps click's exceptions to itself; this one is for wrong command lines.
@@ -52,7 +52,9 @@ for command in (
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )(use.serve)
-app.command("eval")(use.evaluate)
+app.command("eval")(judge.evaluate)
+app.command()(judge.compare)
+app.command()(judge.speed)
 app.command()(use.report)
 app.command()(around.gateway)
 

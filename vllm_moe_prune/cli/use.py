@@ -1,4 +1,4 @@
-"""The commands for what was made: serving, judging and showing it."""
+"""The commands for what was made: serving and showing it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from .flags import (
-    Device,
     Json,
     Revision,
     Source,
@@ -43,50 +42,6 @@ def serve(
         return
     err.print(f"+ {shlex.join(command)}", style="dim")
     run_server(command)
-
-
-def evaluate(
-    source: Source,
-    text: Annotated[
-        list[str],
-        flag("Held-out text or .jsonl file, or hub:NAME[/CONFIG]; repeatable."),
-    ],
-    revision: Revision = None,
-    sequence_length: Annotated[
-        int, typer.Option(min=2, help="Tokens per window.")
-    ] = 2048,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(min=2, help="Judge on at most this many tokens per text."),
-    ] = None,
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Held-out perplexity by the streaming forward; the model need not fit in memory.
-
-    Example: `vllm-moe-prune eval OUT --text heldout.txt`
-    """
-    from ..checkpoint.source import open_checkpoint
-    from ..draw import watching
-    from ..evaluate import perplexity
-    from ..pipeline import check_device
-    from ..show import show_perplexities
-
-    check_device(device)
-    checkpoint = open_checkpoint(source, revision)
-    with watching(as_json) as report:
-        results = [
-            perplexity(
-                checkpoint,
-                item,
-                sequence_length=sequence_length,
-                max_tokens=max_tokens,
-                device=device,
-                report=report,
-            )
-            for item in text
-        ]
-    show_perplexities(results, as_json)
 
 
 def report(

@@ -1,0 +1,1 @@
+"""What a model is worth: tasks, recovery, size and speed, side by side."""

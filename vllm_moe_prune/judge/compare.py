@@ -1,0 +1,138 @@
+"""Several checkpoints side by side: quality, size, FLOPs, speed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..checkpoint.index import read_json
+from ..checkpoint.open import Checkpoint
+from ..errors import CheckpointError, EvaluationError, PlanError
+from ..recipe import first_problem
+from ..recommend import CONTEXT, costs_as_is
+from .quality import Quality, Subject
+from .speed import AtContext, Speed, Spread
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a checkpoint takes, from its headers."""
+
+    file_bytes: int
+    """Of its safetensors files."""
+    weight_bytes: int
+    """Of the tensors in them, as they are stored."""
+    parameters: int
+    flops: int | None
+    """Of one forward over 2,048 tokens at batch 1; None where routers keep the rows of
+    removed experts, of which headers do not say how often they are chosen."""
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """The mean over those 2,048 tokens."""
+        return None if self.flops is None else self.flops / CONTEXT
+
+
+@dataclass(frozen=True)
+class Column:
+    """Everything known of one checkpoint."""
+
+    source: str
+    """As it was named."""
+    size: Size
+    quality: Quality
+    speed: Speed | None
+
+
+def size_of(checkpoint: Checkpoint) -> Size:
+    """Sizes and FLOPs of a checkpoint as it is."""
+    held = [*checkpoint.tensors.values(), *checkpoint.parts.values()]
+    try:
+        flops = costs_as_is(checkpoint).flops
+    except PlanError:  # redirect routing
+        flops = None
+    return Size(
+        sum(file.stat().st_size for file in {info.file for info in held}),
+        checkpoint.stored_bytes,
+        checkpoint.parameters,
+        flops,
+    )
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class _Spread(_Strict):
+    median: Annotated[float, Field(gt=0)]
+    low: Annotated[float, Field(gt=0)]
+    high: Annotated[float, Field(gt=0)]
+
+    def plain(self) -> Spread:
+        return Spread(self.median, self.low, self.high)
+
+
+class _AtContext(_Strict):
+    context: Annotated[int, Field(ge=1)]
+    prefill: _Spread
+    decode: _Spread
+
+
+class _Row(_Strict):
+    model: str
+    contexts: tuple[_AtContext, ...]
+    peak_bytes: Annotated[int, Field(ge=0)]
+
+
+class _Speeds(_Strict):
+    rows: tuple[_Row, ...]
+
+
+def find_speeds(path: Path, subjects: Sequence[Subject]) -> dict[str, Speed]:
+    """The speeds of some checkpoints in such a file.
+
+    Raises:
+        EvaluationError: It has none of them, or two of them have one name.
+    """
+    names = [one.name for one in subjects]
+    if len(set(names)) < len(names):
+        raise EvaluationError(
+            f"{path}: tells checkpoints by the names of their folders, of which "
+            f"{', '.join(names)} are not all different. Rename one, or use --speed."
+        )
+    found = load_speeds(path)
+    if missing := [name for name in names if name not in found]:
+        raise EvaluationError(
+            f"{path}: holds no speed of {', '.join(missing)}, only of "
+            f"{', '.join(found) or 'none'}."
+        )
+    return found
+
+
+def load_speeds(path: Path) -> dict[str, Speed]:
+    """The speed of each model in what ``speed --json`` printed.
+
+    Raises:
+        EvaluationError: It is no such file.
+    """
+    try:
+        found = _Speeds.model_validate(read_json(path))
+    except CheckpointError as error:
+        raise EvaluationError(str(error)) from error
+    except ValidationError as error:
+        raise EvaluationError(
+            f"{path}: {first_problem(error)}. Give what `vllm-moe-prune speed --json` "
+            "printed."
+        ) from error
+    return {
+        row.model: Speed(
+            tuple(
+                AtContext(one.context, one.prefill.plain(), one.decode.plain())
+                for one in row.contexts
+            ),
+            row.peak_bytes,
+        )
+        for row in found.rows
+    }

@@ -1,0 +1,154 @@
+"""The quality of one model: perplexity and tasks, measured or read from a result."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..checkpoint.index import read_json
+from ..checkpoint.open import Checkpoint
+from ..errors import CheckpointError, EvaluationError
+from ..evaluate import Perplexity, perplexity
+from ..progress import Report
+from ..recipe import first_problem
+from .recovery import Score, mean
+from .server import served
+from .tasks import Endpoint, Suite, ask, find_endpoint
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What one model was found to be worth."""
+
+    model: str
+    texts: tuple[Perplexity, ...]
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What models are judged by."""
+
+    texts: Sequence[str]
+    sequence_length: int
+    max_tokens: int | None
+    device: str
+    suite: Suite | None
+    flags: Sequence[str] = ()
+    """For the servers that are started."""
+    bars: bool = False
+    """Whether lm-eval may draw its own progress bars."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint to judge, and how it was named."""
+
+    checkpoint: Checkpoint
+    source: str
+    revision: str | None = None
+    endpoint: Endpoint | None = None
+    """Where it is served already; None: a server is started for it."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return self.checkpoint.origin.name
+
+
+def judge(subject: Subject, questions: Questions, report: Report) -> Quality:
+    """Perplexity by the streaming forward, then tasks by a server.
+
+    Raises:
+        MoePruneError: A text, a task or the server does not do.
+    """
+    texts = [
+        perplexity(
+            subject.checkpoint,
+            text,
+            sequence_length=questions.sequence_length,
+            max_tokens=questions.max_tokens,
+            device=questions.device,
+            report=report,
+        )
+        for text in questions.texts
+    ]
+    scores: list[Score] = []
+    if questions.suite is not None:
+        folder = subject.checkpoint.folder
+        if subject.endpoint is not None:
+            scores = ask(questions.suite, subject.endpoint, folder, bars=questions.bars)
+        else:
+            with served(subject.source, subject.revision, questions.flags) as server:
+                endpoint = find_endpoint(server.url, server.model)
+                scores = ask(questions.suite, endpoint, folder, bars=questions.bars)
+    return Quality(subject.name, tuple(texts), tuple(scores))
+
+
+def as_data(quality: Quality) -> dict[str, Any]:
+    """As ``eval --json`` prints it, and ``load_quality`` reads it."""
+    return {
+        "model": quality.model,
+        "results": [
+            {
+                "source": text.source,
+                "tokens": text.tokens,
+                "nll": text.nll_sum,
+                "perplexity": (
+                    text.perplexity if math.isfinite(text.perplexity) else None
+                ),
+            }
+            for text in quality.texts
+        ],
+        "tasks": [asdict(score) for score in quality.scores],
+        "mean": asdict(mean(quality.scores)) if len(quality.scores) > 1 else None,
+    }
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class _Text(_Strict):
+    source: str
+    tokens: Annotated[int, Field(ge=1)]
+    nll: float
+
+
+class _Task(_Strict):
+    task: str
+    metric: str
+    value: float
+    stderr: Annotated[float, Field(ge=0)] | None
+    samples: Annotated[int, Field(ge=1)]
+
+
+class _Result(_Strict):
+    model: str
+    results: tuple[_Text, ...] = ()
+    tasks: tuple[_Task, ...] = ()
+
+
+def load_quality(path: Path) -> Quality:
+    """Read what an earlier ``eval --json`` printed.
+
+    Raises:
+        EvaluationError: It is no such file.
+    """
+    try:
+        found = _Result.model_validate(read_json(path))
+    except CheckpointError as error:
+        raise EvaluationError(str(error)) from error
+    except ValidationError as error:
+        raise EvaluationError(
+            f"{path}: {first_problem(error)}. Give what `vllm-moe-prune eval --json` "
+            "printed."
+        ) from error
+    return Quality(
+        found.model,
+        tuple(Perplexity(one.tokens, one.nll, one.source) for one in found.results),
+        tuple(Score(**one.model_dump()) for one in found.tasks),
+    )

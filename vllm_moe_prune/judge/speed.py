@@ -1,0 +1,193 @@
+"""Prefill and decode speed through ``vllm bench serve``, one request at a time."""
+
+import json
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.config_values import positive
+from ..checkpoint.open import Checkpoint
+from ..errors import EvaluationError
+from ..serve_command import find_vllm
+from .quality import Subject
+from .server import Server, peak_memory, served
+
+CONTEXTS = (128, 512, 1024, 2048)
+MAX_LENGTH = "--max-model-len"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is measured."""
+
+    contexts: tuple[int, ...]
+    """Prompt lengths in tokens."""
+    new_tokens: int
+    repeats: int
+    flags: tuple[str, ...] = ()
+    """For every server alike."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Tokens per second over repeats."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class AtContext:
+    """Speed with prompts of one length."""
+
+    context: int
+    prefill: Spread
+    """Prompt tokens over the time to the first new token."""
+    decode: Spread
+    """New tokens after the first over the time they took."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one server did."""
+
+    contexts: tuple[AtContext, ...]
+    peak_bytes: int
+    """See ``server.peak_memory``. Of a GPU's memory it says nothing: vLLM fills that up
+    to --gpu-memory-utilization whatever the model."""
+
+
+def parse_contexts(text: str) -> list[int]:
+    """The whole numbers in ``128,512``.
+
+    Raises:
+        EvaluationError: They are none.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise EvaluationError(
+            f"contexts {text!r}: write whole numbers, e.g. 128,512,2048."
+        ) from error
+
+
+def sweep_for(
+    checkpoints: Iterable[Checkpoint],
+    contexts: Sequence[int] | None,
+    new_tokens: int,
+    repeats: int,
+    flags: Sequence[str],
+) -> Sweep:
+    """The sweep that every checkpoint can take.
+
+    Args:
+        checkpoints: All that will be measured.
+        contexts: Prompt lengths; None: ``CONTEXTS``, as far as the models go.
+        new_tokens: To generate after each prompt.
+        repeats: Requests per context.
+        flags: For vLLM.
+
+    Raises:
+        EvaluationError: A context and its new tokens are more than a model takes.
+    """
+    most = min(
+        positive(one.config, "max_position_embeddings", one.folder / "config.json")
+        for one in checkpoints
+    )
+    room = most - new_tokens
+    if contexts is None:
+        contexts = [min(context, room) for context in CONTEXTS]
+    asked = tuple(sorted(set(contexts)))
+    if not asked or asked[0] < 2 or asked[-1] > room:
+        raise EvaluationError(
+            f"contexts {', '.join(map(str, asked))} with {new_tokens} new tokens: the "
+            f"models take 2 to {room} tokens of prompt. Give others, or fewer new "
+            "tokens."
+        )
+    own = ["--no-enable-prefix-caching"]
+    if not any(flag.partition("=")[0] == MAX_LENGTH for flag in flags):
+        own += [MAX_LENGTH, str(asked[-1] + new_tokens)]
+    return Sweep(asked, new_tokens, repeats, (*own, *flags))
+
+
+def measure_speed(subject: Subject, sweep: Sweep) -> Speed:
+    """Serve a checkpoint and time it.
+
+    Raises:
+        MoePruneError: It cannot be served, or a request failed.
+    """
+    folder = subject.checkpoint.folder
+    with served(subject.source, subject.revision, sweep.flags) as server:
+        found = [
+            measure_context(server, folder, context, sweep)
+            for context in sweep.contexts
+        ]
+        return Speed(tuple(found), peak_memory(server.group))
+
+
+def measure_context(
+    server: Server, tokenizer: Path, context: int, sweep: Sweep
+) -> AtContext:
+    """Send some requests of one length to a server, one at a time.
+
+    Raises:
+        EvaluationError: The benchmark or one of its requests failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(find_vllm(), "bench", "serve", "--backend", "openai"),
+            *("--base-url", server.url, "--model", server.model),
+            *("--tokenizer", str(tokenizer), "--dataset-name", "random"),
+            *("--random-input-len", str(context)),
+            *("--random-output-len", str(sweep.new_tokens)),
+            *("--num-prompts", str(sweep.repeats), "--num-warmups", "1"),
+            *("--max-concurrency", "1", "--temperature", "0", "--disable-tqdm"),
+            *("--save-result", "--save-detailed"),
+            *("--result-dir", folder, "--result-filename", "result.json"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = Path(folder) / "result.json"
+        if done.returncode or not result.is_file():
+            said = " ".join(done.stderr.splitlines()[-3:])[-400:]
+            raise EvaluationError(
+                f"vllm bench serve ended with status {done.returncode}: {said}"
+            )
+        return at_context(context, json.loads(result.read_text("utf-8")))
+
+
+def at_context(context: int, result: dict[str, Any]) -> AtContext:
+    """The speeds in what ``vllm bench serve --save-detailed`` wrote.
+
+    Raises:
+        EvaluationError: A request failed.
+    """
+    if failed := [error for error in result["errors"] if error]:
+        said = failed[0].strip().splitlines()[-1]
+        raise EvaluationError(
+            f"{len(failed)} of {len(result['errors'])} requests with {context} tokens "
+            f"failed: {said}"
+        )
+    requests = list(
+        zip(
+            result["input_lens"],
+            result["output_lens"],
+            result["ttfts"],
+            result["itls"],
+            strict=True,
+        )
+    )
+    return AtContext(
+        context,
+        prefill=_spread([tokens / first for tokens, _, first, _ in requests]),
+        # Tokens may come several at a time; the time between arrivals is all the time.
+        decode=_spread([(new - 1) / sum(gaps) for _, new, _, gaps in requests]),
+    )
+
+
+def _spread(rates: Sequence[float]) -> Spread:
+    return Spread(statistics.median(rates), min(rates), max(rates))
