@@ -21,8 +21,10 @@ def show_compared(columns: Sequence["Column"], as_json: bool) -> None:
         print_json({"checkpoints": [_column_data(one, columns[0]) for one in columns]})
         return
     rows = [*_sizes(columns), *_texts(columns), *_tasks(columns), *_speeds(columns)]
-    heads = ("", *(column.source for column in columns))
-    table("Side by side", heads, rows)
+    names = [column.quality.model for column in columns]
+    unique = len(set(names)) == len(names)
+    heads = names if unique else [column.source for column in columns]
+    table("Side by side", ["", *heads], rows)
     hint("In brackets and recovered: of the first. FLOPs: mean over 2,048 tokens.")
     if any(column.quality.scores for column in columns):
         hint("± is one standard error, of samples drawn anew.")
@@ -50,15 +52,19 @@ def _sizes(columns: Sequence["Column"]) -> Iterator[list[str]]:
         ("weights", lambda size: size.weight_bytes, gib),
         ("files", lambda size: size.file_bytes, gib),
         ("parameters", lambda size: size.parameters, "{:,}".format),
-        ("MFLOPs per token", lambda size: size.flops_per_token, _mega),
+        ("FLOPs per token", lambda size: size.flops_per_token, flops_text),
     ]
     for name, number, text in what:
         found = [number(column.size) for column in columns]
         yield [name, *_beside_first(found, text)]
 
 
-def _mega(flops: float) -> str:
-    return f"{flops / 1e6:,.1f}"
+def flops_text(flops: float) -> str:
+    """With a prefix that suits them."""
+    unit, sign = (1e12, "T") if flops >= 1e11 else (1e9, "G")
+    if flops < 1e8:
+        unit, sign = 1e6, "M"
+    return f"{flops / unit:.3g} {sign}"
 
 
 def _beside_first(
@@ -130,12 +136,12 @@ def show_speed(found: "Rows", as_json: bool) -> None:
             row.role,
             row.model,
             gib(row.size.weight_bytes),
-            "-" if row.size.flops is None else f"{row.size.flops / 1e12:.3g}",
+            "-" if row.size.flops is None else flops_text(row.size.flops),
             gib(row.speed.peak_bytes),
         ]
         for row in found.rows
     ]
-    heads = ("", "checkpoint", "weights", "TFLOPs", "peak memory")
+    heads = ("", "checkpoint", "weights", "FLOPs", "peak memory")
     table("Size", heads, sizes, text=["checkpoint"])
     for kind in ("prefill", "decode"):
         base = [getattr(one, kind) for one in first.speed.contexts]
@@ -156,7 +162,7 @@ def show_speed(found: "Rows", as_json: bool) -> None:
         hint(f"No {role}: {why}.")
     hint(
         f"Median of {found.sweep.repeats} requests [lowest to highest], one at a time; "
-        "TFLOPs of 2,048 tokens at batch 1."
+        "FLOPs of 2,048 tokens at batch 1."
     )
     if found.load_average > (os.cpu_count() or 1) / 2:
         hint(f"Others use this machine: load average {found.load_average:.1f}.")

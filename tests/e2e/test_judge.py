@@ -32,6 +32,7 @@ output_type: multiple_choice
 doc_to_text: "{{context}}"
 doc_to_choice: choices
 doc_to_target: gold
+metric_list: [{metric: acc}]
 """
 WORD = """\
 task: word

@@ -20,14 +20,31 @@ from vllm_moe_prune.cli.judge import split_flags
 from vllm_moe_prune.decide.plan import CutPlan, load_plan
 from vllm_moe_prune.errors import EvaluationError, ServeError
 from vllm_moe_prune.evaluate import perplexity
-from vllm_moe_prune.judge.compare import size_of
-from vllm_moe_prune.judge.four import cast, check_calibration, make_roles, plans_to_make
+from vllm_moe_prune.judge.compare import find_speeds, size_of
+from vllm_moe_prune.judge.four import (
+    Row,
+    Rows,
+    cast,
+    check_calibration,
+    make_roles,
+    not_played,
+    plans_to_make,
+    plot_rows,
+)
 from vllm_moe_prune.judge.quality import Quality, Subject, as_data, load_quality
 from vllm_moe_prune.judge.recovery import Recovery, Score, mean, recoveries, recovery
 from vllm_moe_prune.judge.roles import role_of, slimming_of, trimming_of
-from vllm_moe_prune.judge.speed import at_context, sweep_for
+from vllm_moe_prune.judge.speed import (
+    AtContext,
+    Speed,
+    Spread,
+    Sweep,
+    at_context,
+    sweep_for,
+)
 from vllm_moe_prune.judge.tasks import GROUPS, score_of
 from vllm_moe_prune.recipe import parse_recipe
+from vllm_moe_prune.show_compared import show_speed, speed_data
 
 LENGTH = 32
 RECIPE = {
@@ -346,3 +363,49 @@ def test_sizes_are_those_of_what_is_stored(both: Subject, tmp_path: Path) -> Non
         path.stat().st_size for path in packed.glob("*.safetensors")
     )
     assert (found.parameters, found.flops) == (dense.parameters, dense.flops)
+
+
+def measured(original: Subject, both: Subject) -> Rows:
+    def speed(rate: float) -> Speed:
+        spread = Spread(rate, rate / 2, rate * 2)
+        at = [AtContext(context, spread, spread) for context in (64, 128)]
+        return Speed(tuple(at), peak_bytes=1 << 30)
+
+    rows = [
+        Row("baseline", original.name, size_of(original.checkpoint), speed(100.0)),
+        Row("both", both.name, size_of(both.checkpoint), speed(250.0)),
+    ]
+    why = not_played({"baseline": original, "both": both})
+    return Rows(tuple(rows), why, Sweep((64, 128), 32, 5), load_average=0.0)
+
+
+def test_speeds_are_read_as_they_were_printed(
+    original: Subject, both: Subject, tmp_path: Path
+) -> None:
+    found = measured(original, both)
+    path = tmp_path / "speed.json"
+    path.write_text(json.dumps(speed_data(found)), "utf-8")
+    assert find_speeds(path, [original, both]) == {
+        row.model: row.speed for row in found.rows
+    }
+    command = ["compare", original.source, both.source, "--speed-from", str(path)]
+    ran = CliRunner().invoke(app, command)
+    assert ran.exit_code == 0, ran.output
+    assert "250.0 [125.0 to 500.0]" in ran.stdout
+    assert "1.00 GiB (100.0%)" in ran.stdout
+
+
+def test_four_rows_say_how_much_faster_and_what_is_missing(
+    original: Subject,
+    both: Subject,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = measured(original, both)
+    show_speed(found, as_json=False)
+    said = capsys.readouterr().out
+    assert "2.50x" in said
+    assert "No trim-only" in said
+    assert "No slim-only" in said
+    plot_rows(found, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")

@@ -110,7 +110,8 @@ def evaluate(
         original = Subject(open_checkpoint(against), against)
     with watching(as_json) as report:
         quality = judge(subject, questions, report)
-        if original is not None:
+    if original is not None:
+        with watching(as_json) as report:
             known = judge(original, questions, report)
     show_quality(quality, known, as_json)
 
@@ -173,11 +174,11 @@ def compare(
         opened = [one.checkpoint for one in subjects]
         sweep = sweep_for(opened, (512,), NEW_TOKENS, REPEATS, questions.flags)
     columns = []
-    with watching(as_json) as report:
-        for one in subjects:
+    for one in subjects:
+        with watching(as_json) as report:
             quality = judge(one, questions, report)
-            timed = measure_speed(one, sweep) if sweep else known.get(one.name)
-            columns.append(Column(one.source, size_of(one.checkpoint), quality, timed))
+        timed = measure_speed(one, sweep) if sweep else known.get(one.name)
+        columns.append(Column(one.source, size_of(one.checkpoint), quality, timed))
     show_compared(columns, as_json)
 
 
