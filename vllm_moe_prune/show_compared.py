@@ -141,23 +141,24 @@ def show_speed(found: "Rows", as_json: bool) -> None:
         ]
         for row in found.rows
     ]
-    heads = ("", "checkpoint", "weights", "FLOPs", "peak memory")
-    table("Size", heads, sizes, text=["checkpoint"])
-    for kind in ("prefill", "decode"):
-        base = [getattr(one, kind) for one in first.speed.contexts]
-        cells = [
-            [
-                row.role,
-                *(
-                    f"{spread_text(getattr(one, kind))} "
-                    f"{getattr(one, kind).median / before.median:.2f}x"
-                    for one, before in zip(row.speed.contexts, base, strict=True)
-                ),
-            ]
-            for row in found.rows
-        ]
-        columns = [f"at {one.context:,}" for one in first.speed.contexts]
-        table(f"{kind.capitalize()}, tokens/s", ["", *columns], cells)
+    columns = ("", "checkpoint", "weights", "FLOPs", "peak memory")
+    table("Size", columns, sizes, text=["checkpoint"])
+    rates = []
+    for at, before in enumerate(first.speed.contexts):
+        for row in found.rows:
+            one = row.speed.contexts[at]
+            rates.append(
+                [
+                    f"{one.context:,}",
+                    row.role,
+                    spread_text(one.prefill),
+                    _times(one.prefill, before.prefill),
+                    spread_text(one.decode),
+                    _times(one.decode, before.decode),
+                ]
+            )
+    heads = ("context", "", "prefill", "times", "decode", "times")
+    table("Tokens per second", heads, rates, text=["", "prefill", "decode"])
     for role, why in found.missing.items():
         hint(f"No {role}: {why}.")
     hint(
@@ -166,6 +167,10 @@ def show_speed(found: "Rows", as_json: bool) -> None:
     )
     if found.load_average > (os.cpu_count() or 1) / 2:
         hint(f"Others use this machine: load average {found.load_average:.1f}.")
+
+
+def _times(rate: "Spread", baseline: "Spread") -> str:
+    return f"{rate.median / baseline.median:.2f}"
 
 
 def speed_data(found: "Rows") -> dict[str, Any]:

@@ -128,7 +128,7 @@ def compare(
     tasks: Tasks = None,
     task_dir: TaskDir = None,
     speed: Annotated[
-        bool, flag("Serve and time each, with a prompt of 512 tokens.", "--speed")
+        bool, flag("Serve and time each, as `speed` does.", "--speed")
     ] = False,
     speed_from: Annotated[
         Path | None, flag("Take speeds from what `speed --json` printed.")
@@ -172,7 +172,7 @@ def compare(
     sweep = None
     if speed:
         opened = [one.checkpoint for one in subjects]
-        sweep = sweep_for(opened, (512,), NEW_TOKENS, REPEATS, questions.flags)
+        sweep = sweep_for(opened, None, NEW_TOKENS, REPEATS, questions.flags)
     columns = []
     for one in subjects:
         with watching(as_json) as report:

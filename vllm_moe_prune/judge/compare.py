@@ -26,8 +26,8 @@ class Size:
     """Of the tensors in them, as they are stored."""
     parameters: int
     flops: int | None
-    """Of one forward over 2,048 tokens at batch 1; None where routers keep the rows of
-    removed experts, of which headers do not say how often they are chosen."""
+    """Of one forward over 2,048 tokens at batch 1; None where routing is redirect: how
+    often slots meet in one expert is not in headers."""
 
     @property
     def flops_per_token(self) -> float | None:
