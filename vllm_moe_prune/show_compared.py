@@ -29,7 +29,7 @@ def show_compared(columns: Sequence["Column"], as_json: bool) -> None:
     if any(column.quality.scores for column in columns):
         hint("± is one standard error, of samples drawn anew.")
     if any(column.speed for column in columns):
-        hint("Speeds: median of repeats [lowest to highest], one request at a time.")
+        hint("Speeds: median of repeats (lowest–highest), one request at a time.")
 
 
 def _column_data(column: "Column", first: "Column") -> dict[str, Any]:
@@ -122,7 +122,12 @@ def _at(speed: "Speed | None", context: int, kind: str) -> str:
 
 def spread_text(spread: "Spread") -> str:
     """The median, and between what the repeats lie."""
-    return f"{spread.median:,.1f} [{spread.low:,.1f} to {spread.high:,.1f}]"
+    return f"{_rate(spread.median)} ({_rate(spread.low)}–{_rate(spread.high)})"
+
+
+def _rate(tokens: float) -> str:
+    """Three digits at least, whole from 100 on."""
+    return f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.3g}"
 
 
 def show_speed(found: "Rows", as_json: bool) -> None:
@@ -162,7 +167,7 @@ def show_speed(found: "Rows", as_json: bool) -> None:
     for role, why in found.missing.items():
         hint(f"No {role}: {why}.")
     hint(
-        f"Median of {found.sweep.repeats} requests [lowest to highest], one at a time; "
+        f"Median of {found.sweep.repeats} requests (lowest–highest), one at a time; "
         "FLOPs of 2,048 tokens at batch 1."
     )
     if found.load_average > (os.cpu_count() or 1) / 2:

@@ -392,7 +392,7 @@ def test_speeds_are_read_as_they_were_printed(
     command = ["compare", original.source, both.source, "--speed-from", str(path)]
     ran = CliRunner().invoke(app, command)
     assert ran.exit_code == 0, ran.output
-    assert "250.0 [125.0 to 500.0]" in ran.stdout
+    assert "250 (125–500)" in ran.stdout
     assert "1.00 GiB (100.0%)" in ran.stdout
 
 
@@ -405,7 +405,7 @@ def test_four_rows_say_how_much_faster_and_what_is_missing(
     found = measured(original, both)
     show_speed(found, as_json=False)
     said = capsys.readouterr().out
-    assert re.search(r"64 +both +250\.0 \[125\.0 to 500\.0\] +2\.50", said), said
+    assert re.search(r"64 +both +250 \(125–500\) +2\.50", said), said
     assert "No trim-only" in said
     assert "No slim-only" in said
     plot_rows(found, tmp_path / "speed.png")
