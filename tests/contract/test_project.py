@@ -34,13 +34,14 @@ ROWS = (
         "decide",
         "evaluate",
         "probe",
+        "recover",
         "report",
         "slim",
         "verify",
     },
     {"measuring", "pipeline", "planning", "plugin", "preflight", "serve", "tune"}
     | {"recommend"},
-    {"draw", "serve_command", "show", "show_search"},
+    {"draw", "serve_command", "show", "show_recovered", "show_search"},
     {"cli"},
     {"__main__"},
 )
