@@ -30,6 +30,7 @@ from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.apply import cut
 from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.errors import CheckpointError
 from vllm_moe_prune.evaluate import summed_loss
 from vllm_moe_prune.pipeline import RunOptions, convert, recover, verify
 from vllm_moe_prune.progress import Progress
@@ -358,6 +359,8 @@ def test_a_second_recovery_is_added_to_the_first(tmp_path: Path) -> None:
     history = json.loads((tmp_path / "again" / "provenance.json").read_text())
     assert [one["method"] for one in history["recovered"]] == ["router", "lora"]
     assert history["recipe"]
+    with pytest.raises(CheckpointError, match="trained after the cut"):
+        verify(tmp_path / "again", open_checkpoint(original))
 
 
 @pytest.mark.slow

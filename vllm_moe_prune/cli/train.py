@@ -64,11 +64,9 @@ def recover(
     is copied byte for byte. Routers are trained layer by layer in bounded memory;
     for lora and full the model has to fit.
 
-    Example: `vllm-moe-prune recover OUT REC --method router --source CKPT
-    --calibration c4.txt`
+    Example: `vllm-moe-prune recover OUT REC --method lora --calibration c4.txt`
 
-    Example: `vllm-moe-prune recover OUT REC --method lora --targets attention,experts
-    --calibration c4.txt --steps 500 --device cuda`
+    Example: `vllm-moe-prune recover OUT REC --method router --source CKPT`
     """
     from .. import pipeline
     from ..checkpoint.source import open_checkpoint

@@ -17,9 +17,8 @@ from ..checkpoint.index import INDEX_NAME, TensorInfo, read_bytes, read_index, r
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.writer import ShardPlan, ShardWriter, writing
 from ..cut.copy import CHUNK_BYTES, tensor_view
-from ..cut.output import copy_companions, copy_records
+from ..cut.output import RECOVERED, copy_companions, copy_records
 
-RECORD = "recovered"
 NOTE_START = "\n## Recovered\n"
 
 
@@ -90,8 +89,8 @@ def write_record(
     record: dict[str, Any],
 ) -> None:
     """Add to the provenance, and to the model card if there is one."""
-    earlier = history.get(RECORD)
-    history[RECORD] = [*(earlier if isinstance(earlier, list) else []), record]
+    earlier = history.get(RECOVERED)
+    history[RECOVERED] = [*(earlier if isinstance(earlier, list) else []), record]
     text = json.dumps(history, indent=2) + "\n"
     (folder / "provenance.json").write_text(text, "utf-8")
     card = checkpoint.folder / "README.md"
