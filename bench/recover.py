@@ -58,7 +58,12 @@ def main() -> None:
     folders = {"dense": given.model, "cut": given.work / "cut"}
     if not folders["cut"].is_dir():
         prune(given.model, folders["cut"])
-    result = {"model": given.model.name, "steps": given.steps, "rows": {}}
+    result: dict[str, Any] = {
+        "model": given.model.name,
+        "steps": given.steps,
+        "max_tokens_per_domain": given.max_tokens,
+        "rows": {},
+    }
     if given.json.is_file():
         result = json.loads(given.json.read_text())
     rows = result["rows"]

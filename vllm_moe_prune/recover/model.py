@@ -52,7 +52,8 @@ class TrainableModel(nn.Module):
         arch = source.arch
         self.stock_config, self.rotary = stream.config, stream.rotary
         table_VD = stream.read(arch.embedding)
-        self.embedding = nn.Embedding(*table_VD.shape, device="meta")
+        vocabulary, hidden = table_VD.shape
+        self.embedding = nn.Embedding(vocabulary, hidden, device="meta")
         self.embedding.weight = nn.Parameter(table_VD)
         self.blocks = nn.ModuleList(
             Block(stream, layer) for layer in source.decoder_layers
