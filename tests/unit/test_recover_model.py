@@ -8,7 +8,7 @@ import torch
 from peft.tuners import lora
 from torch import nn
 
-from tests.family_cases import CASES, COMPRESSED, Case, make_original, make_plan
+from tests.family_cases import CASES, Case, make_original, make_plan
 from tests.reference import DROP_BLOCK, DROP_MOE_KEEP_NORM, LayerCut
 from tests.streamed import streamed_loss
 from tests.tiny import tiny_checkpoint
@@ -18,7 +18,7 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.apply import cut
 from vllm_moe_prune.decide.plan import load_plan
 from vllm_moe_prune.recover.lora import MaskedLinear, merged, with_adapters
-from vllm_moe_prune.recover.model import TrainableModel, keep_zeros
+from vllm_moe_prune.recover.model import TrainableModel
 from vllm_moe_prune.recover.options import patterns
 
 MIXTRAL = Case(
@@ -138,25 +138,3 @@ def test_adapters_leave_zeros_alone_and_say_what_merging_will(
         assert torch.equal(plain.logits(ids_ST), expected)
     for at, weight in plain.named_parameters():
         assert torch.equal(weight == 0, zeros[at]), at
-
-
-@pytest.mark.parametrize("name", COMPRESSED)
-def test_full_training_moves_no_zero(name: str, tmp_path: Path) -> None:
-    """Through Adam itself; ``test_recover.py`` goes the whole way."""
-    model = TrainableModel(pruned(tmp_path, COMPRESSED[name])).float()
-    zeros = {at: weight == 0 for at, weight in model.named_parameters()}
-    assert any(bool(mask.any()) for mask in zeros.values())
-    for weight in model.parameters():
-        keep_zeros(weight)
-    adam = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    before = {at: weight.detach().clone() for at, weight in model.named_parameters()}
-    ids_ST = torch.randint(0, 128, (2, 16), generator=torch.Generator().manual_seed(1))
-    for _ in range(2):
-        adam.zero_grad()
-        model(ids_ST, ids_ST)["loss"].backward()
-        adam.step()
-    moved = 0
-    for at, weight in model.named_parameters():
-        assert torch.equal(weight == 0, zeros[at]), at
-        moved += not torch.equal(weight, before[at])
-    assert moved > len(zeros) / 2
