@@ -109,6 +109,11 @@ def _bar() -> Bar:
 def _detail(progress: Progress, elapsed_s: float) -> str:
     rate = progress.bytes_done / elapsed_s if elapsed_s > 0 else 0.0
     left = (progress.bytes_total - progress.bytes_done) / rate if rate else 0.0
+    if progress.counted == "steps":
+        return (
+            f"step {progress.bytes_done} of {progress.bytes_total}, "
+            f"{rate:.2f} steps/s, {duration(left)} left"
+        )
     name, unit = unit_of(progress.bytes_total)
     done, total = progress.bytes_done / unit, progress.bytes_total / unit
     return (

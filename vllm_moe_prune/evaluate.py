@@ -83,6 +83,28 @@ def perplexity(
             f"{source}: gives {len(ids)} tokens; nothing is left to predict. "
             "Use a longer text."
         )
+    total, count = summed_loss(model, windows_ST, source, report)
+    return Perplexity(count, total, name_of(source))
+
+
+def summed_loss(
+    model: StreamingModel,
+    windows_ST: torch.Tensor,
+    source: str,
+    report: Report = ignore,
+) -> tuple[float, int]:
+    """Negative log-likelihood of windows in nats, and how many tokens were predicted.
+
+    Args:
+        model: The model.
+        windows_ST: Token ids; those that are ``NO_TARGET`` are not predicted.
+        source: How an error names the text.
+        report: Called after every layer of every batch.
+
+    Raises:
+        CheckpointError: The loss is not finite.
+    """
+    checkpoint = model.checkpoint
     batches = list(_batches(checkpoint, windows_ST, model.dtype))
     total, count = 0.0, 0
     for number, tokens_ST in enumerate(batches):
@@ -99,7 +121,7 @@ def perplexity(
             f"{checkpoint.folder}: its loss on {source} is {total}. The weights are "
             f"damaged, or {model.dtype} overflows on this text."
         )
-    return Perplexity(count, total, name_of(source))
+    return total, count
 
 
 @torch.no_grad()

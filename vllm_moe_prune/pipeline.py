@@ -38,7 +38,10 @@ from .measuring import (
 from .planning import plan, plan_sweep
 from .preflight import RunOptions, check_device, check_options, check_recipe
 from .progress import Report, ignore
-from .recipe import ExpertStage, Recipe, SlimStage
+from .recipe import Calibration, ExpertStage, Recipe, SlimStage
+from .recover.apply import Recovered
+from .recover.apply import recover as recover_checkpoint
+from .recover.options import Training
 from .tune.search import tune
 from .verify import Verified
 from .verify import verify as verify_output
@@ -115,6 +118,34 @@ def convert(checkpoint: Checkpoint, out: Path, options: RunOptions) -> Converted
         max_shard_bytes=options.max_shard_bytes,
         report=options.report,
     )
+
+
+def recover(
+    checkpoint: Checkpoint,
+    original: Checkpoint | None,
+    out: Path,
+    training: Training,
+    calibration: Calibration,
+    options: RunOptions,
+) -> Recovered:
+    """Train a pruned checkpoint, and write it again with the same files and shapes."""
+    started = time.monotonic()
+    check_options(checkpoint, out, options)
+    if original is not None:
+        check_folder(out, original.folder)
+    result = recover_checkpoint(
+        checkpoint,
+        original,
+        out,
+        training,
+        calibration,
+        device=options.device,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        report=options.report,
+    )
+    write_run_record(out, time.monotonic() - started, resumed=options.resume)
+    return result
 
 
 def verify(
@@ -234,6 +265,7 @@ __all__ = [
     "parse_layout",
     "plan",
     "plan_sweep",
+    "recover",
     "run",
     "save_plan",
     "tune",

@@ -4,6 +4,7 @@ import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 GIB, MIB = 2**30, 2**20
 
@@ -18,6 +19,8 @@ class Progress:
     layers: int
     bytes_done: int
     bytes_total: int
+    counted: Literal["bytes", "steps"] = "bytes"
+    """What ``bytes_done`` and ``bytes_total`` count; steps are of training."""
 
 
 Report = Callable[[Progress], None]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint.compressed import CompressedTensor
-from .checkpoint.index import TensorInfo
+from .checkpoint.index import TensorInfo, read_json
 from .checkpoint.open import Checkpoint
 from .checkpoint.quantised import PartedTensor
 from .checkpoint.reader import read_row, read_tensor
@@ -20,6 +20,7 @@ from .checkpoint.source import open_checkpoint
 from .cut.build_remap import build_remap
 from .cut.config import pruned_config
 from .cut.copy import group_mean
+from .cut.output import RECOVERED
 from .cut.slice import OutputTensor, output_tensors
 from .cut.verify_quantised import check_quantised, check_scaled
 from .decide.plan import CutPlan, check_plan, load_plan
@@ -63,6 +64,12 @@ def verify(
     if source is None:
         check_compressed(output)
         return Verified(folder, len(output.layers), experts, 0, 0, 0, None, None)
+    history = folder / "provenance.json"
+    if history.is_file() and read_json(history).get(RECOVERED):
+        raise CheckpointError(
+            f"{folder}: was trained after the cut (see its provenance.json), so "
+            "its values differ from the source's. Verify it without --source."
+        )
     plan = load_plan(folder / "plan.json")
     check_plan(plan, source.layers, source.fingerprint, str(folder / "plan.json"))
     _check_names(output, source, plan)

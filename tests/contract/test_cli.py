@@ -35,6 +35,8 @@ RUNS = {
     "convert": "convert out new --layout bitmask",
     "verify": "verify out --source ckpt",
     "run": f"run ckpt new --calibration text.txt --keep 3 {SMALL}",
+    "recover": f"recover out new --method lora --steps 2 --calibration text.txt {SMALL}"
+    " --heldout 2",
     "recipes": "recipes",
     "recommend": "recommend ckpt --speed 1.1",
     "tune": f"tune ckpt -o best.json --total 0.4 --calibration text.txt {SMALL}"
@@ -44,7 +46,8 @@ RUNS = {
     "compare": "compare ckpt out --text text.txt --max-tokens 300",
 }
 PROGRESS = re.compile(
-    r"\w+: layer \d+ of \d+, [\d.]+ of [\d.]+ [GM]iB, [\d.]+ [GM]iB/s, .+ left\n"
+    r"\w+: (layer \d+ of \d+, [\d.]+ of [\d.]+ [GM]iB, [\d.]+ [GM]iB/s"
+    r"|step \d+ of \d+, [\d.]+ steps/s), .+ left\n"
 )
 COLOUR = re.compile(r"\x1b\[[\d;]*\b(3|4|9|10)[0-9]\b[\d;]*m")
 

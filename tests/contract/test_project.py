@@ -34,6 +34,7 @@ ROWS = (
         "decide",
         "evaluate",
         "probe",
+        "recover",
         "report",
         "slim",
         "verify",
@@ -41,7 +42,7 @@ ROWS = (
     {"measuring", "pipeline", "planning", "plugin", "preflight", "serve", "tune"}
     | {"recommend"},
     {"draw", "judge", "serve_command"}
-    | {"show", "show_compared", "show_judged", "show_search"},
+    | {"show", "show_compared", "show_judged", "show_recovered", "show_search"},
     {"cli"},
     {"__main__"},
 )

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from .deepseek import ARCH as DEEPSEEK
-from .spec import Key, RouterKeys
+from .spec import LATENT_ATTENTION, Key, RouterKeys
 
 HF = "transformers.models.deepseek_v2."
 
@@ -23,6 +23,7 @@ ARCH = replace(
         ungrouped=("greedy",),
         fp32=True,
     ),
+    attention=LATENT_ATTENTION,
     hf_config=f"{HF}configuration_deepseek_v2:DeepseekV2Config",
     hf_layer=f"{HF}modeling_deepseek_v2:DeepseekV2DecoderLayer",
     hf_rotary=f"{HF}modeling_deepseek_v2:DeepseekV2RotaryEmbedding",

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from .deepseek import ARCH as DEEPSEEK
 from .deepseek import MLP, ROUTER, layouts
-from .spec import Key, RouterKeys
+from .spec import LATENT_ATTENTION, Key, RouterKeys
 from .spec import TensorRule as R
 
 BIAS = R(MLP + "gate.e_score_correction_bias", "E", "router_bias")
@@ -29,6 +29,7 @@ ARCH = replace(
         fp32=True,
     ),
     pattern=replace(DEEPSEEK.pattern, first=Key("first_k_dense_replace", 3)),
+    attention=LATENT_ATTENTION,
     hf_config=f"{HF}configuration_deepseek_v3:DeepseekV3Config",
     hf_layer=f"{HF}modeling_deepseek_v3:DeepseekV3DecoderLayer",
     hf_rotary=f"{HF}modeling_deepseek_v3:DeepseekV3RotaryEmbedding",

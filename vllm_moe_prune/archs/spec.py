@@ -17,6 +17,12 @@ Scores = Literal["softmax", "sigmoid"]
 
 ATTENTION = "self_attn."
 """What names of attention start with below a layer; every family calls it so."""
+LLAMA_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LATENT_ATTENTION = (
+    *("q_proj", "q_a_proj", "q_b_proj"),
+    *("kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+)
+"""MLA's; queries go through ``q_proj``, or through the two others."""
 MOE_NORM = "post_attention_layernorm"
 """The norm before the MoE sublayer; every family calls it so."""
 
@@ -303,6 +309,8 @@ class MoeArch:
     dense_width: str = "intermediate_size"
     """The config key of the width of ``dense_mlp``."""
     residual: Residual | None = None
+    attention: tuple[str, ...] = LLAMA_ATTENTION
+    """The matrices below ``ATTENTION``, which recovery can train."""
     mtp: MtpNames = MtpNames()
     per_layer_lists: tuple[str, ...] = ("layer_types",)
     """Keys of config.json that hold one entry per decoder layer."""

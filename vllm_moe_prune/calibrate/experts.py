@@ -63,11 +63,16 @@ def route(x_ND: torch.Tensor, router: Router, where: str = "router") -> Routing:
     """
     rule, rows_RD = router.rule, router.rows_RD
     inputs = (x_ND.float(), rows_RD.float()) if rule.fp32 else (x_ND, rows_RD)
-    logits_NR = functional.linear(*inputs)
+    return choose(functional.linear(*inputs), router, where)
+
+
+def choose(logits_NR: torch.Tensor, router: Router, where: str = "router") -> Routing:
+    """What follows from a router's logits; see ``route``."""
+    rule = router.rule
     if not bool(torch.isfinite(logits_NR).all()):
         raise CheckpointError(
             f"{where}: the router's logits are NaN or infinite for some tokens. "
-            f"The weights are damaged, or {x_ND.dtype} overflows on this text."
+            f"The weights are damaged, or their dtype overflows on this text."
         )
     scores_NR = scores_of(logits_NR, rule.scores)
     choice_NR = scores_NR if router.bias_R is None else scores_NR + router.bias_R
@@ -76,8 +81,8 @@ def route(x_ND: torch.Tensor, router: Router, where: str = "router") -> Routing:
     ids_NK = _top_k(choice_NR, router.top_k)
     weights_NK = scores_NR.gather(1, ids_NK)
     if rule.renormalise:
-        weights_NK /= weights_NK.sum(dim=-1, keepdim=True)
-    weights_NK *= rule.scale
+        weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
+    weights_NK = weights_NK * rule.scale
     return Routing(ids_NK, weights_NK, logits_NR, rule.scores)
 
 

@@ -19,13 +19,12 @@ from torch.nn import functional
 
 from ..archs.spec import MOE_NORM, TensorRule
 from ..checkpoint.open import Checkpoint, Layer
-from ..checkpoint.reader import DTYPES, Expert, read_router_part, read_weight
+from ..checkpoint.reader import DTYPES, Expert, read_weight
 from ..errors import CalibrationError
 from .dense import DensePart, dense_parts
 from .experts import (
     Activation,
     Read,
-    Router,
     Routing,
     add_expert,
     expert_hidden,
@@ -35,6 +34,7 @@ from .experts import (
 )
 from .members import check_layer, info_of
 from .memory import keep_few_kernels
+from .router import router_of
 from .stock import (
     activation,
     causal_mask,
@@ -102,7 +102,7 @@ class StreamingModel:
         for layer in checkpoint.layers:
             check_layer(checkpoint, self.config, layer.index)
         info_of(checkpoint, arch.final_norm)
-        info_of(checkpoint, self._head_name)
+        info_of(checkpoint, self.head_name)
 
     @property
     def num_layers(self) -> int:
@@ -133,7 +133,7 @@ class StreamingModel:
     @torch.no_grad()
     def embed(self, tokens_ST: torch.Tensor) -> torch.Tensor:
         """Token ids to the hidden states that enter layer 0."""
-        table_VD = self._read(self.checkpoint.arch.embedding)
+        table_VD = self.read(self.checkpoint.arch.embedding)
         largest = int(tokens_ST.max()) if tokens_ST.numel() else 0
         if largest >= len(table_VD):
             raise CalibrationError(
@@ -159,14 +159,14 @@ class StreamingModel:
         before = arch.layer_prefix.format(layer=index - 1)
         final = f"{before}{names.final_norm}.weight" if depth else arch.final_norm
         own = f"{prefix}{names.embedding}.weight"
-        table_VD = self._read(own if own in self.checkpoint.tensors else arch.embedding)
+        table_VD = self.read(own if own in self.checkpoint.tensors else arch.embedding)
         next_ST = tokens_ST[:, depth + 1 :].to(self.device)
-        ends = self._build_norm(final)
+        ends = self.build_norm(final)
         embedding_norm, hidden_norm = (
-            self._build_norm(f"{prefix}{norm}.weight")
+            self.build_norm(f"{prefix}{norm}.weight")
             for norm in (names.embedding_norm, names.hidden_norm)
         )
-        proj = self._read(f"{prefix}{names.proj}.weight")
+        proj = self.read(f"{prefix}{names.proj}.weight")
         out_STD = hidden_STD.new_empty(*next_ST.shape, len(proj), device=self.device)
         sequences, length = next_ST.shape
         # About six copies, the norms' in fp32.
@@ -194,7 +194,7 @@ class StreamingModel:
         hidden_STD = hidden_STD.to(self.device)
         x_ND = None
         normed = layer.has_moe or layer.norm_only
-        if normed and self._experts_read_input:
+        if normed and self.experts_read_input:
             x_ND = self._normed(index, MOE_NORM, hidden_STD)
         if self.observer is not None:
             self.observer.before_attention(self, index, hidden_STD)
@@ -217,7 +217,7 @@ class StreamingModel:
         hidden_STD: torch.Tensor,
         see: Callable[[str, torch.Tensor], None] | None = None,
     ) -> None:
-        layer = self._build_layer(index)
+        layer = self.build_layer(index)
         if see is not None:
             watch_linears(layer, see)
         sequences, length, _ = hidden_STD.shape
@@ -260,21 +260,7 @@ class StreamingModel:
         Raises:
             CheckpointError: The logits are not finite.
         """
-        parts = {
-            rule.role: (
-                read(rule) if read else read_router_part(self.checkpoint, layer, rule)
-            ).to(self.device)
-            for rule in self.checkpoint.layout.router_parts
-        }
-        bias_R = parts.get("router_bias")
-        groups = layer.groups
-        router = Router(
-            parts["router"].to(x_ND.dtype),
-            layer.top_k,
-            self.checkpoint.rule,
-            None if bias_R is None else bias_R.float(),
-            None if groups is None else torch.tensor(groups, device=self.device),
-        )
+        router = router_of(self.checkpoint, layer, x_ND, read)
         return route(x_ND, router, f"{self.checkpoint.folder}: layer {layer.index}")
 
     @torch.no_grad()
@@ -314,31 +300,34 @@ class StreamingModel:
 
     def _logits(self, hidden_STD: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits in fp32, of some of the tokens at a time."""
-        norm = self._build_norm(self.checkpoint.arch.final_norm)
-        head_VD = self._read(self._head_name)
+        norm = self.build_norm(self.checkpoint.arch.final_norm)
+        head_VD = self.read(self.head_name)
         x_ND = hidden_STD.flatten(0, 1)
         for chunk in _batches(len(x_ND), 4 * len(head_VD), LOGIT_BYTES):
             yield chunk, functional.linear(norm(x_ND[chunk]), head_VD).float()
 
     @property
-    def _head_name(self) -> str:
+    def head_name(self) -> str:
+        """The matrix that gives logits."""
         arch = self.checkpoint.arch
         return arch.embedding if self.config.tie_word_embeddings else arch.head
 
-    def _read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
+        """A weight as the forward computes with it."""
         info_of(self.checkpoint, name)
         if name in self.replaced:
             return self.replaced[name].to(self.device, self.dtype)
         return read_weight(self.checkpoint, name).to(self.device, self.dtype)
 
     @property
-    def _experts_read_input(self) -> bool:
+    def experts_read_input(self) -> bool:
+        """Whether they read what enters the layer, not what attention gives."""
         residual = self.checkpoint.arch.residual
         return residual is not None and residual.present.read(self.checkpoint.config)
 
     def _normed(self, index: int, norm: str, hidden_STD: torch.Tensor) -> torch.Tensor:
         prefix = self.checkpoint.arch.layer_prefix.format(layer=index)
-        built = self._build_norm(f"{prefix}{norm}.weight")
+        built = self.build_norm(f"{prefix}{norm}.weight")
         return self._apply_norm(built, hidden_STD.flatten(0, 1))
 
     def _add_mlp(
@@ -348,20 +337,22 @@ class StreamingModel:
         if self.observer is not None:
             self.observer.before_mlp(self, index, part, x_ND)
         prefix = self.checkpoint.arch.layer_prefix.format(layer=index)
-        mlp = Expert(*(self._read(prefix + name) for name in part.mlp.names))
+        mlp = Expert(*(self.read(prefix + name) for name in part.mlp.names))
         token_N = torch.arange(len(x_ND), device=self.device)
         weight_N = torch.ones(len(x_ND), device=self.device)
         add_expert(out_ND, x_ND, token_N, weight_N, mlp, self.act)
 
-    def _build_layer(self, index: int) -> torch.nn.Module:
+    def build_layer(self, index: int) -> torch.nn.Module:
+        """A stock decoder layer with its weights, that adds its attention only."""
         prefix = self.checkpoint.arch.layer_prefix.format(layer=index)
         layer = stock_layer(self.checkpoint.arch, self.config, index)
-        weights = {name: self._read(prefix + name) for name in layer.state_dict()}
+        weights = {name: self.read(prefix + name) for name in layer.state_dict()}
         layer.load_state_dict(weights, assign=True)
         return layer
 
-    def _build_norm(self, name: str) -> torch.nn.Module:
-        return stock_norm(self.checkpoint.arch, self.config, self._read(name))
+    def build_norm(self, name: str) -> torch.nn.Module:
+        """A stock norm with its weight."""
+        return stock_norm(self.checkpoint.arch, self.config, self.read(name))
 
     def _apply_norm(self, norm: torch.nn.Module, x_ND: torch.Tensor) -> torch.Tensor:
         out_ND = torch.empty_like(x_ND)

@@ -8,7 +8,7 @@ import typer
 
 from .. import __version__
 from ..errors import Interrupted, MoePruneError, said_by
-from . import around, find, judge, prune, use
+from . import around, find, judge, prune, train, use
 from .flags import flag
 
 # Typer keeps click's exceptions to itself; this one is for wrong command lines.
@@ -44,7 +44,7 @@ def _root(
 
 for command in (
     *(prune.inspect, prune.measure, prune.plan, prune.cut, prune.convert),
-    *(prune.verify, prune.run),
+    *(prune.verify, prune.run, train.recover),
     *(find.recipes, find.recommend, find.tune),
 ):
     app.command()(command)

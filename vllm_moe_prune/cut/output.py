@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 WORK_NAME = "work"
 STATS_FILE = Path("moe_prune", "stats.safetensors")
 """In a folder of its own: loaders take every safetensors file beside config.json."""
+RECOVERED = "recovered"
+"""The key of provenance.json that lists trainings after the cut."""
 RECORDS = {
     "expert_remap.json",
     "plan.json",

@@ -1,0 +1,1 @@
+"""Training after a cut: routers alone, adapters, or every weight; see ``apply.py``."""

@@ -1,0 +1,118 @@
+"""The recovered checkpoint: its input, file by file, with other values in some tensors.
+
+Training changes values and no name, shape or dtype. So headers, offsets and sizes of
+the files stay those of the input, and what was not trained is copied byte for byte.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..checkpoint.index import INDEX_NAME, TensorInfo, read_bytes, read_index, read_json
+from ..checkpoint.open import Checkpoint
+from ..checkpoint.writer import ShardPlan, ShardWriter, writing
+from ..cut.copy import CHUNK_BYTES, tensor_view
+from ..cut.output import RECOVERED, copy_companions, copy_records
+
+NOTE_START = "\n## Recovered\n"
+
+
+def same_shards(folder: Path) -> tuple[list[ShardPlan], dict[str, TensorInfo]]:
+    """The files of a checkpoint as they are, and every tensor stored in them."""
+    stored = read_index(folder)
+    by_file: dict[Path, list[TensorInfo]] = {}
+    for info in stored.values():
+        by_file.setdefault(info.file, []).append(info)
+    shards = []
+    for path, infos in by_file.items():
+        with path.open("rb") as file:
+            size = file.read(8)
+            header = size + file.read(struct.unpack("<Q", size)[0])
+        infos.sort(key=lambda info: info.offset)
+        shards.append(
+            ShardPlan(
+                path.name,
+                header,
+                {info.name: info.offset for info in infos},
+                {info.name: info.nbytes for info in infos},
+            )
+        )
+    return shards, stored
+
+
+def write_weights(
+    writer: ShardWriter,
+    stored: Mapping[str, TensorInfo],
+    changed: Mapping[str, torch.Tensor],
+) -> None:
+    """Fill the planned files, in their order."""
+    for shard in writer.shards:
+        for name in shard.offsets:
+            if not writer.needs(name):
+                break
+            info = stored[name]
+            if name in changed:
+                view = tensor_view(changed[name])
+                assert len(view) == info.nbytes, f"{name}: {len(view)} bytes"
+                writer.write(name, view)
+                continue
+            for start in range(0, info.nbytes, CHUNK_BYTES):
+                stop = min(start + CHUNK_BYTES, info.nbytes)
+                writer.write(name, memoryview(read_bytes(info, start, stop)), start)
+
+
+def write_rest(checkpoint: Checkpoint, folder: Path) -> None:
+    """What stands beside the weights, all but the record of what was done."""
+    copy_companions(checkpoint, folder)
+    copy_records(checkpoint, folder)
+    for name in (INDEX_NAME, "config.json"):
+        path = checkpoint.folder / name
+        if path.is_file():
+            (folder / name).write_bytes(path.read_bytes())
+
+
+def read_history(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The provenance of the input; empty for one that was never cut."""
+    path = checkpoint.folder / "provenance.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def write_record(
+    checkpoint: Checkpoint,
+    folder: Path,
+    history: dict[str, Any],
+    record: dict[str, Any],
+) -> None:
+    """Add to the provenance, and to the model card if there is one."""
+    earlier = history.get(RECOVERED)
+    history[RECOVERED] = [*(earlier if isinstance(earlier, list) else []), record]
+    text = json.dumps(history, indent=2) + "\n"
+    (folder / "provenance.json").write_text(text, "utf-8")
+    card = checkpoint.folder / "README.md"
+    if card.is_file():
+        (folder / "README.md").write_text(card.read_text("utf-8") + _note(record))
+
+
+def _note(record: dict[str, Any]) -> str:
+    before, after = record["loss"]["before"], record["loss"]["after"]
+    return (
+        f"{NOTE_START}\nTrained after the cut (`vllm-moe-prune recover`, method "
+        f"`{record['method']}`, {record['steps']} steps) on text of "
+        f"`{record['calibration']['source']}`: the loss on windows kept apart went "
+        f"from {before:.4f} to {after:.4f} nats per token. Weights that were zero "
+        "still are.\n"
+    )
+
+
+def save_trained(path: Path, changed: dict[str, torch.Tensor]) -> None:
+    """Keep what was trained, so that a killed run need not train it again."""
+    temporary = path.with_suffix(".tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(changed, temporary)
+        temporary.replace(path)
