@@ -292,8 +292,8 @@ def size_of(decided: CutPlan) -> tuple[float, int]:
     return decided.predicted.expert_sparsity, decided.predicted.file_bytes
 
 
-def markdown(table: Sequence[dict[str, Any]]) -> str:
-    """The table, one part for each group; mean ± spread over seeds."""
+def markdown(table: Sequence[dict[str, Any]], seeds: int) -> str:
+    """The table, one part for each group; mean ± spread over seeds, if several."""
     lines: list[str] = []
     group = None
     heads = ("method", "sparsity", *DOMAINS, "all", "sums right")
@@ -305,7 +305,8 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
             lines.append("|---|" + "---:|" * (len(heads) - 1))
         cells = [row["name"], f"{row['sparsity']:.1%}"]
         cells += [f"{row['mean'][name]:.2f}" for name in DOMAINS]
-        cells.append(f"{row['mean']['all']:.2f} ± {row['spread']['all']:.2f}")
+        spread = f" ± {row['spread']['all']:.2f}" if seeds > 1 else ""
+        cells.append(f"{row['mean']['all']:.2f}{spread}")
         cells.append(f"{row['mean']['sums']:.1%}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -335,14 +336,14 @@ def main() -> None:
         table.append({**row, "mean": mean, "spread": spread})
     order = list(dict.fromkeys(row["group"] for row in table))
     table.sort(key=lambda row: order.index(row["group"]))
-    print(markdown(table))
+    print(markdown(table, len(args.seeds)))
     if args.json:
         kept = ("model", "seeds", "samples", "length", "windows")
         settings = {key: getattr(args, key) for key in kept}
         text = json.dumps({"settings": settings, "rows": table}, indent=1)
         args.json.write_text(text + "\n", "utf-8")
     if args.markdown:
-        args.markdown.write_text(markdown(table), "utf-8")
+        args.markdown.write_text(markdown(table, len(args.seeds)), "utf-8")
 
 
 if __name__ == "__main__":
