@@ -167,7 +167,13 @@ def loss_of(checkpoint: Checkpoint, calibration: Calibration) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("family", LESSONS)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(one, marks=[pytest.mark.slow] if "deepseek" in one else [])
+        for one in LESSONS
+    ],
+)
 def test_distillation_brings_layers_nearer(family: str, tmp_path: Path) -> None:
     original, pruned = make(tmp_path, LESSONS[family])
     asked = ask(pruned, "router", steps=12, batch_size=8, learning_rate=5e-3)
@@ -294,7 +300,12 @@ def naive(
 
 
 @pytest.mark.parametrize(
-    "method", ["router", "lora", pytest.param("full", marks=pytest.mark.slow)]
+    "method",
+    [
+        "router",
+        pytest.param("lora", marks=pytest.mark.slow),
+        pytest.param("full", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_continues_to_the_same_bytes(method: str, tmp_path: Path) -> None:
     original, pruned = make(tmp_path, MIXTRAL)
