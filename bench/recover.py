@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--only", help="the row of this name")
     given = parser.parse_args()
     text = Calibration(
-        source=str(EXAMPLES / "calibration.txt"), samples=400, sequence_length=LENGTH
+        source=str(EXAMPLES / "calibration.txt"), samples=256, sequence_length=LENGTH
     )
     folders = {"dense": given.model, "cut": given.work / "cut"}
     if not folders["cut"].is_dir():
