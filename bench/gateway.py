@@ -138,7 +138,8 @@ def nginx(backend: str) -> Iterator[str]:
         text = NGINX.format(folder=folder, backend=address, port=port)
         config = Path(folder) / "nginx.conf"
         config.write_text(text, "utf-8")
-        with running(["nginx", "-c", str(config)], port) as (url, _):
+        command = ["nginx", "-c", str(config)]
+        with running(command, port, DEVNULL) as (url, _):
             yield url
 
 
