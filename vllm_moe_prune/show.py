@@ -253,8 +253,9 @@ def show_cut(
         ],
     )
     if unseen:
+        how = "rounded to nearest" if plan.is_quantised else "pruned by magnitude"
         facts(
-            "Experts that no calibration token reached, pruned by magnitude",
+            f"Experts that no calibration token reached, {how}",
             [(f"layer {layer}", _short(ids)) for layer, ids in unseen.items()],
         )
         hint("More calibration text would help.")

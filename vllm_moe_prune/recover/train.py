@@ -3,6 +3,7 @@
 Axes: S windows, T tokens of a window.
 """
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,8 @@ def _run(
         train_dataset=_Windows(ids_ST),
         callbacks=[_Watch(report)],
     )
+    # It warns where saves follow each other faster than file times tell apart.
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     # It prints to stdout, which is the result's.
     trainer.remove_callback(PrinterCallback)
     last = get_last_checkpoint(str(work)) if work.is_dir() else None
