@@ -21,8 +21,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from quality import BUDGETS, EXAMPLES, NO_EXPERTS, NO_ZEROS, search_text, summary, texts
+from quality import (
+    BUDGETS,
+    EXAMPLES,
+    NO_ZEROS,
+    losses_as_is,
+    search_text,
+    summary,
+    texts,
+)
 from safetensors.torch import save_file
 
 from vllm_moe_prune import pipeline
@@ -30,7 +37,6 @@ from vllm_moe_prune.calibrate.data import Tokens, load_heldout, load_tokens
 from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.planned import planned_losses
 from vllm_moe_prune.decide.needs import needed_statistics
 from vllm_moe_prune.decide.plan import CutPlan
 from vllm_moe_prune.measuring import collect
@@ -174,12 +180,9 @@ def by_us(
 
 def judge(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, float]:
     """Perplexity per domain of a checkpoint as it lies on the disk."""
-    whole = parse_recipe({**NO_EXPERTS, **NO_ZEROS}, "whole")
-    model = StreamingModel(checkpoint)
-    asked = texts(checkpoint, args.windows, args.length)
-    with torch.no_grad():
-        plans = [plan(checkpoint, whole, None)]
-        return summary(planned_losses(model, plans, asked, None)[0])
+    return summary(
+        losses_as_is(checkpoint, texts(checkpoint, args.windows, args.length))
+    )
 
 
 def row(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from vllm_moe_prune import pipeline
-from vllm_moe_prune.calibrate.data import TokenReader, Tokens, load_heldout, load_tokens
+from vllm_moe_prune.calibrate.data import TokenReader, load_heldout, load_tokens
 from vllm_moe_prune.calibrate.forward import NO_TARGET, StreamingModel
 from vllm_moe_prune.calibrate.stats import Stats
 from vllm_moe_prune.checkpoint.open import Checkpoint
@@ -233,7 +233,11 @@ class Bench:
             except RecipeError as error:
                 print(f"{name}: left out: {error}", file=sys.stderr)
         plans += self.tuned()
-        losses = self.judge(self.model, [one for _, _, one in plans], self.tokens)
+        decided = [one for _, _, one in plans]
+        ids_ST = self.tokens.ids_ST
+        losses = planned_losses(
+            self.model, decided, self.texts, ids_ST, journal=self.journal
+        )
         for (group, name, one), loss in zip(plans, losses, strict=True):
             found.append((group, name, summary(loss), *size_of(one)))
         return [*found, *self.order_control()]
@@ -271,20 +275,18 @@ class Bench:
             out = Path(folder) / "out"
             recipe = self.recipe("zeros first", data)
             decided, _, _ = pipeline.run(self.checkpoint, recipe, out, self.options)
-            after = open_checkpoint(out)
-            whole = self.recipe("whole", {**NO_EXPERTS, **NO_ZEROS})
-            plans = [plan(after, whole, None)]
-            losses = self.judge(StreamingModel(after), plans, None)[0]
+            losses = losses_as_is(open_checkpoint(out), self.texts)
         assert decided.predicted is not None
         name = "zeros first: wanda, then STUN 20%"
         size = decided.predicted.file_bytes
         return [("50% in total", name, summary(losses), 0.5, size)]
 
-    def judge(
-        self, model: StreamingModel, plans: Sequence[CutPlan], tokens: Tokens | None
-    ) -> list[tuple[Loss, ...]]:
-        ids = tokens.ids_ST if tokens else None
-        return planned_losses(model, plans, self.texts, ids, journal=self.journal)
+
+def losses_as_is(checkpoint: Checkpoint, asked: Sequence[Text]) -> tuple[Loss, ...]:
+    """What a checkpoint loses on each text as it lies on the disk."""
+    whole = parse_recipe({**NO_EXPERTS, **NO_ZEROS}, "whole")
+    plans = [plan(checkpoint, whole, None)]
+    return planned_losses(StreamingModel(checkpoint), plans, asked, None)[0]
 
 
 def size_of(decided: CutPlan) -> tuple[float, int]:

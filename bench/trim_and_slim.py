@@ -19,16 +19,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quality import DOMAINS, EXAMPLES, NO_EXPERTS, NO_ZEROS, SUMS, texts
+from quality import (
+    DOMAINS,
+    EXAMPLES,
+    NO_EXPERTS,
+    NO_ZEROS,
+    SUMS,
+    losses_as_is,
+    texts,
+)
 
 from vllm_moe_prune import pipeline
-from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.planned import Loss, Text, planned_losses
-from vllm_moe_prune.planning import plan
+from vllm_moe_prune.cut.planned import Loss, Text
 from vllm_moe_prune.recipe import parse_recipe
-from vllm_moe_prune.recommend import costs_of
+from vllm_moe_prune.recommend import costs_as_is
 
 AWQ = {"quantise": {"method": "awq", "weights": "int4"}}
 EXPERT_DROP = {"method": "score", "criterion": "routing-score", "drop": 0.25}
@@ -110,15 +116,12 @@ def judge(
     base: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Losses of a checkpoint as it lies on the disk, and its sizes."""
-    whole = parse_recipe({**NO_EXPERTS, **NO_ZEROS}, "whole")
     *domains, sums = texts(checkpoint, args.windows, args.length)
     windows = [Text(row[None]) for text in domains for row in text.ids_ST]
-    nothing = plan(checkpoint, whole, None)
-    model = StreamingModel(checkpoint)
-    *nll, right = planned_losses(model, [nothing], [*windows, sums], None)[0]
+    *nll, right = losses_as_is(checkpoint, [*windows, sums])
     mean, error = over_windows(nll)
     share = right.exact / SUMS
-    costs = costs_of(checkpoint, nothing)
+    costs = costs_as_is(checkpoint)
     found = {
         "name": name,
         "weight_bytes": costs.weight_bytes,
@@ -130,7 +133,7 @@ def judge(
         "sums_se": math.sqrt(share * (1 - share) / SUMS),
     }
     # Of the original's likelihood per token: 1 / 1.1 where perplexity is a tenth up.
-    found["recovery"] = math.exp(math.log((base or found)["perplexity"]) - mean)
+    found["recovery"] = (base or found)["perplexity"] / found["perplexity"]
     print(name, found, file=sys.stderr)
     return found
 

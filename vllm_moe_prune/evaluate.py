@@ -127,18 +127,33 @@ def summed_loss(
 @torch.no_grad()
 def run_layer(model: StreamingModel, index: int, hidden_STD: torch.Tensor) -> None:
     """One whole decoder layer, in place."""
+    _, x_ND = model.enter(index, hidden_STD)
+    if x_ND is not None:
+        leave(model, index, hidden_STD, x_ND, routed(model, index, x_ND))
+
+
+@torch.no_grad()
+def routed(model: StreamingModel, index: int, x_ND: torch.Tensor) -> torch.Tensor:
+    """What a layer's routed experts make of ``x_ND`` [N, D], shared ones left out."""
     checkpoint = model.checkpoint
     layer = checkpoint.layers[index]
-    _, x_ND = model.enter(index, hidden_STD)
-    if x_ND is None:
-        return
-    out_ND = run_experts(
+    return run_experts(
         x_ND,
         model.route(layer, x_ND),
         layer,
         lambda expert: read_expert(checkpoint, layer, expert),
         model.act,
     )
+
+
+def leave(
+    model: StreamingModel,
+    index: int,
+    hidden_STD: torch.Tensor,
+    x_ND: torch.Tensor,
+    out_ND: torch.Tensor,
+) -> None:
+    """Add what shared experts make of ``x_ND`` to ``out_ND``, and both to the layer."""
     model.add_shared(index, x_ND, out_ND)
     hidden_STD += out_ND.view_as(hidden_STD)
 

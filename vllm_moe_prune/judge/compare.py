@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from ..checkpoint.index import read_json
 from ..checkpoint.open import Checkpoint
-from ..errors import CheckpointError, EvaluationError, PlanError
-from ..recipe import first_problem
+from ..errors import EvaluationError, PlanError
 from ..recommend import CONTEXT, costs_as_is
+from .printed import Printed, read_printed
 from .quality import Quality, Subject
 from .speed import AtContext, Speed, Spread
 
@@ -61,11 +60,7 @@ def size_of(checkpoint: Checkpoint) -> Size:
     )
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
-
-
-class _Spread(_Strict):
+class _Spread(Printed):
     median: Annotated[float, Field(gt=0)]
     low: Annotated[float, Field(gt=0)]
     high: Annotated[float, Field(gt=0)]
@@ -74,19 +69,19 @@ class _Spread(_Strict):
         return Spread(self.median, self.low, self.high)
 
 
-class _AtContext(_Strict):
+class _AtContext(Printed):
     context: Annotated[int, Field(ge=1)]
     prefill: _Spread
     decode: _Spread
 
 
-class _Row(_Strict):
+class _Row(Printed):
     model: str
     contexts: tuple[_AtContext, ...]
     peak_bytes: Annotated[int, Field(ge=0)]
 
 
-class _Speeds(_Strict):
+class _Speeds(Printed):
     rows: tuple[_Row, ...]
 
 
@@ -117,15 +112,7 @@ def load_speeds(path: Path) -> dict[str, Speed]:
     Raises:
         EvaluationError: It is no such file.
     """
-    try:
-        found = _Speeds.model_validate(read_json(path))
-    except CheckpointError as error:
-        raise EvaluationError(str(error)) from error
-    except ValidationError as error:
-        raise EvaluationError(
-            f"{path}: {first_problem(error)}. Give what `vllm-moe-prune speed --json` "
-            "printed."
-        ) from error
+    found = read_printed(path, _Speeds, "speed")
     return {
         row.model: Speed(
             tuple(

@@ -6,14 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from ..checkpoint.index import read_json
 from ..checkpoint.open import Checkpoint
-from ..errors import CheckpointError, EvaluationError
 from ..evaluate import Perplexity, perplexity
 from ..progress import Report
-from ..recipe import first_problem
+from .printed import Printed, read_printed
 from .recovery import Score, mean
 from .server import served
 from .tasks import Endpoint, Suite, ask, find_endpoint
@@ -108,17 +106,13 @@ def as_data(quality: Quality) -> dict[str, Any]:
     }
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
-
-
-class _Text(_Strict):
+class _Text(Printed):
     source: str
     tokens: Annotated[int, Field(ge=1)]
     nll: float
 
 
-class _Task(_Strict):
+class _Task(Printed):
     task: str
     metric: str
     value: float
@@ -126,7 +120,7 @@ class _Task(_Strict):
     samples: Annotated[int, Field(ge=1)]
 
 
-class _Result(_Strict):
+class _Result(Printed):
     model: str
     results: tuple[_Text, ...] = ()
     tasks: tuple[_Task, ...] = ()
@@ -138,15 +132,7 @@ def load_quality(path: Path) -> Quality:
     Raises:
         EvaluationError: It is no such file.
     """
-    try:
-        found = _Result.model_validate(read_json(path))
-    except CheckpointError as error:
-        raise EvaluationError(str(error)) from error
-    except ValidationError as error:
-        raise EvaluationError(
-            f"{path}: {first_problem(error)}. Give what `vllm-moe-prune eval --json` "
-            "printed."
-        ) from error
+    found = read_printed(path, _Result, "eval")
     return Quality(
         found.model,
         tuple(Perplexity(one.tokens, one.nll, one.source) for one in found.results),

@@ -10,7 +10,6 @@ was trained is kept until the output is complete, so that a killed run continues
 import dataclasses
 import hashlib
 import importlib.util
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,7 +267,7 @@ def _distil(
         error.layer: error
         for line in space.journal
         if isinstance(fields := line.get("distilled"), dict)
-        for error in [LayerError(**json.loads(json.dumps(fields)))]
+        for error in [LayerError(**fields)]
     }
     layers = checkpoint.decoder_layers
     tell = _steps_of(sum(layer.has_moe for layer in layers) * training.steps, report)

@@ -23,6 +23,7 @@ from ..calibrate.memory import release_freed
 from ..calibrate.router import router_of
 from ..checkpoint.open import Layer
 from ..checkpoint.reader import Expert, read_expert
+from ..evaluate import leave, routed
 from .model import keep_zeros, mixed
 from .options import Training
 
@@ -111,8 +112,7 @@ class Distillation:
                 taught.rows_RD, out_ND, after = first_RD, first_ND, before
             error = LayerError(layer.index, entry.original_layer, before, after)
             found = taught.rows_RD.cpu(), error
-        self.pruned.add_shared(layer.index, x_ND, out_ND)
-        self.hidden_STD += out_ND.view_as(self.hidden_STD)
+        leave(self.pruned, layer.index, self.hidden_STD, x_ND, out_ND)
         release_freed()
         return found
 
@@ -121,21 +121,11 @@ class Distillation:
         self, model: StreamingModel, index: int, hidden_STD: torch.Tensor
     ) -> torch.Tensor | None:
         """A whole layer, in place; what its routed experts added, if it has any."""
-        checkpoint = model.checkpoint
-        layer = checkpoint.layers[index]
         _, x_ND = model.enter(index, hidden_STD)
         if x_ND is None:
             return None
-        routed_ND = run_experts(
-            x_ND,
-            model.route(layer, x_ND),
-            layer,
-            lambda expert: read_expert(checkpoint, layer, expert),
-            model.act,
-        )
-        out_ND = routed_ND.clone()
-        model.add_shared(index, x_ND, out_ND)
-        hidden_STD += out_ND.view_as(hidden_STD)
+        routed_ND = routed(model, index, x_ND)
+        leave(model, index, hidden_STD, x_ND, routed_ND.clone())
         return routed_ND
 
     def _trained(self, taught: "_Layer", step: Callable[[], object]) -> torch.Tensor:
