@@ -23,26 +23,31 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [
     *AVX2,
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-    "-mprefer-vector-width=512",
-]
-EXPAND = [
-    *(*AVX512, "-mpopcnt", "-mavx512vbmi2", "-mavx512bf16"),
+    *("-mpopcnt", "-mprefer-vector-width=512"),
     "-Wno-maybe-uninitialized",  # gcc means its own headers
 ]
-AMX = [*EXPAND, "-mamx-tile", "-mamx-bf16"]
+VBMI2 = [*AVX512, "-mavx512vbmi2"]
+BF16 = [*VBMI2, "-mavx512bf16"]
+AMX = [*BF16, "-mamx-tile", "-mamx-bf16"]
+LEVELS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "vbmi2": VBMI2}
+PAIRS = {
+    **{"portable": "generic.cpp", "avx2": "generic.cpp"},
+    **{"avx512": "fma.cpp", "vbmi2": "fma.cpp"},
+}
+ACTIVATIONS = ("portable", "avx2", "avx512")
 
 
 def units() -> list[tuple[str, list[str]]]:
     """What is compiled: a source and its flags."""
-    generic = [("generic.cpp", ["-DMOE_PRUNE_ISA=portable"])]
+    levels = {
+        name: [*flags, f"-DMOE_PRUNE_ISA={name}"] for name, flags in LEVELS.items()
+    }
+    pairs = [(source, levels[name]) for name, source in PAIRS.items()]
+    activations = [("activation.cpp", levels[name]) for name in ACTIVATIONS]
+    common: list[tuple[str, list[str]]] = [("moe.cpp", []), ("encode.cpp", [])]
     if platform.machine() not in {"x86_64", "AMD64"}:
-        return [("moe.cpp", []), ("encode.cpp", []), *generic]
-    x86 = [
-        *(("moe.cpp", []), ("encode.cpp", []), *generic),
-        ("generic.cpp", [*AVX2, "-DMOE_PRUNE_ISA=avx2"]),
-        ("generic.cpp", [*AVX512, "-DMOE_PRUNE_ISA=avx512"]),
-        *(("expand.cpp", EXPAND), ("amx.cpp", AMX)),
-    ]
+        return [*common, pairs[0], activations[0]]
+    x86 = [*common, *pairs, *activations, ("expand.cpp", BF16), ("amx.cpp", AMX)]
     return [(name, [*flags, "-DMOE_PRUNE_X86"]) for name, flags in x86]
 
 

@@ -26,7 +26,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,14 +118,14 @@ def describe_machine(threads: int, amx: bool) -> dict[str, object]:
         "threads": threads,
         "load_average": round(os.getloadavg()[0], 1),
     }
-    return found | (
-        {"tiles_pay_from_tokens": cpu_library.tiles_pay_from()} if amx else {}
-    )
+    if level(amx) >= cpu_library.BF16:
+        found |= asdict(cpu_library.measured(level(amx), fp8=False))
+    return found
 
 
 def level(amx: bool) -> int:
     """The instructions that our kernel may use."""
-    return cpu_library.level() if amx else min(cpu_library.level(), cpu_library.EXPAND)
+    return cpu_library.level() if amx else min(cpu_library.level(), cpu_library.BF16)
 
 
 def timed(call: Callable[[], object]) -> float:

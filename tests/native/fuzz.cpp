@@ -29,7 +29,7 @@ struct MoePruneLayer {
   const void* w2_values;
   const float* w2_scales;
   void* out;
-  int64_t tokens, top_k, hidden, width, experts, map_size, tile_from, threads;
+  int64_t tokens, top_k, hidden, width, experts, map_size, tile_from, dot_to, threads;
   int32_t type, level;
 };
 int32_t moe_prune_level();
@@ -140,7 +140,7 @@ void round(int32_t type) {
         w13.masks.data(), w13.starts.data(), w13.values.data(), w13.scales_or_null(),
         w2.masks.data(), w2.starts.data(), w2.values.data(), w2.scales_or_null(),
         out.data(), tokens, top_k, hidden, width, experts,
-        mapped ? experts + 2 : experts, 1 + below(6), below(3), type, level};
+        mapped ? experts + 2 : experts, 1 + below(6), below(20), below(3), type, level};
     moe_prune_run(&layer);
     if (first.empty()) first.assign(out.begin(), out.end());
     for (size_t i = 0; i < out.size(); ++i) {

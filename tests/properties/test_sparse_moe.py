@@ -16,6 +16,7 @@ from torch import Tensor
 from vllm_moe_prune.kernels import blocks, cpu_library
 from vllm_moe_prune.kernels.bitmask import pack
 from vllm_moe_prune.kernels.blocks import Blocks
+from vllm_moe_prune.kernels.cpu_library import COUNTS, Borders, fastest
 
 # Largest error over the largest output: a few units of the type's last place.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -109,16 +110,17 @@ def encoded(experts: list[Matrices]) -> tuple[Blocks, Blocks]:
     )
 
 
-def ways() -> Iterator[tuple[str, dict[str, int]]]:
+def ways() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every path that this machine can run, by name."""
-    for level in range(cpu_library.level() + 1):
-        yield (
-            cpu_library.LEVELS[level],
-            {"at_level": level, "tile_from": cpu_library.NEVER},
-        )
-    if cpu_library.level() == cpu_library.AMX:
-        yield "tiles", {"tile_from": 1}
-        yield "tiles for some", {"tile_from": 3}
+    best = cpu_library.level()
+    for level in range(min(best, cpu_library.BF16) + 1):
+        yield cpu_library.LEVELS[level], {"at_level": level, "borders": Borders()}
+    if best >= cpu_library.BF16:
+        yield "FP32 from two tokens", {"borders": Borders(dot_to=1)}
+        yield "as measured", {}
+    if best == cpu_library.AMX:
+        yield "tiles", {"borders": Borders(tile_from=1)}
+        yield "all three", {"borders": Borders(dot_to=1, tile_from=3)}
 
 
 def assert_every_way(inputs: tuple[Any, ...], expected_TD: torch.Tensor) -> None:
@@ -238,6 +240,17 @@ def test_every_fp8_pattern_is_what_pytorch_says_it_is() -> None:
                     assert found_TD.isnan().all(), name
                 else:
                     assert torch.equal(found_TD, expected_D.expand(count, -1)), name
+
+
+def test_borders_are_where_other_instructions_become_the_faster_ones() -> None:
+    rising, falling = list(map(float, COUNTS)), [9.5 - count for count in COUNTS]
+    flat, slow = [4.5] * len(COUNTS), [100.0] * len(COUNTS)
+    assert fastest(rising, slow, falling) == Borders(dot_to=4, tile_from=5)
+    assert fastest(rising, flat, slow) == Borders(dot_to=4)
+    assert fastest(slow, rising, flat) == Borders(dot_to=0, tile_from=5)
+    assert fastest(slow, flat, slow) == Borders(dot_to=0)
+    disturbed = [*flat[:3], 6.0, *flat[4:]]
+    assert fastest(disturbed, [5.5] * len(COUNTS), slow) == Borders()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -8,8 +8,10 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
+from math import inf
 from pathlib import Path
 
 import torch
@@ -22,9 +24,14 @@ from .blocks import BLOCK, FP8, PAIR, STEP, TAIL, Blocks, round_up
 log = logging.getLogger(__name__)
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-LEVELS = ("portable", "AVX2", "AVX-512", "AVX-512 VBMI2 + BF16", "AMX")
-EXPAND, AMX = 3, 4
+LEVELS = (
+    *("portable", "AVX2", "AVX-512", "AVX-512 VBMI2"),
+    *("AVX-512 VBMI2 + BF16", "AMX"),
+)
+AVX512, BF16, AMX = 2, 4, 5
 NEVER = 1 << 40
+COUNTS = (*range(1, 13), 24)
+"""Tokens of an expert at which ways are compared; more than 12 share a panel."""
 POINTERS = (
     *("x", "weights", "ids", "expert_map"),
     *("w13_masks", "w13_starts", "w13_values", "w13_scales"),
@@ -32,8 +39,18 @@ POINTERS = (
 )
 NUMBERS = (
     *("tokens", "top_k", "hidden", "width", "experts", "map_size"),
-    *("tile_from", "threads"),
+    *("tile_from", "dot_to", "threads"),
 )
+
+
+@dataclass(frozen=True)
+class Borders:
+    """Of bf16: tokens of an expert at which other instructions are the faster ones."""
+
+    dot_to: int = NEVER
+    """Up to so many: dot products of bf16; for more, products in FP32."""
+    tile_from: int = NEVER
+    """From so many on: AMX tiles."""
 
 
 class _Layer(ctypes.Structure):
@@ -79,10 +96,10 @@ def level() -> int:
     if found is None:
         return -1
     best = int(found.moe_prune_level())
-    if best < EXPAND:
+    if best < AVX512:
         log.warning(
-            "This processor lacks AVX-512 VBMI2 and BF16: compressed experts run on "
-            "the %s path, which saves memory but is slow.",
+            "This processor lacks AVX-512: compressed experts run on the %s path, "
+            "which saves memory but is slow.",
             LEVELS[best],
         )
     return best
@@ -157,7 +174,7 @@ def fused_moe(
     w2: Blocks,
     width: int,
     *,
-    tile_from: int | None = None,
+    borders: Borders | None = None,
     at_level: int | None = None,
     threads: int = 0,
 ) -> Tensor:
@@ -171,7 +188,7 @@ def fused_moe(
         w13: .
         w2: .
         width: .
-        tile_from: Tokens of an expert from which AMX tiles are used; None: measured.
+        borders: Which instructions are for how many tokens; None: measured.
         at_level: Run on older instructions than the processor has; None: the best.
         threads: 0: as many as PyTorch uses.
     """
@@ -179,8 +196,9 @@ def fused_moe(
     if found is None:
         return blocks.fused_moe(x_TD, weights_TK, ids_TK, expert_map_G, w13, w2, width)
     used = level() if at_level is None else min(at_level, level())
-    if tile_from is None:
-        tile_from = tiles_pay_from() if used == AMX else NEVER
+    if borders is None:
+        choice = x_TD.dtype == torch.bfloat16 and used >= BF16
+        borders = measured(used, w13.scales_EBC is not None) if choice else Borders()
     _check(x_TD, w13, w2, width)
     x_TD, weights_TK = x_TD.contiguous(), weights_TK.float().contiguous()
     ids_TK = ids_TK.to(torch.int32).contiguous()
@@ -199,7 +217,7 @@ def fused_moe(
     addresses = [None if item is None else item.data_ptr() for item in tensors]
     numbers = (
         *(len(x_TD), ids_TK.shape[1], x_TD.shape[1], width),
-        *(len(w13.masks_EBS), map_size, tile_from, threads),
+        *(len(w13.masks_EBS), map_size, borders.tile_from, borders.dot_to, threads),
     )
     layer = _Layer(*addresses, *numbers, TYPES[x_TD.dtype], used)
     found.moe_prune_run(ctypes.byref(layer))
@@ -227,47 +245,65 @@ def _check(x_TD: Tensor, w13: Blocks, w2: Blocks, width: int) -> None:
 
 
 @cache
-def tiles_pay_from() -> int:
-    """How many tokens of an expert make AMX tiles the faster way, measured here.
+def measured(at_level: int, fp8: bool) -> Borders:
+    """Which instructions are the fastest for how many tokens, measured here.
 
-    Both ways run on the same small layer, which stays in the cache, so that what is
+    All ways run on the same small layer, which stays in the cache, so that what is
     compared is their arithmetic; the memory they read is the same. What counts is the
     processor time of one thread: others may be busy. It is a thread of its own, since
     OpenMP would forget the threads, and their places, that this one does not use.
     """
     with ThreadPoolExecutor(max_workers=1) as own:
-        return own.submit(_tiles_pay_from).result()
+        return own.submit(_measured, at_level, fp8).result()
 
 
-def _tiles_pay_from() -> int:
-    hidden, width, most = 1024, 512, 12
+def _measured(at_level: int, fp8: bool) -> Borders:
+    hidden, width = 1024, 512
     generator = torch.Generator().manual_seed(0)
 
-    def matrix(outputs: int, inputs: int) -> Tensor:
-        made = torch.randn(outputs, inputs, generator=generator)
-        return (made * (torch.rand(made.shape, generator=generator) < 0.5)).bfloat16()
+    def encoded(outputs: int, inputs: int, count: int) -> Blocks:
+        made = torch.randn(count, outputs, inputs, generator=generator)
+        made *= torch.rand(made.shape, generator=generator) < 0.5
+        scales = torch.ones(count, outputs // BLOCK, inputs // STEP)
+        if fp8:
+            return blocks.encode(list(made.to(FP8)), list(scales))
+        return blocks.encode(list(made.bfloat16()))
 
-    w13 = blocks.encode([matrix(width, hidden), matrix(width, hidden)])
-    w2 = blocks.encode([matrix(hidden, width)])
+    w13, w2 = encoded(width, hidden, 2), encoded(hidden, width, 1)
+    most = COUNTS[-1]
     x_TD = torch.randn(most, hidden, generator=generator).bfloat16()
     ones_T1, ids_T1 = torch.ones(most, 1), torch.zeros(most, 1, dtype=torch.int32)
 
-    def seconds(tokens: int, tile_from: int) -> float:
+    def seconds(tokens: int, borders: Borders) -> float:
         start = time.thread_time()
         fused_moe(
             *(x_TD[:tokens], ones_T1[:tokens], ids_T1[:tokens], None, w13, w2, width),
-            tile_from=tile_from,
+            borders=borders,
+            at_level=at_level,
             threads=1,
         )
         return time.thread_time() - start
 
-    def best(tile_from: int) -> list[float]:
-        return [
-            min(seconds(tokens, tile_from) for _ in range(7))
-            for tokens in range(1, most + 1)
-        ]
+    def best(borders: Borders) -> list[float]:
+        return [min(seconds(count, borders) for _ in range(7)) for count in COUNTS]
 
-    with_tiles, without = best(1), best(NEVER)
-    # The border with the least time in all: one disturbed measurement moves it little.
-    totals = [sum(without[:n]) + sum(with_tiles[n:]) for n in range(most + 1)]
-    return totals.index(min(totals)) + 1
+    dot, fma = best(Borders(dot_to=NEVER)), best(Borders(dot_to=0))
+    tiles = best(Borders(tile_from=1)) if at_level == AMX else [inf] * len(COUNTS)
+    return fastest(dot, fma, tiles)
+
+
+def fastest(dot: list[float], fma: list[float], tiles: list[float]) -> Borders:
+    """The borders with the least time in all: one disturbed measurement moves little.
+
+    Each argument: seconds for as many tokens as ``COUNTS`` says.
+    """
+    ends = range(len(COUNTS) + 1)
+    _, first, last = min(
+        (sum(dot[:first]) + sum(fma[first:last]) + sum(tiles[last:]), first, last)
+        for last in ends
+        for first in range(last + 1)
+    )
+    return Borders(
+        dot_to=NEVER if first == len(COUNTS) else (0, *COUNTS)[first],
+        tile_from=(*COUNTS, NEVER)[last],
+    )

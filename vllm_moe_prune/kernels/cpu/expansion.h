@@ -23,7 +23,9 @@ struct Plain {
   }
 };
 
-// e4m3 times the scale of these inputs, rounded to bf16 as dense FP8 kernels do.
+// e4m3 times the scale of these inputs, rounded to bf16 as dense FP8 kernels do. With the
+// bits of e4m3 in the upper byte, a shift by one makes it a half-precision number 2^-8 as
+// large, denormals too.
 struct Scaled {
   using Bits = uint8_t;
 
@@ -33,30 +35,18 @@ struct Scaled {
 
   static __m512i expanded(uint32_t mask, const Bits* values, const float* scale) {
     __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-    __m512i wide = _mm512_cvtepu8_epi16(_mm256_maskz_expand_epi8(mask, packed));
-    __m512i size = _mm512_and_si512(wide, _mm512_set1_epi16(0x7f));
-    __m512i sign = _mm512_slli_epi16(_mm512_andnot_si512(size, wide), 8);
-    // Exponent and mantissa as bf16. Denormals get the exponent of the smallest normal,
-    // whose leading one is subtracted again: so no denormal is ever computed with.
-    __mmask32 denormal = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8));
-    __mmask32 nan = _mm512_cmpeq_epu16_mask(size, _mm512_set1_epi16(0x7f));
-    __m512i moved = _mm512_slli_epi16(size, 4);
-    __m512i bits = _mm512_add_epi16(moved, _mm512_set1_epi16(120 << 7));
-    bits = _mm512_mask_add_epi16(bits, denormal, moved, _mm512_set1_epi16(121 << 7));
-    __m512 factor = _mm512_set1_ps(*scale), one = _mm512_set1_ps(0x1p-6f);
-    __m512 low = as_floats(_mm512_castsi512_si256(bits));
-    __m512 high = as_floats(_mm512_extracti64x4_epi64(bits, 1));
-    low = _mm512_mask_sub_ps(low, static_cast<__mmask16>(denormal), low, one);
-    high = _mm512_mask_sub_ps(high, static_cast<__mmask16>(denormal >> 16), high, one);
-    low = _mm512_mul_ps(low, factor);
-    high = _mm512_mul_ps(high, factor);
-    __m512i found = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-    found = _mm512_mask_mov_epi16(found, nan, _mm512_set1_epi16(0x7fc0));
-    return _mm512_xor_si512(found, sign);
-  }
-
-  static __m512 as_floats(__m256i bf16) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+    __m512i words = _mm512_slli_epi16(
+        _mm512_cvtepu8_epi16(_mm256_maskz_expand_epi8(mask, packed)), 8);
+    const __m512i all = _mm512_set1_epi16(0x7f00);
+    __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(words, all), all);
+    __m512i half = _mm512_and_si512(_mm512_srai_epi16(words, 1),
+                                    _mm512_set1_epi16(static_cast<short>(0xbf80)));
+    half = _mm512_mask_mov_epi16(half, nan, _mm512_set1_epi16(0x7e00));
+    const __m512 factor = _mm512_set1_ps(*scale * 0x1p8f);
+    __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+    __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(factor, high),
+                                        _mm512_mul_ps(factor, low));
   }
 };
 

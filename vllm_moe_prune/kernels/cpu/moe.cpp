@@ -15,7 +15,7 @@ using namespace moe_prune;
 
 namespace {
 
-enum Level : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, EXPAND = 3, AMX = 4 };
+enum Level : int32_t { PORTABLE, AVX2, AVX512, VBMI2, BF16, AMX };
 
 int32_t find_level() {
 #ifdef MOE_PRUNE_X86
@@ -27,14 +27,14 @@ int32_t find_level() {
                 has(__builtin_cpu_supports("avx512bw")) &&
                 has(__builtin_cpu_supports("avx512vl")) &&
                 has(__builtin_cpu_supports("avx512dq"));
-  bool expand = avx512 && has(__builtin_cpu_supports("avx512vbmi2")) &&
-                has(__builtin_cpu_supports("avx512bf16"));
-  if (expand) {
+  bool vbmi2 = avx512 && has(__builtin_cpu_supports("avx512vbmi2"));
+  if (vbmi2 && has(__builtin_cpu_supports("avx512bf16"))) {
     uint32_t a = 7, b = 0, c = 0, d = 0;
     __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
     bool tiles = (d >> 24 & 1) && (d >> 22 & 1);  // AMX-TILE and AMX-BF16
-    return tiles && amx_allowed() ? AMX : EXPAND;
+    return tiles && amx_allowed() ? AMX : BF16;
   }
+  if (vbmi2) return VBMI2;
   if (avx512) return AVX512;
   if (avx2) return AVX2;
 #endif
@@ -46,18 +46,20 @@ struct Kernels {
   ActivationKernel activate;
 };
 
-Kernels generic(int32_t level, int32_t type, bool f8) {
-#define MOE_PRUNE_PICK(isa)                                                            \
-  switch (type) {                                                                      \
-    case AS_BF16: return {f8 ? isa::pair_f8_bf16 : isa::pair_bf16, isa::activate_bf16}; \
-    case AS_F16: return {f8 ? isa::pair_f8_f16 : isa::pair_f16, isa::activate_f16};     \
-    default: return {f8 ? isa::pair_f8_f32 : isa::pair_f32, isa::activate_f32};         \
+// For tokens of any type. Of bf16 there are others too, from level BF16 on.
+Kernels any(int32_t level, int32_t type, bool f8) {
+#define MOE_PRUNE_PICK(pairs, act)                                                        \
+  switch (type) {                                                                         \
+    case AS_BF16: return {f8 ? pairs::pair_f8_bf16 : pairs::pair_bf16, act::activate_bf16}; \
+    case AS_F16: return {f8 ? pairs::pair_f8_f16 : pairs::pair_f16, act::activate_f16};   \
+    default: return {f8 ? pairs::pair_f8_f32 : pairs::pair_f32, act::activate_f32};       \
   }
 #ifdef MOE_PRUNE_X86
-  if (level >= AVX512) MOE_PRUNE_PICK(avx512)
-  if (level == AVX2) MOE_PRUNE_PICK(avx2)
+  if (level >= VBMI2) MOE_PRUNE_PICK(vbmi2, avx512)
+  if (level == AVX512) MOE_PRUNE_PICK(avx512, avx512)
+  if (level == AVX2) MOE_PRUNE_PICK(avx2, avx2)
 #endif
-  MOE_PRUNE_PICK(portable)
+  MOE_PRUNE_PICK(portable, portable)
 }
 
 constexpr int64_t TOKENS = 512;    // of an expert that are multiplied by an expansion
@@ -118,6 +120,7 @@ struct MoePruneLayer {
   void* out;  // [tokens][hidden]
   int64_t tokens, top_k, hidden, width, experts, map_size;
   int64_t tile_from;  // tokens of an expert from which AMX tiles are used
+  int64_t dot_to;     // and up to which, of those without tiles, dot products of bf16 are
   int64_t threads;    // 0: as many as OpenMP would use
   int32_t type, level;
 };
@@ -139,7 +142,7 @@ void moe_prune_run(const MoePruneLayer* layer) {
                     2 * pairs13, k13,          stored};
   const Weights w2{p.w2_masks, p.w2_starts, p.w2_values, p.w2_scales,
                    2 * pairs2, k2,          stored};
-  const Kernels base = generic(p.level, p.type, f8);
+  const Kernels base = any(p.level, p.type, f8);
 
   // Tokens sorted by expert; each expert's rows are padded to whole tiles.
   const int64_t slots = p.tokens * p.top_k;
@@ -221,7 +224,7 @@ void moe_prune_run(const MoePruneLayer* layer) {
       }
       if (a.tiled)
         kernel = f8 ? pair_amx_f8 : pair_amx;
-      else if (p.type == AS_BF16 && p.level >= EXPAND)
+      else if (p.type == AS_BF16 && p.level >= BF16 && a.rows <= p.dot_to)
         kernel = f8 ? pair_expand_f8 : pair_expand;
 #endif
       for (int64_t i = 0; i < pairs; ++i)

@@ -42,7 +42,7 @@ using PairKernel = void (*)(const Stream pair[2], const void* x, int64_t x_strid
 // h[m][BLOCK] = silu(gate) * up, rounded to the type of h, from y[m][gate | up].
 using ActivationKernel = void (*)(const float* y, int64_t m, void* h, int64_t h_stride);
 
-#define MOE_PRUNE_GENERIC(isa)                                                         \
+#define MOE_PRUNE_PAIRS_OF(isa)                                                        \
   namespace isa {                                                                      \
   void pair_bf16(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);     \
   void pair_f16(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);      \
@@ -50,18 +50,37 @@ using ActivationKernel = void (*)(const float* y, int64_t m, void* h, int64_t h_
   void pair_f8_bf16(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);  \
   void pair_f8_f16(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);   \
   void pair_f8_f32(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);   \
+  }
+
+// For the files that define them from pair<type of tokens, type of weights>.
+#define MOE_PRUNE_PAIRS(T, name)                                                       \
+  void pair_##name(const Stream blocks[2], const void* x, int64_t stride, int64_t m,   \
+                   int64_t k, float* y) {                                              \
+    pair<T, T>(blocks, x, stride, m, k, y);                                            \
+  }                                                                                    \
+  void pair_f8_##name(const Stream blocks[2], const void* x, int64_t stride,           \
+                      int64_t m, int64_t k, float* y) {                                \
+    pair<T, F8>(blocks, x, stride, m, k, y);                                           \
+  }
+
+#define MOE_PRUNE_ACTIVATIONS_OF(isa)                                                  \
+  namespace isa {                                                                      \
   void activate_bf16(const float*, int64_t, void*, int64_t);                           \
   void activate_f16(const float*, int64_t, void*, int64_t);                            \
   void activate_f32(const float*, int64_t, void*, int64_t);                            \
   }
 
-MOE_PRUNE_GENERIC(portable)
+MOE_PRUNE_PAIRS_OF(portable)
+MOE_PRUNE_ACTIVATIONS_OF(portable)
 
 #ifdef MOE_PRUNE_X86
-MOE_PRUNE_GENERIC(avx2)
-MOE_PRUNE_GENERIC(avx512)
+MOE_PRUNE_PAIRS_OF(avx2)
+MOE_PRUNE_PAIRS_OF(avx512)
+MOE_PRUNE_PAIRS_OF(vbmi2)
+MOE_PRUNE_ACTIVATIONS_OF(avx2)
+MOE_PRUNE_ACTIVATIONS_OF(avx512)
 
-// AVX-512 with VBMI2 and BF16: weights are expanded straight into the operand.
+// Of bf16, by its dot products: weights are expanded straight into the operand.
 void pair_expand(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
 void pair_expand_f8(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
 

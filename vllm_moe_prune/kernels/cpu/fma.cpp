@@ -1,0 +1,171 @@
+// Products in FP32, for every type: what AVX-512 can do without dot products of bf16, and
+// with many tokens what some processors that have them do faster. Compiled once per
+// instruction set, each time into a namespace of its own (MOE_PRUNE_ISA).
+// Tokens in registers share each expansion; of more tokens than fit there, all share one
+// that stays in the first-level cache.
+
+#include "moe.h"
+#include "widening.h"
+
+namespace moe_prune {
+namespace MOE_PRUNE_ISA {
+namespace {
+
+constexpr int AHEAD = 1024;     // bytes, of values
+constexpr int HELD = 12;        // rows of x whose sums fit into registers
+constexpr int64_t CHUNK = 256;  // inputs of tokens that are widened at a time
+constexpr int64_t PANEL = 128;  // inputs of a pair that are expanded at a time
+
+// Where the next step of a block is.
+template <class V>
+struct Cursor {
+  const uint32_t* masks;
+  const typename Stored<V>::Bits* values;
+  const float* scales;
+
+  explicit Cursor(const Stream& from)
+      : masks(from.masks),
+        values(static_cast<const typename Stored<V>::Bits*>(from.values)),
+        scales(from.scales) {}
+
+  Two expanded(int64_t step) {
+    const uint32_t mask = masks[step];
+    if (step % 2 == 0)
+      _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
+    const Two found =
+        Stored<V>::expanded(mask, values, scales ? scales + step / (STEP / 2) : nullptr);
+    values += __builtin_popcount(mask);
+    return found;
+  }
+};
+
+template <class T>
+void widen(const T* x, int64_t x_stride, int64_t rows, int64_t inputs, float* wide,
+           int64_t wide_stride) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t i = 0; i < inputs; i += 16)
+      _mm512_store_ps(wide + row * wide_stride + i, inputs_of(x + row * x_stride + i));
+}
+
+// Sums of M rows and a pair in registers. With few rows, CHAINS of them hide the latency.
+template <int M>
+struct Sums {
+  static constexpr int CHAINS = M == 1 ? 4 : M <= 3 ? 2 : 1;
+  __m512 held[CHAINS][2][M];
+
+  void clear() {
+    for (auto& chain : held)
+      for (auto& block : chain)
+        for (auto& row : block) row = _mm512_setzero_ps();
+  }
+
+  // One input; x: that of the first row.
+  void add(int chain, const float* x, int64_t x_stride, __m512 left, __m512 right) {
+    for (int row = 0; row < M; ++row) {
+      const __m512 input = _mm512_set1_ps(x[row * x_stride]);
+      __m512(&sums)[2][M] = held[chain % CHAINS];
+      sums[0][row] = _mm512_fmadd_ps(input, left, sums[0][row]);
+      sums[1][row] = _mm512_fmadd_ps(input, right, sums[1][row]);
+    }
+  }
+
+  void add_to(float* y) const {
+    for (int row = 0; row < M; ++row)
+      for (int b = 0; b < 2; ++b) {
+        float* target = y + row * WIDTH + b * BLOCK;
+        __m512 total = _mm512_loadu_ps(target);
+        for (auto& chain : held) total = _mm512_add_ps(total, chain[b][row]);
+        _mm512_storeu_ps(target, total);
+      }
+  }
+};
+
+// M rows of x as weights are expanded; y is added to.
+template <class T, class V, int M>
+void rows(const Stream pair[2], const T* x, int64_t x_stride, int64_t k, float* y) {
+  Cursor<V> left(pair[0]), right(pair[1]);
+  alignas(64) float wide[M * CHUNK];
+  for (int64_t k0 = 0; k0 < k; k0 += CHUNK) {
+    const int64_t inputs = k - k0 < CHUNK ? k - k0 : CHUNK;
+    widen(x + k0, x_stride, M, inputs, wide, CHUNK);
+    Sums<M> sums;
+    sums.clear();
+    // Two steps at once, so that the chains of sums are known to the compiler.
+    for (int64_t i = 0; i < inputs; i += 4)
+      for (int u = 0; u < 2; ++u) {
+        const int64_t step = (k0 + i) / 2 + u;
+        const Two a = left.expanded(step), b = right.expanded(step);
+        sums.add(2 * u, wide + i + 2 * u, CHUNK, a.first, b.first);
+        sums.add(2 * u + 1, wide + i + 2 * u + 1, CHUNK, a.second, b.second);
+      }
+    sums.add_to(y);
+  }
+}
+
+// M rows, widened, by a panel [inputs][WIDTH].
+template <int M>
+void dense_rows(const float* panel, int64_t inputs, const float* wide, float* y) {
+  Sums<M> sums;
+  sums.clear();
+  for (int64_t i = 0; i < inputs; i += 4, panel += 4 * WIDTH)
+    for (int u = 0; u < 4; ++u)
+      sums.add(u, wide + i + u, PANEL, _mm512_load_ps(panel + u * WIDTH),
+               _mm512_load_ps(panel + u * WIDTH + BLOCK));
+  sums.add_to(y);
+}
+
+using DenseRows = void (*)(const float*, int64_t, const float*, float*);
+constexpr DenseRows DENSE_ROWS[HELD + 1] = {
+    nullptr,        dense_rows<1>,  dense_rows<2>, dense_rows<3>, dense_rows<4>,
+    dense_rows<5>,  dense_rows<6>,  dense_rows<7>, dense_rows<8>, dense_rows<9>,
+    dense_rows<10>, dense_rows<11>, dense_rows<12>};
+
+template <class T, class V>
+void many_rows(const Stream pair[2], const T* x, int64_t x_stride, int64_t m, int64_t k,
+               float* y) {
+  alignas(64) float panel[PANEL * WIDTH], wide[HELD * PANEL];
+  Cursor<V> left(pair[0]), right(pair[1]);
+  // As even as possible: a last group of one row would use the panel badly.
+  const int64_t groups = (m + HELD - 1) / HELD;
+  for (int64_t k0 = 0; k0 < k; k0 += PANEL) {
+    const int64_t inputs = k - k0 < PANEL ? k - k0 : PANEL;
+    for (int64_t i = 0; i < inputs; i += 2) {
+      const Two a = left.expanded((k0 + i) / 2), b = right.expanded((k0 + i) / 2);
+      float* target = panel + i * WIDTH;
+      _mm512_store_ps(target, a.first);
+      _mm512_store_ps(target + BLOCK, b.first);
+      _mm512_store_ps(target + WIDTH, a.second);
+      _mm512_store_ps(target + WIDTH + BLOCK, b.second);
+    }
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t row = group * m / groups, end = (group + 1) * m / groups;
+      widen(x + row * x_stride + k0, x_stride, end - row, inputs, wide, PANEL);
+      DENSE_ROWS[end - row](panel, inputs, wide, y + row * WIDTH);
+    }
+  }
+}
+
+template <class T, class V>
+void pair(const Stream blocks[2], const void* x_bytes, int64_t x_stride, int64_t m,
+          int64_t k, float* y) {
+  using Rows = void (*)(const Stream*, const T*, int64_t, int64_t, float*);
+  constexpr Rows ROWS_OF[HELD + 1] = {
+      nullptr,        rows<T, V, 1>, rows<T, V, 2>,  rows<T, V, 3>,  rows<T, V, 4>,
+      rows<T, V, 5>,  rows<T, V, 6>, rows<T, V, 7>,  rows<T, V, 8>,  rows<T, V, 9>,
+      rows<T, V, 10>, rows<T, V, 11>, rows<T, V, 12>};
+  const T* x = static_cast<const T*>(x_bytes);
+  for (int64_t i = 0; i < m * WIDTH; ++i) y[i] = 0;
+  if (m <= HELD)
+    ROWS_OF[m](blocks, x, x_stride, k, y);
+  else
+    many_rows<T, V>(blocks, x, x_stride, m, k, y);
+}
+
+}  // namespace
+
+MOE_PRUNE_PAIRS(Bf16, bf16)
+MOE_PRUNE_PAIRS(F16, f16)
+MOE_PRUNE_PAIRS(F32, f32)
+
+}  // namespace MOE_PRUNE_ISA
+}  // namespace moe_prune

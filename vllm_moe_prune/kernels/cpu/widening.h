@@ -1,0 +1,154 @@
+// 32 stored values of a step as FP32: 16 outputs of its first input, 16 of its second.
+// Compiled for AVX-512, or for AVX-512 with VBMI2, where 16-bit and 8-bit values can be
+// put in their places before they are widened.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace moe_prune {
+namespace MOE_PRUNE_ISA {
+namespace {
+
+struct Two {
+  __m512 first, second;
+};
+
+// 16-bit integers, one per output, for each of the two inputs.
+struct Words {
+  __m256i first, second;
+};
+
+// Every second lane of both, the even ones and the odd ones.
+inline void apart(__m512i low, __m512i high, __m512i& even, __m512i& odd) {
+  const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6,
+                                         4, 2, 0);
+  even = _mm512_permutex2var_epi32(low, evens, high);
+  odd = _mm512_permutex2var_epi32(
+      low, _mm512_add_epi32(evens, _mm512_set1_epi32(1)), high);
+}
+
+// Values as 32-bit integers in the lanes of the mask. load gives 16 from where it is told.
+template <class T, class Load>
+inline void placed(uint32_t mask, const T* values, Load load, __m512i& even,
+                   __m512i& odd) {
+  const uint32_t low = mask & 0xffff, high = mask >> 16;
+  apart(_mm512_maskz_expand_epi32(static_cast<__mmask16>(low), load(values)),
+        _mm512_maskz_expand_epi32(static_cast<__mmask16>(high),
+                                  load(values + __builtin_popcount(low))),
+        even, odd);
+}
+
+inline __m512i load32(const uint32_t* values) { return _mm512_loadu_si512(values); }
+
+inline __m512i load16(const uint16_t* values) {
+  return _mm512_cvtepu16_epi32(
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+}
+
+inline __m512i load8(const uint8_t* values) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+}
+
+// What values are stored as, and as what they are read.
+template <class T>
+struct Stored;
+
+template <>
+struct Stored<F32> {
+  using Bits = uint32_t;
+
+  static Two expanded(uint32_t mask, const Bits* values, const float*) {
+    __m512i even, odd;
+    placed(mask, values, load32, even, odd);
+    return {_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)};
+  }
+};
+
+template <>
+struct Stored<Bf16> {
+  using Bits = uint16_t;
+
+  static Two expanded(uint32_t mask, const Bits* values, const float*) {
+    __m512i even, odd;
+#ifdef __AVX512VBMI2__
+    __m512i both = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
+    even = _mm512_slli_epi32(both, 16);
+    odd = _mm512_and_si512(both, _mm512_set1_epi32(-0x10000));
+#else
+    placed(mask, values, load16, even, odd);
+    even = _mm512_slli_epi32(even, 16);
+    odd = _mm512_slli_epi32(odd, 16);
+#endif
+    return {_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)};
+  }
+};
+
+template <>
+struct Stored<F16> {
+  using Bits = uint16_t;
+
+  static Two expanded(uint32_t mask, const Bits* values, const float*) {
+    __m512i even, odd;
+#ifdef __AVX512VBMI2__
+    even = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
+    odd = _mm512_srli_epi32(even, 16);
+#else
+    placed(mask, values, load16, even, odd);
+#endif
+    return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(even)),
+            _mm512_cvtph_ps(_mm512_cvtepi32_epi16(odd))};
+  }
+};
+
+// e4m3 times its scale. With the bits of e4m3 in the upper byte, a shift by one makes it a
+// half-precision number 2^-8 as large, denormals too.
+template <>
+struct Stored<F8> {
+  using Bits = uint8_t;
+
+  static Two expanded(uint32_t mask, const Bits* values, const float* scale) {
+    Words words;  // the upper byte counts
+#ifdef __AVX512VBMI2__
+    words.second = _mm256_maskz_expand_epi8(
+        mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+    words.first = _mm256_slli_epi16(words.second, 8);
+#else
+    __m512i even, odd;
+    placed(mask, values, load8, even, odd);
+    words.first = _mm256_slli_epi16(_mm512_cvtepi32_epi16(even), 8);
+    words.second = _mm256_slli_epi16(_mm512_cvtepi32_epi16(odd), 8);
+#endif
+    const __m512 factor = _mm512_set1_ps(*scale * 0x1p8f);
+    return {_mm512_mul_ps(factor, as_floats(words.first)),
+            _mm512_mul_ps(factor, as_floats(words.second))};
+  }
+
+  static __m512 as_floats(__m256i words) {
+    const __m256i all = _mm256_set1_epi16(0x7f00);
+    __mmask16 nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(words, all), all);
+    __m256i half = _mm256_and_si256(_mm256_srai_epi16(words, 1),
+                                    _mm256_set1_epi16(static_cast<short>(0xbf80)));
+    return _mm512_cvtph_ps(_mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00)));
+  }
+};
+
+// 16 inputs of a token as FP32.
+inline __m512 inputs_of(const Bf16* x) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(load16(reinterpret_cast<const uint16_t*>(x)), 16));
+}
+
+inline __m512 inputs_of(const F16* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+
+inline __m512 inputs_of(const F32* x) { return _mm512_loadu_ps(&x->value); }
+
+}  // namespace
+}  // namespace MOE_PRUNE_ISA
+}  // namespace moe_prune
