@@ -24,7 +24,7 @@ AVX512 = [
     *AVX2,
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
     *("-mpopcnt", "-mprefer-vector-width=512"),
-    "-Wno-maybe-uninitialized",  # gcc means its own headers
+    *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # gcc means its own headers
 ]
 VBMI2 = [*AVX512, "-mavx512vbmi2"]
 BF16 = [*VBMI2, "-mavx512bf16"]
@@ -47,7 +47,8 @@ def units() -> list[tuple[str, list[str]]]:
     common: list[tuple[str, list[str]]] = [("moe.cpp", []), ("encode.cpp", [])]
     if platform.machine() not in {"x86_64", "AMD64"}:
         return [*common, pairs[0], activations[0]]
-    x86 = [*common, *pairs, *activations, ("expand.cpp", BF16), ("amx.cpp", AMX)]
+    tiles = [*AMX, "-DMOE_PRUNE_ISA=amx"]
+    x86 = [*common, *pairs, *activations, ("expand.cpp", BF16), ("amx.cpp", tiles)]
     return [(name, [*flags, "-DMOE_PRUNE_X86"]) for name, flags in x86]
 
 

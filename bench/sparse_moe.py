@@ -119,7 +119,7 @@ def describe_machine(threads: int, amx: bool) -> dict[str, object]:
         "load_average": round(os.getloadavg()[0], 1),
     }
     if level(amx) >= cpu_library.BF16:
-        found |= asdict(cpu_library.measured(level(amx), fp8=False))
+        found |= asdict(cpu_library.measured(level(amx), cpu_library.AS_TOKENS))
     return found
 
 

@@ -23,14 +23,15 @@ struct MoePruneLayer {
   const uint32_t* w13_masks;
   const int64_t* w13_starts;
   const void* w13_values;
-  const float* w13_scales;
+  const float *w13_scales, *w13_offsets;
   const uint32_t* w2_masks;
   const int64_t* w2_starts;
   const void* w2_values;
-  const float* w2_scales;
+  const float *w2_scales, *w2_offsets;
   void* out;
   int64_t tokens, top_k, hidden, width, experts, map_size, tile_from, dot_to, threads;
-  int32_t type, level;
+  int64_t w13_group, w2_group;
+  int32_t type, storage, level;
 };
 int32_t moe_prune_level();
 void moe_prune_encode(const void* const*, int64_t, int64_t, int64_t, int32_t, uint32_t*,
@@ -110,6 +111,62 @@ struct Encoded {
   }
 };
 
+// The layer from a level on; all must agree with the first.
+template <class T>
+void run_levels(MoePruneLayer layer, int32_t from, std::vector<T>& out) {
+  std::vector<float> first;
+  for (int32_t level = from; level <= moe_prune_level(); ++level) {
+    layer.level = level;
+    layer.tile_from = 1 + below(6);
+    layer.dot_to = below(20);
+    layer.threads = below(3);
+    moe_prune_run(&layer);
+    if (first.empty()) first.assign(out.begin(), out.end());
+    for (size_t i = 0; i < out.size(); ++i) {
+      float found = out[i];
+      if (!(std::fabs(found - first[i]) <= 0.02f + 0.02f * std::fabs(first[i]))) {
+        std::printf("level %d: %g, level %d: %g\n", level, found, from, first[i]);
+        std::exit(1);
+      }
+    }
+  }
+}
+
+// Integers of so many bits; T: what tokens are.
+template <class T>
+void round_integers(int32_t type, int64_t bits) {
+  int64_t hidden = 1 + below(below(6) ? 90 : 1200), width = 1 + below(90);
+  int64_t experts = 1 + below(5), tokens = 1 + below(below(4) ? 12 : 300);
+  int64_t k13 = round_up(hidden, STEP), k2 = round_up(width, STEP);
+  int64_t group13 = below(2) ? STEP : k13, group2 = below(2) ? 8 : k2;
+  int64_t blocks13 = experts * 2 * (round_up(width, BLOCK) / BLOCK);
+  int64_t blocks2 = experts * 2 * (round_up(hidden, WIDTH) / WIDTH);
+  auto words = [&](int64_t blocks, int64_t k) {
+    std::vector<uint32_t> made(blocks * BLOCK * k * bits / 32);
+    for (uint32_t& word : made) word = static_cast<uint32_t>(rng());
+    return made;
+  };
+  auto floats = [&](int64_t blocks, int64_t groups) {
+    std::vector<float> made(blocks * groups * BLOCK);
+    for (float& one : made) one = (static_cast<float>(below(9)) - 4) * 0.01f / bits;
+    return made;
+  };
+  std::vector<uint32_t> w13 = words(blocks13, k13), w2 = words(blocks2, k2);
+  std::vector<float> s13 = floats(blocks13, k13 / group13), s2 = floats(blocks2, k2 / group2);
+  std::vector<float> o13 = floats(blocks13, k13 / group13), o2 = floats(blocks2, k2 / group2);
+  std::vector<T> x = matrix<T>(tokens * hidden, 0), out(tokens * hidden);
+  std::vector<float> weights(tokens, 0.5f);
+  std::vector<int32_t> ids(tokens);
+  for (int32_t& id : ids) id = static_cast<int32_t>(below(experts));
+  bool shifted = below(2);
+  run_levels(MoePruneLayer{x.data(), weights.data(), ids.data(), nullptr, nullptr, nullptr,
+                           w13.data(), s13.data(), shifted ? o13.data() : nullptr, nullptr,
+                           nullptr, w2.data(), s2.data(), shifted ? o2.data() : nullptr,
+                           out.data(), tokens, 1, hidden, width, experts, experts, 0, 0, 0,
+                           group13, group2, type, bits == 4 ? INT4 : INT8, 0},
+             2, out);
+}
+
 // T: what tokens are, V: what weights are.
 template <class T, class V>
 void round(int32_t type) {
@@ -128,29 +185,20 @@ void round(int32_t type) {
   w13.finish();
   w2.finish();
   std::vector<T> x = matrix<T>(tokens * hidden, 0), out(tokens * hidden);
-  std::vector<float> weights(tokens * top_k, 0.5f), first;
+  std::vector<float> weights(tokens * top_k, 0.5f);
   std::vector<int32_t> ids(tokens * top_k), map(experts + 2, -1);
   for (int32_t& id : ids) id = static_cast<int32_t>(below(experts + 4) - 1);
   for (int64_t expert = 0; expert < experts; ++expert)
     map[below(experts + 2)] = static_cast<int32_t>(expert);
   bool mapped = below(2);
-  for (int32_t level = 0; level <= moe_prune_level(); ++level) {
-    MoePruneLayer layer{
-        x.data(), weights.data(), ids.data(), mapped ? map.data() : nullptr,
-        w13.masks.data(), w13.starts.data(), w13.values.data(), w13.scales_or_null(),
-        w2.masks.data(), w2.starts.data(), w2.values.data(), w2.scales_or_null(),
-        out.data(), tokens, top_k, hidden, width, experts,
-        mapped ? experts + 2 : experts, 1 + below(6), below(20), below(3), type, level};
-    moe_prune_run(&layer);
-    if (first.empty()) first.assign(out.begin(), out.end());
-    for (size_t i = 0; i < out.size(); ++i) {
-      float found = out[i];
-      if (!(std::fabs(found - first[i]) <= 0.02f + 0.02f * std::fabs(first[i]))) {
-        std::printf("level %d: %g, level 0: %g\n", level, found, first[i]);
-        std::exit(1);
-      }
-    }
-  }
+  run_levels(
+      MoePruneLayer{x.data(), weights.data(), ids.data(), mapped ? map.data() : nullptr,
+                    w13.masks.data(), w13.starts.data(), w13.values.data(),
+                    w13.scales_or_null(), nullptr, w2.masks.data(), w2.starts.data(),
+                    w2.values.data(), w2.scales_or_null(), nullptr, out.data(), tokens, top_k,
+                    hidden, width, experts, mapped ? experts + 2 : experts, 0, 0, 0, 0, 0,
+                    type, std::is_same<V, F8>::value ? E4M3 : AS_TOKENS, 0},
+      0, out);
 }
 
 }  // namespace
@@ -164,6 +212,11 @@ int main(int, char** arguments) {
     round<Bf16, F8>(AS_BF16);
     round<F16, F8>(AS_F16);
     round<F32, F8>(AS_F32);
+    for (int64_t bits = 4; bits <= 8; bits += 4) {
+      round_integers<Bf16>(AS_BF16, bits);
+      round_integers<F16>(AS_F16, bits);
+      round_integers<F32>(AS_F32, bits);
+    }
   }
   std::printf("%d levels agree\n", moe_prune_level() + 1);
 }

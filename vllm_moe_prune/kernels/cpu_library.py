@@ -13,13 +13,15 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from math import inf
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import blocks
+from . import blocks, int_blocks
 from .bitmask import Bitmask, unpack
 from .blocks import BLOCK, FP8, PAIR, STEP, TAIL, Blocks, round_up
+from .int_blocks import IntBlocks, Integers
 
 log = logging.getLogger(__name__)
 
@@ -29,17 +31,19 @@ LEVELS = (
     *("AVX-512 VBMI2 + BF16", "AMX"),
 )
 AVX512, BF16, AMX = 2, 4, 5
+AS_TOKENS, E4M3, INT8, INT4 = range(4)
+"""How weights are stored: as the type of tokens, or as one of these, with scales."""
 NEVER = 1 << 40
 COUNTS = (*range(1, 13), 24)
 """Tokens of an expert at which ways are compared; more than 12 share a panel."""
 POINTERS = (
     *("x", "weights", "ids", "expert_map"),
-    *("w13_masks", "w13_starts", "w13_values", "w13_scales"),
-    *("w2_masks", "w2_starts", "w2_values", "w2_scales", "out"),
+    *("w13_masks", "w13_starts", "w13_values", "w13_scales", "w13_offsets"),
+    *("w2_masks", "w2_starts", "w2_values", "w2_scales", "w2_offsets", "out"),
 )
 NUMBERS = (
     *("tokens", "top_k", "hidden", "width", "experts", "map_size"),
-    *("tile_from", "dot_to", "threads"),
+    *("tile_from", "dot_to", "threads", "w13_group", "w2_group"),
 )
 
 
@@ -59,7 +63,7 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int64) for name in NUMBERS),
-        *(("type", ctypes.c_int32), ("level", ctypes.c_int32)),
+        *((name, ctypes.c_int32) for name in ("type", "storage", "level")),
     )
 
 
@@ -170,8 +174,8 @@ def fused_moe(
     weights_TK: Tensor,
     ids_TK: Tensor,
     expert_map_G: Tensor | None,
-    w13: Blocks,
-    w2: Blocks,
+    w13: Blocks | IntBlocks,
+    w2: Blocks | IntBlocks,
     width: int,
     *,
     borders: Borders | None = None,
@@ -185,7 +189,7 @@ def fused_moe(
         weights_TK: .
         ids_TK: .
         expert_map_G: .
-        w13: .
+        w13: . Integers need ``runs_integers()``.
         w2: .
         width: .
         borders: Which instructions are for how many tokens; None: measured.
@@ -194,58 +198,100 @@ def fused_moe(
     """
     found = library()
     if found is None:
+        assert isinstance(w13, Blocks)
+        assert isinstance(w2, Blocks)
         return blocks.fused_moe(x_TD, weights_TK, ids_TK, expert_map_G, w13, w2, width)
     used = level() if at_level is None else min(at_level, level())
+    storage = _storage(w13)
     if borders is None:
         choice = x_TD.dtype == torch.bfloat16 and used >= BF16
-        borders = measured(used, w13.scales_EBC is not None) if choice else Borders()
-    _check(x_TD, w13, w2, width)
+        borders = measured(used, storage) if choice else Borders()
+    held = _checked(w13, x_TD, 2 * -(-width // BLOCK), x_TD.shape[1])
+    held2 = _checked(w2, x_TD, 2 * -(-x_TD.shape[1] // PAIR), width)
+    assert storage == _storage(w2)
+    assert storage < INT8 or used >= AVX512
     x_TD, weights_TK = x_TD.contiguous(), weights_TK.float().contiguous()
     ids_TK = ids_TK.to(torch.int32).contiguous()
     assert weights_TK.shape == ids_TK.shape
     assert len(ids_TK) == len(x_TD)
-    map_size = len(w13.masks_EBS)
+    map_size = held.experts
     if expert_map_G is not None:
         expert_map_G = expert_map_G.to(torch.int32).contiguous()
         map_size = len(expert_map_G)
     out_TD = torch.empty_like(x_TD)
     tensors = (
-        *(x_TD, weights_TK, ids_TK, expert_map_G),
-        *(w13.masks_EBS, w13.starts_EB1, w13.values, w13.scales_EBC),
-        *(w2.masks_EBS, w2.starts_EB1, w2.values, w2.scales_EBC, out_TD),
+        x_TD,
+        weights_TK,
+        ids_TK,
+        expert_map_G,
+        *held.parts,
+        *held2.parts,
+        out_TD,
     )
     addresses = [None if item is None else item.data_ptr() for item in tensors]
     numbers = (
-        *(len(x_TD), ids_TK.shape[1], x_TD.shape[1], width),
-        *(len(w13.masks_EBS), map_size, borders.tile_from, borders.dot_to, threads),
+        *(len(x_TD), ids_TK.shape[1], x_TD.shape[1], width, held.experts, map_size),
+        *(borders.tile_from, borders.dot_to, threads, held.group, held2.group),
     )
-    layer = _Layer(*addresses, *numbers, TYPES[x_TD.dtype], used)
+    layer = _Layer(*addresses, *numbers, TYPES[x_TD.dtype], storage, used)
     found.moe_prune_run(ctypes.byref(layer))
     return out_TD
 
 
-def _check(x_TD: Tensor, w13: Blocks, w2: Blocks, width: int) -> None:
-    """The shapes that the library computes from hidden size and width."""
-    hidden, experts = x_TD.shape[1], len(w13.masks_EBS)
-    pairs13, pairs2 = -(-width // BLOCK), -(-hidden // PAIR)
-    for part, pairs, inputs in ((w13, pairs13, hidden), (w2, pairs2, width)):
-        assert part.masks_EBS.shape == (experts, 2 * pairs, round_up(inputs, STEP) // 2)
-        assert part.starts_EB1.shape == (experts, 2 * pairs + 1)
-        assert part.masks_EBS.is_contiguous()
-        assert part.starts_EB1.is_contiguous()
-        if part.scales_EBC is None:
-            assert part.values.dtype == x_TD.dtype
+def runs_integers() -> bool:
+    """Whether the kernel can multiply by integers here."""
+    return level() >= AVX512
+
+
+def _storage(w: Blocks | IntBlocks) -> int:
+    if isinstance(w, IntBlocks):
+        return INT4 if w.bits == 4 else INT8
+    return AS_TOKENS if w.scales_EBC is None else E4M3
+
+
+class _Held(NamedTuple):
+    """What the library is told of a matrix of all experts."""
+
+    parts: tuple[Tensor | None, ...]
+    """Masks, starts, values, scales and offsets."""
+    experts: int
+    group: int
+
+
+def _checked(w: Blocks | IntBlocks, x_TD: Tensor, count: int, inputs: int) -> _Held:
+    """Parts whose shapes are those that the library computes from x and width."""
+    padded = round_up(inputs, STEP)
+    parts: tuple[Tensor | None, ...]
+    if isinstance(w, IntBlocks):
+        experts, groups = len(w.values_EBWO), w.scales_EBGO.shape[2]
+        assert w.bits in {4, 8}
+        assert w.values_EBWO.shape == (experts, count, padded * w.bits // 32, BLOCK)
+        assert w.values_EBWO.dtype == torch.int32
+        assert padded % groups == 0
+        assert w.group % 2 == 0
+        for part in (w.scales_EBGO, w.offsets_EBGO):
+            if part is not None:
+                assert part.shape == (experts, count, groups, BLOCK)
+                assert part.dtype == torch.float32
+        parts = (None, None, w.values_EBWO, w.scales_EBGO, w.offsets_EBGO)
+        group = w.group
+    else:
+        experts, group = len(w.masks_EBS), 0
+        assert w.masks_EBS.shape == (experts, count, padded // 2)
+        assert w.starts_EB1.shape == (experts, count + 1)
+        if w.scales_EBC is None:
+            assert w.values.dtype == x_TD.dtype
         else:
-            steps = round_up(inputs, STEP) // STEP
-            assert part.values.dtype == FP8
-            assert part.scales_EBC.shape == (experts, 2 * pairs, steps)
-            assert part.scales_EBC.dtype == torch.float32
-            assert part.scales_EBC.is_contiguous()
-    assert (w13.scales_EBC is None) == (w2.scales_EBC is None)
+            assert w.values.dtype == FP8
+            assert w.scales_EBC.shape == (experts, count, padded // STEP)
+            assert w.scales_EBC.dtype == torch.float32
+        parts = (w.masks_EBS, w.starts_EB1, w.values, w.scales_EBC, None)
+    assert all(part is None or part.is_contiguous() for part in parts)
+    return _Held(parts, experts, group)
 
 
 @cache
-def measured(at_level: int, fp8: bool) -> Borders:
+def measured(at_level: int, storage: int) -> Borders:
     """Which instructions are the fastest for how many tokens, measured here.
 
     All ways run on the same small layer, which stays in the cache, so that what is
@@ -254,22 +300,14 @@ def measured(at_level: int, fp8: bool) -> Borders:
     OpenMP would forget the threads, and their places, that this one does not use.
     """
     with ThreadPoolExecutor(max_workers=1) as own:
-        return own.submit(_measured, at_level, fp8).result()
+        return own.submit(_measured, at_level, storage).result()
 
 
-def _measured(at_level: int, fp8: bool) -> Borders:
+def _measured(at_level: int, storage: int) -> Borders:
     hidden, width = 1024, 512
     generator = torch.Generator().manual_seed(0)
-
-    def encoded(outputs: int, inputs: int, count: int) -> Blocks:
-        made = torch.randn(count, outputs, inputs, generator=generator)
-        made *= torch.rand(made.shape, generator=generator) < 0.5
-        scales = torch.ones(count, outputs // BLOCK, inputs // STEP)
-        if fp8:
-            return blocks.encode(list(made.to(FP8)), list(scales))
-        return blocks.encode(list(made.bfloat16()))
-
-    w13, w2 = encoded(width, hidden, 2), encoded(hidden, width, 1)
+    w13 = _example(width, hidden, 2, storage, generator)
+    w2 = _example(hidden, width, 1, storage, generator)
     most = COUNTS[-1]
     x_TD = torch.randn(most, hidden, generator=generator).bfloat16()
     ones_T1, ids_T1 = torch.ones(most, 1), torch.zeros(most, 1, dtype=torch.int32)
@@ -287,9 +325,29 @@ def _measured(at_level: int, fp8: bool) -> Borders:
     def best(borders: Borders) -> list[float]:
         return [min(seconds(count, borders) for _ in range(7)) for count in COUNTS]
 
-    dot, fma = best(Borders(dot_to=NEVER)), best(Borders(dot_to=0))
-    tiles = best(Borders(tile_from=1)) if at_level == AMX else [inf] * len(COUNTS)
-    return fastest(dot, fma, tiles)
+    no = [inf] * len(COUNTS)
+    dot = best(Borders(dot_to=NEVER)) if storage < INT8 else no
+    tiles = best(Borders(tile_from=1)) if at_level == AMX else no
+    return fastest(dot, best(Borders(dot_to=0)), tiles)
+
+
+def _example(
+    outputs: int, inputs: int, count: int, storage: int, generator: torch.Generator
+) -> Blocks | IntBlocks:
+    """Random weights, half of them zero where zeros are left out."""
+    if storage in {INT8, INT4}:
+        bits = 8 if storage == INT8 else 4
+        shape = (outputs, inputs * bits // 32)
+        words_NW = torch.randint(1 << 31, shape, generator=generator).to(torch.int32)
+        ones_NG = torch.ones(outputs, inputs // 128)
+        made = [Integers(words_NW, ones_NG, None)] * count
+        return int_blocks.encode(made, 128, bits)
+    dense = torch.randn(count, outputs, inputs, generator=generator)
+    dense *= torch.rand(dense.shape, generator=generator) < 0.5
+    if storage == AS_TOKENS:
+        return blocks.encode(list(dense.bfloat16()))
+    ones = torch.ones(count, outputs // BLOCK, inputs // STEP)
+    return blocks.encode(list(dense.to(FP8)), list(ones))
 
 
 def fastest(dot: list[float], fma: list[float], tiles: list[float]) -> Borders:

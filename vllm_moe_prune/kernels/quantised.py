@@ -234,12 +234,20 @@ def unpack(parts: dict[str, Tensor], form: Form) -> Quantised:
         unpack_from_int32,
     )
 
-    scale = parts[SCALE]
+    scales = Scales(parts[SCALE], zeros_of(parts, form))
     if form.bits != "int4":
-        return Quantised(parts[PLAIN], Scales(scale, None))
+        return Quantised(parts[PLAIN], scales)
     shape = torch.Size(parts[SHAPE].tolist())
-    values = unpack_from_int32(parts[PACKED], 4, shape)
-    zero = None
-    if form.zero_point:
-        zero = unpack_from_int32(parts[ZERO], 4, scale.shape, packed_dim=0)
-    return Quantised(values, Scales(scale, zero))
+    return Quantised(unpack_from_int32(parts[PACKED], 4, shape), scales)
+
+
+def zeros_of(parts: dict[str, Tensor], form: Form) -> Tensor | None:
+    """The zero points among stored tensors: int8 [R, G], or None."""
+    from compressed_tensors.compressors.pack_quantized.helpers import (
+        unpack_from_int32,
+    )
+
+    if not form.zero_point:
+        return None
+    found: Tensor = unpack_from_int32(parts[ZERO], 4, parts[SCALE].shape, packed_dim=0)
+    return found

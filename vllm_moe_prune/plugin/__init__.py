@@ -19,7 +19,10 @@ that, and the model classes are named by string so that vLLM imports them when n
     expert_loader.py  makes blocks of them
     packed.py         packed experts, dense and compressed, one by one
     sparse_op.py      the custom op that runs a layer of them
-    dequantised_moe.py  quantised experts that vLLM has no kernel for
+    quantised_moe.py    who runs quantised experts on a CPU
+    expert_parts.py     what comes in parts: integers and scales
+    integer_moe.py      int4 and int8 experts by our kernel; integer_op.py its op
+    dequantised_moe.py  made plain while loading, where no kernel fits
     watch.py          counting routed tokens: its switch, and what is said of it
     routing_load.py   the layer that counts, and what workers tell
     load_op.py        the custom op that counts
@@ -59,8 +62,8 @@ def register() -> None:
 
     from ..checkpoint.compressed import METHOD
     from ..checkpoint.quantised import METHOD as QUANTISED
-    from .dequantised_moe import FallbackConfig
     from .loader import PruningLoader
+    from .quantised_moe import FallbackConfig
     from .sparse_moe import MoePruneConfig
 
     for model_type in supported():

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "expansion.h"
+#include "widening.h"
 
 namespace moe_prune {
 namespace {
@@ -29,7 +30,7 @@ struct alignas(64) TileConfig {
 // been written for them may not be there yet, or ever.
 inline void written() { __asm__ __volatile__("" ::: "memory"); }
 
-// 16 steps of a block, dense, in the order of a tile.
+// 16 steps of a block, dense, in the order of a tile. A cursor is where they come from.
 template <class V>
 inline void expand(Cursor<V>& at, uint16_t* tile) {
   _mm_prefetch(reinterpret_cast<const char*>(at.masks) + AHEAD, _MM_HINT_T0);
@@ -39,6 +40,21 @@ inline void expand(Cursor<V>& at, uint16_t* tile) {
   }
   at.masks += STEP / 2;
   at.scales = V::after(at.scales, STEP / 2);
+}
+
+template <int BITS>
+inline void expand(amx::Cursor<Int<BITS>>& at, uint16_t* tile) {
+  const __m512i in_turn = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+      20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (int step = 0; step < STEP / 2; step += 4)
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      const amx::Two wide = at.expanded(step, u);
+      auto halves = (__m512i)_mm512_cvtne2ps_pbh(wide.second, wide.first);
+      _mm512_store_si512(tile + (step + u) * 32,
+                         _mm512_permutexvar_epi16(in_turn, halves));
+    }
 }
 
 // Tiles 0 to 3: sums of (token tile, block); 4 and 5: tokens; 6 and 7: weights.
@@ -89,8 +105,8 @@ inline void multiply(const uint16_t* x, int64_t next_tokens, const uint16_t* wei
 
 // Expands inputs of a pair and multiplies up to 32 tokens by them. The panel keeps all
 // tiles, or only two in turn: expanding the next one need not wait for the tile loads.
-template <class V, int TOKEN_TILES>
-void at_once(Cursor<V> pair[2], int64_t inputs, const uint16_t* x, int64_t next_tokens,
+template <class From, int TOKEN_TILES>
+void at_once(From pair[2], int64_t inputs, const uint16_t* x, int64_t next_tokens,
              uint16_t* panel, bool keep, float* y, bool none) {
   load_sums<TOKEN_TILES>(y, none);
   for (int64_t step = 0; step < inputs / STEP; ++step, x += TILE) {
@@ -119,24 +135,24 @@ uint16_t* panel_for(int64_t elements) {
   return reinterpret_cast<uint16_t*>((address + 63) / 64 * 64);
 }
 
-template <class V>
+template <class From>
 void one_pair(const Stream pair[2], const void* x_tiles, int64_t m, int64_t k, float* y) {
   alignas(64) uint16_t tiles[4 * TILE];
   const uint16_t* x = static_cast<const uint16_t*>(x_tiles);
-  Cursor<V> at[2] = {Cursor<V>(pair[0]), Cursor<V>(pair[1])};
+  From at[2] = {From(pair[0]), From(pair[1])};
   if (m <= ROWS)
-    at_once<V, 1>(at, k, x, 0, tiles, false, y, true);
+    at_once<From, 1>(at, k, x, 0, tiles, false, y, true);
   else
-    at_once<V, 2>(at, k, x, ROWS * k, tiles, false, y, true);
+    at_once<From, 2>(at, k, x, ROWS * k, tiles, false, y, true);
 }
 
-template <class V>
+template <class From>
 void some_pairs(const Stream* blocks, int64_t pairs, const void* x_tiles, int64_t m,
                 int64_t k, float* y, int64_t y_pair) {
   const uint16_t* x = static_cast<const uint16_t*>(x_tiles);
   uint16_t* panels = panel_for(pairs * CHUNK * WIDTH);
-  Cursor<V> at[GROUP][2];
-  for (int64_t b = 0; b < 2 * pairs; ++b) at[b / 2][b % 2] = Cursor<V>(blocks[b]);
+  From at[GROUP][2];
+  for (int64_t b = 0; b < 2 * pairs; ++b) at[b / 2][b % 2] = From(blocks[b]);
   for (int64_t k0 = 0; k0 < k; k0 += CHUNK) {
     const int64_t inputs = k - k0 < CHUNK ? k - k0 : CHUNK;
     for (int64_t row = 0; row < m; row += 2 * ROWS) {
@@ -145,7 +161,7 @@ void some_pairs(const Stream* blocks, int64_t pairs, const void* x_tiles, int64_
         uint16_t* panel = panels + p * CHUNK * WIDTH;
         float* sums = y + p * y_pair + row * WIDTH;
         if (row == 0)
-          at_once<V, 2>(at[p], inputs, tokens, ROWS * k, panel, true, sums, k0 == 0);
+          at_once<From, 2>(at[p], inputs, tokens, ROWS * k, panel, true, sums, k0 == 0);
         else if (m - row > ROWS)
           from_panel<2>(panel, inputs, tokens, ROWS * k, sums, k0 == 0);
         else
@@ -157,25 +173,20 @@ void some_pairs(const Stream* blocks, int64_t pairs, const void* x_tiles, int64_
 
 }  // namespace
 
-void pair_amx(const Stream pair[2], const void* x_tiles, int64_t, int64_t m, int64_t k,
-              float* y) {
-  one_pair<Plain>(pair, x_tiles, m, k, y);
-}
+#define MOE_PRUNE_TILES(name, From)                                                    \
+  void pair_##name(const Stream pair[2], const void* x_tiles, int64_t, int64_t m,      \
+                   int64_t k, float* y) {                                              \
+    one_pair<From>(pair, x_tiles, m, k, y);                                            \
+  }                                                                                    \
+  void pairs_##name(const Stream* blocks, int64_t pairs, const void* x_tiles,          \
+                    int64_t m, int64_t k, float* y, int64_t y_pair) {                  \
+    some_pairs<From>(blocks, pairs, x_tiles, m, k, y, y_pair);                         \
+  }
 
-void pair_amx_f8(const Stream pair[2], const void* x_tiles, int64_t, int64_t m,
-                 int64_t k, float* y) {
-  one_pair<Scaled>(pair, x_tiles, m, k, y);
-}
-
-void pairs_amx(const Stream* blocks, int64_t pairs, const void* x_tiles, int64_t m,
-               int64_t k, float* y, int64_t y_pair) {
-  some_pairs<Plain>(blocks, pairs, x_tiles, m, k, y, y_pair);
-}
-
-void pairs_amx_f8(const Stream* blocks, int64_t pairs, const void* x_tiles, int64_t m,
-                  int64_t k, float* y, int64_t y_pair) {
-  some_pairs<Scaled>(blocks, pairs, x_tiles, m, k, y, y_pair);
-}
+MOE_PRUNE_TILES(amx, Cursor<Plain>)
+MOE_PRUNE_TILES(amx_f8, Cursor<Scaled>)
+MOE_PRUNE_TILES(amx_i8, amx::Cursor<Int<8>>)
+MOE_PRUNE_TILES(amx_i4, amx::Cursor<Int<4>>)
 
 bool amx_allowed() {
   constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl(2)

@@ -11,33 +11,9 @@ namespace moe_prune {
 namespace MOE_PRUNE_ISA {
 namespace {
 
-constexpr int AHEAD = 1024;     // bytes, of values
 constexpr int HELD = 12;        // rows of x whose sums fit into registers
 constexpr int64_t CHUNK = 256;  // inputs of tokens that are widened at a time
 constexpr int64_t PANEL = 128;  // inputs of a pair that are expanded at a time
-
-// Where the next step of a block is.
-template <class V>
-struct Cursor {
-  const uint32_t* masks;
-  const typename Stored<V>::Bits* values;
-  const float* scales;
-
-  explicit Cursor(const Stream& from)
-      : masks(from.masks),
-        values(static_cast<const typename Stored<V>::Bits*>(from.values)),
-        scales(from.scales) {}
-
-  Two expanded(int64_t step) {
-    const uint32_t mask = masks[step];
-    if (step % 2 == 0)
-      _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
-    const Two found =
-        Stored<V>::expanded(mask, values, scales ? scales + step / (STEP / 2) : nullptr);
-    values += __builtin_popcount(mask);
-    return found;
-  }
-};
 
 template <class T>
 void widen(const T* x, int64_t x_stride, int64_t rows, int64_t inputs, float* wide,
@@ -90,11 +66,10 @@ void rows(const Stream pair[2], const T* x, int64_t x_stride, int64_t k, float* 
     widen(x + k0, x_stride, M, inputs, wide, CHUNK);
     Sums<M> sums;
     sums.clear();
-    // Two steps at once, so that the chains of sums are known to the compiler.
-    for (int64_t i = 0; i < inputs; i += 4)
-      for (int u = 0; u < 2; ++u) {
-        const int64_t step = (k0 + i) / 2 + u;
-        const Two a = left.expanded(step), b = right.expanded(step);
+    for (int64_t i = 0; i < inputs; i += 8)
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        const Two a = left.expanded((k0 + i) / 2, u), b = right.expanded((k0 + i) / 2, u);
         sums.add(2 * u, wide + i + 2 * u, CHUNK, a.first, b.first);
         sums.add(2 * u + 1, wide + i + 2 * u + 1, CHUNK, a.second, b.second);
       }
@@ -129,14 +104,16 @@ void many_rows(const Stream pair[2], const T* x, int64_t x_stride, int64_t m, in
   const int64_t groups = (m + HELD - 1) / HELD;
   for (int64_t k0 = 0; k0 < k; k0 += PANEL) {
     const int64_t inputs = k - k0 < PANEL ? k - k0 : PANEL;
-    for (int64_t i = 0; i < inputs; i += 2) {
-      const Two a = left.expanded((k0 + i) / 2), b = right.expanded((k0 + i) / 2);
-      float* target = panel + i * WIDTH;
-      _mm512_store_ps(target, a.first);
-      _mm512_store_ps(target + BLOCK, b.first);
-      _mm512_store_ps(target + WIDTH, a.second);
-      _mm512_store_ps(target + WIDTH + BLOCK, b.second);
-    }
+    for (int64_t i = 0; i < inputs; i += 8)
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        const Two a = left.expanded((k0 + i) / 2, u), b = right.expanded((k0 + i) / 2, u);
+        float* target = panel + (i + 2 * u) * WIDTH;
+        _mm512_store_ps(target, a.first);
+        _mm512_store_ps(target + BLOCK, b.first);
+        _mm512_store_ps(target + WIDTH, a.second);
+        _mm512_store_ps(target + WIDTH + BLOCK, b.second);
+      }
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t row = group * m / groups, end = (group + 1) * m / groups;
       widen(x + row * x_stride + k0, x_stride, end - row, inputs, wide, PANEL);
@@ -166,6 +143,11 @@ void pair(const Stream blocks[2], const void* x_bytes, int64_t x_stride, int64_t
 MOE_PRUNE_PAIRS(Bf16, bf16)
 MOE_PRUNE_PAIRS(F16, f16)
 MOE_PRUNE_PAIRS(F32, f32)
+#ifndef __AVX512VBMI2__  // which integers have no use for
+MOE_PRUNE_INT_PAIRS(Bf16, bf16)
+MOE_PRUNE_INT_PAIRS(F16, f16)
+MOE_PRUNE_INT_PAIRS(F32, f32)
+#endif
 
 }  // namespace MOE_PRUNE_ISA
 }  // namespace moe_prune

@@ -46,15 +46,24 @@ struct Kernels {
   ActivationKernel activate;
 };
 
-// For tokens of any type. Of bf16 there are others too, from level BF16 on.
-Kernels any(int32_t level, int32_t type, bool f8) {
-#define MOE_PRUNE_PICK(pairs, act)                                                        \
-  switch (type) {                                                                         \
-    case AS_BF16: return {f8 ? pairs::pair_f8_bf16 : pairs::pair_bf16, act::activate_bf16}; \
-    case AS_F16: return {f8 ? pairs::pair_f8_f16 : pairs::pair_f16, act::activate_f16};   \
-    default: return {f8 ? pairs::pair_f8_f32 : pairs::pair_f32, act::activate_f32};       \
+#define MOE_PRUNE_OF_TYPE(pairs, kind, act)                     \
+  switch (type) {                                               \
+    case AS_BF16: return {pairs::kind##bf16, act::activate_bf16}; \
+    case AS_F16: return {pairs::kind##f16, act::activate_f16};   \
+    default: return {pairs::kind##f32, act::activate_f32};       \
   }
+#define MOE_PRUNE_PICK(pairs, act)                                \
+  {                                                               \
+    if (storage == E4M3) MOE_PRUNE_OF_TYPE(pairs, pair_f8_, act) \
+    MOE_PRUNE_OF_TYPE(pairs, pair_, act)                          \
+  }
+
+// For tokens of any type. Of bf16 there are others too, from level BF16 on. Integers need
+// AVX512.
+Kernels any(int32_t level, int32_t type, int32_t storage) {
 #ifdef MOE_PRUNE_X86
+  if (storage == INT4) MOE_PRUNE_OF_TYPE(avx512, pair_i4_, avx512)
+  if (storage == INT8) MOE_PRUNE_OF_TYPE(avx512, pair_i8_, avx512)
   if (level >= VBMI2) MOE_PRUNE_PICK(vbmi2, avx512)
   if (level == AVX512) MOE_PRUNE_PICK(avx512, avx512)
   if (level == AVX2) MOE_PRUNE_PICK(avx2, avx2)
@@ -62,29 +71,47 @@ Kernels any(int32_t level, int32_t type, bool f8) {
   MOE_PRUNE_PICK(portable, portable)
 }
 
+#ifdef MOE_PRUNE_X86
+struct Tiles {
+  PairKernel pair;
+  PairsKernel pairs;
+};
+
+constexpr Tiles TILES[] = {{pair_amx, pairs_amx},
+                           {pair_amx_f8, pairs_amx_f8},
+                           {pair_amx_i8, pairs_amx_i8},
+                           {pair_amx_i4, pairs_amx_i4}};  // in the order of Storage
+#endif
+
 constexpr int64_t TOKENS = 512;    // of an expert that are multiplied by an expansion
 constexpr int64_t SUMS = 1 << 18;  // floats of a thread that stay in its caches
 
 int64_t element_bytes(int32_t type) { return type == AS_F32 ? 4 : 2; }
 
 // A layer's weights: [experts][blocks][k / 2] masks, [experts][blocks + 1] starts,
-// [experts][blocks][k / STEP] scales, if any.
+// [experts][blocks][k / STEP] scales, if any. Integers have neither masks nor starts, and
+// [experts][blocks][k / group][BLOCK] scales and offsets, if any.
 struct Weights {
   const uint32_t* masks;
   const int64_t* starts;
   const void* values;
   const float* scales;
+  const float* offsets;
+  int64_t group;
   int64_t blocks;
   int64_t k;
-  int64_t bytes;  // of a value
+  int64_t bits;  // of a value
 
   void pair(int64_t expert, int64_t index, Stream found[2]) const {
     for (int b = 0; b < 2; ++b) {
-      int64_t block = 2 * index + b;
-      int64_t start = starts[expert * (blocks + 1) + block];
-      found[b].masks = masks + (expert * blocks + block) * (k / 2);
-      found[b].values = static_cast<const char*>(values) + start * bytes;
-      found[b].scales = scales ? scales + (expert * blocks + block) * (k / STEP) : nullptr;
+      const int64_t block = 2 * index + b, number = expert * blocks + block;
+      const int64_t start = masks ? starts[expert * (blocks + 1) + block] : number * BLOCK * k;
+      const int64_t shared = masks ? k / STEP : k / group * BLOCK;
+      found[b].masks = masks ? masks + number * (k / 2) : nullptr;
+      found[b].values = static_cast<const char*>(values) + start * bits / 8;
+      found[b].scales = scales ? scales + number * shared : nullptr;
+      found[b].offsets = offsets ? offsets + number * shared : nullptr;
+      found[b].group = group;
     }
   }
 };
@@ -112,17 +139,20 @@ struct MoePruneLayer {
   const uint32_t* w13_masks;
   const int64_t* w13_starts;
   const void* w13_values;
-  const float* w13_scales;  // of e4m3; null: values are of the type of tokens
+  const float* w13_scales;
+  const float* w13_offsets;
   const uint32_t* w2_masks;
   const int64_t* w2_starts;
   const void* w2_values;
   const float* w2_scales;
+  const float* w2_offsets;
   void* out;  // [tokens][hidden]
   int64_t tokens, top_k, hidden, width, experts, map_size;
   int64_t tile_from;  // tokens of an expert from which AMX tiles are used
   int64_t dot_to;     // and up to which, of those without tiles, dot products of bf16 are
   int64_t threads;    // 0: as many as OpenMP would use
-  int32_t type, level;
+  int64_t w13_group, w2_group;
+  int32_t type, storage, level;
 };
 
 int32_t moe_prune_level() {
@@ -136,13 +166,14 @@ void moe_prune_run(const MoePruneLayer* layer) {
   const int64_t k13 = round_up(p.hidden, STEP), k2 = round_up(p.width, STEP);
   const int64_t pairs13 = round_up(p.width, BLOCK) / BLOCK;
   const int64_t pairs2 = round_up(p.hidden, WIDTH) / WIDTH;
-  const bool f8 = p.w13_scales != nullptr;
-  const int64_t stored = f8 ? 1 : bytes;
-  const Weights w13{p.w13_masks,  p.w13_starts, p.w13_values, p.w13_scales,
-                    2 * pairs13, k13,          stored};
-  const Weights w2{p.w2_masks, p.w2_starts, p.w2_values, p.w2_scales,
-                   2 * pairs2, k2,          stored};
-  const Kernels base = any(p.level, p.type, f8);
+  const int64_t bits[] = {8 * bytes, 8, 8, 4};  // in the order of Storage
+  const Weights w13{p.w13_masks,   p.w13_starts, p.w13_values, p.w13_scales,      p.w13_offsets,
+                    p.w13_group, 2 * pairs13,  k13,          bits[p.storage]};
+  const Weights w2{p.w2_masks,   p.w2_starts, p.w2_values, p.w2_scales,      p.w2_offsets,
+                   p.w2_group, 2 * pairs2,  k2,          bits[p.storage]};
+  const Kernels base = any(p.level, p.type, p.storage);
+  // Dot products of bf16 are for weights that are floats.
+  const int64_t dot_to = p.type == AS_BF16 && p.level >= BF16 && p.storage < INT8 ? p.dot_to : 0;
 
   // Tokens sorted by expert; each expert's rows are padded to whole tiles.
   const int64_t slots = p.tokens * p.top_k;
@@ -218,14 +249,13 @@ void moe_prune_run(const MoePruneLayer* layer) {
       const void* x = place(buffer, stride, a, row, 0);
       PairKernel kernel = base.pair;
 #ifdef MOE_PRUNE_X86
-      if (a.tiled && rows > 2 * ROWS) {
-        PairsKernel together = f8 ? pairs_amx_f8 : pairs_amx;
-        return together(blocks, pairs, x, rows, w.k, y.data(), y_rows * WIDTH);
-      }
+      if (a.tiled && rows > 2 * ROWS)
+        return TILES[p.storage].pairs(blocks, pairs, x, rows, w.k, y.data(),
+                                      y_rows * WIDTH);
       if (a.tiled)
-        kernel = f8 ? pair_amx_f8 : pair_amx;
-      else if (p.type == AS_BF16 && p.level >= BF16 && a.rows <= p.dot_to)
-        kernel = f8 ? pair_expand_f8 : pair_expand;
+        kernel = TILES[p.storage].pair;
+      else if (a.rows <= dot_to)
+        kernel = p.storage == E4M3 ? pair_expand_f8 : pair_expand;
 #endif
       for (int64_t i = 0; i < pairs; ++i)
         kernel(blocks + 2 * i, x, stride, rows, w.k, y.data() + i * y_rows * WIDTH);

@@ -26,11 +26,17 @@ inline int64_t round_up(int64_t value, int64_t step) {
 // Of tokens; weights are of the same type, or of e4m3 with scales.
 enum Type : int32_t { AS_BF16 = 0, AS_F16 = 1, AS_F32 = 2 };
 
-// One block, at its first value.
+// How weights are stored: as the type of tokens, or as one of these, with scales.
+enum Storage : int32_t { AS_TOKENS = 0, E4M3 = 1, INT8 = 2, INT4 = 3 };
+
+// One block, at its first value. Integers have no masks: all of them are stored, a weight
+// is one times a scale plus an offset, [K / group][BLOCK].
 struct Stream {
   const uint32_t* masks;
   const void* values;
-  const float* scales;  // of e4m3: one for each STEP inputs
+  const float* scales;   // of e4m3: one for each STEP inputs
+  const float* offsets;  // of integers; null: zeros
+  int64_t group;         // of integers: inputs that share a scale
 };
 
 // y[m][WIDTH] = x[m][k] times the two blocks, in fp32; rows of x are x_stride elements
@@ -63,6 +69,26 @@ using ActivationKernel = void (*)(const float* y, int64_t m, void* h, int64_t h_
     pair<T, F8>(blocks, x, stride, m, k, y);                                           \
   }
 
+#define MOE_PRUNE_INT_PAIRS_OF(isa)                                                    \
+  namespace isa {                                                                      \
+  void pair_i8_bf16(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);  \
+  void pair_i8_f16(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);   \
+  void pair_i8_f32(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);   \
+  void pair_i4_bf16(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);  \
+  void pair_i4_f16(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);   \
+  void pair_i4_f32(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);   \
+  }
+
+#define MOE_PRUNE_INT_PAIRS(T, name)                                                   \
+  void pair_i8_##name(const Stream blocks[2], const void* x, int64_t stride,           \
+                      int64_t m, int64_t k, float* y) {                                \
+    pair<T, Int<8>>(blocks, x, stride, m, k, y);                                       \
+  }                                                                                    \
+  void pair_i4_##name(const Stream blocks[2], const void* x, int64_t stride,           \
+                      int64_t m, int64_t k, float* y) {                                \
+    pair<T, Int<4>>(blocks, x, stride, m, k, y);                                       \
+  }
+
 #define MOE_PRUNE_ACTIVATIONS_OF(isa)                                                  \
   namespace isa {                                                                      \
   void activate_bf16(const float*, int64_t, void*, int64_t);                           \
@@ -77,6 +103,7 @@ MOE_PRUNE_ACTIVATIONS_OF(portable)
 MOE_PRUNE_PAIRS_OF(avx2)
 MOE_PRUNE_PAIRS_OF(avx512)
 MOE_PRUNE_PAIRS_OF(vbmi2)
+MOE_PRUNE_INT_PAIRS_OF(avx512)
 MOE_PRUNE_ACTIVATIONS_OF(avx2)
 MOE_PRUNE_ACTIVATIONS_OF(avx512)
 
@@ -84,15 +111,19 @@ MOE_PRUNE_ACTIVATIONS_OF(avx512)
 void pair_expand(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
 void pair_expand_f8(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
 
-// The same, with AMX tiles for the products.
+// Of bf16, by AMX tiles, weights stored in any way.
 void pair_amx(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
 void pair_amx_f8(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
+void pair_amx_i8(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
+void pair_amx_i4(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
 
 // The same for more tokens than two tiles and up to GROUP pairs, y_pair floats apart.
 using PairsKernel = void (*)(const Stream* blocks, int64_t pairs, const void* x_tiles,
                              int64_t m, int64_t k, float* y, int64_t y_pair);
 void pairs_amx(const Stream*, int64_t, const void*, int64_t, int64_t, float*, int64_t);
 void pairs_amx_f8(const Stream*, int64_t, const void*, int64_t, int64_t, float*, int64_t);
+void pairs_amx_i8(const Stream*, int64_t, const void*, int64_t, int64_t, float*, int64_t);
+void pairs_amx_i4(const Stream*, int64_t, const void*, int64_t, int64_t, float*, int64_t);
 bool amx_allowed();  // asks Linux for the tiles; once is enough for a process
 void amx_begin();    // in every thread, before pair_amx
 void amx_end();      // in every thread, after it: the tiles are configured as before

@@ -73,6 +73,10 @@ struct F8 {
   }
 };
 
+// Integers of so many bits; weights only, and never one by one.
+template <int BITS>
+struct Int {};
+
 struct F32 {
   float value;
 

@@ -1,6 +1,6 @@
 // 32 stored values of a step as FP32: 16 outputs of its first input, 16 of its second.
 // Compiled for AVX-512, or for AVX-512 with VBMI2, where 16-bit and 8-bit values can be
-// put in their places before they are widened.
+// put in their places before they are widened. Integers are stored all, without masks.
 
 #pragma once
 
@@ -8,11 +8,14 @@
 
 #include <cstdint>
 
+#include "moe.h"
 #include "types.h"
 
 namespace moe_prune {
 namespace MOE_PRUNE_ISA {
 namespace {
+
+constexpr int AHEAD = 1024;  // bytes, of values
 
 struct Two {
   __m512 first, second;
@@ -134,6 +137,76 @@ struct Stored<F8> {
     __m256i half = _mm256_and_si256(_mm256_srai_epi16(words, 1),
                                     _mm256_set1_epi16(static_cast<short>(0xbf80)));
     return _mm512_cvtph_ps(_mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00)));
+  }
+};
+
+// Where the next step of a block is. Steps are asked for in turn, as a multiple of four
+// and a number below four that the compiler knows.
+template <class V>
+struct Cursor {
+  const uint32_t* masks;
+  const typename Stored<V>::Bits* values;
+  const float* scales;
+
+  explicit Cursor(const Stream& from)
+      : masks(from.masks),
+        values(static_cast<const typename Stored<V>::Bits*>(from.values)),
+        scales(from.scales) {}
+
+  Two expanded(int64_t fours, int more) {
+    const int64_t step = fours + more;
+    const uint32_t mask = masks[step];
+    if (more % 2 == 0)
+      _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
+    const Two found =
+        Stored<V>::expanded(mask, values, scales ? scales + step / (STEP / 2) : nullptr);
+    values += __builtin_popcount(mask);
+    return found;
+  }
+};
+
+// Each output has 32 bits of its own: 8 inputs of 4 bits, from -8 on, or 4 of 8, signed.
+template <int BITS>
+struct Cursor<Int<BITS>> {
+  static constexpr int STEPS = 16 / BITS;  // of 32 bits
+  const uint32_t* lanes;
+  const float *scales, *offsets;
+  int64_t group;  // steps that share scales
+  int64_t left;
+
+  Cursor() = default;
+  explicit Cursor(const Stream& from)
+      : lanes(static_cast<const uint32_t*>(from.values)),
+        scales(from.scales),
+        offsets(from.offsets),
+        group(from.group / 2),
+        left(group) {}
+
+  Two expanded(int64_t, int more) {
+    if (left == 0) {
+      left = group;
+      scales += BLOCK;
+      if (offsets) offsets += BLOCK;
+    }
+    --left;
+    const int within = more % STEPS;
+    __m512i packed = _mm512_loadu_si512(lanes);
+    if (within == 0) _mm_prefetch(lanes + AHEAD / 4, _MM_HINT_T0);
+    if (within == STEPS - 1) lanes += BLOCK;
+    const __m512 scale = _mm512_loadu_ps(scales);
+    __m512 first = value(packed, 2 * within), second = value(packed, 2 * within + 1);
+    if (!offsets) return {_mm512_mul_ps(first, scale), _mm512_mul_ps(second, scale)};
+    const __m512 offset = _mm512_loadu_ps(offsets);
+    return {_mm512_fmadd_ps(first, scale, offset), _mm512_fmadd_ps(second, scale, offset)};
+  }
+
+  static __m512 value(__m512i packed, int index) {
+    if (BITS == 4) {
+      const __m512 table = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+      return _mm512_permutexvar_ps(_mm512_srli_epi32(packed, 4 * index), table);
+    }
+    return _mm512_cvtepi32_ps(
+        _mm512_srai_epi32(_mm512_slli_epi32(packed, 24 - 8 * index), 24));
   }
 };
 

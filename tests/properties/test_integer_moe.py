@@ -1,0 +1,190 @@
+"""Experts of integers: every kernel against dequantised weights and the formula.
+
+T tokens, D hidden, F width, N rows, K columns, G groups, E experts.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vllm_moe_prune.kernels import cpu_library, int_blocks
+from vllm_moe_prune.kernels.cpu_library import Borders
+from vllm_moe_prune.kernels.int_blocks import IntBlocks, Integers
+from vllm_moe_prune.kernels.quantised import (
+    PACKED,
+    PLAIN,
+    SCALE,
+    Form,
+    Quantised,
+    Scales,
+    dequantise,
+    pack,
+    quantise_by,
+    scales_of,
+    zeros_of,
+)
+
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+FORMS = [
+    *(Form("int4", 32), Form("int4", 128), Form("int4", 64, zero_point=True)),
+    *(Form("int4"), Form("int8")),
+]
+
+pytestmark = pytest.mark.skipif(
+    not cpu_library.runs_integers(), reason="the kernel needs AVX-512"
+)
+
+
+def quantised(weight_NK: Tensor, form: Form) -> tuple[Integers, Tensor]:
+    """What kernels get of a matrix, and what it stands for, by the library."""
+    scales = scales_of(weight_NK, form, torch.float32)
+    values = quantise_by(weight_NK, scales, form).to(torch.int8)
+    matrix = Quantised(values, Scales(*scales))
+    parts = pack(matrix, form)
+    words = parts[PACKED] if form.bits == "int4" else parts[PLAIN].view(torch.int32)
+    dense = dequantise(matrix, form, torch.float32)
+    return Integers(words, parts[SCALE], zeros_of(parts, form)), dense
+
+
+def made(
+    form: Form, hidden: int, width: int, experts: int, seed: int
+) -> tuple[IntBlocks, IntBlocks, list[list[Tensor]]]:
+    """The blocks of some experts, and their weights: gate, up and down of each."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = 4 if form.bits == "int4" else 8
+    ups, downs, dense = [], [], []
+    for _ in range(experts):
+        weights = [
+            torch.randn(shape, generator=generator) * shape[1] ** -0.5 + 0.01
+            for shape in ((width, hidden), (width, hidden), (hidden, width))
+        ]
+        found = [quantised(weight, form) for weight in weights]
+        gate, up, down = (integers for integers, _ in found)
+        ups.append(int_blocks.encode([gate, up], form.group_size or hidden, bits))
+        downs.append(int_blocks.encode([down], form.group_size or width, bits))
+        dense.append([one for _, one in found])
+    return int_blocks.join(ups), int_blocks.join(downs), dense
+
+
+def by_formula(
+    x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, experts: dict[int, list[Tensor]]
+) -> Tensor:
+    """In float64, one slot at a time; experts that are not there add nothing."""
+    out_TD = torch.zeros(x_TD.shape, dtype=torch.float64)
+    for token, (weights, ids) in enumerate(zip(weights_TK, ids_TK, strict=True)):
+        for weight, expert in zip(weights.tolist(), ids.tolist(), strict=True):
+            if expert in experts:
+                gate, up, down = (one.double() for one in experts[expert])
+                x_D = x_TD[token].double()
+                inner_F = torch.nn.functional.silu(gate @ x_D) * (up @ x_D)
+                inner_F = inner_F.to(x_TD.dtype).double()
+                out_TD[token] += weight * (down @ inner_F)
+    return out_TD
+
+
+def ways(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Every path that this machine has for such tokens."""
+    yield {"at_level": cpu_library.AVX512, "borders": Borders()}
+    yield {}
+    if cpu_library.level() == cpu_library.AMX and dtype == torch.bfloat16:
+        yield {"borders": Borders(tile_from=1)}
+        yield {"borders": Borders(tile_from=3)}
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    form=st.sampled_from(FORMS),
+    tokens=st.sampled_from([1, 2, 5, 12, 13, 33, 70]),
+    hidden=st.sampled_from([128, 384]),
+    width=st.sampled_from([128, 256]),
+    experts=st.sampled_from([2, 5]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    seed=st.integers(0, 10**6),
+)
+def test_every_path_multiplies_by_what_the_library_dequantises(
+    form: Form,
+    tokens: int,
+    hidden: int,
+    width: int,
+    experts: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    w13, w2, dense = made(form, hidden, width, experts, seed)
+    generator = torch.Generator().manual_seed(seed)
+    x_TD = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    weights_TK = torch.rand(tokens, 2, generator=generator)
+    scores_TE = torch.rand(tokens, experts, generator=generator)
+    ids_TK = scores_TE.topk(2).indices.to(torch.int32)
+    expected_TD = by_formula(x_TD, weights_TK, ids_TK, dict(enumerate(dense)))
+    for how in ways(dtype):
+        found_TD = cpu_library.fused_moe(
+            x_TD, weights_TK, ids_TK, None, w13, w2, width, **how
+        )
+        error = (found_TD.double() - expected_TD).abs().max() / expected_TD.abs().max()
+        assert error <= TOLERANCE[dtype], how
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.words)
+def test_blocks_are_what_the_library_dequantises(form: Form) -> None:
+    w13, w2, dense = made(form, 128, 256, 2, 0)
+    for expert, (gate, up, down) in enumerate(dense):
+        found = [
+            *int_blocks.decode(w13, expert, 2, (256, 128)),
+            *int_blocks.decode(w2, expert, 1, (128, 256)),
+        ]
+        for one, expected in zip(found, (gate, up, down), strict=True):
+            assert torch.allclose(one, expected, rtol=1e-6, atol=1e-7)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    rows=st.integers(1, 40),
+    words=st.integers(1, 20),
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([2, 8, 24, 32, 96, 10**6]),
+    has_zeros=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_odd_shapes_and_groups_decode_to_the_formula(
+    rows: int, words: int, bits: int, group: int, has_zeros: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    cols = words * 32 // bits
+    low = -(1 << (bits - 1))
+    words_NW = torch.randint(-(2**31), 2**31, (rows, words), generator=generator)
+    groups = -(-cols // group)
+    scales_NG = torch.rand(rows, groups, generator=generator)
+    zeros_NG = torch.randint(low, -low, (rows, groups), generator=generator)
+    source = Integers(
+        words_NW.to(torch.int32), scales_NG, zeros_NG if has_zeros else None
+    )
+    encoded = int_blocks.encode([source], group, bits)
+    shifts = torch.arange(0, 32, bits)
+    fields = (words_NW[:, :, None] >> shifts) & ((1 << bits) - 1)
+    unsigned_NK = fields.flatten(1)
+    # Four bits count from the lowest value, eight have a sign.
+    signed = torch.where(unsigned_NK >= -low, unsigned_NK + 2 * low, unsigned_NK)
+    values_NK = unsigned_NK + low if bits == 4 else signed
+    of_K = torch.arange(cols) // group
+    expected = values_NK.float() * scales_NG[:, of_K]
+    if has_zeros:
+        expected = (values_NK - zeros_NG[:, of_K]).float() * scales_NG[:, of_K]
+    (found,) = int_blocks.decode(encoded, 0, 1, (rows, cols))
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_experts_of_other_processes_add_nothing() -> None:
+    w13, w2, dense = made(Form("int4", 32), 128, 128, 2, 0)
+    x_TD = torch.randn(21, 128)
+    weights_TK = torch.rand(21, 3)
+    ids_TK = torch.rand(21, 5).topk(3).indices.to(torch.int32)
+    expert_map = torch.tensor([-1, 1, -1, -1, 0], dtype=torch.int32)
+    found_TD = cpu_library.fused_moe(x_TD, weights_TK, ids_TK, expert_map, w13, w2, 128)
+    expected_TD = by_formula(x_TD, weights_TK, ids_TK, {4: dense[0], 1: dense[1]})
+    assert torch.allclose(found_TD.double(), expected_TD, atol=1e-4)
