@@ -5,6 +5,7 @@ bfloat16, and those for int4 and int8 round activations to 8 bits on the way.
 V vocabulary, T tokens.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +98,34 @@ def test_the_plugin_serves_what_was_trimmed_after_it_was_quantised(
     assert_same(served(pruned), mixtral_says(dense, MIXTRAL))
 
 
-def test_what_vllm_has_no_kernel_for_is_dequantised_with_a_warning(
+def test_what_vllm_has_no_kernel_for_stays_quantised(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     original = make_original(tmp_path / "original", dtype="bfloat16")
     stage = {"method": "rtn", "group_size": 32, "zero_point": True}
     whole = make_cut(original, tmp_path / "whole", {}, stage)
-    found_TV = served(whole, dtype="bfloat16")
+    with caplog.at_level(logging.DEBUG, "vllm_moe_prune"):
+        found_TV = served(whole, dtype="bfloat16")
+    said = [one.getMessage() for one in caplog.records if "our kernel" in one.message]
+    assert len(said) == 4
+    assert "layers.0.block_sparse_moe.experts: int4 experts" in said[0]
+    dense = write_dense(whole, tmp_path / "dense")
+    expected_TV = served(dense, dtype="bfloat16")
+    assert (found_TV - expected_TV).abs().max() < 0.05
+
+
+def test_what_no_kernel_runs_is_dequantised_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = make_original(tmp_path / "original")
+    stage = {"method": "rtn", "weights": "fp8"}
+    whole = make_cut(original, tmp_path / "whole", {}, stage)
+    found_TV = served(whole)
     said = [one.getMessage() for one in caplog.records if "dequantised" in one.message]
     assert len(said) == 4
-    assert "layers.0.block_sparse_moe.experts: no kernel of vLLM's" in said[0]
+    assert "layers.0.block_sparse_moe.experts: no kernel runs fp8" in said[0]
     dense = write_dense(whole, tmp_path / "dense")
-    assert torch.equal(found_TV, served(dense, dtype="bfloat16"))
+    assert torch.equal(found_TV, served(dense))
 
 
 STOCK = {

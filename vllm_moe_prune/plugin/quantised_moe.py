@@ -48,6 +48,9 @@ class FallbackConfig(CompressedTensorsConfig):
         if form is None:
             raise ServeError(f"{prefix}: vLLM cannot serve it on this CPU: {why}")
         if integer_moe.fits(layer.moe_config, form):
+            log.debug(
+                "%s: %s experts run by our kernel (vLLM: %s)", prefix, form.bits, why
+            )
             return IntegerMethod(layer.moe_config, form)
         log.warning(
             "%s: no kernel runs %s experts on this CPU (vLLM: %s). They are "
