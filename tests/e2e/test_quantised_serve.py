@@ -110,8 +110,12 @@ def test_what_vllm_has_no_kernel_for_stays_quantised(
     assert len(said) == 4
     assert "layers.0.block_sparse_moe.experts: int4 experts" in said[0]
     dense = write_dense(whole, tmp_path / "dense")
-    expected_TV = served(dense, dtype="bfloat16")
-    assert (found_TV - expected_TV).abs().max() < 0.05
+    truth_TV = mixtral_says(dense)
+    errors = [
+        (log_probs_TV - truth_TV).abs().mean().item()
+        for log_probs_TV in (found_TV, served(dense, dtype="bfloat16"))
+    ]
+    assert errors[0] <= 1.2 * errors[1]
 
 
 def test_what_no_kernel_runs_is_dequantised_with_a_warning(

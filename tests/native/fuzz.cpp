@@ -148,7 +148,7 @@ void round_integers(int32_t type, int64_t bits) {
   };
   auto floats = [&](int64_t blocks, int64_t groups) {
     std::vector<float> made(blocks * groups * BLOCK);
-    for (float& one : made) one = (static_cast<float>(below(9)) - 4) * 0.01f / bits;
+    for (float& one : made) one = (static_cast<float>(below(9)) - 4) * 0.02f / (1 << bits);
     return made;
   };
   std::vector<uint32_t> w13 = words(blocks13, k13), w2 = words(blocks2, k2);

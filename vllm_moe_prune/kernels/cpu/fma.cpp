@@ -15,12 +15,26 @@ constexpr int HELD = 12;        // rows of x whose sums fit into registers
 constexpr int64_t CHUNK = 256;  // inputs of tokens that are widened at a time
 constexpr int64_t PANEL = 128;  // inputs of a pair that are expanded at a time
 
+// Tokens of any type: the code that multiplies is the same for all.
+struct Tokens {
+  const char* x;
+  int64_t stride;  // bytes of a row
+  int64_t size;    // bytes of an element
+  void (*widen)(const Tokens&, int64_t inputs, float* wide, int64_t wide_stride, int64_t rows);
+
+  Tokens from(int64_t row, int64_t input) const {
+    return {x + row * stride + input * size, stride, size, widen};
+  }
+};
+
 template <class T>
-void widen(const T* x, int64_t x_stride, int64_t rows, int64_t inputs, float* wide,
-           int64_t wide_stride) {
-  for (int64_t row = 0; row < rows; ++row)
+void widen(const Tokens& from, int64_t inputs, float* wide, int64_t wide_stride,
+           int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) {
+    auto x = reinterpret_cast<const T*>(from.x + row * from.stride);
     for (int64_t i = 0; i < inputs; i += 16)
-      _mm512_store_ps(wide + row * wide_stride + i, inputs_of(x + row * x_stride + i));
+      _mm512_store_ps(wide + row * wide_stride + i, inputs_of(x + i));
+  }
 }
 
 // Sums of M rows and a pair in registers. With few rows, CHAINS of them hide the latency.
@@ -57,13 +71,13 @@ struct Sums {
 };
 
 // M rows of x as weights are expanded; y is added to.
-template <class T, class V, int M>
-void rows(const Stream pair[2], const T* x, int64_t x_stride, int64_t k, float* y) {
+template <class V, int M>
+void rows(const Stream pair[2], const Tokens& x, int64_t k, float* y) {
   Cursor<V> left(pair[0]), right(pair[1]);
   alignas(64) float wide[M * CHUNK];
   for (int64_t k0 = 0; k0 < k; k0 += CHUNK) {
     const int64_t inputs = k - k0 < CHUNK ? k - k0 : CHUNK;
-    widen(x + k0, x_stride, M, inputs, wide, CHUNK);
+    x.widen(x.from(0, k0), inputs, wide, CHUNK, M);
     Sums<M> sums;
     sums.clear();
     for (int64_t i = 0; i < inputs; i += 8)
@@ -95,9 +109,8 @@ constexpr DenseRows DENSE_ROWS[HELD + 1] = {
     dense_rows<5>,  dense_rows<6>,  dense_rows<7>, dense_rows<8>, dense_rows<9>,
     dense_rows<10>, dense_rows<11>, dense_rows<12>};
 
-template <class T, class V>
-void many_rows(const Stream pair[2], const T* x, int64_t x_stride, int64_t m, int64_t k,
-               float* y) {
+template <class V>
+void many_rows(const Stream pair[2], const Tokens& x, int64_t m, int64_t k, float* y) {
   alignas(64) float panel[PANEL * WIDTH], wide[HELD * PANEL];
   Cursor<V> left(pair[0]), right(pair[1]);
   // As even as possible: a last group of one row would use the panel badly.
@@ -116,26 +129,31 @@ void many_rows(const Stream pair[2], const T* x, int64_t x_stride, int64_t m, in
       }
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t row = group * m / groups, end = (group + 1) * m / groups;
-      widen(x + row * x_stride + k0, x_stride, end - row, inputs, wide, PANEL);
+      x.widen(x.from(row, k0), inputs, wide, PANEL, end - row);
       DENSE_ROWS[end - row](panel, inputs, wide, y + row * WIDTH);
     }
   }
 }
 
-template <class T, class V>
-void pair(const Stream blocks[2], const void* x_bytes, int64_t x_stride, int64_t m,
-          int64_t k, float* y) {
-  using Rows = void (*)(const Stream*, const T*, int64_t, int64_t, float*);
+template <class V>
+void pair_of(const Stream blocks[2], const Tokens& x, int64_t m, int64_t k, float* y) {
+  using Rows = void (*)(const Stream*, const Tokens&, int64_t, float*);
   constexpr Rows ROWS_OF[HELD + 1] = {
-      nullptr,        rows<T, V, 1>, rows<T, V, 2>,  rows<T, V, 3>,  rows<T, V, 4>,
-      rows<T, V, 5>,  rows<T, V, 6>, rows<T, V, 7>,  rows<T, V, 8>,  rows<T, V, 9>,
-      rows<T, V, 10>, rows<T, V, 11>, rows<T, V, 12>};
-  const T* x = static_cast<const T*>(x_bytes);
+      nullptr,     rows<V, 1>, rows<V, 2>, rows<V, 3>,  rows<V, 4>,  rows<V, 5>, rows<V, 6>,
+      rows<V, 7>,  rows<V, 8>, rows<V, 9>, rows<V, 10>, rows<V, 11>, rows<V, 12>};
   for (int64_t i = 0; i < m * WIDTH; ++i) y[i] = 0;
   if (m <= HELD)
-    ROWS_OF[m](blocks, x, x_stride, k, y);
+    ROWS_OF[m](blocks, x, k, y);
   else
-    many_rows<T, V>(blocks, x, x_stride, m, k, y);
+    many_rows<V>(blocks, x, m, k, y);
+}
+
+// T: what tokens are, V: what weights are.
+template <class T, class V>
+void pair(const Stream blocks[2], const void* x, int64_t x_stride, int64_t m, int64_t k,
+          float* y) {
+  constexpr int64_t size = sizeof(T);
+  pair_of<V>(blocks, {static_cast<const char*>(x), x_stride * size, size, widen<T>}, m, k, y);
 }
 
 }  // namespace
