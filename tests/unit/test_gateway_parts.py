@@ -1,6 +1,5 @@
 """The gateway's parts that need no server, and its bounds on slow heads."""
 
-import asyncio
 import json
 import re
 import socket
@@ -8,7 +7,6 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from vllm_moe_prune.errors import ServeError
 from vllm_moe_prune.serve import needs
 from vllm_moe_prune.serve.http import bounded_http
 from vllm_moe_prune.serve.metrics import Metrics
-from vllm_moe_prune.serve.pace import MANY, REST_S, Pace
 from vllm_moe_prune.serve.refusals import Refusal
 from vllm_moe_prune.serve.settings import PREFIX, GatewaySettings, load_settings
 from vllm_moe_prune.serve.stream import LONGEST_EVENT, Events, Whole, tokens_of
@@ -103,30 +100,6 @@ def test_large_answers_are_not_kept() -> None:
     large.feed(b" " * LONGEST_EVENT)
     assert small.tokens() == {"prompt": 3, "completion": 4}
     assert large.tokens() == other.tokens() == {}
-
-
-@pytest.mark.parametrize(("streams", "rests"), [(MANY - 1, 0), (MANY, 2)])
-def test_the_loop_rests_once_after_tokens_of_many_streams(
-    streams: int, rests: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rested: list[float] = []
-    monkeypatch.setattr(time, "sleep", rested.append)
-
-    async def steps() -> None:
-        pace = Pace()
-        with ExitStack() as under_way:
-            for _ in range(streams):
-                under_way.enter_context(pace.stream())
-            for _ in range(2):
-                for _ in range(5):
-                    pace.passed()
-                await asyncio.sleep(0)
-        assert pace.streams == 0
-        pace.passed()
-        await asyncio.sleep(0)
-
-    asyncio.run(steps())
-    assert rested == [REST_S] * rests
 
 
 def test_flags_win_over_variables(

@@ -9,7 +9,6 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 from urllib.parse import unquote
 
@@ -21,7 +20,6 @@ from yarl import URL
 from .backends import Backend, Backends
 from .body import Bodies, Body, ClientGone
 from .metrics import Metrics, path_label
-from .pace import Pace
 from .refusals import Refusal, broken, draining, silent, unreachable
 from .settings import GatewaySettings
 from .site import PREFIX
@@ -50,7 +48,6 @@ class Relay:
         self.settings = settings
         self.backends = backends
         self.metrics = metrics
-        self.pace = Pace()
         self.bodies = Bodies(
             settings.max_body_bytes, settings.max_held_bytes, settings.client_timeout_s
         )
@@ -206,32 +203,24 @@ class Exchange:
             "headers": _returned(answer.raw_headers),
         }
         await self.send(start)
-        pace = self.relay.pace
+        first, last = True, False
         try:
-            with pace.stream() if self.streaming else nullcontext():
-                await self._pass_pieces(answer.content, pieces, pace)
+            async for data in answer.content.iter_any():
+                piece = pieces.feed(data)
+                self.told_all = pieces.ended
+                # The end comes with the last piece: one system call less per answer.
+                if last := answer.content.at_eof():
+                    piece += pieces.finish()
+                if piece or last:
+                    await self.send(_body(piece, not last))
+                if piece and first:
+                    first = False
+                    self._first_piece()
+            if not last:
+                await self.send(_body(pieces.finish(), False))
         finally:  # a client may leave as soon as it has read the end
             for token_kind, count in pieces.tokens().items():
                 self.relay.metrics.tokens.labels(self.label, token_kind).inc(count)
-
-    async def _pass_pieces(
-        self, content: aiohttp.StreamReader, pieces: Events | Whole, pace: Pace
-    ) -> None:
-        first, last = True, False
-        async for data in content.iter_any():
-            piece = pieces.feed(data)
-            self.told_all = pieces.ended
-            # The end comes with the last piece: one system call less per answer.
-            if last := content.at_eof():
-                piece += pieces.finish()
-            if piece or last:
-                await self.send(_body(piece, not last))
-                pace.passed()
-            if piece and first:
-                first = False
-                self._first_piece()
-        if not last:
-            await self.send(_body(pieces.finish(), False))
 
     def _headers(self) -> CIMultiDict[str]:
         """The client's headers that are meant for the backend."""
