@@ -48,7 +48,8 @@ def units() -> list[tuple[str, list[str]]]:
     if platform.machine() not in {"x86_64", "AMD64"}:
         return [*common, pairs[0], activations[0]]
     tiles = [*AMX, "-DMOE_PRUNE_ISA=amx"]
-    x86 = [*common, *pairs, *activations, ("expand.cpp", BF16), ("amx.cpp", tiles)]
+    others = [("loading.cpp", VBMI2), ("expand.cpp", BF16), ("amx.cpp", tiles)]
+    x86 = [*common, *pairs, *activations, *others]
     return [(name, [*flags, "-DMOE_PRUNE_X86"]) for name, flags in x86]
 
 

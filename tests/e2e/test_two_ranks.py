@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from tests.e2e import test_plugin_mixtral as mixtral
+from tests.e2e import test_quantised_serve as quantised
 from tests.e2e import test_sparse_serve as sparse
 from tests.engine import Job, check_two_ranks
 from tests.family_cases import CASES, COMPRESSED, ENGINE, make_pruned
+from tests.quantised import write_untrimmed
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.convert import convert
 
@@ -15,7 +17,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 EXPERTS = {"enable_expert_parallel": True}
 
 
-def test_mixtral_dense_and_compressed(tmp_path: Path) -> None:
+def test_mixtral_dense_compressed_and_quantised(tmp_path: Path) -> None:
     jobs = {}
     for name, options in (("everything", {}), ("dropped MoE", EXPERTS)):
         case = mixtral.CASES[name]
@@ -26,8 +28,15 @@ def test_mixtral_dense_and_compressed(tmp_path: Path) -> None:
     packed = sparse.make_packed(dense)
     whole = mixtral.Case({}, sparse.HALF.layout)
     right = mixtral.expected(dense), mixtral.expected_loads(dense, whole)
-    jobs["compressed tensors"] = Job(packed, *right)
     jobs["compressed experts"] = Job(packed, *right, EXPERTS)
+    original = quantised.make_original(tmp_path / "original")
+    integers = tmp_path / "integers"
+    quantised.make_cut(original, integers, quantised.MIXTRAL, quantised.AWQ)
+    case = mixtral.Case(quantised.MIXTRAL, "")
+    dense = write_untrimmed(original, integers, tmp_path / "untrimmed")
+    right = mixtral.expected(dense, case), mixtral.expected_loads(dense, case)
+    jobs["integer tensors"] = Job(integers, *right)
+    jobs["integer experts"] = Job(integers, *right, EXPERTS)
     check_two_ranks(tmp_path, jobs)
 
 

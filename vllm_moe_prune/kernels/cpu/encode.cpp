@@ -10,6 +10,10 @@ using namespace moe_prune;
 
 namespace {
 
+#ifdef MOE_PRUNE_X86
+bool has_vbmi2() { return moe_prune_level() >= VBMI2; }
+#endif
+
 // One block of 16 rows from a dense matrix; returns how many values it has.
 template <class Bits>
 int64_t encode_block(const Bits* rows[BLOCK], int64_t cols, uint32_t* masks,
@@ -65,14 +69,28 @@ void encode(const void* const* sources, int64_t n_sources, int64_t rows, int64_t
   for (int64_t block = 0; block < blocks; ++block) starts[block + 1] += starts[block];
 #pragma omp parallel
   {
-    std::vector<Bits> local(BLOCK * steps * 2 + 1);
+    std::vector<Bits> local(BLOCK * (steps * 2 + 2));
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
       const Bits* pointers[BLOCK];
       row_pointers(block, pointers);
-      int64_t count = encode_block(pointers, cols, masks + block * steps, local.data());
+      auto encode_one = encode_block<Bits>;
+#ifdef MOE_PRUNE_X86
+      if constexpr (sizeof(Bits) == 2)
+        if (has_vbmi2()) encode_one = vbmi2::encode_block;
+#endif
+      int64_t count = encode_one(pointers, cols, masks + block * steps, local.data());
       std::copy_n(local.data(), count, values + starts[block]);
     }
+  }
+}
+
+template <class Bits>
+void unpack_row(const uint8_t* bits, const Bits* values, int64_t cols, Bits* out) {
+  for (int64_t byte = 0; byte < cols / 8; ++byte, out += 8) {
+    for (int bit = 0; bit < 8; ++bit) out[bit] = 0;
+    for (uint32_t left = bits[byte]; left != 0; left &= left - 1)
+      out[__builtin_ctz(left)] = *values++;
   }
 }
 
@@ -81,17 +99,14 @@ void unpack(const uint8_t* mask, const void* values_bytes, const int64_t* starts
             int64_t rows, int64_t cols, void* dense_bytes) {
   auto values = static_cast<const Bits*>(values_bytes);
   auto dense = static_cast<Bits*>(dense_bytes);
+  auto unpack_one = unpack_row<Bits>;
+#ifdef MOE_PRUNE_X86
+  if constexpr (sizeof(Bits) == 2)
+    if (has_vbmi2()) unpack_one = vbmi2::unpack_row;
+#endif
 #pragma omp parallel for schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    const Bits* next = values + starts[row];
-    const uint8_t* bits = mask + row * (cols / 8);
-    Bits* out = dense + row * cols;
-    for (int64_t byte = 0; byte < cols / 8; ++byte, out += 8) {
-      for (int bit = 0; bit < 8; ++bit) out[bit] = 0;
-      for (uint32_t left = bits[byte]; left != 0; left &= left - 1)
-        out[__builtin_ctz(left)] = *next++;
-    }
-  }
+  for (int64_t row = 0; row < rows; ++row)
+    unpack_one(mask + row * (cols / 8), values + starts[row], cols, dense + row * cols);
 }
 
 }  // namespace

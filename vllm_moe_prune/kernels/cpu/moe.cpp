@@ -15,8 +15,6 @@ using namespace moe_prune;
 
 namespace {
 
-enum Level : int32_t { PORTABLE, AVX2, AVX512, VBMI2, BF16, AMX };
-
 int32_t find_level() {
 #ifdef MOE_PRUNE_X86
   __builtin_cpu_init();

@@ -23,6 +23,9 @@ inline int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
 }
 
+// What a processor has, each with all before it.
+enum Level : int32_t { PORTABLE, AVX2, AVX512, VBMI2, BF16, AMX };
+
 // Of tokens; weights are of the same type, or of e4m3 with scales.
 enum Type : int32_t { AS_BF16 = 0, AS_F16 = 1, AS_F32 = 2 };
 
@@ -107,6 +110,15 @@ MOE_PRUNE_INT_PAIRS_OF(avx512)
 MOE_PRUNE_ACTIVATIONS_OF(avx2)
 MOE_PRUNE_ACTIVATIONS_OF(avx512)
 
+// One block of 16 rows (null: zeros) from a dense matrix; returns how many values it has.
+// There must be room for 32 more.
+namespace vbmi2 {
+int64_t encode_block(const uint16_t* rows[BLOCK], int64_t cols, uint32_t* masks,
+                     uint16_t* values);
+// One row of a stored matrix, dense; cols is a multiple of 8.
+void unpack_row(const uint8_t* bits, const uint16_t* values, int64_t cols, uint16_t* out);
+}  // namespace vbmi2
+
 // Of bf16, by its dot products: weights are expanded straight into the operand.
 void pair_expand(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
 void pair_expand_f8(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
@@ -130,3 +142,5 @@ void amx_end();      // in every thread, after it: the tiles are configured as b
 #endif
 
 }  // namespace moe_prune
+
+extern "C" int32_t moe_prune_level();
