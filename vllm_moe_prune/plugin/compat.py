@@ -84,11 +84,12 @@ def mend_cpu_rotary() -> None:
     vLLM's CPU kernel takes queries [T, H, size] for one head, without a word, and
     latent attention passes just that. Its plain torch code is right.
     """
-    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return
+
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
     @RotaryEmbedding.register_oot(name="RotaryEmbedding")
     class AllHeadsRotaryEmbedding(RotaryEmbedding):
