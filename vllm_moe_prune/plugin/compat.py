@@ -103,7 +103,8 @@ def wants_local_ids(vllm_config: Any) -> bool:
     """Whether the MoE kernel ignores the expert map, so that routing must apply it.
 
     vLLM's CPU kernel indexes the experts of its own process with global ids: under
-    expert parallelism it reads past their end. Our own kernel applies the map.
+    expert parallelism it reads past their end. Our own kernels apply the map; that of
+    integers is chosen layer by layer, so those that have it take global ids after all.
     """
     from vllm.platforms import current_platform
 

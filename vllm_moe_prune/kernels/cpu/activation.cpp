@@ -1,5 +1,5 @@
-// SiLU of the gate times up. Compiled once per instruction set, each time into a namespace of
-// its own (MOE_PRUNE_ISA), and vectorised by the compiler.
+// SiLU of the gate times up. Compiled once per instruction set, each time into a namespace
+// of its own (MOE_PRUNE_ISA), and vectorised by the compiler.
 
 #include "moe.h"
 #include "types.h"

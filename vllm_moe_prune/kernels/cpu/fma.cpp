@@ -20,7 +20,8 @@ struct Tokens {
   const char* x;
   int64_t stride;  // bytes of a row
   int64_t size;    // bytes of an element
-  void (*widen)(const Tokens&, int64_t inputs, float* wide, int64_t wide_stride, int64_t rows);
+  void (*widen)(const Tokens&, int64_t inputs, float* wide, int64_t wide_stride,
+                int64_t rows);
 
   Tokens from(int64_t row, int64_t input) const {
     return {x + row * stride + input * size, stride, size, widen};
@@ -139,8 +140,9 @@ template <class V>
 void pair_of(const Stream blocks[2], const Tokens& x, int64_t m, int64_t k, float* y) {
   using Rows = void (*)(const Stream*, const Tokens&, int64_t, float*);
   constexpr Rows ROWS_OF[HELD + 1] = {
-      nullptr,     rows<V, 1>, rows<V, 2>, rows<V, 3>,  rows<V, 4>,  rows<V, 5>, rows<V, 6>,
-      rows<V, 7>,  rows<V, 8>, rows<V, 9>, rows<V, 10>, rows<V, 11>, rows<V, 12>};
+      nullptr,    rows<V, 1>, rows<V, 2>,  rows<V, 3>,  rows<V, 4>,
+      rows<V, 5>, rows<V, 6>, rows<V, 7>,  rows<V, 8>,  rows<V, 9>,
+      rows<V, 10>, rows<V, 11>, rows<V, 12>};
   for (int64_t i = 0; i < m * WIDTH; ++i) y[i] = 0;
   if (m <= HELD)
     ROWS_OF[m](blocks, x, k, y);
@@ -153,7 +155,8 @@ template <class T, class V>
 void pair(const Stream blocks[2], const void* x, int64_t x_stride, int64_t m, int64_t k,
           float* y) {
   constexpr int64_t size = sizeof(T);
-  pair_of<V>(blocks, {static_cast<const char*>(x), x_stride * size, size, widen<T>}, m, k, y);
+  const Tokens tokens{static_cast<const char*>(x), x_stride * size, size, widen<T>};
+  pair_of<V>(blocks, tokens, m, k, y);
 }
 
 }  // namespace

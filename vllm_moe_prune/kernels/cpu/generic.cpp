@@ -1,5 +1,6 @@
-// Products by whatever instructions there are; compiled for the portable path and for AVX2,
-// each time into a namespace of its own (MOE_PRUNE_ISA), and vectorised by the compiler.
+// Products by whatever instructions there are; compiled for the portable path and for
+// AVX2, each time into a namespace of its own (MOE_PRUNE_ISA), and vectorised by the
+// compiler.
 
 #include <cstring>
 

@@ -103,7 +103,8 @@ struct Weights {
   void pair(int64_t expert, int64_t index, Stream found[2]) const {
     for (int b = 0; b < 2; ++b) {
       const int64_t block = 2 * index + b, number = expert * blocks + block;
-      const int64_t start = masks ? starts[expert * (blocks + 1) + block] : number * BLOCK * k;
+      const int64_t start =
+          masks ? starts[expert * (blocks + 1) + block] : number * BLOCK * k;
       const int64_t shared = masks ? k / STEP : k / group * BLOCK;
       found[b].masks = masks ? masks + number * (k / 2) : nullptr;
       found[b].values = static_cast<const char*>(values) + start * bits / 8;
@@ -165,13 +166,16 @@ void moe_prune_run(const MoePruneLayer* layer) {
   const int64_t pairs13 = round_up(p.width, BLOCK) / BLOCK;
   const int64_t pairs2 = round_up(p.hidden, WIDTH) / WIDTH;
   const int64_t bits[] = {8 * bytes, 8, 8, 4};  // in the order of Storage
-  const Weights w13{p.w13_masks,   p.w13_starts, p.w13_values, p.w13_scales,      p.w13_offsets,
-                    p.w13_group, 2 * pairs13,  k13,          bits[p.storage]};
-  const Weights w2{p.w2_masks,   p.w2_starts, p.w2_values, p.w2_scales,      p.w2_offsets,
-                   p.w2_group, 2 * pairs2,  k2,          bits[p.storage]};
+  const Weights w13{p.w13_masks,   p.w13_starts, p.w13_values, p.w13_scales,
+                    p.w13_offsets, p.w13_group,  2 * pairs13,  k13,
+                    bits[p.storage]};
+  const Weights w2{p.w2_masks,   p.w2_starts, p.w2_values, p.w2_scales,
+                   p.w2_offsets, p.w2_group,  2 * pairs2,  k2,
+                   bits[p.storage]};
   const Kernels base = any(p.level, p.type, p.storage);
   // Dot products of bf16 are for weights that are floats.
-  const int64_t dot_to = p.type == AS_BF16 && p.level >= BF16 && p.storage < INT8 ? p.dot_to : 0;
+  const bool dots = p.type == AS_BF16 && p.level >= BF16 && p.storage < INT8;
+  const int64_t dot_to = dots ? p.dot_to : 0;
 
   // Tokens sorted by expert; each expert's rows are padded to whole tiles.
   const int64_t slots = p.tokens * p.top_k;

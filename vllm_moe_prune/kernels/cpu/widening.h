@@ -202,7 +202,8 @@ struct Cursor<Int<BITS>> {
 
   static __m512 value(__m512i packed, int index) {
     if (BITS == 4) {
-      const __m512 table = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+      const __m512 table =
+          _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
       return _mm512_permutexvar_ps(_mm512_srli_epi32(packed, 4 * index), table);
     }
     return _mm512_cvtepi32_ps(

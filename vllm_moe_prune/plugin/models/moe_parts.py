@@ -6,6 +6,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_ep_group
 
 from ..compat import wants_local_ids
+from ..integer_moe import IntegerMethod
 from ..layers import ServedLayer
 from ..routing import RowTable
 
@@ -43,8 +44,12 @@ def connect_rows(moe: Any, vllm_config: VllmConfig) -> None:
     if load is not None:
         # It knows which slots weigh nothing, and experts by their ids in the model.
         moe.rows.count_into(load)
-    if _has_local_ids(moe, vllm_config):
-        moe.rows.localise(moe.experts.routed_experts.expert_map.tolist())
+    experts = moe.experts.routed_experts
+    own_kernel = isinstance(
+        experts.quant_method, IntegerMethod
+    )  # applies the map itself
+    if _has_local_ids(moe, vllm_config) and not own_kernel:
+        moe.rows.localise(experts.expert_map.tolist())
 
 
 def _has_local_ids(moe: Any, vllm_config: VllmConfig) -> bool:
