@@ -11,10 +11,11 @@ import pytest
 import setuptools
 
 ROOT = Path(__file__).parents[2]
-SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(300),  # mostly the compiler's
     pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
 ]
 
