@@ -11,22 +11,28 @@ weights. Each row says how far a way is from the dequantised weights: the larges
 over the largest output. zentorch is installed as bench/sparse_moe.py says.
 """
 
-import argparse
 import contextlib
 import json
-import os
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from sparse_moe import NO_AMX, SHAPES, SMALL, Shape, describe_machine, level, timed
+from sparse_moe import (
+    Call,
+    Shape,
+    arguments,
+    describe_machine,
+    level,
+    prepare,
+    random_ids,
+    save,
+    stock,
+    timed,
+)
 from torch import Tensor
-from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
     CPUQuantMethod,
     fused_experts_cpu,
@@ -37,30 +43,16 @@ from vllm_moe_prune.kernels import cpu_library, int_blocks
 from vllm_moe_prune.kernels.int_blocks import IntBlocks, Integers
 
 TOKENS = (1, 4, 16, 64, 256)
-Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 Matrix = tuple[Tensor, Tensor]
 """Words [E, N, K / 8] and scales [E, N, G] in bf16."""
 
 
 def main() -> None:
     """Measure and print one table per shape."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one small layer")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser = arguments(__doc__, TOKENS)
     parser.add_argument("--group", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--no-amx", action="store_true", help="as without AMX")
-    parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
     options = parser.parse_args()
-    amx = torch.cpu._is_amx_tile_supported() and not options.no_amx
-    if not amx:
-        os.environ |= NO_AMX
-    torch.set_num_threads(options.threads)
-    shapes = {name: SHAPES[name] for name in options.shapes}
-    if options.quick:
-        shapes, options.tokens, options.seconds = {"small": SMALL}, [1, 16], 0.1
+    shapes, amx = prepare(options)
     found = []
     for name, shape in shapes.items():
         about = {"shape": name, **vars(shape), "group": options.group}
@@ -73,8 +65,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
         found.append({**about, "rows": rows})
         if options.json:
-            text = json.dumps({"layers": found}, indent=1)
-            options.json.write_text(text + "\n", "utf-8")
+            save(options.json, found)
 
 
 def random_matrix(experts: int, rows: int, cols: int, group: int) -> Matrix:
@@ -84,9 +75,7 @@ def random_matrix(experts: int, rows: int, cols: int, group: int) -> Matrix:
     return words.to(torch.int32), scales.bfloat16()
 
 
-def build(
-    shape: Shape, group: int, amx: bool
-) -> tuple[dict[str, Call], Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def build(shape: Shape, group: int, amx: bool) -> tuple[dict[str, Call], Call]:
     """The same weights as each way wants them, and what they stand for."""
     half = random_matrix(shape.experts, 2 * shape.width, shape.hidden, group)
     down = random_matrix(shape.experts, shape.hidden, shape.width, group)
@@ -100,11 +89,10 @@ def build(
 
     ways: dict[str, Call] = {"ours": own}
     if amx:
-        torch.cpu._init_amx()
         ways["vLLM int4"] = stock_int4(half, down)
     with contextlib.suppress(ImportError):
         ways["zentorch int4"] = zentorch_int4(half, down)
-    ways["vLLM bf16"] = stock_bf16(shape, "amx" if amx else "vec")
+    ways["vLLM bf16"] = stock_bf16(shape, amx)
 
     def check(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         out = torch.zeros(x.shape)
@@ -172,24 +160,13 @@ def zentorch_int4(half: Matrix, down: Matrix) -> Call:
     return call
 
 
-def stock_bf16(shape: Shape, isa: str) -> Call:
+def stock_bf16(shape: Shape, amx: bool) -> Call:
     """vLLM's kernel on as many dense weights; others, since only time counts."""
-    sizes = [(2 * shape.width, shape.hidden), (shape.hidden, shape.width)]
-    packed13, packed2 = (
-        ops.cpu_prepack_moe_weight(
-            torch.full((shape.experts, *size), 0.01, dtype=torch.bfloat16), isa
-        )
-        for size in sizes
+    w13, w2 = (
+        torch.full((shape.experts, *size), 0.01, dtype=torch.bfloat16)
+        for size in ((2 * shape.width, shape.hidden), (shape.hidden, shape.width))
     )
-
-    def call(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        ops.cpu_fused_moe(
-            *(out, x, packed13, packed2, None, None, weights, ids, "silu", isa, False)
-        )
-        return out
-
-    return call
+    return stock(w13, w2, amx)
 
 
 def measure(
@@ -202,8 +179,7 @@ def measure(
     start, rounds = time.perf_counter(), 0
     while rounds < 4 or time.perf_counter() - start < seconds * len(ways):
         rounds += 1
-        scores = torch.rand(count, shape.experts)
-        ids = scores.topk(shape.top_k).indices.to(torch.int32)
+        ids = random_ids(shape, count)
         for name, call in ways.items():
             times[name].append(timed(partial(call, x, weights, ids)))
     taken = {name: statistics.median(found[1:]) for name, found in times.items()}

@@ -67,26 +67,13 @@ Row = dict[str, Any]
 
 def main() -> None:
     """Measure and print one table per shape and share of zeros."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one small layer")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser = arguments(__doc__, TOKENS)
     parser.add_argument("--zeros", nargs="+", default=list(ZEROS))
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--experts", type=int, help="fewer than the shape has")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--no-amx", action="store_true", help="as without AMX")
-    parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
     options = parser.parse_args()
-    amx = torch.cpu._is_amx_tile_supported() and not options.no_amx
-    if not amx:
-        os.environ |= NO_AMX
-    torch.set_num_threads(options.threads)
-    shapes = {name: SHAPES[name] for name in options.shapes}
     if options.quick:
-        shapes = {"small": SMALL}
-        options.zeros, options.tokens = ["0.5"], [1, 4, 16, 64]
-        options.seconds = min(options.seconds, 0.2)
+        options.zeros = ["0.5"]
+    shapes, amx = prepare(options)
     machine = describe_machine(options.threads, amx)
     print(machine)
     found = []
@@ -103,6 +90,36 @@ def main() -> None:
                 show(row, header=len(rows) == 1)
                 if options.json:
                     save(options.json, found)
+
+
+def arguments(
+    description: str | None, tokens: tuple[int, ...]
+) -> argparse.ArgumentParser:
+    """What every bench of a layer can be asked for."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="one small layer")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(tokens))
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--no-amx", action="store_true", help="as without AMX")
+    parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
+    return parser
+
+
+def prepare(options: argparse.Namespace) -> tuple[dict[str, Shape], bool]:
+    """The layers that were asked for, and whether AMX is used; threads are set."""
+    amx = torch.cpu._is_amx_tile_supported() and not options.no_amx
+    if amx:
+        torch.cpu._init_amx()
+    else:
+        os.environ |= NO_AMX
+    torch.set_num_threads(options.threads)
+    if options.quick:
+        options.tokens = [1, 4, 16, 64]
+        options.seconds = min(options.seconds, 0.2)
+        return {"small": SMALL}, amx
+    return {name: SHAPES[name] for name in options.shapes}, amx
 
 
 def save(path: Path, found: list[dict[str, object]]) -> None:
@@ -161,24 +178,36 @@ def build(
         w2[expert] = matrix(shape.hidden, shape.width, zeros)
         ups.append(cpu_library.encode(w13[expert].chunk(2)))
         downs.append(cpu_library.encode([w2[expert]]))
-    isa = "amx" if amx else "vec"
-    if amx:
-        torch.cpu._init_amx()
     dense: dict[str, Call] = {}
     if zen := zentorch():
         dense["zentorch"] = lambda x, weights, ids: zen(x, w13, w2, weights, ids)
-    packed13 = ops.cpu_prepack_moe_weight(w13, isa)
-    packed2 = ops.cpu_prepack_moe_weight(w2, isa)
+    dense[f"vLLM {isa(amx)}"] = stock(w13, w2, amx)
+    return join(ups), join(downs), dense
 
-    def stock(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+
+def isa(amx: bool) -> str:
+    """vLLM's name of its dense operator."""
+    return "amx" if amx else "vec"
+
+
+def stock(w13: Tensor, w2: Tensor, amx: bool) -> Call:
+    """vLLM's operator for dense weights."""
+    packed13 = ops.cpu_prepack_moe_weight(w13, isa(amx))
+    packed2 = ops.cpu_prepack_moe_weight(w2, isa(amx))
+
+    def call(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         out = torch.empty_like(x)
-        ops.cpu_fused_moe(
-            *(out, x, packed13, packed2, None, None, weights, ids, "silu", isa, False)
-        )
+        routed = (weights, ids, "silu", isa(amx), False)
+        ops.cpu_fused_moe(out, x, packed13, packed2, None, None, *routed)
         return out
 
-    dense[f"vLLM {isa}"] = stock
-    return join(ups), join(downs), dense
+    return call
+
+
+def random_ids(shape: Shape, tokens: int) -> Tensor:
+    """Experts of each token."""
+    scores = torch.rand(tokens, shape.experts)
+    return scores.topk(shape.top_k).indices.to(torch.int32)
 
 
 def zentorch() -> Callable[..., Tensor] | None:
@@ -220,8 +249,7 @@ def measure(
         experts: list[int] = []
         start = time.perf_counter()
         while len(experts) < 4 or time.perf_counter() - start < seconds * len(ways):
-            scores = torch.rand(count, shape.experts)
-            ids = scores.topk(shape.top_k).indices.to(torch.int32)
+            ids = random_ids(shape, count)
             experts.append(len(ids.unique()))
             for name, call in ways.items():
                 times[name].append(timed(partial(call, x, weights, ids)))

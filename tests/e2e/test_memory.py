@@ -126,7 +126,8 @@ def watched(*args, **options):
     model = load(*args, **options)
     done.set()
     watcher.join()
-    print("\\nheld", json.dumps([max(found) - before, held() - before]))
+    end = held()
+    print("\\nheld", json.dumps([max(found + [end]) - before, end - before]))
     return model
 
 BaseModelLoader.load_model = watched

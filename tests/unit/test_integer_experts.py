@@ -65,7 +65,7 @@ class Layer(torch.nn.Module):
         )
         method = object.__new__(IntegerMethod)
         method.form = form
-        method._suffixes = tuple(form.parts(8, 8, "BF16"))
+        method._parts = tuple(form.parts(8, 8, "BF16"))
         method.create_weights(self, len(here), HIDDEN, WIDTH // ranks, torch.float32)
         for at, expert in enumerate(experts):
             for shard, matrix in expert.items():

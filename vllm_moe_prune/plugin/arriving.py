@@ -1,12 +1,21 @@
 """Expert matrices as vLLM hands them over: one tensor of one expert at a time.
 
-Tensors come whole, for all processes, in any order. D hidden, F width.
+Tensors come whole, for all processes, in any order. vLLM's layer has an empty parameter
+for each name that they go by, with our loader. D hidden, F width.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+from vllm.model_executor.utils import set_weight_attrs
+
+MATRICES = ("w13", "w2")
 
 
 class ArrivingExperts(ABC):
@@ -79,3 +88,34 @@ class ArrivingExperts(ABC):
             return matrix
         axis = 1 if shard_id == "w2" else 0
         return matrix.narrow(axis, self._parallel.tp_rank * self.width, self.width)
+
+
+class ArrivingMethod(FusedMoEMethodBase):
+    """What methods have in common whose experts arrive that way."""
+
+    @staticmethod
+    def expect(
+        layer: Any, loader: ArrivingExperts, parts: Mapping[str, torch.dtype]
+    ) -> None:
+        """Empty parameters of the layer for the parts of a matrix, with their loader.
+
+        Their sizes are known when they arrive: every expert may have its own.
+        """
+        layer.moe_prune_loader = loader
+        for matrix in MATRICES:
+            for part, dtype in parts.items():
+                empty = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+                set_weight_attrs(empty, {"weight_loader": loader.load})
+                layer.register_parameter(f"{matrix}_{part}", empty)
+
+    @staticmethod
+    def release(layer: Any, parts: Iterable[str]) -> None:
+        """Everything has arrived: rid the layer of the loader and its parameters."""
+        del layer.moe_prune_loader
+        for matrix in MATRICES:
+            for part in parts:
+                delattr(layer, f"{matrix}_{part}")
+
+    def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig:
+        """None of vLLM's: what runs is not its kernel for quantised experts."""
+        return FusedMoEQuantConfig.make()

@@ -21,11 +21,10 @@ from .expert_parts import PartsLoader, PartsMethod
 class _Loader(PartsLoader):
     """Dequantises matrices as soon as their parts are there."""
 
-    def __init__(
-        self, layer: Any, form: Form, *, experts: int, hidden: int, width: int
-    ) -> None:
-        super().__init__(layer, form, experts=experts, hidden=hidden, width=width)
+    def __init__(self, layer: Any, form: Form, **sizes: int) -> None:
+        super().__init__(layer, form, **sizes)
         dtype: torch.dtype = layer.moe_config.in_dtype
+        experts, hidden, width = self._experts, self.hidden, self.width
         self.w13_E2FD = torch.empty(experts, 2 * width, hidden, dtype=dtype)
         self.w2_EDF = torch.empty(experts, hidden, width, dtype=dtype)
 

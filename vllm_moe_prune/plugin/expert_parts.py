@@ -1,7 +1,7 @@
 """Experts whose matrices come in several parts, such as integers and their scales.
 
-vLLM's layer gets an empty parameter for each part; the loader behind them collects the
-parts of a matrix and makes something of it once all are there. D hidden, F width.
+The loader collects the parts of a matrix and makes something of it once all are there.
+D hidden, F width.
 """
 
 from abc import abstractmethod
@@ -9,17 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
-from vllm.model_executor.layers.fused_moe.config import (
-    FusedMoEConfig,
-    FusedMoEQuantConfig,
-)
-from vllm.model_executor.utils import set_weight_attrs
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
 from ..errors import CheckpointError, ServeError
 from ..kernels.quantised import Form
-from .arriving import ArrivingExperts
+from .arriving import ArrivingExperts, ArrivingMethod
 
 
 class PartsLoader(ArrivingExperts):
@@ -83,7 +78,7 @@ class PartsLoader(ArrivingExperts):
             )
 
 
-class PartsMethod(FusedMoEMethodBase):
+class PartsMethod(ArrivingMethod):
     """What methods have in common whose experts come in parts."""
 
     loader_class: type[PartsLoader]
@@ -92,7 +87,7 @@ class PartsMethod(FusedMoEMethodBase):
         """For experts that are all stored in one form."""
         super().__init__(moe)
         self.form = form
-        self._suffixes = tuple(form.parts(8, 8, "BF16"))  # whatever the sizes
+        self._parts = tuple(form.parts(8, 8, "BF16"))  # whatever the sizes
 
     def create_weights(
         self,
@@ -111,12 +106,7 @@ class PartsMethod(FusedMoEMethodBase):
             hidden=hidden_size,
             width=intermediate_size_per_partition,
         )
-        layer.moe_prune_loader = loader
-        for matrix in ("w13", "w2"):
-            for part in self._suffixes:
-                parameter = Parameter(torch.empty(0), requires_grad=False)
-                set_weight_attrs(parameter, {"weight_loader": loader.load})
-                layer.register_parameter(f"{matrix}_{part}", parameter)
+        self.expect(layer, loader, dict.fromkeys(self._parts, params_dtype))
 
     def taken(self, layer: RoutedExperts) -> Any:
         """The loader, which has everything; layer and parameters are rid of it.
@@ -126,12 +116,5 @@ class PartsMethod(FusedMoEMethodBase):
         """
         loader = layer.moe_prune_loader
         loader.check_finished()
-        del layer.moe_prune_loader
-        for matrix in ("w13", "w2"):
-            for part in self._suffixes:
-                delattr(layer, f"{matrix}_{part}")
+        self.release(layer, self._parts)
         return loader
-
-    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
-        """None of vLLM's: what runs is not its kernel for quantised experts."""
-        return FusedMoEQuantConfig.make()

@@ -39,11 +39,9 @@ def fits(moe: FusedMoEConfig, form: Form) -> bool:
 class _Loader(PartsLoader):
     """Makes blocks of an expert's matrices as soon as their parts are there."""
 
-    def __init__(
-        self, layer: Any, form: Form, *, experts: int, hidden: int, width: int
-    ) -> None:
-        super().__init__(layer, form, experts=experts, hidden=hidden, width=width)
-        self._bits = 4 if form.bits == "int4" else 8
+    def __init__(self, layer: Any, form: Form, **sizes: int) -> None:
+        super().__init__(layer, form, **sizes)
+        self.bits = 4 if form.bits == "int4" else 8
         self._held: dict[tuple[int, str], Integers] = {}
         self.w13: dict[int, IntBlocks] = {}
         self.w2: dict[int, IntBlocks] = {}
@@ -55,7 +53,7 @@ class _Loader(PartsLoader):
         )
         if shard_id == "w2":
             own, group = self._columns(matrix)
-            self.w2[local] = int_blocks.encode([own], group, self._bits)
+            self.w2[local] = int_blocks.encode([own], group, self.bits)
             return
         zeros = matrix.zeros_NG
         self._held[local, shard_id] = Integers(
@@ -66,7 +64,7 @@ class _Loader(PartsLoader):
         if (local, "w1") in self._held and (local, "w3") in self._held:
             gate_up = [self._held.pop((local, shard)) for shard in ("w1", "w3")]
             group = self.form.group_size or self.hidden
-            self.w13[local] = int_blocks.encode(gate_up, group, self._bits)
+            self.w13[local] = int_blocks.encode(gate_up, group, self.bits)
 
     def _columns(self, matrix: Integers) -> tuple[Integers, int]:
         """The inputs of down that are this process's, and how many share a scale."""
@@ -82,7 +80,7 @@ class _Loader(PartsLoader):
             spread = shared_NG.repeat_interleave(group // part, 1)
             return spread[:, start // part : (start + width) // part]
 
-        word = 32 // self._bits
+        word = 32 // self.bits
         words_NW = matrix.words_NW[:, start // word : (start + width) // word]
         zeros = None if matrix.zeros_NG is None else cut(matrix.zeros_NG)
         return Integers(words_NW, cut(matrix.scales_NG), zeros), part
@@ -112,7 +110,6 @@ class IntegerMethod(PartsMethod):
         experts = range(len(loader.w13))
         for name, found in (("w13", loader.w13), ("w2", loader.w2)):
             joined = int_blocks.join([found.pop(expert) for expert in experts])
-            layer.moe_prune_bits = joined.bits
             parts = {
                 "values": joined.values_EBWO,
                 "scales": joined.scales_EBGO,
@@ -120,7 +117,7 @@ class IntegerMethod(PartsMethod):
             }
             for part, tensor in parts.items():
                 layer.register_buffer(f"{name}_{part}", tensor, persistent=False)
-        layer.moe_prune_width = loader.width
+        layer.moe_prune_bits, layer.moe_prune_width = loader.bits, loader.width
 
     def apply(
         self,

@@ -13,12 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import (
-    FusedMoEConfig,
-    FusedMoEQuantConfig,
-)
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
@@ -26,7 +23,6 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from ..checkpoint.block_fp8 import SUFFIX, read_blocks
@@ -34,6 +30,7 @@ from ..checkpoint.block_fp8 import Blocks as ScaleBlocks
 from ..checkpoint.compressed import CONFIG_KEY, METHOD, PARTS, parse_storage
 from ..errors import ServeError
 from ..kernels.blocks import Blocks, decode
+from .arriving import ArrivingMethod
 from .expert_loader import ExpertLoader
 from .sparse_op import sparse_moe
 
@@ -118,7 +115,7 @@ def _splits_experts_on_cpu(layer: RoutedExperts) -> bool:
     return bool(layer.use_ep and current_platform.is_cpu())
 
 
-class SparseMoEMethod(FusedMoEMethodBase):
+class SparseMoEMethod(ArrivingMethod):
     """Routed experts as blocks of masks and values; one custom op runs a layer."""
 
     def __init__(self, moe: FusedMoEConfig, scaled: ScaleBlocks | None = None) -> None:
@@ -161,15 +158,9 @@ class SparseMoEMethod(FusedMoEMethodBase):
             dtype=params_dtype,
             scaled=self.scaled,
         )
-        layer.moe_prune_loader = loader
         dtypes = {"mask": torch.uint8, "offsets": torch.int64}
-        for matrix in ("w13", "w2"):
-            for part in self._suffixes:
-                # Their sizes are known when they arrive: every expert has its own.
-                empty = torch.empty(0, dtype=dtypes.get(part, params_dtype))
-                parameter = Parameter(empty, requires_grad=False)
-                set_weight_attrs(parameter, {"weight_loader": loader.load})
-                layer.register_parameter(f"{matrix}_{part}", parameter)
+        parts = {part: dtypes.get(part, params_dtype) for part in self._suffixes}
+        self.expect(layer, loader, parts)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Take over what the loader encoded, or hand over to vLLM where zeros are few.
@@ -179,10 +170,7 @@ class SparseMoEMethod(FusedMoEMethodBase):
         """
         loader: ExpertLoader = layer.moe_prune_loader
         w13, w2 = loader.finished()
-        del layer.moe_prune_loader
-        for matrix in ("w13", "w2"):
-            for part in self._suffixes:
-                delattr(layer, f"{matrix}_{part}")
+        self.release(layer, self._suffixes)
         few = w13.nbytes + w2.nbytes >= loader.dense_bytes
         if few and self.scaled is None and not _splits_experts_on_cpu(layer):
             _hand_over(self.moe, layer, loader, w13, w2)
@@ -199,10 +187,6 @@ class SparseMoEMethod(FusedMoEMethodBase):
                 held = None if tensor is None else tensor.to(device)
                 layer.register_buffer(f"{name}_{part}", held, persistent=False)
         layer.moe_prune_width = loader.width
-
-    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
-        """Nothing is quantised: the values are the checkpoint's."""
-        return FusedMoEQuantConfig.make()
 
     def apply(
         self,

@@ -10,34 +10,65 @@ using namespace moe_prune;
 
 namespace {
 
-#ifdef MOE_PRUNE_X86
-bool has_vbmi2() { return moe_prune_level() >= VBMI2; }
-#endif
-
-// One block of 16 rows from a dense matrix; returns how many values it has.
+// Some steps of a block from dense rows; returns how many values they have.
 template <class Bits>
-int64_t encode_block(const Bits* rows[BLOCK], int64_t cols, uint32_t* masks,
+int64_t encode_piece(const Bits piece[BLOCK][PIECE], int64_t steps, uint32_t* masks,
                      Bits* values) {
-  constexpr int CHUNK = 64;
-  Bits local[BLOCK][CHUNK];
   int64_t count = 0;
-  for (int64_t k0 = 0; k0 < round_up(cols, STEP); k0 += CHUNK) {
+  for (int64_t step = 0; step < steps; ++step) {
+    uint32_t mask = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+      Bits value = piece[lane >> 1][2 * step + (lane & 1)];
+      mask |= static_cast<uint32_t>(value != 0) << lane;
+      values[count] = value;
+      count += value != 0;
+    }
+    masks[step] = mask;
+  }
+  return count;
+}
+
+// One row of a stored matrix, dense.
+template <class Bits>
+void unpack_row(const uint8_t* bits, const Bits* values, int64_t cols, Bits* out) {
+  for (int64_t byte = 0; byte < cols / 8; ++byte, out += 8) {
+    for (int bit = 0; bit < 8; ++bit) out[bit] = 0;
+    for (uint32_t left = bits[byte]; left != 0; left &= left - 1)
+      out[__builtin_ctz(left)] = *values++;
+  }
+}
+
+// The fastest that this processor has of both.
+template <class Bits>
+struct Ways {
+  int64_t (*encode)(const Bits[BLOCK][PIECE], int64_t, uint32_t*, Bits*) = encode_piece<Bits>;
+  void (*unpack)(const uint8_t*, const Bits*, int64_t, Bits*) = unpack_row<Bits>;
+
+  Ways() {
+#ifdef MOE_PRUNE_X86
+    if constexpr (sizeof(Bits) == 2)
+      if (moe_prune_level() >= VBMI2) {
+        encode = vbmi2::encode_piece;
+        unpack = vbmi2::unpack_row;
+      }
+#endif
+  }
+};
+
+// One block of 16 rows (null: zeros) from a dense matrix; returns how many values it has.
+template <class Bits>
+int64_t encode_block(const Ways<Bits>& ways, const Bits* rows[BLOCK], int64_t cols,
+                     uint32_t* masks, Bits* values) {
+  alignas(64) Bits local[BLOCK][PIECE];
+  int64_t count = 0;
+  for (int64_t k0 = 0; k0 < round_up(cols, STEP); k0 += PIECE) {
     // Rows lie powers of two apart; read one element each, they would evict each other.
-    int64_t held = std::clamp<int64_t>(cols - k0, 0, CHUNK);
+    int64_t held = std::clamp<int64_t>(cols - k0, 0, PIECE);
     std::memset(local, 0, sizeof local);
     for (int row = 0; row < BLOCK; ++row)
       if (rows[row]) std::memcpy(local[row], rows[row] + k0, held * sizeof(Bits));
-    int64_t steps = std::min<int64_t>(CHUNK, round_up(cols, STEP) - k0) / 2;
-    for (int64_t step = 0; step < steps; ++step) {
-      uint32_t mask = 0;
-      for (int lane = 0; lane < 32; ++lane) {
-        Bits value = local[lane >> 1][2 * step + (lane & 1)];
-        mask |= static_cast<uint32_t>(value != 0) << lane;
-        values[count] = value;
-        count += value != 0;
-      }
-      masks[k0 / 2 + step] = mask;
-    }
+    int64_t steps = std::min<int64_t>(PIECE, round_up(cols, STEP) - k0) / 2;
+    count += ways.encode(local, steps, masks + k0 / 2, values + count);
   }
   return count;
 }
@@ -55,6 +86,7 @@ void encode(const void* const* sources, int64_t n_sources, int64_t rows, int64_t
       pointers[i] = row < rows ? source + row * cols : nullptr;
     }
   };
+  const Ways<Bits> ways;
   starts[0] = 0;
 #pragma omp parallel for schedule(static)
   for (int64_t block = 0; block < blocks; ++block) {
@@ -74,23 +106,10 @@ void encode(const void* const* sources, int64_t n_sources, int64_t rows, int64_t
     for (int64_t block = 0; block < blocks; ++block) {
       const Bits* pointers[BLOCK];
       row_pointers(block, pointers);
-      auto encode_one = encode_block<Bits>;
-#ifdef MOE_PRUNE_X86
-      if constexpr (sizeof(Bits) == 2)
-        if (has_vbmi2()) encode_one = vbmi2::encode_block;
-#endif
-      int64_t count = encode_one(pointers, cols, masks + block * steps, local.data());
+      int64_t count =
+          encode_block(ways, pointers, cols, masks + block * steps, local.data());
       std::copy_n(local.data(), count, values + starts[block]);
     }
-  }
-}
-
-template <class Bits>
-void unpack_row(const uint8_t* bits, const Bits* values, int64_t cols, Bits* out) {
-  for (int64_t byte = 0; byte < cols / 8; ++byte, out += 8) {
-    for (int bit = 0; bit < 8; ++bit) out[bit] = 0;
-    for (uint32_t left = bits[byte]; left != 0; left &= left - 1)
-      out[__builtin_ctz(left)] = *values++;
   }
 }
 
@@ -99,14 +118,10 @@ void unpack(const uint8_t* mask, const void* values_bytes, const int64_t* starts
             int64_t rows, int64_t cols, void* dense_bytes) {
   auto values = static_cast<const Bits*>(values_bytes);
   auto dense = static_cast<Bits*>(dense_bytes);
-  auto unpack_one = unpack_row<Bits>;
-#ifdef MOE_PRUNE_X86
-  if constexpr (sizeof(Bits) == 2)
-    if (has_vbmi2()) unpack_one = vbmi2::unpack_row;
-#endif
+  const Ways<Bits> ways;
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; ++row)
-    unpack_one(mask + row * (cols / 8), values + starts[row], cols, dense + row * cols);
+    ways.unpack(mask + row * (cols / 8), values + starts[row], cols, dense + row * cols);
 }
 
 }  // namespace

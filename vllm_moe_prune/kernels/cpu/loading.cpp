@@ -10,28 +10,19 @@
 namespace moe_prune {
 namespace vbmi2 {
 
-int64_t encode_block(const uint16_t* rows[BLOCK], int64_t cols, uint32_t* masks,
+int64_t encode_piece(const uint16_t piece[BLOCK][PIECE], int64_t steps, uint32_t* masks,
                      uint16_t* values) {
-  constexpr int CHUNK = 64;
-  alignas(64) uint16_t local[BLOCK][CHUNK];
   const __m512i first = _mm512_mullo_epi32(
       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-      _mm512_set1_epi32(CHUNK / 2));
+      _mm512_set1_epi32(PIECE / 2));
   int64_t count = 0;
-  for (int64_t k0 = 0; k0 < round_up(cols, STEP); k0 += CHUNK) {
-    const int64_t held = std::clamp<int64_t>(cols - k0, 0, CHUNK);
-    std::memset(local, 0, sizeof local);
-    for (int row = 0; row < BLOCK; ++row)
-      if (rows[row]) std::memcpy(local[row], rows[row] + k0, held * sizeof(uint16_t));
-    const int64_t steps = std::min<int64_t>(CHUNK, round_up(cols, STEP) - k0) / 2;
-    for (int64_t step = 0; step < steps; ++step) {
-      const __m512i both = _mm512_i32gather_epi32(
-          first, reinterpret_cast<const int*>(&local[0][2 * step]), 4);
-      const __mmask32 mask = _mm512_test_epi16_mask(both, both);
-      _mm512_storeu_si512(values + count, _mm512_maskz_compress_epi16(mask, both));
-      masks[k0 / 2 + step] = mask;
-      count += __builtin_popcount(mask);
-    }
+  for (int64_t step = 0; step < steps; ++step) {
+    const __m512i both = _mm512_i32gather_epi32(
+        first, reinterpret_cast<const int*>(&piece[0][2 * step]), 4);
+    const __mmask32 mask = _mm512_test_epi16_mask(both, both);
+    _mm512_storeu_si512(values + count, _mm512_maskz_compress_epi16(mask, both));
+    masks[step] = mask;
+    count += __builtin_popcount(mask);
   }
   return count;
 }

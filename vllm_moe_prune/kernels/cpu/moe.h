@@ -17,6 +17,7 @@ constexpr int BLOCK = 16;  // outputs of a block
 constexpr int WIDTH = 32;  // outputs of a pair
 constexpr int STEP = 32;   // inputs are padded to a multiple of this
 constexpr int ROWS = 16;   // tokens of a tile
+constexpr int PIECE = 64;  // inputs of a block that are encoded at a time, at most
 constexpr int GROUP = 8;   // pairs that are multiplied one after the other, at most
 
 inline int64_t round_up(int64_t value, int64_t step) {
@@ -110,10 +111,10 @@ MOE_PRUNE_INT_PAIRS_OF(avx512)
 MOE_PRUNE_ACTIVATIONS_OF(avx2)
 MOE_PRUNE_ACTIVATIONS_OF(avx512)
 
-// One block of 16 rows (null: zeros) from a dense matrix; returns how many values it has.
-// There must be room for 32 more.
+// Some steps of a block from dense rows; returns how many values they have. There must be
+// room for 32 more.
 namespace vbmi2 {
-int64_t encode_block(const uint16_t* rows[BLOCK], int64_t cols, uint32_t* masks,
+int64_t encode_piece(const uint16_t piece[BLOCK][PIECE], int64_t steps, uint32_t* masks,
                      uint16_t* values);
 // One row of a stored matrix, dense; cols is a multiple of 8.
 void unpack_row(const uint8_t* bits, const uint16_t* values, int64_t cols, uint16_t* out);

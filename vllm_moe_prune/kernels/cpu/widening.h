@@ -21,11 +21,6 @@ struct Two {
   __m512 first, second;
 };
 
-// 16-bit integers, one per output, for each of the two inputs.
-struct Words {
-  __m256i first, second;
-};
-
 // Every second lane of both, the even ones and the odd ones.
 inline void apart(__m512i low, __m512i high, __m512i& even, __m512i& odd) {
   const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6,
@@ -115,20 +110,20 @@ struct Stored<F8> {
   using Bits = uint8_t;
 
   static Two expanded(uint32_t mask, const Bits* values, const float* scale) {
-    Words words;  // the upper byte counts
+    __m256i first, second;  // 16 bits an output, of which the upper ones count
 #ifdef __AVX512VBMI2__
-    words.second = _mm256_maskz_expand_epi8(
+    second = _mm256_maskz_expand_epi8(
         mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
-    words.first = _mm256_slli_epi16(words.second, 8);
+    first = _mm256_slli_epi16(second, 8);
 #else
     __m512i even, odd;
     placed(mask, values, load8, even, odd);
-    words.first = _mm256_slli_epi16(_mm512_cvtepi32_epi16(even), 8);
-    words.second = _mm256_slli_epi16(_mm512_cvtepi32_epi16(odd), 8);
+    first = _mm256_slli_epi16(_mm512_cvtepi32_epi16(even), 8);
+    second = _mm256_slli_epi16(_mm512_cvtepi32_epi16(odd), 8);
 #endif
     const __m512 factor = _mm512_set1_ps(*scale * 0x1p8f);
-    return {_mm512_mul_ps(factor, as_floats(words.first)),
-            _mm512_mul_ps(factor, as_floats(words.second))};
+    return {_mm512_mul_ps(factor, as_floats(first)),
+            _mm512_mul_ps(factor, as_floats(second))};
   }
 
   static __m512 as_floats(__m256i words) {
