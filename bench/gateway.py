@@ -46,8 +46,9 @@ from vllm_moe_prune.judge.server import free_port, running
 STUB = Path(__file__).resolve().parents[1] / "tests" / "stub_backend.py"
 CHAT = "/v1/chat/completions"
 Note = Callable[[str, dict[str, Any]], None]
-Ways = dict[str, str]
-"""Name -> address: ``direct``, ``gateway`` and perhaps ``nginx``."""
+Server = tuple[str, "subprocess.Popen[bytes] | None"]
+Ways = dict[str, Server]
+"""``direct``, ``gateway`` and perhaps ``nginx``: address, and who stands between."""
 NGINX = """
 daemon off; worker_processes auto; error_log stderr; pid {folder}/pid;
 events {{ worker_connections 8192; }}
@@ -69,6 +70,7 @@ NAMES = ["latency", "paced", "saturated", "bytes", "held"]
 STREAMS = 64
 KEEP_ALIVE_S = 3  # uvicorn closes idle connections after 5
 ROUNDS = 5
+VLLM_ROUNDS = 24  # of a few seconds, as other people's work comes and goes
 
 
 def main() -> None:
@@ -96,14 +98,14 @@ def main() -> None:
     backend = vllm(options.vllm) if options.vllm else stub()
     with contextlib.ExitStack() as servers:
         direct = servers.enter_context(backend)
-        through, process = servers.enter_context(gateway(direct))
-        ways = {"direct": direct, "gateway": through}
+        ways: Ways = {"direct": (direct, None)}
+        ways["gateway"] = servers.enter_context(gateway(direct))
         if options.nginx:
             ways["nginx"] = servers.enter_context(nginx(direct))
         if options.vllm:
             asyncio.run(measure_vllm(ways, share, note))
         else:
-            asyncio.run(measure(ways, process, share, options.only, note))
+            asyncio.run(measure(ways, share, options.only, note))
 
 
 # --- servers ----------------------------------------------------------------
@@ -130,7 +132,7 @@ def gateway(backend: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
 
 
 @contextlib.contextmanager
-def nginx(backend: str) -> Iterator[str]:
+def nginx(backend: str) -> Iterator[Server]:
     """Debian's nginx as a proxy that sends on what has come at once."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -139,8 +141,8 @@ def nginx(backend: str) -> Iterator[str]:
         config = Path(folder) / "nginx.conf"
         config.write_text(text, "utf-8")
         command = ["nginx", "-c", str(config)]
-        with running(command, port, DEVNULL) as (url, _):
-            yield url
+        with running(command, port, DEVNULL) as found:
+            yield found
 
 
 @contextlib.contextmanager
@@ -154,6 +156,16 @@ def vllm(folder: Path) -> Iterator[str]:
         yield url
 
 
+def cpu_us(process: "subprocess.Popen[bytes]") -> float:
+    """Processor time that a process and its children have taken, in microseconds."""
+    total, parents = 0.0, [process.pid]
+    for pid in parents:
+        total += int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1000
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        parents += map(int, children)
+    return total
+
+
 def resident_mib(process: "subprocess.Popen[bytes]") -> float:
     """Memory of a process."""
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
@@ -165,23 +177,22 @@ def resident_mib(process: "subprocess.Popen[bytes]") -> float:
 
 async def measure(
     ways: Ways,
-    process: "subprocess.Popen[bytes]",
     share: int,
     only: list[str],
     note: Note,
 ) -> None:
-    """Everything on the stub; the process is the gateway's."""
+    """Everything on the stub."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        ask, through = Asker(session), ways["gateway"]
+        ask = Asker(session)
         paced, fast = request(events=50, gap_s=0.02), request(events=100)
         jobs = {
             "latency": lambda: latency(ask, ways, request(), 1000 // share),
-            "paced": lambda: throughput(ask, ways, paced, 256 // share),
-            "saturated": lambda: throughput(ask, ways, fast, 640 // share),
+            "paced": lambda: throughput(ask, ways, paced, 256 // share, 50),
+            "saturated": lambda: throughput(ask, ways, fast, 640 // share, 100),
             "bytes": lambda: equal_bytes(ask, ways, 10_000 // share),
-            "held": lambda: held(ask, through, process, 1000 // share),
+            "held": lambda: held(ask, ways, 1000 // share),
         }
         for name in only:
             note(name, await jobs[name]())
@@ -198,7 +209,8 @@ async def measure_vllm(ways: Ways, share: int, note: Note) -> None:
         found = await latency(ask, ways, one, 200 // share, path)
         note("vllm_latency", found)
         many = one | {"max_tokens": 64, "ignore_eos": True, "stream": True}
-        found = await throughput(ask, ways, many, 256 // share, path)
+        rounds = max(2, VLLM_ROUNDS // share)
+        found = await throughput(ask, ways, many, STREAMS, 64, path, rounds)
         note("vllm_throughput", found)
 
 
@@ -234,7 +246,7 @@ async def latency(
     """Milliseconds of one request at a time, each way, taking turns."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(count + 20):
-        for name, url in ways.items():
+        for name, (url, _) in ways.items():
             start = time.perf_counter()
             await ask(url, body, path)
             if turn >= 20:
@@ -250,22 +262,38 @@ async def latency(
 
 
 async def throughput(
-    ask: Asker, ways: Ways, body: Any, count: int, path: str = CHAT
+    ask: Asker,
+    ways: Ways,
+    body: Any,
+    count: int,
+    tokens: int,
+    path: str = CHAT,
+    rounds: int = ROUNDS,
 ) -> dict[str, float]:
-    """Streams per second, 64 at a time; the median of rounds that take turns."""
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
-        for name, url in ways.items():
+    """Streams per second, 64 at a time, of all rounds together; the ways take turns.
+
+    The tokens are those of one stream.
+    """
+    seconds = dict.fromkeys(ways, 0.0)
+    cpu = dict.fromkeys(ways, 0.0)
+    for turn in range(rounds):
+        # In another order each time, so that nobody always comes after the same one.
+        names = list(ways) if turn % 2 else list(reversed(ways))
+        for name in names:
+            url, process = ways[name]
+            taken = cpu_us(process) if process else 0
             start = time.perf_counter()
             await many(ask, url, [body] * count, path)
-            rates[name].append(count / (time.perf_counter() - start))
-    found: dict[str, float] = {"streams": count}
-    mid = {name: statistics.median(rates[name]) for name in ways}
-    for name in ways:
-        found[f"{name}_per_s"] = round(mid[name], 2)
-        if name != "direct":
-            lost = 100 * (1 - mid[name] / mid["direct"])
+            seconds[name] += time.perf_counter() - start
+            cpu[name] += (cpu_us(process) if process else 0) - taken
+    found: dict[str, float] = {"streams": count, "rounds": rounds}
+    for name, (_, process) in ways.items():
+        found[f"{name}_per_s"] = round(count * rounds / seconds[name], 2)
+        if process:
+            lost = 100 * (1 - seconds["direct"] / seconds[name])
             found[f"{name}_lost_percent"] = round(lost, 1)
+            per_token = cpu[name] / (count * rounds * tokens)
+            found[f"{name}_cpu_us_per_token"] = round(per_token, 1)
     return found
 
 
@@ -277,8 +305,8 @@ async def equal_bytes(ask: Asker, ways: Ways, count: int) -> dict[str, float]:
         for _ in range(count)
     ]
     # The stub's answer depends on the request only, so every pair must be equal.
-    passed = await many(ask, ways["gateway"], bodies)
-    plain = await many(ask, ways["direct"], bodies)
+    passed = await many(ask, ways["gateway"][0], bodies)
+    plain = await many(ask, ways["direct"][0], bodies)
     return {
         "streams": count,
         "bytes": sum(map(len, plain)),
@@ -286,10 +314,10 @@ async def equal_bytes(ask: Asker, ways: Ways, count: int) -> dict[str, float]:
     }
 
 
-async def held(
-    ask: Asker, through: str, process: "subprocess.Popen[bytes]", count: int
-) -> dict[str, Any]:
+async def held(ask: Asker, ways: Ways, count: int) -> dict[str, Any]:
     """Many streams at one time; memory when all run, a while later, and after."""
+    through, process = ways["gateway"]
+    assert process is not None
     body = request(events=60, gap_s=0.5)
     before = resident_mib(process)
     jobs = [asyncio.ensure_future(ask(through, body)) for _ in range(count)]

@@ -23,6 +23,7 @@ PORT, MODEL = int(sys.argv[1]), sys.argv[2]
 PLUGIN = Path(sys.argv[3]) if len(sys.argv) > 3 else None
 PAGES = Path(__file__).resolve().parents[1] / "vllm_moe_prune" / "serve" / "pages"
 # vLLM's own default lets pages from everywhere in.
+RAW = "surrogateescape"  # not every header is UTF-8
 CORS = [(b"access-control-allow-origin", b"*"), (b"access-control-allow-headers", b"*")]
 USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
 
@@ -57,7 +58,9 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
             "method": scope["method"],
             "path": scope["raw_path"].decode(),
             "query": scope["query_string"].decode(),
-            "headers": [[n.decode(), v.decode()] for n, v in scope["headers"]],
+            "headers": [
+                (n.decode(), v.decode("utf-8", RAW)) for n, v in scope["headers"]
+            ],
             "sha256": hashlib.sha256(body).hexdigest(),
             "ended": "no",
         }

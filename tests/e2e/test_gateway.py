@@ -150,6 +150,17 @@ def test_compressed_bodies_stay_compressed(gateway: Process) -> None:
     assert httpx.post(url, content=packed, headers=headers).content == packed
 
 
+def test_headers_go_through_byte_by_byte(
+    servers: tuple[Process, Process, Process],
+) -> None:
+    gateway, original, _ = servers
+    odd = [("x-a", b"\xff \xe9"), ("x-a", b"again"), ("x-b", b"a,  b")]
+    httpx.post(f"{gateway.url}/backends/one/v1/echo", headers=odd)
+    told = [(name, value.decode(errors="surrogateescape")) for name, value in odd]
+    sent = [(n, v) for n, v in last_seen(original)["headers"] if n.startswith("x-")]
+    assert sent == told
+
+
 def test_headers_of_one_connection_go_no_further(
     servers: tuple[Process, Process, Process],
 ) -> None:
@@ -184,7 +195,6 @@ def test_no_path_leads_out_of_what_is_passed_on(gateway: Process, path: str) -> 
 
 def test_what_could_not_be_passed_on_as_it_is_gets_refused(gateway: Process) -> None:
     sent = [
-        ("invalid_header", b"GET /backends/one/v1/x HTTP/1.1\r\nx-a: \xff\r\n"),
         ("invalid_http", b"GET /backends/one/v1/\xff HTTP/1.1\r\n"),
         ("invalid_http", b"GET /backends/one/v1/x?\xff HTTP/1.1\r\n"),
     ]

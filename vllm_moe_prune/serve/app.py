@@ -63,7 +63,12 @@ class ErrorBody(BaseModel):
 def create_app(settings: GatewaySettings) -> FastAPI:
     """The application of some settings; it connects to backends when it is started."""
     metrics = Metrics()
-    backends = Backends(settings.backends, metrics, settings.backend_api_key)
+    backends = Backends(
+        settings.backends,
+        metrics,
+        settings.backend_api_key,
+        settings.connect_timeout_s,
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

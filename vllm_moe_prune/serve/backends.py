@@ -1,32 +1,33 @@
 """The vLLM servers behind the gateway: who is up, and who serves which model."""
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-import aiohttp
 from pydantic import SecretStr
 
 from .metrics import Metrics
 from .refusals import Refusal, unreachable
 from .site import PREFIX
+from .upstream import Broken, Header, Unreachable, Upstream
 
 log = logging.getLogger(__name__)
 
 POLL_TIMEOUT_S = 5
-# vLLM closes idle connections after 5 s; one it is closing must not be used.
-KEEP_ALIVE_S = 3
+# Of what a backend says about itself; a remap table's provenance is the longest.
+LONGEST_BYTES = 16 << 20
 LEVEL = {True: logging.INFO, False: logging.WARNING}
 
 
 class Backend:
     """One vLLM server and what is known of it."""
 
-    def __init__(self, name: str, url: str) -> None:
+    def __init__(self, name: str, upstream: Upstream) -> None:
         self.name = name
-        self.url = url
+        self.upstream = upstream
         self.up = False
         self.models: list[Mapping[str, Any]] | None = None
         """As it lists them, word for word; kept while it is down. None: never up."""
@@ -46,28 +47,28 @@ class Backends:
         addresses: Mapping[str, str],
         metrics: Metrics,
         api_key: SecretStr | None,
+        connect_timeout_s: float,
     ) -> None:
-        self.all = [Backend(name, url) for name, url in addresses.items()]
+        self.all = [
+            Backend(name, Upstream(url, connect_timeout_s))
+            for name, url in addresses.items()
+        ]
         self.metrics = metrics
-        self.authorization: dict[str, str] = {}
+        self.authorization: list[Header] = []
         if api_key is not None:
-            key = api_key.get_secret_value()
-            self.authorization = {"Authorization": f"Bearer {key}"}
+            key = api_key.get_secret_value().encode()
+            self.authorization = [(b"authorization", b"Bearer " + key)]
         metrics.prepare(addresses)
 
     @asynccontextmanager
     async def watched(self, every_s: float) -> AsyncIterator[None]:
-        """Connections to all of them are open, and each is looked at regularly."""
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-        async with aiohttp.ClientSession(
-            connector=connector,
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-        ) as self.session:
-            await self.look()
-            watching = asyncio.create_task(self._watch(every_s))
-            yield
-            watching.cancel()
+        """Each is looked at regularly; in the end their connections are closed."""
+        await self.look()
+        watching = asyncio.create_task(self._watch(every_s))
+        yield
+        watching.cancel()
+        for backend in self.all:
+            backend.upstream.close()
 
     async def look(self) -> None:
         """Ask every backend once."""
@@ -119,47 +120,44 @@ class Backends:
         self._note(backend, False, "refuses connections")
 
     async def _look_at(self, backend: Backend) -> None:
-        timeout = aiohttp.ClientTimeout(total=POLL_TIMEOUT_S)
         try:
-            async with self._get(backend, "/health", timeout) as answer:
-                answer.raise_for_status()
-            async with self._get(backend, "/v1/models", timeout) as answer:
-                answer.raise_for_status()
-                models = (await answer.json(content_type=None))["data"]
+            await self._tell(backend, "/health")
+            models = json.loads(await self._tell(backend, "/v1/models"))["data"]
             backend.models = [dict(model) for model in models]
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (Unreachable, Broken, TimeoutError) as error:
             self._note(backend, False, f"{type(error).__name__}: {error}")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             self._note(backend, False, "its /v1/models is no list of models")
         else:
             returned = not backend.up
             self._note(backend, True, "up")
             if returned:
-                await self._show_model(backend, timeout)
+                await self._show_model(backend)
 
-    async def _show_model(
-        self, backend: Backend, timeout: aiohttp.ClientTimeout
-    ) -> None:
+    async def _show_model(self, backend: Backend) -> None:
         """Put into the metrics what pruning did to the model."""
         record: Any = None
         try:
-            path = f"{PREFIX}/provenance"
-            async with self._get(backend, path, timeout) as answer:
-                if answer.status == 200:
-                    record = await answer.json(content_type=None)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            log.warning("backend %s: no provenance: %s", backend.name, error)
+            record = json.loads(await self._tell(backend, f"{PREFIX}/provenance"))
+        except (Unreachable, Broken, TimeoutError, ValueError, RecursionError) as error:
+            log.info("backend %s tells of no pruning: %s", backend.name, error)
         self.metrics.show_model(
             backend.name, record if isinstance(record, dict) else None
         )
 
-    def _get(self, backend: Backend, path: str, timeout: aiohttp.ClientTimeout) -> Any:
-        return self.session.get(
-            backend.url + path,
-            headers=self.authorization,
-            timeout=timeout,
-            allow_redirects=False,
+    async def _tell(self, backend: Backend, path: str) -> bytes:
+        """The body of a GET that succeeds.
+
+        Raises:
+            Unreachable, TimeoutError: There is no answer.
+            Broken: It is not whole, or no success.
+        """
+        status, body = await backend.upstream.fetch(
+            path.encode(), self.authorization, POLL_TIMEOUT_S, LONGEST_BYTES
         )
+        if status != 200:
+            raise Broken(f"{path} is {status}")
+        return body
 
     def _note(self, backend: Backend, up: bool, why: str) -> None:
         if backend.up != up:

@@ -6,7 +6,7 @@ from ..errors import ServeError
 
 # The modules of extra `gateway`.
 NEEDS = (
-    *("aiohttp", "fastapi", "httptools", "prometheus_client", "pydantic_settings"),
+    *("fastapi", "httptools", "prometheus_client", "pydantic_settings"),
     *("uvicorn", "uvloop"),
 )
 

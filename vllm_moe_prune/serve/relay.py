@@ -12,10 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import unquote
 
-import aiohttp
-from multidict import CIMultiDict
 from starlette.types import Message, Receive, Scope, Send
-from yarl import URL
 
 from .backends import Backend, Backends
 from .body import Bodies, Body, ClientGone
@@ -24,6 +21,7 @@ from .refusals import Refusal, broken, draining, silent, unreachable
 from .settings import GatewaySettings
 from .site import PREFIX
 from .stream import Events, Whole
+from .upstream import Broken, Connection, Header, Unreachable
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +33,8 @@ HOP_BY_HOP = {
 NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 NOT_RETURNED = HOP_BY_HOP | {b"date"}  # uvicorn writes its own
 PLUGIN_DATA = {f"{PREFIX}/{name}" for name in ("load", "remap", "provenance", "report")}
-# aiohttp would add these where a client sent none.
-NO_EXTRAS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
+# Without a body, these would lose the header that says so.
+WITH_BODY = {"POST", "PUT"}
 
 
 class Relay:
@@ -150,7 +148,7 @@ class Exchange:
             try:
                 await self._ask(backend, body)
                 return
-            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            except Unreachable:
                 self.relay.backends.lost(backend)
             finally:
                 backend.in_flight -= 1
@@ -159,84 +157,74 @@ class Exchange:
 
     async def _ask(self, backend: Backend, body: Body) -> None:
         """Send the request to a backend and its answer to the client."""
-        address = backend.url + self.path.decode("ascii")
+        path = self.path
         if query := self.scope["query_string"]:
-            address += "?" + query.decode("ascii")  # httptools lets no other in
-        settings = self.relay.settings
+            path += b"?" + query
         method = self.scope["method"]
-        asking = self.relay.backends.session.request(
-            method,
-            URL(address, encoded=True),
-            headers=self._headers(),
-            # Without a body, these would lose the header that says so.
-            data=body.data if body.data or method in {"POST", "PUT"} else None,
-            allow_redirects=False,
-            skip_auto_headers=NO_EXTRAS,
-            timeout=aiohttp.ClientTimeout(
-                total=None,
-                sock_connect=settings.connect_timeout_s,
-                sock_read=settings.read_timeout_s,
-            ),
-        )
+        silence_s = self.relay.settings.read_timeout_s
         try:
-            async with asking as answer:
+            answer = await backend.upstream.ask(
+                method,
+                path,
+                self._headers(),
+                body.data if body.data or method in WITH_BODY else None,
+                silence_s=silence_s,
+            )
+            try:
                 body.drop()
                 await self._pass_on(answer)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
-            raise
+            finally:
+                answer.release()
         except TimeoutError:
-            raise silent(backend.name, settings.read_timeout_s) from None
-        except (aiohttp.ClientError, OSError) as error:
-            log.warning("backend %s: %s", backend.name, type(error).__name__)
+            raise silent(backend.name, silence_s) from None
+        except Broken as error:
+            log.warning("backend %s: %s", backend.name, error)
             raise broken(backend.name) from error
 
-    async def _pass_on(self, answer: aiohttp.ClientResponse) -> None:
-        kind = answer.headers.get("Content-Type", "")
-        encoded = "Content-Encoding" in answer.headers
-        self.streaming = kind.startswith("text/event-stream") and not encoded
-        is_json = "json" in kind and not encoded
-        pieces = Events() if self.streaming else Whole(is_json, answer.content_length)
+    async def _pass_on(self, answer: Connection) -> None:
+        told = dict(answer.headers)
+        kind = told.get(b"content-type", b"")
+        encoded = b"content-encoding" in told
+        self.streaming = kind.startswith(b"text/event-stream") and not encoded
+        is_json = b"json" in kind and not encoded
+        length = told.get(b"content-length")
+        pieces = (
+            Events()
+            if self.streaming
+            else Whole(is_json, int(length) if length else None)
+        )
         self.status = answer.status
         start: Message = {
             "type": "http.response.start",
             "status": answer.status,
-            "headers": _returned(answer.raw_headers),
+            "headers": _returned(answer.headers),
         }
         await self.send(start)
         first, last = True, False
         try:
-            async for data in answer.content.iter_any():
-                piece = pieces.feed(data)
+            while not last:
+                piece = pieces.feed(await answer.read())
                 self.told_all = pieces.ended
                 # The end comes with the last piece: one system call less per answer.
-                if last := answer.content.at_eof():
+                if last := answer.at_end:
                     piece += pieces.finish()
                 if piece or last:
                     await self.send(_body(piece, not last))
                 if piece and first:
                     first = False
                     self._first_piece()
-            if not last:
-                await self.send(_body(pieces.finish(), False))
         finally:  # a client may leave as soon as it has read the end
             for token_kind, count in pieces.tokens().items():
                 self.relay.metrics.tokens.labels(self.label, token_kind).inc(count)
 
-    def _headers(self) -> CIMultiDict[str]:
+    def _headers(self) -> list[Header]:
         """The client's headers that are meant for the backend."""
         dropped = NOT_FORWARDED | _named_by_connection(self.scope["headers"])
-        if self.relay.settings.api_keys or self.relay.backends.authorization:
+        own = self.relay.backends.authorization
+        if self.relay.settings.api_keys or own:
             dropped |= {b"authorization"}  # the key of this gateway goes no further
-        headers = CIMultiDict(self.relay.backends.authorization)
-        try:
-            for name, value in self.scope["headers"]:
-                if name not in dropped:
-                    headers.add(name.decode("ascii"), value.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise Refusal(
-                400, "invalid_header", "A header is neither ASCII nor UTF-8."
-            ) from None
-        return headers
+        sent = [header for header in self.scope["headers"] if header[0] not in dropped]
+        return own + sent
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answer in place of a backend, or end its answer so that this is seen."""
@@ -315,16 +303,15 @@ def model_of(data: bytes) -> str:
     return model
 
 
-def _named_by_connection(headers: Sequence[tuple[bytes, bytes]]) -> set[bytes]:
-    """Headers that the client's Connection header declares to be for us only."""
+def _named_by_connection(headers: Sequence[Header]) -> set[bytes]:
+    """Headers that a Connection header declares to be for its two ends only."""
     values = [value for name, value in headers if name == b"connection"]
     return {name.strip().lower() for value in values for name in value.split(b",")}
 
 
-def _returned(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    lowered = [(name.lower(), value) for name, value in headers]
-    dropped = NOT_RETURNED | _named_by_connection(lowered)
-    return [(name, value) for name, value in lowered if name not in dropped]
+def _returned(headers: Sequence[Header]) -> list[Header]:
+    dropped = NOT_RETURNED | _named_by_connection(headers)
+    return [header for header in headers if header[0] not in dropped]
 
 
 def _body(data: bytes, more: bool) -> Message:
