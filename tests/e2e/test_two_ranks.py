@@ -61,7 +61,8 @@ def test_every_other_family(tmp_path: Path) -> None:
         folder.mkdir()
         zeros, *right = make_pruned(folder, case)
         convert(open_checkpoint(zeros), folder / "packed", "bitmask")
-        for how in ("tensors", "experts"):
+        # How blocks are split is the same for every family: time matters here.
+        for how in ("tensors", "experts") if name in {"arctic", "v3"} else ("experts",):
             options = {
                 "enable_expert_parallel": how == "experts",
                 **ENGINE[case.family],

@@ -105,7 +105,7 @@ struct Encoded {
   }
 
   void finish() {
-    values.insert(values.end(), 32, of<T>(0.0f));
+    values.insert(values.end(), TAIL, of<T>(0.0f));
     scales.shrink_to_fit();
     values.shrink_to_fit();
   }

@@ -20,8 +20,8 @@ from torch import Tensor
 BLOCK = 16
 PAIR = 32
 STEP = 32
-TAIL = 32
-"""Elements behind the last value, which kernels read but never use."""
+TAIL = 64
+"""Elements behind the last value, which kernels read but never use (``moe.h``)."""
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 FP8 = torch.float8_e4m3fn
 

@@ -50,13 +50,16 @@ struct Sums {
         for (auto& row : block) row = _mm512_setzero_ps();
   }
 
-  // One input; x: that of the first row.
-  void add(int chain, const float* x, int64_t x_stride, __m512 left, __m512 right) {
+  // One input; x: that of the first row, times the scales of the two blocks if they have
+  // any, else the same twice.
+  void add(int chain, const float* x_left, const float* x_right, int64_t x_stride,
+           __m512 left, __m512 right) {
     for (int row = 0; row < M; ++row) {
-      const __m512 input = _mm512_set1_ps(x[row * x_stride]);
       __m512(&sums)[2][M] = held[chain % CHAINS];
-      sums[0][row] = _mm512_fmadd_ps(input, left, sums[0][row]);
-      sums[1][row] = _mm512_fmadd_ps(input, right, sums[1][row]);
+      sums[0][row] =
+          _mm512_fmadd_ps(_mm512_set1_ps(x_left[row * x_stride]), left, sums[0][row]);
+      sums[1][row] =
+          _mm512_fmadd_ps(_mm512_set1_ps(x_right[row * x_stride]), right, sums[1][row]);
     }
   }
 
@@ -71,22 +74,38 @@ struct Sums {
   }
 };
 
+// Some inputs from k0 on times the scales of a block.
+template <class V>
+void scale(const Stream& block, int64_t k0, int64_t inputs, const float* x, float* scaled) {
+  for (int64_t i = 0; i < inputs; i += 16) {
+    const float factor = block.scales[(k0 + i) / STEP] * Stored<V>::FACTOR;
+    _mm512_store_ps(scaled + i, _mm512_mul_ps(_mm512_set1_ps(factor), _mm512_load_ps(x + i)));
+  }
+}
+
 // M rows of x as weights are expanded; y is added to.
 template <class V, int M>
 void rows(const Stream pair[2], const Tokens& x, int64_t k, float* y) {
   Cursor<V> left(pair[0]), right(pair[1]);
-  alignas(64) float wide[M * CHUNK];
+  alignas(64) float wide[M * CHUNK], other[SCALED<V> ? M * CHUNK : 1];
+  const float* wide_right = SCALED<V> ? other : wide;
   for (int64_t k0 = 0; k0 < k; k0 += CHUNK) {
     const int64_t inputs = k - k0 < CHUNK ? k - k0 : CHUNK;
     x.widen(x.from(0, k0), inputs, wide, CHUNK, M);
+    if constexpr (SCALED<V>)
+      for (int64_t row = 0; row < M * CHUNK; row += CHUNK) {
+        scale<V>(pair[1], k0, inputs, wide + row, other + row);
+        scale<V>(pair[0], k0, inputs, wide + row, wide + row);
+      }
     Sums<M> sums;
     sums.clear();
     for (int64_t i = 0; i < inputs; i += 8)
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u) {
-        const Two a = left.expanded((k0 + i) / 2, u), b = right.expanded((k0 + i) / 2, u);
-        sums.add(2 * u, wide + i + 2 * u, CHUNK, a.first, b.first);
-        sums.add(2 * u + 1, wide + i + 2 * u + 1, CHUNK, a.second, b.second);
+        const int64_t step = (k0 + i) >> 1, at = i + 2 * u;
+        const Two a = left.expanded(step, u), b = right.expanded(step, u);
+        sums.add(2 * u, wide + at, wide_right + at, CHUNK, a.first, b.first);
+        sums.add(2 * u + 1, wide + at + 1, wide_right + at + 1, CHUNK, a.second, b.second);
       }
     sums.add_to(y);
   }
@@ -99,7 +118,7 @@ void dense_rows(const float* panel, int64_t inputs, const float* wide, float* y)
   sums.clear();
   for (int64_t i = 0; i < inputs; i += 4, panel += 4 * WIDTH)
     for (int u = 0; u < 4; ++u)
-      sums.add(u, wide + i + u, PANEL, _mm512_load_ps(panel + u * WIDTH),
+      sums.add(u, wide + i + u, wide + i + u, PANEL, _mm512_load_ps(panel + u * WIDTH),
                _mm512_load_ps(panel + u * WIDTH + BLOCK));
   sums.add_to(y);
 }
@@ -109,6 +128,17 @@ constexpr DenseRows DENSE_ROWS[HELD + 1] = {
     nullptr,        dense_rows<1>,  dense_rows<2>, dense_rows<3>, dense_rows<4>,
     dense_rows<5>,  dense_rows<6>,  dense_rows<7>, dense_rows<8>, dense_rows<9>,
     dense_rows<10>, dense_rows<11>, dense_rows<12>};
+
+// Values from a step on times the scale that they have in common.
+template <class V>
+Two scaled(Two values, const Stream& block, int64_t step) {
+  if constexpr (SCALED<V>) {
+    const __m512 factor =
+        _mm512_set1_ps(block.scales[2 * step / STEP] * Stored<V>::FACTOR);
+    return {_mm512_mul_ps(values.first, factor), _mm512_mul_ps(values.second, factor)};
+  }
+  return values;
+}
 
 template <class V>
 void many_rows(const Stream pair[2], const Tokens& x, int64_t m, int64_t k, float* y) {
@@ -121,7 +151,9 @@ void many_rows(const Stream pair[2], const Tokens& x, int64_t m, int64_t k, floa
     for (int64_t i = 0; i < inputs; i += 8)
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u) {
-        const Two a = left.expanded((k0 + i) / 2, u), b = right.expanded((k0 + i) / 2, u);
+        const int64_t step = (k0 + i) >> 1;
+        const Two a = scaled<V>(left.expanded(step, u), pair[0], step),
+                  b = scaled<V>(right.expanded(step, u), pair[1], step);
         float* target = panel + (i + 2 * u) * WIDTH;
         _mm512_store_ps(target, a.first);
         _mm512_store_ps(target + BLOCK, b.first);

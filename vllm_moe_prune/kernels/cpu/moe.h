@@ -18,6 +18,7 @@ constexpr int WIDTH = 32;  // outputs of a pair
 constexpr int STEP = 32;   // inputs are padded to a multiple of this
 constexpr int ROWS = 16;   // tokens of a tile
 constexpr int PIECE = 64;  // inputs of a block that are encoded at a time, at most
+constexpr int TAIL = 64;   // values behind the last one: read, but never used
 constexpr int GROUP = 8;   // pairs that are multiplied one after the other, at most
 
 inline int64_t round_up(int64_t value, int64_t step) {

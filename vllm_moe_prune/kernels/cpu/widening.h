@@ -52,15 +52,21 @@ inline __m512i load8(const uint8_t* values) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
 }
 
-// What values are stored as, and as what they are read.
+// What values are stored as, and as what they are read: e4m3 without its scale, and
+// integers with it.
 template <class T>
 struct Stored;
+
+template <class V>
+constexpr bool SCALED = false;
+template <>
+constexpr bool SCALED<F8> = true;
 
 template <>
 struct Stored<F32> {
   using Bits = uint32_t;
 
-  static Two expanded(uint32_t mask, const Bits* values, const float*) {
+  static Two expanded(uint32_t mask, const Bits* values) {
     __m512i even, odd;
     placed(mask, values, load32, even, odd);
     return {_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)};
@@ -71,7 +77,7 @@ template <>
 struct Stored<Bf16> {
   using Bits = uint16_t;
 
-  static Two expanded(uint32_t mask, const Bits* values, const float*) {
+  static Two expanded(uint32_t mask, const Bits* values) {
     __m512i even, odd;
 #ifdef __AVX512VBMI2__
     __m512i both = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
@@ -90,7 +96,7 @@ template <>
 struct Stored<F16> {
   using Bits = uint16_t;
 
-  static Two expanded(uint32_t mask, const Bits* values, const float*) {
+  static Two expanded(uint32_t mask, const Bits* values) {
     __m512i even, odd;
 #ifdef __AVX512VBMI2__
     even = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
@@ -103,27 +109,24 @@ struct Stored<F16> {
   }
 };
 
-// e4m3 times its scale. With the bits of e4m3 in the upper byte, a shift by one makes it a
-// half-precision number 2^-8 as large, denormals too.
+// e4m3, 2^-8 as large: its bits in the upper byte of a word, shifted by one, are a number
+// of half precision, denormals too.
 template <>
 struct Stored<F8> {
   using Bits = uint8_t;
+  static constexpr float FACTOR = 0x1p8f;
 
-  static Two expanded(uint32_t mask, const Bits* values, const float* scale) {
-    __m256i first, second;  // 16 bits an output, of which the upper ones count
-#ifdef __AVX512VBMI2__
-    second = _mm256_maskz_expand_epi8(
-        mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
-    first = _mm256_slli_epi16(second, 8);
-#else
+  static Two expanded(uint32_t mask, const Bits* values) {
     __m512i even, odd;
     placed(mask, values, load8, even, odd);
-    first = _mm256_slli_epi16(_mm512_cvtepi32_epi16(even), 8);
-    second = _mm256_slli_epi16(_mm512_cvtepi32_epi16(odd), 8);
-#endif
-    const __m512 factor = _mm512_set1_ps(*scale * 0x1p8f);
-    return {_mm512_mul_ps(factor, as_floats(first)),
-            _mm512_mul_ps(factor, as_floats(second))};
+    return {as_floats(_mm256_slli_epi16(_mm512_cvtepi32_epi16(even), 8)),
+            as_floats(_mm256_slli_epi16(_mm512_cvtepi32_epi16(odd), 8))};
+  }
+
+  // Of what has e4m3 in the upper byte of every word, NaNs apart.
+  static __m512i halves(__m512i words) {
+    return _mm512_and_si512(_mm512_srai_epi16(words, 1),
+                            _mm512_set1_epi16(static_cast<short>(0xbf80)));
   }
 
   static __m512 as_floats(__m256i words) {
@@ -141,24 +144,57 @@ template <class V>
 struct Cursor {
   const uint32_t* masks;
   const typename Stored<V>::Bits* values;
-  const float* scales;
 
   explicit Cursor(const Stream& from)
-      : masks(from.masks),
-        values(static_cast<const typename Stored<V>::Bits*>(from.values)),
-        scales(from.scales) {}
+      : masks(from.masks), values(static_cast<const typename Stored<V>::Bits*>(from.values)) {}
 
   Two expanded(int64_t fours, int more) {
-    const int64_t step = fours + more;
-    const uint32_t mask = masks[step];
+    const uint32_t mask = masks[fours + more];
     if (more % 2 == 0)
       _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
-    const Two found =
-        Stored<V>::expanded(mask, values, scales ? scales + step / (STEP / 2) : nullptr);
+    const Two found = Stored<V>::expanded(mask, values);
     values += __builtin_popcount(mask);
     return found;
   }
 };
+
+#ifdef __AVX512VBMI2__
+// Two steps are put in their places at once; the second waits in registers.
+template <>
+struct Cursor<F8> {
+  const uint32_t* masks;
+  const uint8_t* values;
+  __m512i first, second;  // halves of both steps
+
+  explicit Cursor(const Stream& from)
+      : masks(from.masks), values(static_cast<const uint8_t*>(from.values)) {}
+
+  Two expanded(int64_t fours, int more) {
+    if (more % 2)
+      return {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(first, 1)),
+              _mm512_cvtph_ps(_mm512_extracti64x4_epi64(second, 1))};
+    const uint32_t* two = masks + fours + more;
+    const uint64_t mask = two[0] | static_cast<uint64_t>(two[1]) << 32;
+    _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
+    __m512i packed = _mm512_loadu_si512(values);
+    asm("" : "+v"(packed));  // expanding straight from memory takes longer
+    const __m512i bytes = _mm512_maskz_expand_epi8(mask, packed);
+    values += __builtin_popcountll(mask);
+    first = Stored<F8>::halves(_mm512_slli_epi16(bytes, 8));
+    second = Stored<F8>::halves(bytes);
+    const __m512i all = _mm512_set1_epi8(0x7f);
+    const __mmask64 nan = _mm512_cmpeq_epi8_mask(_mm512_and_si512(bytes, all), all);
+    if (__builtin_expect(nan != 0, 0)) {
+      const __m512i here = _mm512_movm_epi8(nan), none = _mm512_set1_epi16(0x7e00);
+      first = _mm512_mask_mov_epi16(
+          first, _mm512_movepi16_mask(_mm512_slli_epi16(here, 8)), none);
+      second = _mm512_mask_mov_epi16(second, _mm512_movepi16_mask(here), none);
+    }
+    return {_mm512_cvtph_ps(_mm512_castsi512_si256(first)),
+            _mm512_cvtph_ps(_mm512_castsi512_si256(second))};
+  }
+};
+#endif
 
 // Each output has 32 bits of its own: 8 inputs of 4 bits, from -8 on, or 4 of 8, signed.
 template <int BITS>
