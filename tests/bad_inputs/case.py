@@ -49,8 +49,6 @@ class Case:
     leaves: tuple[str, ...] = ()
     """What a run that had begun its work may leave beside what was there."""
     env: dict[str, str] = field(default_factory=dict)
-    todo: str = ""
-    """Why the product does not do this yet."""
 
 
 @dataclass(frozen=True)

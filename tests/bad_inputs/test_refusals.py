@@ -6,7 +6,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from _pytest.mark import ParameterSet
 
 from . import (
     cases_checkpoint,
@@ -45,19 +44,7 @@ def test_every_case_has_a_name_of_its_own() -> None:
     assert sorted(set(names)) == sorted(names)
 
 
-def parameters() -> list[ParameterSet]:
-    """The cases; those that are known to fail must do so."""
-    return [
-        pytest.param(
-            case,
-            id=case.name,
-            marks=[pytest.mark.xfail(reason=case.todo)] if case.todo else [],
-        )
-        for case in CASES
-    ]
-
-
-@pytest.mark.parametrize("case", parameters())
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bad_input_is_refused(
     case: Case,
     good: Path,

@@ -131,6 +131,7 @@ def test_flags_win_over_variables(
         ("--backend a=http://x --max-body-mib 0", "max_body_mib: "),
         ("--backend a=http://x --api-key-file none", "none: No such file"),
         ("--backend a=http://x --api-key-file empty", "empty: no key in it"),
+        ("--backend a=http://x --api-key-file binary", "binary: byte 1 is not UTF-8"),
         ("--backend a=http://x --host 203.0.113.1", "cannot listen on 203.0.113.1"),
     ],
 )
@@ -143,6 +144,7 @@ def test_what_is_refused_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").touch()
+    (tmp_path / "binary").write_bytes(b"a\xff")
     ran = run_cli(f"gateway {arguments}", monkeypatch, capsys)
     assert ran.status == 2
     assert ran.stderr.startswith("error: ")

@@ -98,7 +98,13 @@ def load_settings(flags: Mapping[str, Any]) -> GatewaySettings:
         )
     if settings.api_key_file is None:
         return settings
-    lines = settings.api_key_file.read_text("utf-8").splitlines()
+    try:
+        lines = settings.api_key_file.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ServeError(
+            f"{settings.api_key_file}: byte {error.start} is not UTF-8; a text file "
+            "with one key per line is needed."
+        ) from error
     keys = tuple(SecretStr(line.strip()) for line in lines if line.strip())
     if not keys:
         raise ServeError(f"{settings.api_key_file}: no key in it; one per line.")
