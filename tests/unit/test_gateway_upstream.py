@@ -74,6 +74,7 @@ async def answer_to(raw: bytes, method: str = "GET") -> tuple[int, bytes, bool]:
 def test_it_does_not_matter_where_packets_end(raw: bytes, cuts: list[int]) -> None:
     async def parse() -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         connection = Connection([])
+        connection._begin("GET")
         places = [0, *sorted({min(cut, len(raw)) for cut in cuts}), len(raw)]
         for start, end in pairwise(places):
             connection.data_received(raw[start:end])

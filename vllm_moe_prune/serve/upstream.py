@@ -118,7 +118,7 @@ class Upstream:
 
     async def _connected(self) -> "Connection":
         if self.idle:
-            return self.idle[-1].taken()
+            return self.idle.pop()
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self.connect_timeout_s):
@@ -144,6 +144,7 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._begin("")
+        self._ended = True  # nothing has been asked
 
     def _begin(self, method: str) -> None:
         self.status = 0
@@ -167,6 +168,7 @@ class Connection(asyncio.Protocol):
             Broken: It ends first, or what comes is no HTTP.
             TimeoutError: Nothing comes.
         """
+        self._drop_timer()
         self._begin(method)
         self._silence_s, self._heard = silence_s, time.monotonic()
         self._timer = self.loop.call_later(silence_s, self._look)
@@ -204,12 +206,6 @@ class Connection(asyncio.Protocol):
         self._timer = self.loop.call_later(KEEP_ALIVE_S, self.close)
         self.idle.append(self)
 
-    def taken(self) -> "Connection":
-        """Itself, idle no more."""
-        self.idle.remove(self)
-        self._drop_timer()
-        return self
-
     def close(self) -> None:
         """At once; a backend whose answer is not complete sees that nobody waits."""
         self._drop_timer()
@@ -227,8 +223,8 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """More of the answer."""
-        if self in self.idle or self._ended:
-            self._keep = False  # nobody asked for this
+        if self._ended:  # nobody asked for this
+            self._keep = False
             self.close()
             return
         self._heard = time.monotonic()
