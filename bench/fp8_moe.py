@@ -10,9 +10,6 @@ difference over the largest output.
 """
 
 import json
-import statistics
-import time
-from functools import partial
 
 import torch
 from sparse_moe import (
@@ -20,11 +17,10 @@ from sparse_moe import (
     Shape,
     arguments,
     describe_machine,
+    in_turns,
     level,
     prepare,
-    random_ids,
     save,
-    timed,
 )
 from torch import Tensor
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
@@ -119,18 +115,11 @@ def measure(
     """Milliseconds of each way, which take turns, and how far they are apart."""
     x = torch.randn(count, shape.hidden).bfloat16()
     weights = torch.rand(count, shape.top_k)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    start, rounds = time.perf_counter(), 0
-    while rounds < 4 or time.perf_counter() - start < seconds * len(ways):
-        rounds += 1
-        ids = random_ids(shape, count)
-        for name, call in ways.items():
-            times[name].append(timed(partial(call, x, weights, ids)))
-    taken = {name: statistics.median(found[1:]) for name, found in times.items()}
-    mine, theirs = (call(x, weights, ids).float() for call in ways.values())
+    taken, routed = in_turns(shape, ways, x, weights, seconds)
+    mine, theirs = (call(x, weights, routed[-1]).float() for call in ways.values())
     return {
         "tokens": count,
-        "rounds": rounds - 1,
+        "rounds": len(routed) - 1,
         "ms": {name: round(1e3 * value, 3) for name, value in taken.items()},
         "against_vllm": round(taken["vLLM"] / taken["ours"], 2),
         "apart": round(float((mine - theirs).abs().max() / theirs.abs().max()), 4),

@@ -13,9 +13,6 @@ over the largest output. zentorch is installed as bench/sparse_moe.py says.
 
 import contextlib
 import json
-import statistics
-import time
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,12 +22,11 @@ from sparse_moe import (
     Shape,
     arguments,
     describe_machine,
+    in_turns,
     level,
     prepare,
-    random_ids,
     save,
     stock,
-    timed,
 )
 from torch import Tensor
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
@@ -175,21 +171,14 @@ def measure(
     """Milliseconds of each way, which take turns, and how far off it is."""
     x = torch.randn(count, shape.hidden).bfloat16()
     weights = torch.rand(count, shape.top_k)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    start, rounds = time.perf_counter(), 0
-    while rounds < 4 or time.perf_counter() - start < seconds * len(ways):
-        rounds += 1
-        ids = random_ids(shape, count)
-        for name, call in ways.items():
-            times[name].append(timed(partial(call, x, weights, ids)))
-    taken = {name: statistics.median(found[1:]) for name, found in times.items()}
-    row: dict[str, Any] = {"tokens": count, "rounds": rounds - 1}
+    taken, routed = in_turns(shape, ways, x, weights, seconds)
+    row: dict[str, Any] = {"tokens": count, "rounds": len(routed) - 1}
     row["ms"] = {name: round(1e3 * value, 3) for name, value in taken.items()}
     others = [value for name, value in taken.items() if name.endswith("int4")]
     if others:
         row["against_fastest_int4"] = round(min(others) / taken["ours"], 2)
     row["against_bf16"] = round(taken["vLLM bf16"] / taken["ours"], 2)
-    few = (x[:1], weights[:1], ids[:1])
+    few = (x[:1], weights[:1], routed[-1][:1])
     expected = check(*few)
     row["error"] = {
         name: round(

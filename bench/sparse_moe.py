@@ -229,6 +229,24 @@ def zentorch() -> Callable[..., Tensor] | None:
     return call
 
 
+def in_turns(
+    shape: Shape, ways: dict[str, Call], x: Tensor, weights: Tensor, seconds: float
+) -> tuple[dict[str, float], list[Tensor]]:
+    """Median seconds of each way, which take turns, and where tokens went each time.
+
+    The first round warms up and does not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    routed: list[Tensor] = []
+    start = time.perf_counter()
+    while len(routed) < 4 or time.perf_counter() - start < seconds * len(ways):
+        ids = random_ids(shape, len(x))
+        routed.append(ids)
+        for name, call in ways.items():
+            times[name].append(timed(partial(call, x, weights, ids)))
+    return {name: statistics.median(found[1:]) for name, found in times.items()}, routed
+
+
 def measure(
     shape: Shape, zeros: str, tokens: list[int], seconds: float, amx: bool
 ) -> Iterator[Row]:
@@ -245,16 +263,8 @@ def measure(
     for count in tokens:
         x = torch.randn(count, shape.hidden).bfloat16()
         weights = torch.rand(count, shape.top_k)
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        experts: list[int] = []
-        start = time.perf_counter()
-        while len(experts) < 4 or time.perf_counter() - start < seconds * len(ways):
-            ids = random_ids(shape, count)
-            experts.append(len(ids.unique()))
-            for name, call in ways.items():
-                times[name].append(timed(partial(call, x, weights, ids)))
-        # The first round warms up.
-        taken = {name: statistics.median(found[1:]) for name, found in times.items()}
+        taken, routed = in_turns(shape, ways, x, weights, seconds)
+        experts = [len(ids.unique()) for ids in routed]
         read_gb_s = READ.nbytes / taken.pop("reading") / 1e9
         fastest = min(taken[name] for name in dense_ways)
         share = statistics.mean(experts) / shape.experts
