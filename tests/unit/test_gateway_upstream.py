@@ -254,8 +254,11 @@ def test_a_backend_waits_for_who_does_not_read() -> None:
 
 
 def test_nobody_there() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        raise AssertionError("nobody should have come")
+
     async def ask() -> None:
-        async with backend(None) as asked:  # type: ignore[arg-type]
+        async with backend(talk) as asked:
             pass
         with pytest.raises(Unreachable):
             await asked.ask("GET", b"/", silence_s=5)

@@ -138,26 +138,31 @@ class Backends:
         """Put into the metrics what pruning did to the model."""
         record: Any = None
         try:
-            record = json.loads(await self._tell(backend, f"{PREFIX}/provenance"))
+            status, body = await self._get(backend, f"{PREFIX}/provenance")
+            if status == 200:
+                record = json.loads(body)
         except (Unreachable, Broken, TimeoutError, ValueError, RecursionError) as error:
-            log.info("backend %s tells of no pruning: %s", backend.name, error)
+            log.warning("backend %s: no provenance: %s", backend.name, error)
         self.metrics.show_model(
             backend.name, record if isinstance(record, dict) else None
         )
 
     async def _tell(self, backend: Backend, path: str) -> bytes:
-        """The body of a GET that succeeds.
+        """The body of a GET that is no error.
 
         Raises:
             Unreachable, TimeoutError: There is no answer.
-            Broken: It is not whole, or no success.
+            Broken: It is not whole, or an error.
         """
-        status, body = await backend.upstream.fetch(
-            path.encode(), self.authorization, POLL_TIMEOUT_S, LONGEST_BYTES
-        )
-        if status != 200:
+        status, body = await self._get(backend, path)
+        if status >= 400:
             raise Broken(f"{path} is {status}")
         return body
+
+    async def _get(self, backend: Backend, path: str) -> tuple[int, bytes]:
+        return await backend.upstream.fetch(
+            path.encode(), self.authorization, POLL_TIMEOUT_S, LONGEST_BYTES
+        )
 
     def _note(self, backend: Backend, up: bool, why: str) -> None:
         if backend.up != up:

@@ -224,7 +224,6 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """More of the answer."""
         if self._ended:  # nobody asked for this
-            self._keep = False
             self.close()
             return
         self._heard = time.monotonic()
@@ -244,7 +243,9 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     def eof_received(self) -> None:
-        """Nothing more will come; the transport closes itself."""
+        """Nothing more will come; the transport closes itself, later than this."""
+        if self._ended:  # until then it would be taken for the next request
+            self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Closed, by either side."""
