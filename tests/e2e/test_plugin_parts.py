@@ -1,5 +1,8 @@
 """The plugin's parts that need no engine: tally, routing, refused flags."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -278,6 +281,34 @@ def test_registering_twice_is_harmless() -> None:
     extra = {"plan": "plan.json"}
     config = LoadConfig(load_format=LOAD_FORMAT, model_loader_extra_config=extra)
     assert type(get_model_loader(config)).__name__ == "PruningLoader"
+
+
+REGISTERING = """
+import sys
+from vllm.platforms import current_platform  # as every process of a server has
+from vllm_moe_prune.plugin import register
+register()
+dear = ("layers.linear", "layers.fused_moe", "layers.rotary_embedding", "model_loader")
+assert not [name for name in dear if "vllm.model_executor." + name in sys.modules]
+from vllm.model_executor.layers.quantization import get_quantization_config
+for name in ("moe_prune", "compressed-tensors"):
+    assert get_quantization_config(name).__name__ == "Deferred"
+    assert get_quantization_config(name).get_config_filenames() == []
+assert type(get_quantization_config("moe_prune")()).__name__ == "MoePruneConfig"
+from vllm.model_executor import model_loader
+assert model_loader.__loader__ is model_loader.__spec__.loader
+assert "_Then" not in repr(model_loader.__loader__)
+assert not [one for one in sys.meta_path if type(one).__name__ == "_Watch"]
+if current_platform.is_cpu():
+    from vllm.model_executor.custom_op import op_registry_oot
+    assert "RotaryEmbedding" in op_registry_oot
+"""
+
+
+@pytest.mark.vllm
+def test_registering_imports_nothing_a_model_is_made_of() -> None:
+    environment = os.environ | {"VLLM_PLUGINS": ""}
+    subprocess.run([sys.executable, "-c", REGISTERING], env=environment, check=True)
 
 
 @pytest.mark.vllm

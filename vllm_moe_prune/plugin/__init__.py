@@ -5,6 +5,7 @@ calls ``register`` once in every process; nothing here imports vLLM or torch bef
 that, and the model classes are named by string so that vLLM imports them when needed.
 
     compat.py    supported vLLM versions, vLLM's quirks
+    deferred.py  told to vLLM now, imported when it is needed
     symbols/     every symbol of vLLM's that we use
     served.py    from vLLM's configuration to checked layers; flags that are refused
     layers.py    what each decoder layer holds, from config.json and the remap table
@@ -30,6 +31,7 @@ that, and the model classes are named by string so that vLLM imports them when n
 """
 
 from functools import cache
+from typing import Any
 
 LOAD_FORMAT = "moe_prune"
 
@@ -53,18 +55,17 @@ def register() -> None:
     check_version()
     allow_amx()
     allow_uneven_mla()
-    mend_cpu_rotary()
     configs.register()
 
     from vllm import ModelRegistry
     from vllm.model_executor.layers.quantization import register_quantization_config
-    from vllm.model_executor.model_loader import register_model_loader
 
     from ..checkpoint.compressed import METHOD
     from ..checkpoint.quantised import METHOD as QUANTISED
-    from .loader import PruningLoader
-    from .quantised_moe import FallbackConfig
-    from .sparse_moe import MoePruneConfig
+    from .deferred import quantisation, when_imported
+
+    when_imported("vllm.model_executor.layers.rotary_embedding", mend_cpu_rotary)
+    when_imported("vllm.model_executor.model_loader", _register_loader)
 
     for model_type in supported():
         arch = find_arch(model_type, __name__)
@@ -73,7 +74,25 @@ def register() -> None:
             names.append(arch.stock_architecture)
         for name in names:
             ModelRegistry.register_model(name, f"{__name__}.models.{model_type}:{name}")
-    # Unlike models, vLLM takes a loader as a class only, never as a string.
+    register_quantization_config(METHOD)(quantisation(_experts_without_zeros))
+    register_quantization_config(QUANTISED)(quantisation(_quantised_experts))
+
+
+def _register_loader() -> None:
+    from vllm.model_executor.model_loader import register_model_loader
+
+    from .loader import PruningLoader
+
     register_model_loader(LOAD_FORMAT)(PruningLoader)
-    register_quantization_config(METHOD)(MoePruneConfig)
-    register_quantization_config(QUANTISED)(FallbackConfig)
+
+
+def _experts_without_zeros() -> type[Any]:
+    from .sparse_moe import MoePruneConfig
+
+    return MoePruneConfig
+
+
+def _quantised_experts() -> type[Any]:
+    from .quantised_moe import FallbackConfig
+
+    return FallbackConfig
