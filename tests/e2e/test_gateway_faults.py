@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +317,38 @@ def test_a_body_that_never_ends_and_a_reader_that_never_reads(
     with connect(front, request):
         until(lambda: seen(backend)[-1]["ended"] == "cancelled", "let go")
     assert resident_mib(front) < before + 50, "200 MB were there to be held back"
+
+
+class Odd(BaseHTTPRequestHandler):
+    """Answers with the status that its path ends in, and announces five bytes."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        last = self.path.rpartition("/")[2]
+        models = b'{"object": "list", "data": [{"id": "odd"}]}'
+        self.send_response(int(last) if last.isdigit() else 200)
+        self.send_header("content-type", "application/json")
+        size = len(models) if last == "models" else 0 if last == "health" else 5
+        self.send_header("content-length", str(size))
+        self.end_headers()
+        self.wfile.write(models if last == "models" else b"")
+
+    def log_message(self, *_: object) -> None:
+        """Not on stderr."""
+
+
+def test_answers_whose_length_is_not_that_of_a_body(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with running(start_gateway(tmp_path, {"odd": address})) as (front,):
+            for status, seen_by_client in ((304, 304), (204, 204), (600, 502)):
+                answer = httpx.get(f"{front.url}/v1/{status}")
+                assert answer.status_code == seen_by_client
+            assert metric(front, "moe_prune_requests_total", status="600") == 0
+            assert "Traceback" not in front.said()
+        server.shutdown()
 
 
 def test_more_requests_than_allowed(stub: Start, gateway: Start) -> None:

@@ -97,7 +97,7 @@ def test_every_cell_can_be_read_with_the_keyboard(
     browser: Browser, gateway: Process
 ) -> None:
     with page_at(browser, f"{gateway.url}/?backend=pruned") as page:
-        heat, said = page.locator("#map"), page.locator("#readout")
+        heat, said = page.locator("#map"), page.get_by_role("status").last
         expect(page.locator("#rows tr")).to_have_count(2)
         heat.focus()
         page.keyboard.press("ArrowRight")

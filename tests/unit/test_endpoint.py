@@ -1,6 +1,7 @@
 """The routes inside vLLM's server, with what vLLM hands to endpoint plugins."""
 
 import asyncio
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,12 @@ pytest.importorskip("fastapi")
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from tests.reference import DROP_MOE, LayerCut, write_plan
+from tests.reference import DROP_MOE, LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.apply import cut
 from vllm_moe_prune.decide.plan import load_plan
-from vllm_moe_prune.errors import ServeError
+from vllm_moe_prune.errors import CheckpointError, ServeError
 from vllm_moe_prune.plugin.endpoint import MoePruneEndpoints, make_router
 from vllm_moe_prune.plugin.watch import EXTENSION, SWITCH
 from vllm_moe_prune.serve.site import PREFIX
@@ -34,7 +35,12 @@ class Engine:
             additional_config={SWITCH: on},
             parallel_config=SimpleNamespace(worker_extension_cls=extension),
             load_config=SimpleNamespace(load_format="auto", download_dir=None),
-            model_config=SimpleNamespace(model=str(model), revision=None),
+            model_config=SimpleNamespace(
+                model=str(model),
+                revision=None,
+                hf_config=SimpleNamespace(**read_json(model / "config.json")),
+                hf_text_config=SimpleNamespace(num_experts_per_tok=2),
+            ),
         )
 
     async def collective_rpc(self, method: str) -> list[Any]:
@@ -88,6 +94,19 @@ def test_an_original_has_nothing_to_tell_but_its_load(original: Path) -> None:
         assert answer.json()["detail"].startswith("Nothing was pruned")
     load = client.get("load").json()
     assert load == {"enabled": False, "since": None, "top_k": 2, "layers": []}
+
+
+def test_a_family_that_is_not_known_has_its_load(original: Path, pruned: Path) -> None:
+    for folder in (original, pruned):
+        config = read_json(folder / "config.json") | {"model_type": "nobody_knows"}
+        (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    client = client_of(Engine(original, on=True, extension=EXTENSION))
+    assert client.get("report").status_code == 404
+    load = client.get("load").json()
+    assert (load["top_k"], load["layers"][0]["experts"]) == (2, [3, 4])
+    # What this tool has pruned it knows, or something is wrong.
+    with pytest.raises(CheckpointError, match="'nobody_knows' is not supported"):
+        client_of(Engine(pruned))
 
 
 def test_workers_are_asked_only_while_counting_is_on(pruned: Path) -> None:

@@ -1,28 +1,23 @@
-"""The gateway's parts that need no server, and its bounds on slow heads."""
+"""The gateway's parts that need no server."""
 
 import json
 import re
-import socket
-import threading
-import time
 import tomllib
-from collections.abc import Iterator
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.bad_inputs.case import run_cli
-from tests.gateway import until
 from vllm_moe_prune.errors import ServeError
 from vllm_moe_prune.serve import needs
-from vllm_moe_prune.serve.http import bounded_http
 from vllm_moe_prune.serve.metrics import Metrics
 from vllm_moe_prune.serve.refusals import Refusal
+from vllm_moe_prune.serve.relay import model_of
 from vllm_moe_prune.serve.settings import PREFIX, GatewaySettings, load_settings
 from vllm_moe_prune.serve.stream import LONGEST_EVENT, Events, Whole, tokens_of
 
@@ -84,7 +79,45 @@ def test_token_counts(usage: Any, found: dict[str, int]) -> None:
     assert tokens_of(json.dumps({"usage": usage}).encode()) == found
 
 
-@pytest.mark.parametrize("data", [b"", b"[", b"[]", b"\xff", b'"usage"'])
+def stream_of(*events: dict[str, Any]) -> bytes:
+    return b"".join(b"data: %s\n\n" % json.dumps(event).encode() for event in events)
+
+
+@pytest.mark.parametrize(
+    ("stream", "found"),
+    [
+        (  # /v1/responses
+            stream_of(
+                {"type": "response.created", "response": {"usage": None}},
+                {"response": {"usage": {"input_tokens": 5, "output_tokens": 6}}},
+            ),
+            {"prompt": 5, "completion": 6},
+        ),
+        (  # /v1/messages
+            stream_of(
+                {"message": {"usage": {"input_tokens": 5, "output_tokens": 1}}},
+                {"delta": {"text": "Hello"}},
+                {"type": "message_delta", "usage": {"output_tokens": 9}},
+            ),
+            {"prompt": 5, "completion": 9},
+        ),
+        (  # every event tells the counts so far
+            stream_of(*({"usage": {"completion_tokens": n}} for n in range(4))),
+            {"completion": 3},
+        ),
+    ],
+)
+def test_streams_of_every_api_are_counted(stream: bytes, found: dict[str, int]) -> None:
+    for size in (len(stream), 1, 40):
+        events = Events()
+        for start in range(0, len(stream), size):
+            events.feed(stream[start : start + size])
+        assert events.tokens() == found
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"[", b"[]", b"\xff", b'"usage"', b'{"usage": {' + b"[" * 200_000]
+)
 def test_an_answer_without_counts_has_none(data: bytes) -> None:
     assert tokens_of(data) == {}
     whole = Whole(is_json=True)
@@ -118,6 +151,61 @@ def test_flags_win_over_variables(
     assert "k1" not in repr(settings) + settings.model_dump_json()
 
 
+def test_a_key_is_what_stands_in_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"backends": {"a": "http://one"}}
+    for value, expected in (("key\n", "key"), (" \n", None), ("", None)):
+        monkeypatch.setenv("MOE_PRUNE_BACKEND_API_KEY", value)
+        key = load_settings(given).backend_api_key
+        assert (key and key.get_secret_value()) == expected
+    for value in ("two\nlines", "kéy"):
+        monkeypatch.setenv("MOE_PRUNE_BACKEND_API_KEY", value)
+        with pytest.raises(ServeError, match="one line of printable ASCII") as raised:
+            load_settings(given)
+        assert value not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "model"),
+    [
+        (b'{"x": [{"model": "no"}, "\\"", "model"], "model": "m"}', "m"),
+        (b'{"model": "a", "model": "b"}', "b"),
+        (rb'{"mod\u0065l": "\u006d"}', "m"),
+        (b' {"model": "m", "x": [[], {}, -0.5e-3, null]}\n', "m"),
+        (b'{"model": "m", "x": "' + "ü".encode() + b'"}', "m"),
+    ],
+)
+def test_the_model_is_found_in_any_json(data: bytes, model: str) -> None:
+    assert model_of(data) == model
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b'{"model": "m", "x": [1,]}', "invalid_json"),
+        (b'{"model": "m"} x', "invalid_json"),
+        (b'{"model": "\xff"}', "invalid_json"),
+        (b'{"x": ' + b"[" * 100_000, "invalid_json"),
+        (b'{"model": 1}', "model_required"),
+        (b'{"x": {"model": "m"}}', "model_required"),
+        (b'["model", "m"]', "model_required"),
+    ],
+)
+def test_a_body_that_names_no_model_is_refused(data: bytes, code: str) -> None:
+    with pytest.raises(Refusal) as raised:
+        model_of(data)
+    assert raised.value.code == code
+
+
+def test_reading_the_model_builds_nothing_of_the_rest() -> None:
+    body = b'{"x": [' + b"[],{}," * 1_000_000 + b'[]], "model": "m"}'
+    tracemalloc.start()
+    try:
+        assert model_of(body) == "m"
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -125,6 +213,8 @@ def test_flags_win_over_variables(
         ("--backend http://x", "'http://x' is not NAME=URL"),
         ("--backend a=x", "'x' is not an http:// or https:// address"),
         ("--backend a=http://u:p@x", "leave out user"),
+        ("--backend a=http://x:99999", "'http://x:99999' has a port that is none"),
+        ("--backend a=http://x:abc", "'http://x:abc' has a port that is none"),
         ("--backend a/b=http://x", "name 'a/b' may only have letters"),
         ("--backend a=http://x --backend a=http://y", "two backends are called 'a'"),
         ("--backend a=http://x --port 70000", "port: "),
@@ -182,43 +272,3 @@ def test_refusals_are_errors_of_the_openai_api(status: int) -> None:
     headers = refusal.response().headers
     assert headers["retry-after"] == "5"
     assert ("www-authenticate" in headers) == (status == 401)
-
-
-@pytest.fixture
-def port() -> Iterator[int]:
-    """A uvicorn server under our protocol, with little patience."""
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"ok"})
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        protocol = bounded_http(stall_timeout_s=1, head_timeout_s=0.3)
-        config = uvicorn.Config(app, http=protocol, ws="none", log_level="error")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        until(lambda: server.started, "started")
-        yield listener.getsockname()[1]
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nx: "])
-def test_a_slow_head_is_not_waited_for(port: int, sent: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
-        start = time.monotonic()
-        client.sendall(sent)
-        assert client.recv(100) == b""
-        assert 0.2 < time.monotonic() - start < 3
-
-
-def test_a_connection_may_be_idle_between_requests(port: int) -> None:
-    request = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
-        for _ in range(2):
-            client.sendall(request[:10])
-            time.sleep(0.1)
-            client.sendall(request[10:])
-            assert client.recv(1000).startswith(b"HTTP/1.1 200")
-            time.sleep(0.6)

@@ -75,6 +75,13 @@ def test_load_of_an_original_names_its_experts(original: Checkpoint) -> None:
     assert load.layers[3].source_experts == list(range(8))
 
 
+def test_load_of_an_unknown_family_is_what_was_counted() -> None:
+    load = describe_load(None, None, {3: [1, 2], 1: [5]}, 1.0, top_k=4)
+    assert load.top_k == 4
+    assert [(each.layer, each.source_layer) for each in load.layers] == [(1, 1), (3, 3)]
+    assert load.layers[1].source_experts == [0, 1]
+
+
 def test_dense_layers_are_not_listed(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "v2", model_type="deepseek_v2")
     checkpoint = open_checkpoint(folder)

@@ -18,6 +18,7 @@ from fastapi.responses import HTMLResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 
+from ..archs import supported
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.remap import FILE_NAME, ExpertRemap, dump_remap
 from ..checkpoint.source import open_checkpoint
@@ -39,12 +40,15 @@ class Served:
 
     engine: Any
     """vLLM's EngineClient."""
-    checkpoint: Checkpoint
-    """What vLLM was given: a pruned checkpoint or an original."""
+    checkpoint: Checkpoint | None
+    """What vLLM was given: a pruned checkpoint or an original. None: an original of a
+    family that is not known here."""
     remap: ExpertRemap | None
     """None: nothing was pruned."""
     in_memory: bool
     """Whether it is pruned while it loads, so that no file says what was done."""
+    top_k: int
+    """Slots of a token, as the model says."""
     since: float | None
     """When counting of routed tokens began; None: it is off."""
     report: str | None = None
@@ -85,10 +89,11 @@ async def _open(engine: Any) -> Served:
         since = min(starts)
     in_memory = config.load_config.load_format == LOAD_FORMAT
     checkpoint, remap = await run_in_threadpool(_read, config, in_memory)
-    return Served(engine, checkpoint, remap, in_memory, since)
+    top_k = getattr(config.model_config.hf_text_config, "num_experts_per_tok", 1)
+    return Served(engine, checkpoint, remap, in_memory, top_k, since)
 
 
-def _read(config: Any, in_memory: bool) -> tuple[Checkpoint, ExpertRemap | None]:
+def _read(config: Any, in_memory: bool) -> tuple[Checkpoint | None, ExpertRemap | None]:
     if in_memory:
         from .loader import PruningLoader
 
@@ -97,6 +102,9 @@ def _read(config: Any, in_memory: bool) -> tuple[Checkpoint, ExpertRemap | None]
         return checkpoint, build_remap(checkpoint, plan)
     model = config.model_config
     folder = local_folder(model.model, model.revision, config.load_config.download_dir)
+    known = model.hf_config.model_type in supported()
+    if not known and not (folder / FILE_NAME).exists():
+        return None, None  # nothing of ours: there is only what was counted
     checkpoint = open_checkpoint(folder)
     return checkpoint, checkpoint.remap
 
@@ -117,7 +125,8 @@ def make_router(pages: Path = PAGES) -> APIRouter:
         if served.since is not None:
             workers = await served.engine.collective_rpc("moe_prune_read_load")
         return describe_load(
-            served.checkpoint, served.remap, merge(workers), served.since
+            *(served.checkpoint, served.remap, merge(workers)),
+            *(served.since, served.top_k),
         )
 
     @router.get("/remap")
@@ -175,4 +184,5 @@ def _pruned_folder(request: Request) -> Path:
         raise HTTPException(404, "Nothing was pruned: this is an original checkpoint.")
     if served.in_memory:
         raise HTTPException(404, "Pruned while it was loaded: nothing was written.")
+    assert served.checkpoint is not None  # there is a table of what became of it
     return served.checkpoint.folder

@@ -99,24 +99,31 @@ def merge(
 
 
 def describe_load(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | None,
     remap: ExpertRemap | None,
     counts: Mapping[int, list[int]],
     since: float | None,
+    top_k: int = 0,
 ) -> Load:
     """What was counted, in the terms of the original model too.
 
     Args:
-        checkpoint: What vLLM was given to serve.
+        checkpoint: What vLLM was given to serve; None: of a family not known here.
         remap: What became of the original's experts; None: it was never pruned.
         counts: Layer -> tokens per expert.
         since: When counting began; None: never.
+        top_k: Slots of a token, where the family is not known.
 
     Raises:
         ServeError: What was counted is not what the table says is served.
     """
-    top_k = max((layer.top_k for layer in checkpoint.moe_layers), default=0)
-    if remap is None:
+    if checkpoint is not None:
+        top_k = max((layer.top_k for layer in checkpoint.moe_layers), default=0)
+    if checkpoint is None:
+        experts = [
+            (layer, layer, tuple(range(len(counts[layer])))) for layer in sorted(counts)
+        ]
+    elif remap is None:
         experts = [
             (layer.index, layer.index, tuple(range(layer.num_experts)))
             for layer in checkpoint.decoder_layers

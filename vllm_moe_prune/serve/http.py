@@ -1,8 +1,13 @@
-"""uvicorn's HTTP protocol with bounds on what a client can make it hold or wait for."""
+"""uvicorn's HTTP protocol with bounds on what a client can make it hold or wait for.
+
+And with two of its ways set right: an offer to upgrade is declined without losing the
+body, and what a client sends behind a body is no header.
+"""
 
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from .refusals import Refusal
@@ -10,6 +15,8 @@ from .refusals import Refusal
 # uvicorn bounds neither; a line and headers of real clients take 2 KiB.
 HEAD_BYTES = 64 * 1024
 HEAD_TIMEOUT_S = 15
+# Headers that are about an upgrade; Java's HttpClient sends both with every request.
+UPGRADE = {b"upgrade", b"http2-settings"}
 
 
 class HeadTooLarge(Exception):
@@ -33,6 +40,7 @@ def bounded_http(
         unparsed_bytes = 0
         head_timer: asyncio.TimerHandle | None = None
         stall_timer: asyncio.TimerHandle | None = None
+        declining = False
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -44,10 +52,17 @@ def bounded_http(
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            super().data_received(data)
+            self._unset_keepalive_if_required()
+            size = len(data)
+            try:
+                while data:
+                    data = self._parsed(data)
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+                return
             # The parser keeps a header until it is complete: count what it was given.
             if self.head_timer is not None and not self.transport.is_closing():
-                self.unparsed_bytes += len(data)
+                self.unparsed_bytes += size
                 if self.unparsed_bytes > HEAD_BYTES:
                     self.send_400_response("")
 
@@ -61,11 +76,19 @@ def bounded_http(
 
         def on_header(self, name: bytes, value: bytes) -> None:
             self._count(len(name) + len(value))
-            super().on_header(name, value)
+            if self.head_timer is not None:  # else it is a trailer
+                super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
             self._head_is_here()
-            super().on_headers_complete()
+            # The parser takes what follows for another protocol; see _parsed.
+            self.declining = self.parser.should_upgrade()
+            if not self.declining:
+                super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            if not self.declining:
+                super().on_message_complete()
 
         def send_400_response(self, msg: str) -> None:
             refusal = Refusal(400, "invalid_http", msg)
@@ -90,6 +113,39 @@ def bounded_http(
         def resume_writing(self) -> None:
             self._writable()
             super().resume_writing()
+
+        def _parsed(self, data: bytes) -> bytes:
+            """Give bytes to the parser; returns those that it has to be given again.
+
+            A request that offers to upgrade is read as if it did not: RFC 9110, 7.8.
+            """
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                head = self._head_without_upgrade()
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                return head + data[upgrade.args[0] :]
+            return b""
+
+        def _head_without_upgrade(self) -> bytes:
+            """The request's line and headers again.
+
+            Raises:
+                httptools.HttpParserInvalidMethodError: It wants a tunnel.
+            """
+            method = self.parser.get_method()
+            if method == b"CONNECT":
+                raise httptools.HttpParserInvalidMethodError("no tunnels")
+            version = self.parser.get_http_version().encode()
+            lines = [b"%s %s HTTP/%s\r\n" % (method, self.url, version)]
+            for name, value in self.headers:
+                if name == b"connection":
+                    options = [option.strip() for option in value.split(b",")]
+                    value = b", ".join(o for o in options if o.lower() not in UPGRADE)
+                if name not in UPGRADE:
+                    lines.append(b"%s: %s\r\n" % (name, value))
+            return b"".join(lines) + b"\r\n"
 
         def _count(self, size: int) -> None:
             self.head_bytes += size

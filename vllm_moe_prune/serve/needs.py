@@ -6,8 +6,8 @@ from ..errors import ServeError
 
 # The modules of extra `gateway`.
 NEEDS = (
-    *("fastapi", "httptools", "prometheus_client", "pydantic_settings"),
-    *("uvicorn", "uvloop"),
+    *("fastapi", "httptools", "msgspec", "prometheus_client"),
+    *("pydantic_settings", "uvicorn", "uvloop"),
 )
 
 

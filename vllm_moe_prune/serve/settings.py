@@ -66,6 +66,15 @@ class GatewaySettings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("backend_api_key", mode="before")
+    @classmethod
+    def _check_key(cls, value: object) -> object:
+        if isinstance(value, str):
+            value = value.strip() or None
+            if value and not (value.isascii() and value.isprintable()):
+                raise ValueError("a key is one line of printable ASCII characters")
+        return value
+
     @property
     def max_body_bytes(self) -> int:
         """The largest request body."""
@@ -137,6 +146,10 @@ def _checked_backend(name: str, url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError(f"{name}: {url!r} is not an http:// or https:// address")
+    try:
+        _ = parts.port
+    except ValueError:
+        raise ValueError(f"{name}: {url!r} has a port that is none") from None
     if parts.query or parts.fragment or parts.username or parts.password:
         raise ValueError(f"{name}: leave out user, query and fragment of the address")
     return url.rstrip("/").removesuffix("/v1")

@@ -22,8 +22,9 @@ class Events:
 
     def __init__(self) -> None:
         self._rest = b""
-        self.usage = b""
-        """The last piece that has token counts in it."""
+        self.usages: list[bytes] = []
+        """The first and the last piece that have token counts in them: Anthropic's API
+        tells those of the prompt first, and those of the answer last."""
         self.ended = False
         """Whether the event has passed that says that no other will come."""
 
@@ -38,7 +39,7 @@ class Events:
             cut = ends[-1] if ends else 0
             whole, self._rest = data[:cut], data[cut:]
         if USAGE.search(whole):
-            self.usage = whole
+            self.usages = [*self.usages[:1], whole]
         self.ended = self.ended or whole.rstrip().endswith(b"data: [DONE]")
         return whole
 
@@ -48,11 +49,13 @@ class Events:
         return rest
 
     def tokens(self) -> dict[str, int]:
-        """Prompt and completion tokens that the stream told last, if it did."""
-        for line in reversed(self.usage.splitlines()):
-            if line.startswith(b"data:") and USAGE.search(line):
-                return tokens_of(line[5:])
-        return {}
+        """Prompt and completion tokens that the stream told; of each the last."""
+        found: dict[str, int] = {}
+        for piece in self.usages:
+            for line in piece.splitlines():
+                if line.startswith(b"data:") and USAGE.search(line):
+                    found |= tokens_of(line[5:])
+        return found
 
 
 class Whole:
@@ -89,14 +92,15 @@ class Whole:
 
 
 def tokens_of(data: bytes) -> dict[str, int]:
-    """Token counts of one JSON answer; both APIs' names for them are known."""
+    """Token counts of one JSON answer; all APIs' names for them are known."""
     try:
         answer: Any = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}  # not ours to judge: the client has these bytes
-    usage = answer.get("usage") if isinstance(answer, dict) else None
-    if not isinstance(usage, dict):
-        return {}
+    # The last event of /v1/responses holds the answer, as the first of /v1/messages.
+    holders = [answer, *(_field(answer, name) for name in ("response", "message"))]
+    usages = [_field(holder, "usage") for holder in holders]
+    usage = next((usage for usage in usages if isinstance(usage, dict)), {})
     names = {
         "prompt": ("prompt_tokens", "input_tokens"),
         "completion": ("completion_tokens", "output_tokens"),
@@ -108,3 +112,7 @@ def tokens_of(data: bytes) -> dict[str, int]:
                 found[kind] = count
                 break
     return found
+
+
+def _field(holder: Any, name: str) -> Any:
+    return holder.get(name) if isinstance(holder, dict) else None

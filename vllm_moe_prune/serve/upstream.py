@@ -269,6 +269,8 @@ class Connection(asyncio.Protocol):
             return
         if self._ended:
             return
+        if status > 599:
+            raise Broken(f"status {status}")
         self.status, self._has_head = status, True
         names = {name for name, _ in self.headers}
         framed = bool(names & {b"content-length", b"transfer-encoding"})

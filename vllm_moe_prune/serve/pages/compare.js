@@ -184,6 +184,7 @@ function verdict(results) {
 }
 
 async function send() {
+  if ($("send").disabled) return; // the keyboard submits all the same
   stopping = new AbortController();
   const { signal } = stopping;
   $("send").disabled = true;

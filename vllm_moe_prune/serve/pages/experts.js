@@ -151,8 +151,9 @@ function tell() {
   [...$("rows").children].forEach((line, at) => line.classList.toggle("chosen", at === state.cursor.row));
 }
 
+// Lines stay where they are, so that nobody who reads them loses the place.
 function table() {
-  $("rows").replaceChildren(...state.view.rows.map((row) => {
+  const lines = state.view.rows.map((row) => {
     const top = busiest(row.cells);
     const idle = row.cells.filter((cell) => cell.tokens === 0).length;
     const source = row.layer.source_layer === row.layer.layer ? "" : ` (was ${row.layer.source_layer})`;
@@ -167,6 +168,15 @@ function table() {
     const classes = ["n", "n", "", "n", "n", "n"];
     return make("tr", {}, make("th", { scope: "row", textContent: `${row.layer.layer}${source}` }),
       ...texts.map((textContent, at) => make("td", { textContent, className: classes[at] })));
+  });
+  const old = [...$("rows").children];
+  if (old.length !== lines.length) {
+    $("rows").replaceChildren(...lines);
+    return;
+  }
+  lines.forEach((line, row) => [...line.children].forEach((cell, at) => {
+    const shown = old[row].children[at];
+    if (shown.textContent !== cell.textContent) shown.textContent = cell.textContent;
   }));
 }
 
@@ -263,6 +273,7 @@ function point(row, column) {
   state.cursor = { row: inside(row, last), column: inside(column, state.view.layout.columns - 1) };
   draw();
   tell();
+  $("said").textContent = $("readout").textContent; // spoken when asked for, not at every refresh
 }
 
 function listen() {
