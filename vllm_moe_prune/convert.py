@@ -29,6 +29,7 @@ from .checkpoint.writer import (
     tensor_bytes,
     writing,
 )
+from .cut.card import source_card
 from .cut.copy import CHUNK_BYTES, tensor_view
 from .cut.output import (
     companions,
@@ -296,12 +297,11 @@ def _config(
 
 
 def _write_card(checkpoint: Checkpoint, folder: Path, layout: LayoutName) -> None:
-    path = checkpoint.folder / "README.md"
-    if not path.is_file():
+    text = source_card(checkpoint)
+    if text is None:
         return
-    text = path.read_text("utf-8").removesuffix(NOTE)
     note = NOTE if layout == "bitmask" else ""
-    (folder / "README.md").write_text(text + note, "utf-8")
+    (folder / "README.md").write_text(text.removesuffix(NOTE) + note, "utf-8")
 
 
 def _tell(report: Report, stage: str, checkpoint: Checkpoint, layers_done: int) -> None:

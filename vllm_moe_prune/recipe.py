@@ -185,10 +185,10 @@ class QuantiseStage(Strict):
     method: QuantMethod = "none"
     """Rounding to nearest, which needs no data; or GPTQ, or AWQ, which do."""
     weights: Literal["int4", "int8", "fp8"] = "int4"
-    """int8 has a scale for each row, fp8 one for each block of 128 x 128."""
+    """int8 has a scale for each row, fp8 for blocks of 128 x 128, or else for rows."""
     group_size: Literal[32, 64, 128] | None = None
-    """Of int4: neighbours in a row that share a scale; None: the largest of these into
-    which every matrix divides."""
+    """Of int4: neighbours in a row that share a scale; of fp8: 128, blocks and nothing
+    else. None: the largest that fits; in a plan: a scale for each row."""
     zero_point: bool = False
     """Of int4: ranges that need not be symmetric, at a zero point for each group."""
     act_order: bool = False
@@ -199,6 +199,10 @@ class QuantiseStage(Strict):
         refuse(
             (self.weights != "int4" and self.method in ("gptq", "awq"))
             and f"weights: {self.weights} needs method: rtn",
+            (self.weights == "int8" and self.group_size is not None)
+            and "group_size needs weights: int4 or fp8",
+            (self.weights == "fp8" and self.group_size not in (None, 128))
+            and f"group_size {self.group_size} needs weights: int4; fp8 has 128",
             (self.weights != "int4" and self.zero_point)
             and "zero_point needs weights: int4",
             (self.act_order and self.method != "gptq")

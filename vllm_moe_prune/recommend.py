@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from . import __version__
+from .checkpoint.block_fp8 import SUFFIX
 from .checkpoint.config_values import positive
 from .checkpoint.open import Checkpoint, Layer
 from .checkpoint.writer import tensor_bytes
@@ -181,6 +182,11 @@ def costs_of(checkpoint: Checkpoint, plan: CutPlan) -> Costs:
     """
     tensors = output_tensors(checkpoint, plan)
     layers = {layer.index: layer for layer in checkpoint.layers}
+    experts = {
+        name
+        for layer in checkpoint.moe_layers
+        for name in checkpoint.expert_names(layer)
+    }
     total = flops = decode = 0
     for tensor in tensors:
         size = tensor_bytes(tensor)
@@ -188,16 +194,21 @@ def costs_of(checkpoint: Checkpoint, plan: CutPlan) -> Costs:
         layer = None if tensor.layer is None else layers[tensor.layer]
         if layer is not None and layer.mtp:
             continue  # predicts further tokens; nobody serves it
+        source = tensor.groups[0][0].source
+        is_scale = checkpoint.is_scale(source)
         used, of_all = 1, 1
         if tensor.name == checkpoint.arch.embedding:
             used, of_all = 1, tensor.shape[0]
-        elif layer is not None and tensor.is_expert:
+        elif layer is not None and (
+            tensor.is_expert or source.removesuffix(SUFFIX) in experts
+        ):
             of_all = len(plan.layers[layer.index].keep)
             used = min(layer.top_k, of_all)
         decode += size * used // of_all
-        if _multiplies(checkpoint, tensor):
+        if _multiplies(checkpoint, tensor) and not is_scale:
             flops += 2 * CONTEXT * tensor.parameters * used // of_all
-    if checkpoint.config.get("tie_word_embeddings"):
+    tied = bool(checkpoint.config.get("tie_word_embeddings"))
+    if tied and checkpoint.arch.head not in checkpoint.tensors:
         table = checkpoint.tensors[checkpoint.arch.embedding]
         decode += table.nbytes
         flops += 2 * CONTEXT * table.numel

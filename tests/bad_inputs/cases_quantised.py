@@ -118,6 +118,12 @@ CASES = [
         (BASE, "weight_g_idx"),
         quantised(G_IDX),
     ),
+    Case(
+        "groups that do not divide rows",
+        VERIFY,
+        ("64 columns do not divide into groups of 48",),
+        weights(group_size=48),
+    ),
     Case("2-bit weights", VERIFY, ("Supported: int4",), weights(num_bits=2)),
     Case("groups that are reordered", VERIFY, ("Supp",), weights(actorder="group")),
     Case("groups of no size", VERIFY, ("quantization_config",), weights(group_size=0)),

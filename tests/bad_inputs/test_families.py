@@ -103,6 +103,7 @@ def with_value(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return lambda tensors: tensors.update({name: make(tensors[name]).contiguous()})
 
 
+O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 BIAS, SCALE = ROUTER + "e_score_correction_bias", EXPERT + "up_proj.weight_scale_inv"
 TENSORS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "no bias": (without(BIAS), "e_score_correction_bias' is missing"),
@@ -117,6 +118,15 @@ TENSORS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "a scale of another type": (
         with_value(SCALE, lambda scale: scale.half()),
         "F16 of shape",
+    ),
+    "attention without scales": (without(O_PROJ + "_scale_inv"), "o_proj.* is missing"),
+    "attention with a scale too few": (
+        with_value(O_PROJ + "_scale_inv", lambda scale: scale[:-1]),
+        "o_proj.*expected F32",
+    ),
+    "fp8 that is no matrix": (
+        with_value(O_PROJ, lambda weight: weight.view(2, -1, weight.shape[1])),
+        "o_proj.*only matrices",
     ),
     "one expert in bf16": (
         with_value(EXPERT + "up_proj.weight", lambda weight: weight.bfloat16()),

@@ -5,24 +5,34 @@ bfloat16, and those for int4 and int8 round activations to 8 bits on the way.
 V vocabulary, T tokens.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
 from tests.engine import TOKENS, VOCAB, assert_same, served, served_by_stock
 from tests.family_cases import ENGINE, UNEVEN, UNSORTED
 from tests.quantised import add_outliers, write_dense, write_untrimmed
-from tests.reference import DROP_MOE, Cuts, LayerCut, Reference, read_json, write_plan
+from tests.reference import (
+    DROP_MOE,
+    Cuts,
+    LayerCut,
+    Reference,
+    read_json,
+    write_plan,
+)
 from tests.reference_families import FamilyReference, Removed
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.data import Tokens, sha256_of
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.apply import cut
 from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.kernels.quantised import Form
 from vllm_moe_prune.recipe import QuantiseStage
 
 pytestmark = [
@@ -132,10 +142,29 @@ def test_what_no_kernel_runs_is_dequantised_with_a_warning(
     assert torch.equal(found_TV, served(dense))
 
 
+def test_experts_that_are_not_quantised_are_left_to_vllm(tmp_path: Path) -> None:
+    folder = make_original(tmp_path / "model")
+    expected_TV = mixtral_says(folder)
+    form, config = Form("int8"), read_json(folder / "config.json")
+    group = {"targets": ["Linear"], "weights": form.args, "format": form.format}
+    block = QuantizationConfig.model_validate(
+        {
+            "config_groups": {"group_0": group | {"input_activations": form.inputs}},
+            "format": form.format,
+            "quantization_status": "compressed",
+            # float32 is what vLLM's quantised linear layers do not take.
+            "ignore": ["lm_head", r"re:.*self_attn.*", r"re:.*block_sparse_moe.*"],
+        }
+    )
+    config["quantization_config"] = block.model_dump(mode="json")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_same(served(folder), expected_TV)
+
+
 STOCK = {
     "int4": {"method": "gptq", "group_size": 64},
     "int8": {"method": "rtn", "weights": "int8"},
-    "fp8": {"method": "rtn", "weights": "fp8"},
+    "fp8": {"method": "rtn", "weights": "fp8", "group_size": 128},
 }
 
 

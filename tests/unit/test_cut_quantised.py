@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.quantised import add_outliers, dense_tensors, write_dense, write_untrimmed
+from tests.quantised import dense_tensors, write_dense, write_untrimmed
+from tests.quantising import INT4, STAGES, planned, quantised, tiny
 from tests.reference import (
     DROP_BLOCK,
     DROP_MOE,
@@ -20,27 +21,19 @@ from tests.reference import (
     raw_bytes,
     read_json,
     read_tensors,
-    write_plan,
 )
-from tests.tiny import tiny_checkpoint, tiny_text
+from tests.tiny import tiny_text
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.calibrate.data import load_tokens
 from vllm_moe_prune.calibrate.forward import StreamingModel, run_experts
-from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_expert, read_weight
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.convert import convert
-from vllm_moe_prune.cut.apply import CutResult, cut
-from vllm_moe_prune.cut.predict import with_prediction
-from vllm_moe_prune.decide.plan import CutPlan, load_plan
+from vllm_moe_prune.cut.apply import cut
 from vllm_moe_prune.errors import (
-    CalibrationError,
-    CheckpointError,
     PlanError,
-    RecipeError,
 )
 from vllm_moe_prune.kernels.quantised import Form, dequantise, pack
-from vllm_moe_prune.recipe import Calibration, QuantiseStage, Recipe, parse_recipe
+from vllm_moe_prune.recipe import Calibration
 from vllm_moe_prune.recipe_file import load_recipe, with_overrides
 from vllm_moe_prune.slim.rtn import rtn
 from vllm_moe_prune.verify import verify
@@ -51,51 +44,8 @@ UNEVEN: Cuts = {
     2: DROP_BLOCK,
     3: LayerCut(keep=(1, 2, 4, 6, 7)),
 }
-INT4 = {"method": "rtn", "weights": "int4", "group_size": 32}
-STAGES: dict[str, dict[str, Any]] = {
-    "int4": INT4,
-    "zero-points": INT4 | {"zero_point": True},
-    "int8": {"method": "rtn", "weights": "int8"},
-    "fp8": {"method": "rtn", "weights": "fp8"},
-    "gptq": INT4 | {"method": "gptq", "zero_point": True},
-    "gptq-ordered": INT4 | {"method": "gptq", "act_order": True},
-    "awq": INT4 | {"method": "awq", "zero_point": True},
-}
 RECIPES = {"turbo": ("drop-moe", 2), "turbo-block": ("drop-block", 1)}
 FAMILIES = ("mixtral", "arctic", "deepseek_v2", "deepseek_v3")
-
-
-def tiny(folder: Path, model_type: str = "mixtral", **options: Any) -> Checkpoint:
-    sizes = {"hidden": 128, "width": 128}
-    tiny_checkpoint(folder, model_type=model_type, **(sizes | options))
-    return open_checkpoint(add_outliers(folder))
-
-
-def planned(checkpoint: Checkpoint, cuts: Cuts, stage: dict[str, Any]) -> CutPlan:
-    path = checkpoint.folder.with_name("plan.json")
-    plan = load_plan(write_plan(path, checkpoint, cuts))
-    stage_model = QuantiseStage.model_validate(stage)
-    return with_prediction(
-        checkpoint, plan.model_copy(update={"quantise": stage_model}), 60_000
-    )
-
-
-def quantised(
-    checkpoint: Checkpoint,
-    out: Path,
-    cuts: Cuts,
-    stage: dict[str, Any],
-    samples: int = 4,
-    **how: Any,
-) -> tuple[CutPlan, CutResult]:
-    plan = planned(checkpoint, cuts, stage)
-    tokens = None
-    if plan.needs_activations:
-        text = str(tiny_text(checkpoint.folder.parent))
-        calibration = Calibration(source=text, samples=samples, sequence_length=64)
-        tokens = load_tokens(checkpoint, calibration)
-    result = cut(checkpoint, plan, out, tokens=tokens, max_shard_bytes=60_000, **how)
-    return plan, result
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -422,43 +372,6 @@ def test_the_config_is_what_the_library_reads_and_leaves_the_rest_alone(
     assert sum("mlp\\.gate_proj" in name for name in block["ignore"]) == 1
 
 
-def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
-    source = tiny(tmp_path / "model", width=96)
-    for stage, says in (
-        (INT4 | {"group_size": 64}, "96 columns do not divide into groups of 64"),
-        ({"method": "rtn", "weights": "fp8"}, "blocks of 128 x 128"),
-    ):
-        recipe = Recipe(quantise=QuantiseStage.model_validate(stage))
-        with pytest.raises(RecipeError, match=says):
-            pipeline.plan(source, recipe, None)
-    chosen = pipeline.plan(source, parse("awq"), None)
-    assert chosen.quantise.group_size == 32
-    quantised(source, tmp_path / "out", {}, INT4)
-    again = open_checkpoint(tmp_path / "out")
-    with pytest.raises(PlanError, match="quantised already"):
-        quantised(again, tmp_path / "twice", {}, INT4)
-    with pytest.raises(CheckpointError, match="its weights are quantised"):
-        convert(again, tmp_path / "twice", "bitmask")
-    mean = {0: LayerCut(keep=(0,), clusters=(tuple(range(8)),), reconstruct=True)}
-    with pytest.raises(PlanError, match="averages experts"):
-        quantised(again, tmp_path / "twice", mean, {})
-    packed = tiny(tmp_path / "packed", layout="block_sparse_moe.packed")
-    with pytest.raises(PlanError, match="a tensor for each matrix"):
-        quantised(packed, tmp_path / "twice", {}, INT4)
-    fp8 = tiny(tmp_path / "fp8", "deepseek_v3", fp8=(128, 128))
-    with pytest.raises(PlanError, match="fp8 already"):
-        quantised(fp8, tmp_path / "twice", {}, INT4)
-    with pytest.raises(CalibrationError, match="quantises by gptq, which needs"):
-        cut(source, planned(source, {}, STAGES["gptq"]), tmp_path / "twice")
-    options = pipeline.RunOptions(layout="bitmask")
-    with pytest.raises(PlanError, match="--layout bitmask cannot"):
-        pipeline.cut(source, planned(source, {}, INT4), tmp_path / "twice", options)
-
-
-def parse(method: str) -> Recipe:
-    return Recipe(quantise=QuantiseStage(method=method))
-
-
 @pytest.mark.parametrize(("name", "action"), RECIPES.items())
 def test_combined_recipes_scale_to_any_depth(
     name: str, action: tuple[str, int], tmp_path: Path
@@ -482,21 +395,3 @@ def test_combined_recipes_scale_to_any_depth(
     assert block["format"] == "pack-quantized"
     passes = read_json(tmp_path / "out" / "provenance.json")["forward_passes"]
     assert passes == {"measure": 1, "cut": 1}
-
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        ({"quantise": {"method": "gptq", "weights": "int8"}}, "needs method: rtn"),
-        ({"quantise": {"weights": "fp8", "zero_point": True}}, "needs weights: int4"),
-        ({"quantise": {"method": "awq", "act_order": True}}, "needs method: gptq"),
-        ({"quantise": {"method": "rtn", "group_size": 16}}, "quantise.group_size"),
-        ({"quantise": {"method": "rtn"}, "total_sparsity": 0.5}, "do not go together"),
-        ({"quantise": {"method": "rtn"}, "tune": {}}, "tune does not try out"),
-    ],
-)
-def test_recipes_that_contradict_themselves_are_refused(
-    data: dict[str, Any], says: str
-) -> None:
-    with pytest.raises(RecipeError, match=says):
-        parse_recipe(data, "test")

@@ -195,6 +195,21 @@ def test_lost_parts_are_refused(part: str, tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_matrices_without_a_size_are_refused(name: str, tmp_path: Path) -> None:
+    make(tmp_path, name)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["group_size"] = -1
+    path.write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    key = next(one for one in sorted(tensors) if one.endswith(".qweight"))
+    tensors[key] = tensors[key][:0]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="qweight: has no weights"):
+        open_checkpoint(tmp_path)
+
+
 def test_groups_that_are_not_there_are_refused(tmp_path: Path) -> None:
     make(tmp_path, "gptq")
     path = tmp_path / "model.safetensors"

@@ -44,6 +44,7 @@ from vllm_moe_prune.judge.speed import (
     sweep_for,
 )
 from vllm_moe_prune.judge.tasks import GROUPS, score_of
+from vllm_moe_prune.progress import Progress
 from vllm_moe_prune.recipe import parse_recipe
 from vllm_moe_prune.show_compared import show_speed, speed_data
 
@@ -158,6 +159,12 @@ def test_each_task_has_one_main_score(expected: Score) -> None:
     assert score_of(LM_EVAL, expected.task) == expected
 
 
+def test_what_is_no_share_has_no_recovery() -> None:
+    found = {"results": {"wmt": {"bleu,none": 27.3}}, "n-samples": {}}
+    with pytest.raises(EvaluationError, match=r"wmt: bleu is 27\.3, which is no share"):
+        score_of(found, "wmt")
+
+
 def test_a_task_without_a_score_is_an_error() -> None:
     with pytest.raises(EvaluationError, match="empty: lm-eval gave no score"):
         score_of(LM_EVAL, "empty")
@@ -247,7 +254,7 @@ def test_the_two_between_are_made_from_the_plan_of_both(
     roles = cast(original, [both])
     assert roles == {"baseline": original, "both": both}
     plans = plans_to_make(roles)
-    made = make_roles(original, plans, tmp_path, pipeline.RunOptions(), None)
+    made = make_roles(roles, plans, tmp_path, pipeline.RunOptions(), None)
     trimmed, slimmed = made["trim-only"].checkpoint, made["slim-only"].checkpoint
 
     assert experts(trimmed) == experts(both.checkpoint) != experts(original.checkpoint)
@@ -259,9 +266,49 @@ def test_the_two_between_are_made_from_the_plan_of_both(
         *("trim-only", "slim-only", "both", "baseline")
     ]
     # What was made is taken again as it is.
-    again = make_roles(original, plans, tmp_path, pipeline.RunOptions(), None)
+    again = make_roles(roles, plans, tmp_path, pipeline.RunOptions(), None)
     assert again["trim-only"].checkpoint.fingerprint == trimmed.fingerprint
     assert plans_to_make(roles | made) == {}
+
+
+def test_what_is_made_stores_zeros_as_both_does_and_is_of_its_plan(
+    original: Subject, both: Subject, tmp_path: Path
+) -> None:
+    options = pipeline.RunOptions(layout="bitmask")
+    packed = tmp_path / "packed"
+    pipeline.cut(original.checkpoint, plan_in(both.checkpoint), packed, options)
+    roles = cast(original, [Subject(open_checkpoint(packed), str(packed))])
+    plans, work = plans_to_make(roles), tmp_path / "work"
+    made = make_roles(roles, plans, work, pipeline.RunOptions(), None)
+    assert made["slim-only"].checkpoint.storage is not None
+    assert made["trim-only"].checkpoint.storage is None
+    # What another model left is not taken for this one's.
+    layers = plans["slim-only"].layers
+    fewer = tuple(one.model_copy(update={"sparsity": 0.4}) for one in layers)
+    changed = plans["slim-only"].model_copy(update={"layers": fewer})
+    for others, wanted in (
+        (cast(original, [both]), plans),
+        (roles, plans | {"slim-only": changed}),
+    ):
+        with pytest.raises(EvaluationError, match=r"slim-only: was made .*--work"):
+            make_roles(others, wanted, work, pipeline.RunOptions(), None)
+
+
+def test_making_them_goes_on_where_it_was_cut_short(
+    original: Subject, both: Subject, tmp_path: Path
+) -> None:
+    roles = cast(original, [both])
+    plans = plans_to_make(roles)
+
+    def stop(progress: Progress) -> None:
+        if progress.layer > 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_roles(roles, plans, tmp_path, pipeline.RunOptions(report=stop), None)
+    assert [one.name for one in tmp_path.iterdir()] == ["trim-only.partial"]
+    made = make_roles(roles, plans, tmp_path, pipeline.RunOptions(), None)
+    assert made.keys() == {"trim-only", "slim-only"}
 
 
 def plan_or_none(checkpoint: Checkpoint) -> CutPlan | None:

@@ -50,6 +50,20 @@ def test_a_server_runs_as_long_as_it_is_needed() -> None:
     assert not is_there(process.pid)
 
 
+def test_proxies_are_for_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    port = free_port()
+    command = [sys.executable, str(STUB), str(port), "m"]
+    with running(command, port, subprocess.DEVNULL) as (url, _):
+        with pytest.raises(EvaluationError, match="max_model_len"):  # it answers
+            find_endpoint(url, None)
+        monkeypatch.setenv("HTTP_PROXY", "socks5://127.0.0.1:9")
+        with pytest.raises(EvaluationError, match="no server answers"):
+            find_endpoint("http://192.0.2.1:9", None)
+
+
 def test_no_server_survives_what_started_it() -> None:
     command = [sys.executable, "-c", HOLDER, str(STUB), str(free_port())]
     with subprocess.Popen(

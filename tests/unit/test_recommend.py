@@ -111,6 +111,43 @@ def test_sizes_are_those_of_real_plans(family: str, name: str, tmp_path: Path) -
     assert found.decode_bytes < found.weight_bytes
 
 
+def test_fp8_scales_of_experts_are_read_as_often_as_experts(tmp_path: Path) -> None:
+    sizes = {"hidden": 64, "width": 64, "layers": 2, "tokenizer": False}
+    found, expected = [], []
+    for fp8 in ((32, 32), (64, 64)):
+        options = {"model_type": "deepseek_v3", "fp8": fp8}
+        checkpoint = open_checkpoint(
+            tiny_checkpoint(tmp_path / str(fp8), **sizes, **options)
+        )
+        nothing = plan_of_anyone(facts_of(checkpoint, ""), Recipe(name="nothing"))
+        found.append(costs_of(checkpoint, nothing))
+        (layer,) = [one for one in checkpoint.decoder_layers if one.has_moe]
+        scales = {
+            name: info.nbytes
+            for name, info in checkpoint.tensors.items()
+            if name.endswith("_scale_inv")
+        }
+        routed = sum(size for name, size in scales.items() if ".experts." in name)
+        used = routed * layer.top_k // layer.num_experts
+        expected.append(sum(scales.values()) - routed + used)
+    fine, coarse = found
+    assert fine.decode_bytes - coarse.decode_bytes == expected[0] - expected[1] > 0
+    assert fine.flops == coarse.flops
+
+
+def test_a_head_that_is_stored_twice_is_read_once(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, tokenizer=False)
+    costs = []
+    for tied in (False, True):
+        config = json.loads((folder / "config.json").read_text())
+        config["tie_word_embeddings"] = tied
+        (folder / "config.json").write_text(json.dumps(config))
+        checkpoint = open_checkpoint(folder)
+        nothing = plan_of_anyone(facts_of(checkpoint, ""), Recipe(name="nothing"))
+        costs.append(costs_of(checkpoint, nothing))
+    assert costs[0] == costs[1]
+
+
 def test_a_wish_chooses_among_the_shipped_recipes(tmp_path: Path) -> None:
     model = mixtral_8x7b(tmp_path)
     recipes = [load_recipe(name) for name in shipped_recipes()]
@@ -133,10 +170,10 @@ def test_a_wish_chooses_among_the_shipped_recipes(tmp_path: Path) -> None:
 def test_recipes_that_do_not_fit_the_model_are_left_out_with_the_reason(
     tmp_path: Path,
 ) -> None:
-    checkpoint = open_checkpoint(tiny_checkpoint(tmp_path, width=96))
-    recipes = [load_recipe("fp8"), Recipe(name="nothing")]
+    checkpoint = open_checkpoint(tiny_checkpoint(tmp_path, width=40))
+    recipes = [load_recipe("awq4"), Recipe(name="nothing")]
     found = recommend(checkpoint, recipes, None, 0.5)
-    assert "blocks of 128 x 128" in found.left_out["fp8"]
+    assert "do not divide into groups of 32" in found.left_out["awq4"]
 
 
 def test_the_command_says_it_in_json_and_in_words(tmp_path: Path) -> None:

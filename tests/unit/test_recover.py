@@ -1,6 +1,5 @@
 """Recovery from a pruned folder to the trained one, for every family and method."""
 
-import dataclasses
 import json
 import math
 import re
@@ -14,16 +13,16 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import MixtralForCausalLM
 
-from tests.family_cases import COMPRESSED, EQUAL, Case, keep, make_original, make_plan
+from tests.family_cases import COMPRESSED, EQUAL, Case, keep, make_plan
+from tests.recovering import MIXTRAL, ask, go, make, text
 from tests.reference import (
     DROP_BLOCK,
     DROP_MOE,
-    LayerCut,
     raw_bytes,
     read_tensors,
     write_plan,
 )
-from tests.tiny import tiny_checkpoint, tiny_text, write_tokenizer
+from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.data import load_heldout, load_tokens
 from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.open import Checkpoint
@@ -33,13 +32,10 @@ from vllm_moe_prune.decide.plan import load_plan
 from vllm_moe_prune.errors import CheckpointError
 from vllm_moe_prune.evaluate import summed_loss
 from vllm_moe_prune.pipeline import RunOptions, convert, recover, verify
-from vllm_moe_prune.progress import Progress
 from vllm_moe_prune.recipe import Calibration
 from vllm_moe_prune.recover.options import Training, training
 from vllm_moe_prune.recover.router import Distillation
 
-HALF = LayerCut(sparsity=0.5)
-MIXTRAL = Case("mixtral", {0: LayerCut(keep=(1, 4, 6), sparsity=0.5), 1: HALF})
 # Family, what is cut, method and targets: together every target, and every family.
 WAYS = {
     "mixtral": (MIXTRAL, "lora", "attention,experts,router"),
@@ -55,50 +51,6 @@ LESSONS = {
     "deepseek_v2": Case("deepseek_v2", {1: EQUAL, 2: DROP_BLOCK}),
     "deepseek_v3": Case("deepseek_v3", {1: EQUAL, 2: keep(0, 1, 4, 5, 8, 9, 12, 13)}),
 }
-
-
-def make(folder: Path, case: Case, dtype: str = "bfloat16") -> tuple[Path, Path]:
-    """The folders of an original and of what a plan leaves of it."""
-    case = dataclasses.replace(
-        case, config={**case.config, "vocab": 512, "dtype": dtype}
-    )
-    original = make_original(folder / "original", case)
-    write_tokenizer(original)
-    plan = load_plan(make_plan(original, case))
-    cut(open_checkpoint(original), plan, folder / "pruned")
-    return original, folder / "pruned"
-
-
-def text(folder: Path) -> Calibration:
-    source = str(tiny_text(folder, 30_000))
-    return Calibration(source=source, samples=100, sequence_length=32, heldout=12)
-
-
-def go(
-    folder: Path,
-    pruned: Path,
-    asked: Training,
-    original: Path | None = None,
-    out: str = "out",
-    **options: Any,
-) -> dict[str, Any]:
-    """Recover; returns what provenance says of it."""
-    source = None if original is None else open_checkpoint(original)
-    recover(
-        open_checkpoint(pruned),
-        source,
-        folder / out,
-        asked,
-        text(folder),
-        RunOptions(**options),
-    )
-    found: dict[str, Any] = json.loads((folder / out / "provenance.json").read_text())
-    return found["recovered"][-1]
-
-
-def ask(checkpoint: Path, method: str, **values: Any) -> Training:
-    values = {"steps": 2, "batch_size": 4, "rank": 4} | values
-    return training(open_checkpoint(checkpoint).arch, method, **values)
 
 
 def check_same_but(pruned: Path, out: Path, targets: str) -> int:
@@ -297,45 +249,6 @@ def naive(
         mlp.gate.weight.data = rows_ED.detach()
         results.append((rows_ED.detach(), before, float(error(held).detach())))
     return results
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        "router",
-        pytest.param("lora", marks=pytest.mark.slow),
-        pytest.param("full", marks=pytest.mark.slow),
-    ],
-)
-def test_a_killed_run_continues_to_the_same_bytes(method: str, tmp_path: Path) -> None:
-    original, pruned = make(tmp_path, MIXTRAL)
-    source = original if method == "router" else None
-    asked = ask(pruned, method, steps=4, learning_rate=1e-3)
-    go(tmp_path, pruned, asked, source, "whole")
-    steps = 0
-
-    def stop(progress: Progress) -> None:
-        nonlocal steps
-        steps += progress.counted == "steps"
-        # In the second layer, or before the second of the saves that each step makes.
-        if steps == (6 if method == "router" else 3):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        go(tmp_path, pruned, asked, source, "out", report=stop)
-    assert not (tmp_path / "out").exists()
-    seen: list[Progress] = []
-    go(tmp_path, pruned, asked, source, "out", resume=True, report=seen.append)
-    if method != "router":
-        done = [one.bytes_done for one in seen if one.counted == "steps"]
-        assert done == [1, 2, 3, 4]
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert sorted(path.name for path in whole.iterdir()) == sorted(
-        path.name for path in out.iterdir()
-    )
-    for path in whole.iterdir():
-        if path.name != "run.json":
-            assert path.read_bytes() == (out / path.name).read_bytes(), path.name
 
 
 def test_what_is_stored_without_zeros(tmp_path: Path) -> None:

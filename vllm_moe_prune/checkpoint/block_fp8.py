@@ -37,8 +37,9 @@ class Blocks:
     ) -> torch.Tensor:
         """The matrix in ``dtype``, multiplied in fp32 and rounded once."""
         rows, cols = weight_RC.shape
-        scale = scale_BC.float().repeat_interleave(self.rows, 0)[:rows]
-        scale = scale.repeat_interleave(self.cols, 1)[:, :cols]
+        # A block may be larger than the matrix, as large as config.json likes.
+        scale = scale_BC.float().repeat_interleave(min(self.rows, rows), 0)[:rows]
+        scale = scale.repeat_interleave(min(self.cols, cols), 1)[:, :cols]
         return (weight_RC.float() * scale).to(dtype)
 
 
@@ -66,6 +67,22 @@ def read_blocks(config: Mapping[str, Any], where: Path) -> Blocks | None:
             f"{where}: weight_block_size is {sizes!r}, not two sizes."
         )
     return Blocks(*sizes)
+
+
+def check_scales(tensors: Mapping[str, TensorInfo], blocks: Blocks) -> None:
+    """Refuse a checkpoint with any FP8 tensor that has no scales of its own.
+
+    Raises:
+        CheckpointError: Naming the tensor, or its scales.
+    """
+    for info in tensors.values():
+        if info.dtype == DTYPE:
+            if len(info.shape) != 2:
+                raise CheckpointError(
+                    f"{info.file}: {info.name}: fp8 of shape {list(info.shape)}; only "
+                    "matrices have blocks that share a scale."
+                )
+            check_scale(tensors, info, blocks)
 
 
 def check_scale(

@@ -46,6 +46,7 @@ class _Block(BaseModel):
     group_size: Annotated[int, Field(ge=-1)]
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
     version: Literal["gemm"] = "gemm"
+    modules_to_not_convert: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,8 @@ def _fold(
         cols *= 8
     else:
         rows *= 8
+    if not rows or not cols:
+        raise CheckpointError(f"{first.file}: {first.name}: has no weights.")
     found = {}
     for part, (kind, size) in form.parts(rows, cols).items():
         info = tensors.get(f"{base}.{part}")

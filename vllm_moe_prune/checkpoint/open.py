@@ -13,7 +13,7 @@ from ..archs import find_arch
 from ..archs.spec import Layout, MoeArch, RouterRule
 from ..errors import CheckpointError, RemapError
 from ..kernels.quantised import Form
-from .block_fp8 import SUFFIX, Blocks, read_blocks
+from .block_fp8 import SUFFIX, Blocks, check_scales, read_blocks
 from .compressed import Storage, dense_view
 from .config_values import check_dense, check_pattern, positive, router_rule
 from .gptq_awq import AutoForm, fold_auto, read_auto_form
@@ -201,6 +201,8 @@ def build_checkpoint(
     total = count + further
     views = _layer_views(config, OVERRIDES, count, where)
     views += _layer_views(config, MTP_OVERRIDES, further, where)
+    if blocks is not None:
+        check_scales(tensors, blocks)
     layout = _find_layout(arch, tensors, total, folder)
     rule = router_rule(arch, config, where)
     held = _held_experts(layout, tensors, folder)

@@ -322,6 +322,11 @@ def _fold(
         of = f" ({form.bits} of {shape[0]} x {shape[1]})"
         check_part(info, FLOATS if part == SCALE else (kind,), size, of)
         found[part] = info
+    if form.bits == "int4" and shape[1] % (form.group_size or 1):
+        raise CheckpointError(
+            f"{base}: {shape[1]} columns do not divide into groups of "
+            f"{form.group_size}, as {CONFIG_KEY} of config.json says."
+        )
     extra = [
         part for part in PARTS if part not in wanted and f"{base}.{part}" in tensors
     ]

@@ -259,7 +259,7 @@ def speed(
         folder = work or Path(temporary)
         with watching(as_json) as report:
             options = RunOptions(device, report=report)
-            made = make_roles(original, plans, folder, options, calibration)
+            made = make_roles(roles, plans, folder, options, calibration)
 
         def tell(line: str) -> None:
             if not as_json:

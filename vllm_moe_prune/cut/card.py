@@ -4,6 +4,7 @@ from typing import Any
 
 import yaml
 
+from ..checkpoint.index import is_inside
 from ..checkpoint.open import Checkpoint
 from ..decide.plan import CutPlan
 from ..decide.quantise import form_of
@@ -95,15 +96,23 @@ became of every expert, `provenance.json` the calibration text's hash and the co
 """
 
 
+def source_card(checkpoint: Checkpoint) -> str | None:
+    """The text of the input's own README.md; None: it has none, or a link elsewhere."""
+    path = checkpoint.folder / "README.md"
+    if not path.is_file() or not is_inside(checkpoint.folder, path):
+        return None
+    return path.read_text("utf-8", errors="replace")
+
+
 def _inherited(checkpoint: Checkpoint) -> dict[str, Any]:
     """Licence and language of the source's own card, if it has a readable one."""
     from huggingface_hub import ModelCard
 
-    path = checkpoint.folder / "README.md"
-    if not path.is_file():
+    text = source_card(checkpoint)
+    if text is None:
         return {}
     try:
-        source = ModelCard.load(path).data.to_dict()
+        source: dict[str, Any] = ModelCard(text).data.to_dict()  # type: ignore[no-untyped-call]
     except (ValueError, RecursionError, yaml.YAMLError):
         # Front matter that is no YAML, or no mapping; there is nothing to inherit.
         return {}

@@ -15,7 +15,8 @@ from ..checkpoint.remap import (
     dump_remap,
 )
 from ..decide.plan import CutPlan
-from .quantised_config import quantization_config, renumbered
+from .quantised_config import quantization_config
+from .renumbered import renumbered
 
 
 def pruned_config(

@@ -2,15 +2,18 @@
 
 from ..checkpoint.open import Checkpoint
 from ..decide.plan import CutPlan
+from ..decide.quantise import form_of
 from ..errors import PlanError
+from .renumbered import renumbered
 
 
 def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
     """Refuse a plan that cannot be carried out on a checkpoint.
 
     Raises:
-        PlanError: Nothing would be left to route, rows no longer match experts, or
-            stored values would have to change that must not.
+        PlanError: Nothing would be left to route, rows no longer match experts,
+            stored values would have to change that must not, or quantised ones would
+            not have the form that the plan asks for.
     """
     if not any(layer.keep for layer in plan.layers):
         raise PlanError(
@@ -21,7 +24,10 @@ def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
         _check_fp8(plan)
     if checkpoint.form is not None:
         _check_means(plan, "quantised")
+        renumbered(checkpoint, plan)
     check_stored(checkpoint, zeros=plan.is_slimmed, quantises=plan.is_quantised)
+    if plan.is_quantised:
+        _check_form(checkpoint, plan)
     for layer in checkpoint.layers:
         if layer.redirect not in (None, tuple(range(layer.num_experts))):
             raise PlanError(
@@ -60,6 +66,17 @@ def check_stored(checkpoint: Checkpoint, *, zeros: bool, quantises: bool) -> Non
             f"{checkpoint.folder}: quantise changes weights that are fp8 already. Set "
             "quantise.method: none, or start from bf16 weights."
         )
+
+
+def _check_form(checkpoint: Checkpoint, plan: CutPlan) -> None:
+    """Refuse what a plan that was edited by hand may ask of experts."""
+    if plan.is_slimmed:
+        raise PlanError("the plan writes zeros and quantises; only one can be done.")
+    form = form_of(plan.quantise)
+    for layer in checkpoint.moe_layers:
+        for name in checkpoint.expert_names(layer):
+            if why := form.misfit(*checkpoint.tensors[name].shape):
+                raise PlanError(f"the plan's quantise: {name}: {why}.")
 
 
 def _check_means(plan: CutPlan, kind: str) -> None:

@@ -1,35 +1,40 @@
 """How a recipe's quantising turns out for one checkpoint."""
 
 from ..errors import RecipeError
-from ..kernels.quantised import BLOCK, GROUP_SIZES, Form
+from ..kernels.quantised import BLOCK, GROUP_SIZES, Bits, Form
 from ..recipe import QuantiseStage
 from .facts import ModelFacts
+
+SIZES: dict[Bits, tuple[int | None, ...]] = {
+    "int4": GROUP_SIZES,
+    "int8": (None,),
+    "fp8": (BLOCK, None),
+}
+"""What is tried where a recipe names no size, the best first; None: whole rows."""
 
 
 def form_of(stage: QuantiseStage) -> Form:
     """How matrices are quantised by a stage whose method is not none."""
-    if stage.weights != "int4":
-        return Form(stage.weights, BLOCK if stage.weights == "fp8" else None)
-    return Form("int4", stage.group_size, stage.zero_point, stage.act_order)
+    return Form(stage.weights, stage.group_size, stage.zero_point, stage.act_order)
 
 
 def resolved_form(stage: QuantiseStage, facts: ModelFacts) -> QuantiseStage:
-    """The stage with a group size, where it needs one.
+    """The stage with a group size: int4 needs one, fp8 has one where blocks fit.
 
     Raises:
         RecipeError: The experts' matrices do not have such a form; names the first.
     """
     if stage.method == "none":
         return stage
-    sizes = [stage.group_size] if stage.group_size else GROUP_SIZES
+    sizes = (stage.group_size,) if stage.group_size else SIZES[stage.weights]
     tried = [stage.model_copy(update={"group_size": size}) for size in sizes]
     problems = [(found, _misfit(form_of(found), facts)) for found in tried]
     for found, problem in problems:
         if problem is None:
-            return found if stage.weights == "int4" else stage
-    wish = "Choose quantise.weights: int8."
-    if stage.weights == "int4" and stage.group_size:
-        wish = "Leave out quantise.group_size, or choose quantise.weights: int8."
+            return found
+    wish = "Choose quantise.method: rtn and quantise.weights: int8."
+    if stage.group_size:
+        wish = f"Leave out quantise.group_size. If that does not help: {wish}"
     raise RecipeError(f"quantise.weights {stage.weights}: {problems[-1][1]}. {wish}")
 
 

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.source import open_checkpoint
+from ..convert import LayoutName
 from ..decide.plan import CutPlan, load_plan
 from ..errors import EvaluationError
 from ..pipeline import RunOptions, cut
@@ -115,7 +116,7 @@ def check_calibration(plans: Iterable[CutPlan], text: str | None) -> None:
 
 
 def make_roles(
-    original: Subject,
+    roles: Mapping[Role, Subject],
     plans: Mapping[Role, CutPlan],
     folder: Path,
     options: RunOptions,
@@ -123,17 +124,43 @@ def make_roles(
 ) -> dict[Role, Subject]:
     """Cut the checkpoints that nobody gave; those of an earlier call are kept.
 
+    Zeros are stored as the checkpoint that is both stores its own.
+
     Raises:
+        EvaluationError: What an earlier call left is another model's.
         MoePruneError: As ``pipeline.cut``.
     """
+    original = roles["baseline"].checkpoint
     made: dict[Role, Subject] = {}
     for role, plan in plans.items():
         out = folder / role
+        compressed = plan.is_slimmed and roles["both"].checkpoint.storage is not None
+        layout: LayoutName = "bitmask" if compressed else "dense"
         if not out.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
-            cut(original.checkpoint, plan, out, options, where=role, text=text)
-        made[role] = Subject(open_checkpoint(out), str(out))
+            asked = replace(options, layout=layout, resume=True)
+            cut(original, plan, out, asked, where=role, text=text)
+        found = open_checkpoint(out)
+        if _decisions(plan_of(found)) != _decisions(plan) or (
+            compressed != (found.storage is not None)
+        ):
+            raise EvaluationError(
+                f"{out}: was made from another plan, or stores zeros in another way. "
+                "Remove it, or give another folder with --work."
+            )
+        made[role] = Subject(found, str(out))
     return made
+
+
+def _decisions(plan: CutPlan | None) -> CutPlan | None:
+    """A plan without what is known only later, and without where its text lies."""
+    if plan is None:
+        return None
+    calibration = plan.recipe.calibration.model_copy(
+        update={"source": None, "heldout_source": None}
+    )
+    recipe = plan.recipe.model_copy(update={"calibration": calibration})
+    return plan.model_copy(update={"recipe": recipe, "predicted": None})
 
 
 def not_played(roles: Mapping[Role, Subject]) -> dict[Role, str]:

@@ -61,7 +61,8 @@ def slimming_of(plan: CutPlan) -> CutPlan:
                 "unserved": (),
                 "reconstruct": False,
                 "merge_weights": None,
-                "sparsity": layer.sparsity if layer.keep else mean,
+                # Dense layers have no experts, and zeros of their own.
+                "sparsity": layer.sparsity if layer.action == "keep" else mean,
             }
         )
         for layer in plan.layers

@@ -35,6 +35,7 @@ METRICS = ("acc_norm", "acc", "exact_match")
 """What a task is judged by: the first of these that it has, else its first."""
 FILTERS = ("none", "flexible-extract")
 """Which of several ways to read an answer counts: likewise."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONCURRENT = 16
 """Requests on their way at a time; vLLM batches them."""
 
@@ -74,10 +75,15 @@ def find_endpoint(server: str, model: str | None) -> Endpoint:
     key = os.environ.get("OPENAI_API_KEY", "")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        answer = httpx.get(f"{url}/models", headers=headers, timeout=30)
+        # This machine's own addresses are not behind a proxy.
+        elsewhere = httpx.URL(url).host not in LOOPBACK
+        answer = httpx.get(
+            f"{url}/models", headers=headers, timeout=30, trust_env=elsewhere
+        )
         answer.raise_for_status()
         found = {str(one["id"]): one for one in answer.json()["data"]}
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    # Of a proxy variable that is wrong, or needs a package: ValueError, ImportError.
+    except (httpx.HTTPError, httpx.InvalidURL, ImportError) as error:
         raise EvaluationError(
             f"{server}: no server answers there ({error}). Start one with "
             "`vllm-moe-prune serve CKPT`, or leave out --server."
@@ -162,10 +168,27 @@ def _rows(manager: "TaskManager", name: str, folder: Path | None) -> list[str]:
         raise EvaluationError(
             f"{name}: its task file cannot be used: {_one_line(error)}"
         ) from error
+    for task in found["tasks"].values():
+        _check_metric(name, task.higher_is_better())
     group = found.get("groups", {}).get(name)
     if group is None:
         return list(found["tasks"])
     return [name] if group.has_aggregation else list(found["tasks"])
+
+
+def _check_metric(name: str, better: dict[str, bool]) -> None:
+    """Refuse what is judged by something of which less is better.
+
+    Args:
+        name: The task or its group.
+        better: Metric -> whether higher is better.
+    """
+    metric = min(better, key=lambda one: _rank(f"{one},none"), default=None)
+    if metric is not None and not better[metric]:
+        raise EvaluationError(
+            f"{name}: is judged by {metric}, of which less is better. Choose tasks "
+            "with right answers; perplexity is measured with --text."
+        )
 
 
 # What lm-eval raises, depending on what is wrong with a task file.
@@ -244,6 +267,10 @@ def score_of(found: dict[str, Any], name: str) -> Score:
         raise EvaluationError(f"{name}: lm-eval gave no score for it.")
     key = min(keys, key=_rank)
     metric, _, way = key.partition(",")
+    if not -1 <= measured[key] <= 1:
+        raise EvaluationError(
+            f"{name}: {metric} is {measured[key]:g}, which is no share of answers."
+        )
     error = measured.get(f"{metric}_stderr,{way}")
     return Score(
         task=name,

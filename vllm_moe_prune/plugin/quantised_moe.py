@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E501
     CompressedTensorsConfig,
 )
@@ -35,15 +38,19 @@ class FallbackConfig(CompressedTensorsConfig):
         """vLLM's choice; for experts on a CPU that it has no kernel for, ours."""
         if not isinstance(layer, RoutedExperts) or not current_platform.is_cpu():
             return super().get_quant_method(layer, prefix)
-        why = "its kernels take 16-bit activations only"
-        if layer.use_ep:
-            why = "its kernels know all experts or none"
-        elif layer.moe_config.in_dtype in SIXTEEN_BITS:
-            try:
-                return super().get_quant_method(layer, prefix)
-            # What its choosers raise where no kernel fits.
-            except (NotImplementedError, ValueError) as error:
-                why = str(error)
+        try:
+            method = super().get_quant_method(layer, prefix)
+        # What its choosers raise where no kernel fits.
+        except (NotImplementedError, ValueError) as error:
+            why = str(error)
+        else:
+            if isinstance(method, UnquantizedFusedMoEMethod):  # experts are ignored
+                return method
+            why = "its kernels take 16-bit activations only"
+            if layer.use_ep:
+                why = "its kernels know all experts or none"
+            elif layer.moe_config.in_dtype in SIXTEEN_BITS:
+                return method
         form = read_form({CONFIG_KEY: self.config}, prefix)
         if form is None:
             raise ServeError(f"{prefix}: vLLM cannot serve it on this CPU: {why}")

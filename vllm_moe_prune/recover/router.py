@@ -28,6 +28,8 @@ from .model import keep_zeros, mixed
 from .options import Training
 
 CHUNK = 1 << 13
+TINY = torch.finfo(torch.float32).tiny
+"""Instead of zero, where experts give nothing that a distance could be a share of."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Distillation:
             taught.rows_RD = self._trained(taught, step)
             out_ND = taught.output()
             after = taught.error(out_ND)
-            if after > before:
+            if not after <= before:  # it may be no number
                 taught.rows_RD, out_ND, after = first_RD, first_ND, before
             error = LayerError(layer.index, entry.original_layer, before, after)
             found = taught.rows_RD.cpu(), error
@@ -177,7 +179,7 @@ class _Layer:
         outputs = [functools.partial(self._output, expert) for expert in self.experts]
         out_nD = mixed(x_nD, self._route(x_nD), self.layer.redirect, outputs)
         distance = (out_nD.float() - target_nD).square().sum()
-        return distance / target_nD.square().sum()
+        return distance / target_nD.square().sum().clamp_min(TINY)
 
     @torch.no_grad()
     def output(self) -> torch.Tensor:
@@ -199,7 +201,7 @@ class _Layer:
             wrong_nD = out_ND[start : start + CHUNK].float() - target_nD
             distance += float(wrong_nD.square().sum(dtype=torch.float64))
             squares += float(target_nD.square().sum(dtype=torch.float64))
-        return distance / squares
+        return distance / max(squares, TINY)
 
     def _route(self, x_nD: torch.Tensor) -> Routing:
         # Rounded as it will be stored; the gradient passes through.

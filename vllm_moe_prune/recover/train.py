@@ -5,6 +5,7 @@ Axes: S windows, T tokens of a window.
 
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint.index import TensorInfo
@@ -167,6 +169,9 @@ def _run(
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     # It prints to stdout, which is the result's.
     trainer.remove_callback(PrinterCallback)
+    for save in work.glob("checkpoint-*"):
+        if not (save / TRAINER_STATE_NAME).is_file():  # it is written last
+            shutil.rmtree(save)
     last = get_last_checkpoint(str(work)) if work.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
 

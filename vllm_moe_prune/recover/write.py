@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from ..checkpoint.index import INDEX_NAME, TensorInfo, read_bytes, read_index, read_json
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.writer import ShardPlan, ShardWriter, writing
+from ..cut.card import source_card
 from ..cut.copy import CHUNK_BYTES, tensor_view
 from ..cut.output import RECOVERED, copy_companions, copy_records
 
@@ -93,9 +94,9 @@ def write_record(
     history[RECOVERED] = [*(earlier if isinstance(earlier, list) else []), record]
     text = json.dumps(history, indent=2) + "\n"
     (folder / "provenance.json").write_text(text, "utf-8")
-    card = checkpoint.folder / "README.md"
-    if card.is_file():
-        (folder / "README.md").write_text(card.read_text("utf-8") + _note(record))
+    card = source_card(checkpoint)
+    if card is not None:
+        (folder / "README.md").write_text(card + _note(record), "utf-8")
 
 
 def _note(record: dict[str, Any]) -> str:

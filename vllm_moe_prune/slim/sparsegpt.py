@@ -97,8 +97,8 @@ def inverse_factor(hessian_DD: Tensor, damping: float = DAMPING) -> Tensor:
         lower_DD, failed = torch.linalg.cholesky_ex(damped_DD.flip(0, 1).double())
     if failed:
         raise CalibrationError(
-            "input statistics are too singular for sparsegpt. Calibrate with more "
-            "tokens, or set slim.method: wanda."
+            "input statistics are too singular. Calibrate with more tokens, or choose "
+            "slim.method: wanda, or quantise.method: rtn, which invert nothing."
         )
     upper_DD = lower_DD.flip(0, 1)
     eye_DD = torch.eye(len(upper_DD), dtype=upper_DD.dtype, device=upper_DD.device)
