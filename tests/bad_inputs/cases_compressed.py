@@ -91,6 +91,12 @@ CASES = [
     ),
     Case("a flat mask", VERIFY, (BASE, "2 axes"), parts(mask=lambda t: t.view(-1))),
     Case("both forms", VERIFY, (BASE, "dense and compressed"), packed(DENSE_TOO)),
+    Case(
+        "a compressed layer that should be dense",
+        VERIFY,
+        ("model.layers.1.", "is compressed", "dense_layers"),
+        block(dense_layers=[1]),
+    ),
     Case("a later format", VERIFY, ("format_version",), block(format_version=2)),
     Case("another format", VERIFY, ("format",), block(format="csr")),
     Case("an unknown key", VERIFY, ("zip",), block(zip=True)),

@@ -54,6 +54,10 @@ def linked_elsewhere(folder: Path) -> None:
     (folder / "link").symlink_to(folder / "elsewhere")
 
 
+def linked_in_a_circle(folder: Path) -> None:
+    (folder / "link").symlink_to(folder / "link")
+
+
 def read_only(folder: Path) -> None:
     """A folder in which nothing can be made, even by root (see ``conftest``)."""
     (folder / "locked").mkdir(mode=0o555)
@@ -114,6 +118,13 @@ CASES = [
     ),
     *both_commands("a link", "link", "", ("link",), spoil=linked_elsewhere),
     *both_commands(
+        "below a link to itself",
+        "link/new",
+        "",
+        ("link/new", "circle of links"),
+        spoil=linked_in_a_circle,
+    ),
+    *both_commands(
         "around the input",
         "out",
         "--overwrite",
@@ -168,6 +179,12 @@ CASES = [
         "measure: into a folder",
         f"measure ckpt -o out {TEXT}",
         ("out", "is a folder"),
+    ),
+    Case(
+        "measure: into a link to itself",
+        f"measure ckpt -o link {TEXT}",
+        ("link", "circle of links"),
+        linked_in_a_circle,
     ),
     Case(
         "measure: over the weights",

@@ -145,6 +145,8 @@ OFFSETS = GOOD.starts_R1
         ({"offsets_R1": OFFSETS + 1}, r"offsets\[0\]"),
         ({"offsets_R1": OFFSETS - 2**62}, r"offsets\[0\]"),
         ({"offsets_R1": OFFSETS.int()}, "I64"),
+        ({"values": GOOD.values.double()}, r"values are torch\.float64"),
+        ({"values": GOOD.values.short()}, r"values are torch\.int16"),
         ({"offsets_R1": None}, "no offsets"),
         ({"offsets_R1": None, "values": torch.ones(3, 4, 2).bfloat16()}, "group of 4"),
         ({"offsets_R1": None, "values": torch.ones(3, 4, 5).bfloat16()}, "no offsets"),

@@ -14,10 +14,11 @@ from tests.reference import LayerCut, raw_bytes, read_json, read_tensors, write_
 from tests.reference_families import FamilyReference, Removed
 from tests.streamed import streamed_loss
 from tests.tiny import tiny_checkpoint
+from vllm_moe_prune.checkpoint.block_fp8 import Blocks
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.apply import cut
 from vllm_moe_prune.decide.plan import load_plan
-from vllm_moe_prune.errors import PlanError
+from vllm_moe_prune.errors import CheckpointError, PlanError
 from vllm_moe_prune.verify import verify
 
 FAMILIES = ("arctic", "deepseek", "deepseek_v2", "deepseek_v3")
@@ -138,6 +139,10 @@ def test_uneven_groups_are_in_the_table_and_named(tmp_path: Path) -> None:
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     before, after = read_tensors(folder)[bias], read_tensors(out)[bias]
     assert torch.equal(after, before[list(keep)])
+    config = read_json(out / "config.json") | {"n_group": 13}
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="rows do not divide into 13 groups"):
+        open_checkpoint(out)
 
 
 def test_a_group_below_its_floor_is_refused(tmp_path: Path) -> None:
@@ -227,6 +232,14 @@ def test_fp8_zeros_change_one_byte_each_and_no_scale(
     assert streamed_loss(out, ids_ST).mean == pytest.approx(
         FamilyReference(out).loss(ids_ST), rel=0.01
     )
+
+
+def test_fp8_blocks_may_be_larger_than_any_matrix() -> None:
+    weight_RC = torch.randn(3, 5).to(torch.float8_e4m3fn)
+    dense_RC = Blocks(1 << 60, 1 << 60).dequantise(
+        weight_RC, torch.tensor([[0.5]]), torch.float32
+    )
+    assert torch.equal(dense_RC, weight_RC.float() / 2)
 
 
 def test_fp8_means_are_refused(tmp_path: Path) -> None:

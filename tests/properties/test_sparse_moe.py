@@ -4,7 +4,7 @@ T tokens, D hidden, F width, E experts, K slots per token.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -298,6 +298,14 @@ def test_native_unpacking_gives_back_every_bit(
     fixed = matrix_RC.clone()
     fixed.view(-1, 4)[:, 1:3] = 0
     assert torch.equal(cpu_library.unpack_matrix(pack(fixed, (2, 4))), fixed)
+
+
+def test_elements_of_unknown_size_never_reach_native_code() -> None:
+    packed = pack(torch.eye(8))
+    with pytest.raises(AssertionError):
+        cpu_library.unpack_matrix(replace(packed, values=packed.values.double()))
+    with pytest.raises(AssertionError):
+        cpu_library.encode([torch.eye(8).double()])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -18,6 +18,7 @@ from pydantic import Field, JsonValue, ValidationError
 
 from ..archs.spec import MoeArch
 from ..errors import CheckpointError
+from ..kernels.bitmask import DTYPES as DTYPES
 from ..kernels.bitmask import Bitmask, check, check_shapes, unpack
 from ..recipe import Strict, first_problem
 from .index import ITEM_BYTES, TensorInfo, read_bytes
@@ -27,14 +28,6 @@ METHOD: Literal["moe_prune"] = "moe_prune"
 FORMAT_VERSION: Literal[1] = 1
 PARTS = ("mask", "values", "offsets")
 DENSE = ".weight"
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""The types that can be stored compressed."""
 NO_FILE = "expert-weights-are-compressed-serve-with-vllm-moe-prune.safetensors"
 """What config.json names as transformers' weights: it does not know the format, and
 would otherwise load random experts with no more than a warning."""
@@ -235,7 +228,15 @@ def dense_view(
     def is_expert(name: str) -> bool:
         return any(pattern.match(name) for pattern in patterns)
 
-    return dense_config(config, storage), fold(tensors, is_expert), storage
+    folded = fold(tensors, is_expert)
+    for name, info in folded.items():
+        layer = arch.layer_of(name)
+        if isinstance(info, CompressedTensor) and layer in storage.dense_layers:
+            raise CheckpointError(
+                f"{info.file}: {name!r} is compressed, but {where} has layer {layer} "
+                "among its dense_layers."
+            )
+    return dense_config(config, storage), folded, storage
 
 
 def fold(

@@ -215,17 +215,18 @@ class LayerReader:
         count = self.rule.groups
         if count == 1:
             return None
-        if entry is not None and entry.groups is not None:
-            wrong = sorted(set(entry.groups) ^ set(range(count)))
-            if wrong:
-                raise RemapError(
-                    f"{self.folder}: layer {index}: the remap table must name each of "
-                    f"the {count} groups, and no other; see {wrong[0]}."
-                )
-            return entry.groups
-        if rows % count:
+        named = entry.groups if entry is not None else None
+        if count > rows or (named is None and rows % count):
             raise CheckpointError(
                 f"{self.folder}: layer {index}: {rows} router rows do not divide into "
                 f"{count} groups ({self.arch.router.groups.name} in config.json)."
             )
-        return tuple(row * count // rows for row in range(rows))
+        if named is None:
+            return tuple(row * count // rows for row in range(rows))
+        wrong = sorted(set(named) ^ set(range(count)))
+        if wrong:
+            raise RemapError(
+                f"{self.folder}: layer {index}: the remap table must name each of "
+                f"the {count} groups, and no other; see {wrong[0]}."
+            )
+        return named

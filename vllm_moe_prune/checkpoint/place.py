@@ -4,6 +4,7 @@ Asked before any work is done. What is in the way there (an earlier output, an
 unfinished run) is another question: see ``cut.output``.
 """
 
+import errno
 import os
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def check_folder(output: Path, source: Path) -> None:
         )
     if output.is_file():
         raise OutputError(f"{output}: is a file; choose another output folder.")
+    _check_links(output)
     _check_apart(output, source)
     _check_writable(output)
 
@@ -51,8 +53,19 @@ def check_file(output: Path, source: Path) -> None:
         raise OutputError(f"{output}: is a folder; give the name of a file.")
     if not output.parent.exists():
         raise OutputError(f"{output.parent}: no such folder; make it first.")
+    _check_links(output)
     _check_apart(output, source)
     _check_writable(output)
+
+
+def _check_links(output: Path) -> None:
+    try:
+        output.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OutputError(
+                f"{output}: leads in a circle of links. Choose another output."
+            ) from error
 
 
 def _check_apart(output: Path, source: Path) -> None:

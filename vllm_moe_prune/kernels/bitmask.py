@@ -25,6 +25,14 @@ from torch import Tensor
 from ..errors import CheckpointError
 
 CHUNK_ELEMENTS = 1 << 22
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""The types that can be stored compressed, by their names in safetensors."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 """What the bits of an element are looked at as, by its size in bytes."""
 
@@ -136,6 +144,10 @@ def check(packed: Bitmask, shape: tuple[int, int], where: str) -> None:
         offsets_R1 is not None and offsets_R1.dtype != torch.int64
     ):
         raise CheckpointError(f"{where}: the mask must be U8, the offsets I64.")
+    if values.dtype not in DTYPES.values():
+        raise CheckpointError(
+            f"{where}: values are {values.dtype}; expected one of {', '.join(DTYPES)}."
+        )
     mask = mask_RB.numpy()
     if offsets_R1 is None:
         _check_groups(mask, cols // values.shape[1], values.shape[2], where)

@@ -116,6 +116,7 @@ def unpack_matrix(packed: Bitmask) -> Tensor:
         return unpack(packed)
     rows, cols = packed.shape
     values = packed.values.contiguous()
+    assert values.element_size() in blocks.BITS
     mask_RB, starts_R1 = packed.mask_RB.contiguous(), packed.starts_R1.contiguous()
     dense_RC = torch.empty(rows, cols, dtype=values.dtype)
     found.moe_prune_unpack(
@@ -145,6 +146,7 @@ def encode(sources: Sequence[Tensor], scales: Sequence[Tensor] | None = None) ->
     masks_BS = torch.empty(count, round_up(inputs, STEP) // 2, dtype=torch.int32)
     starts_B1 = torch.empty(count + 1, dtype=torch.int64)
     size = sources[0].element_size()
+    assert size in blocks.BITS
     stored = sum(
         int(torch.count_nonzero(source.view(blocks.BITS[size]))) for source in sources
     )

@@ -71,8 +71,9 @@ def encode(sources: Sequence[Integers], group: int, bits: int) -> IntBlocks:
         bits: 4 or 8.
     """
     inputs = round_up(sources[0].words_NW.shape[1] * 32 // bits, STEP)
+    group = min(group, inputs)
     # A group must divide what rows are padded to; parts of it repeat its scale.
-    part = gcd(min(group, inputs), inputs)
+    part = gcd(group, inputs)
     words = [_blocks(source.words_NW, inputs * bits // 32) for source in sources]
     scales, offsets = [], []
     for source in sources:
