@@ -3,6 +3,7 @@
 V vocabulary, T tokens.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from tests.e2e.test_plugin_mixtral import (
     make_original,
     make_plan,
 )
-from tests.engine import Loads, assert_same, served
-from tests.family_cases import COMPRESSED, ENGINE, EQUAL, halved
+from tests.engine import VOCAB, Loads, assert_same, served
+from tests.family_cases import COMPRESSED, ENGINE, EQUAL, UNEVEN, halved
 from tests.family_cases import Case as FamilyCase
 from tests.family_cases import make_pruned as make_family
 from tests.reference import LayerCut
+from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.convert import convert
 from vllm_moe_prune.cut.apply import cut
@@ -94,6 +96,22 @@ def test_zeros_are_left_out_while_a_dense_checkpoint_loads(dense: Path) -> None:
     assert_same(served(dense, quantization="moe_prune"), expected(dense))
 
 
+def test_layers_without_zeros_are_served_where_vllm_has_no_kernel(
+    tmp_path: Path,
+) -> None:
+    """On CPUs those of vLLM's want sizes that divide by 32."""
+    full = tiny_checkpoint(
+        tmp_path / "full",
+        **{"layers": 2, "hidden": 80, "heads": 1, "vocab": VOCAB},
+        **{"dtype": "float32", "tokenizer": False},
+    )
+    packed = tmp_path / "packed"
+    assert convert(open_checkpoint(full), packed, "bitmask").dense_layers == (0, 1)
+    expected_TV = expected(full)
+    assert_same(served(packed), expected_TV)
+    assert_same(served(full, quantization="moe_prune"), expected_TV)
+
+
 @pytest.mark.parametrize("name", COMPRESSED)
 def test_every_family_computes_what_dense_with_zeros_does(
     name: str, tmp_path: Path
@@ -134,6 +152,16 @@ def test_fp8_is_as_far_from_the_truth_as_dense_is(tmp_path: Path) -> None:
     ]
     assert errors[1] <= 1.5 * errors[0]
     assert errors[0] < 0.1
+
+
+def test_dense_fp8_layers_are_served_where_vllm_has_no_kernel(tmp_path: Path) -> None:
+    """On CPUs those of vLLM's want routers of its own; groups of layer 2 are uneven."""
+    case = replace(FP8, cuts={1: halved(EQUAL), 2: UNEVEN})
+    zeros, truth_TV, _ = make_family(tmp_path, case)
+    out = tmp_path / "packed"
+    assert convert(open_checkpoint(zeros), out, "bitmask").dense_layers == (2,)
+    found_TV = served(out, dtype="bfloat16", **ENGINE[FP8.family])
+    assert (found_TV - truth_TV).abs().mean().item() < 0.1
 
 
 @pytest.mark.slow

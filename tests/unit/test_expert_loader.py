@@ -1,21 +1,27 @@
-"""Which part of each expert a process keeps, dense or in parts, and what is refused.
+"""Which part of each expert a process keeps, dense or in parts, and what is refused;
+who runs the layer, and where its weights are in the end.
 
-The layer here has only what the loader asks of vLLM's: a map of experts and ranks.
+The layer here has only what is asked of vLLM's: a map of experts and ranks.
 """
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from vllm_moe_prune.checkpoint.block_fp8 import Blocks as ScaleBlocks
 from vllm_moe_prune.errors import CheckpointError, ServeError
 from vllm_moe_prune.kernels import cpu_library
 from vllm_moe_prune.kernels.bitmask import pack
 from vllm_moe_prune.kernels.blocks import decode
+from vllm_moe_prune.plugin import sparse_moe
 from vllm_moe_prune.plugin.expert_loader import ExpertLoader
+from vllm_moe_prune.plugin.sparse_moe import MoePruneConfig, SparseMoEMethod
 
 HIDDEN, WIDTH, EXPERTS = 32, 48, 3
 SHAPES = {"w1": (WIDTH, HIDDEN), "w3": (WIDTH, HIDDEN), "w2": (HIDDEN, WIDTH)}
@@ -203,3 +209,172 @@ def test_wrong_shapes_and_contradicting_parts_are_refused(weights: Weights) -> N
     target.load(None, packed.starts_R1.flip(0), "experts.w13_offsets", "w1", 0)
     with pytest.raises(CheckpointError, match="offsets"):
         target.load(None, packed.mask_RB, "experts.w13_mask", "w1", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.int16])
+@pytest.mark.parametrize("group", [None, (2, 4)])
+def test_values_that_are_no_weights_are_refused(
+    dtype: torch.dtype, group: tuple[int, int] | None
+) -> None:
+    target = loader(1, 0, {0: 0})
+    packed = pack(torch.tensor([1.0, 0, 2, 0]).repeat(WIDTH, HIDDEN // 4), group)
+    if packed.offsets_R1 is not None:
+        target.load(None, packed.offsets_R1, "experts.w13_offsets", "w1", 0)
+    target.load(None, packed.values.to(dtype), "experts.w13_values", "w1", 0)
+    with pytest.raises(CheckpointError, match=f"w1: values are {dtype}; expected one"):
+        target.load(None, packed.mask_RB, "experts.w13_mask", "w1", 0)
+
+
+def test_parts_are_brought_from_the_device_they_come_on() -> None:
+    """Meta stands for a GPU: nothing can be brought from there."""
+    mask = torch.empty(0, device="meta")
+    with pytest.raises(NotImplementedError, match="meta"):
+        loader(1, 0, {0: 0}).load(None, mask, "experts.w13_mask", "w1", 0)
+
+
+class Layer(torch.nn.Module):
+    """What is loaded and then handed on."""
+
+    use_ep = False
+    quant_method: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__ |= vars(a_layer(1, 0, {e: e for e in range(EXPERTS)}))
+
+    def _replace_quant_method(self, method: Any) -> None:
+        self.quant_method = method
+
+
+class Stock:
+    """vLLM's method for dense experts."""
+
+    experts_cls: object = "a kernel"
+
+    def __init__(self, moe: Any) -> None:
+        self.shapes: list[torch.Size] = []
+
+    def process_weights_after_loading(self, layer: Layer) -> None:
+        self.shapes = [layer.w13_weight.shape, layer.w2_weight.shape]
+
+
+def refusing(*arguments: Any) -> Any:
+    raise ValueError("kernel requires hidden dimensions divisible by 32")
+
+
+def none(*arguments: Any) -> Any:
+    """What vLLM's chooser for FP8 comes up with on a CPU."""
+    return SimpleNamespace(experts_cls=None)
+
+
+def moe_config(**changes: Any) -> SimpleNamespace:
+    swiglu = dict.fromkeys(("swiglu_limit", "swiglu_alpha", "swiglu_beta"))
+    plain = {"activation": MoEActivation.SILU, "has_bias": False, **swiglu}
+    return SimpleNamespace(**(plain | changes))
+
+
+def processed(weights: Weights, device: str = "cpu") -> Layer:
+    """A layer after loading; vLLM makes layers on the device where weights belong."""
+    layer, method = Layer(), SparseMoEMethod(moe_config())
+    with torch.device(device):
+        method.create_weights(layer, EXPERTS, HIDDEN, WIDTH, torch.bfloat16)
+    feed(layer.moe_prune_loader, weights, "dense")
+    method.process_weights_after_loading(layer)
+    return layer
+
+
+@pytest.fixture
+def full(weights: Weights) -> Weights:
+    """Without a zero."""
+    return {at: torch.where(matrix == 0, 1.0, matrix) for at, matrix in weights.items()}
+
+
+def test_weights_end_where_vllm_made_the_layer(
+    weights: Weights, full: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_moe, "UnquantizedFusedMoEMethod", Stock)
+    buffers = dict(processed(weights, "meta").named_buffers())
+    assert {"w13_values", "w2_values"} < buffers.keys()
+    assert {buffer.device.type for buffer in buffers.values()} == {"meta"}
+    parameters = dict(processed(full, "meta").named_parameters())
+    assert parameters.keys() == {"w13_weight", "w2_weight"}
+    assert {each.device.type for each in parameters.values()} == {"meta"}
+
+
+def test_few_zeros_are_vllms_expert_by_expert(
+    full: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[Any]] = []
+    gate_up: list[weakref.ref[Any]] = []
+
+    def watched(blocks: Any, expert: int, sources: int, *more: Any) -> list[Tensor]:
+        assert not any(one() is not None for one in held), "an expert is still dense"
+        if sources == 2:
+            gate_up[:] = [weakref.ref(blocks)]
+        else:
+            assert gate_up[0]() is None, "gate and up are held twice"
+        found = decode(blocks, expert, sources, *more)
+        held.extend(weakref.ref(matrix) for matrix in found)
+        return found
+
+    monkeypatch.setattr(sparse_moe, "UnquantizedFusedMoEMethod", Stock)
+    monkeypatch.setattr(sparse_moe, "decode", watched)
+    layer = processed(full)
+    assert layer.quant_method.shapes == [
+        (EXPERTS, 2 * WIDTH, HIDDEN),
+        (EXPERTS, HIDDEN, WIDTH),
+    ]
+    for expert in range(EXPERTS):
+        gate, up = layer.w13_weight[expert].chunk(2)
+        assert torch.equal(gate, full[expert, "w1"])
+        assert torch.equal(up, full[expert, "w3"])
+        assert torch.equal(layer.w2_weight[expert], full[expert, "w2"])
+    assert not list(layer.buffers())
+
+
+def test_what_vllm_has_no_kernel_for_stays_compressed(
+    full: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_moe, "UnquantizedFusedMoEMethod", refusing)
+    layer = processed(full)
+    assert layer.quant_method is None
+    assert layer.moe_prune_width == WIDTH
+    assert "w13_masks" in dict(layer.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("stock", "fp8"),
+    [(Stock, False), (refusing, False), (Stock, True), (refusing, True), (none, True)],
+)
+def test_dense_layers_are_vllms_where_it_has_a_kernel(
+    stock: Any, fp8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_moe, "UnquantizedFusedMoEMethod", stock)
+    monkeypatch.setattr(sparse_moe.current_platform, "is_cpu", lambda: True)
+    layer = object.__new__(RoutedExperts)
+    torch.nn.Module.__init__(layer)
+    layer.moe_config = moe_config(moe_parallel_config=SimpleNamespace(use_ep=False))
+    theirs = SimpleNamespace(get_quant_method=lambda layer, _: stock(layer))
+    scaled = ScaleBlocks(128, 128) if fp8 else None
+    config = MoePruneConfig(frozenset({1}), theirs if fp8 else None, scaled)
+    config.packed_modules_mapping = {}
+    method = config.get_quant_method(layer, "model.layers.1.mlp.experts")
+    assert type(method) is (Stock if stock is Stock else SparseMoEMethod)
+    if stock is not Stock:
+        assert method.scaled == scaled
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"swiglu_limit": 7.0},
+        {"swiglu_alpha": 1.702},
+        {"swiglu_beta": 1.0},
+        {"has_bias": True},
+        {"activation": MoEActivation.GELU},
+    ],
+    ids=str,
+)
+def test_what_the_kernel_does_not_compute_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ServeError, match="not supported, only silu"):
+        SparseMoEMethod(moe_config(**changes))

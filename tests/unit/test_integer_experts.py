@@ -126,6 +126,14 @@ def test_experts_of_all_processes_add_up() -> None:
     assert torch.allclose(total_TD, expected(form, experts), atol=1e-5)
 
 
+def test_a_group_may_be_larger_than_any_row() -> None:
+    experts = experts_in(Form("int4"))
+    huge = Form("int4", 1 << 60)
+    layers = [Layer(huge, experts, 2, rank, [0, 1, 2]) for rank in range(2)]
+    total_TD = sum(layer.run(*inputs()) for layer in layers)
+    assert torch.allclose(total_TD, expected(Form("int4"), experts), atol=1e-5)
+
+
 def test_they_stay_as_small_as_they_are() -> None:
     layer = Layer(Form("int4", 32), experts_in(Form("int4", 32)), 1, 0, [0, 1, 2])
     held = sum(buffer.nbytes for buffer in layer.buffers())
@@ -154,6 +162,8 @@ def test_an_expert_that_is_missing_or_misshapen_is_named() -> None:
         (Form("int8"), {}, True),
         (Form("fp8"), {}, False),
         (Form("int4", 32), {"has_bias": True}, False),
+        (Form("int4", 32), {"swiglu_limit": 7.0}, False),
+        (Form("int4", 32), {"swiglu_alpha": 1.702}, False),
         (Form("int4", 32), {"intermediate_size_per_partition": 12}, False),
     ],
 )
@@ -164,6 +174,9 @@ def test_what_the_kernel_runs(form: Form, changes: dict[str, Any], fit: bool) ->
         "intermediate_size_per_partition": 64,
         "activation": MoEActivation.SILU,
         "has_bias": False,
+        "swiglu_limit": None,
+        "swiglu_alpha": None,
+        "swiglu_beta": None,
     }
     assert fits(SimpleNamespace(**(moe | changes)), form) == fit
 

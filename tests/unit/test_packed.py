@@ -82,6 +82,15 @@ def test_compressed_ones_are_what_each_expert_would_be(
     assert not found
 
 
+def test_parts_are_brought_from_the_device_they_come_on(
+    tensors: dict[str, Tensor],
+) -> None:
+    """Meta stands for a GPU: nothing can be brought from there."""
+    name, mask = f"{MOE}experts.down_proj.mask", torch.empty(0, device="meta")
+    with pytest.raises(NotImplementedError, match="meta"):
+        list(one_by_one([(name, mask)], *NAMES))
+
+
 def test_missing_and_misshapen_parts_are_refused(tensors: dict[str, Tensor]) -> None:
     name = f"{MOE}experts.down_proj"
     for part, says in (("mask", "no mask"), ("offsets", "no offsets")):

@@ -92,7 +92,7 @@ class ExpertLoader(ArrivingExperts):
             return
         parts = self._parts.setdefault((local, shard_id), {})
         # A copy: what vLLM hands over may be a view into a file that it will close.
-        parts[part] = tensor.clone()
+        parts[part] = tensor.cpu().clone()
         if is_complete(parts):
             del self._parts[local, shard_id]
             packed = Bitmask(parts["mask"], parts["values"], parts.get("offsets"))
@@ -153,7 +153,7 @@ class ExpertLoader(ArrivingExperts):
             found.clear()
 
     def finished(self) -> tuple[Blocks, Blocks]:
-        """Gate with up, and down, of all experts of this process.
+        """Gate with up, and down, of all experts of this process; asked for once.
 
         Raises:
             ServeError: Some did not arrive.
@@ -165,7 +165,7 @@ class ExpertLoader(ArrivingExperts):
                 f"experts did not arrive ({_listed(missing)}); with --quantization "
                 "moe_prune, --load-format dummy has none to load."
             )
-        return self._joined["w13"], self._joined["w2"]
+        return self._joined.pop("w13"), self._joined.pop("w2")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -29,6 +29,7 @@ def fits(moe: FusedMoEConfig, form: Form) -> bool:
         bits is not None
         and cpu_library.runs_integers()
         and moe.activation == MoEActivation.SILU
+        and (moe.swiglu_limit, moe.swiglu_alpha, moe.swiglu_beta) == (None, None, None)
         and not moe.has_bias
         # Words and groups of a width that several processes share end with its parts.
         and width % 8 == 0
@@ -69,7 +70,7 @@ class _Loader(PartsLoader):
     def _columns(self, matrix: Integers) -> tuple[Integers, int]:
         """The inputs of down that are this process's, and how many share a scale."""
         whole = self.width * self._parallel.tp_size
-        group = self.form.group_size or whole
+        group = min(self.form.group_size or whole, whole)
         if self._parallel.tp_size == 1:
             return matrix, group
         # Scales are repeated where a group goes on in another process.

@@ -50,7 +50,7 @@ def one_by_one(
             continue
         parts = held.setdefault(base, {})
         # A copy: what vLLM hands over may be a view into a file that it will close.
-        parts[match["part"]] = tensor.clone()
+        parts[match["part"]] = tensor.cpu().clone()
         if is_complete(parts):
             del held[base]
             yield from _split(parts, each, roles, base)

@@ -7,6 +7,7 @@ experts, routers) stays vLLM's; in an FP8 checkpoint, its method for FP8 has tha
 hidden, F width, T tokens, K slots per token.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,14 @@ from ..checkpoint.block_fp8 import Blocks as ScaleBlocks
 from ..checkpoint.compressed import CONFIG_KEY, METHOD, PARTS, parse_storage
 from ..errors import ServeError
 from ..kernels.blocks import Blocks, decode
-from .arriving import ArrivingMethod
+from .arriving import MATRICES, ArrivingMethod
 from .expert_loader import ExpertLoader
 from .sparse_op import sparse_moe
+
+log = logging.getLogger(__name__)
+
+NO_KERNEL = (NotImplementedError, ValueError)
+"""What vLLM's choosers raise where no kernel fits."""
 
 
 class MoePruneConfig(QuantizationConfig):
@@ -101,8 +107,19 @@ class MoePruneConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             dense = extract_layer_index(prefix) in self.dense_layers
             # vLLM's CPU kernels ignore the expert map, ours never does.
-            if not dense or _splits_experts_on_cpu(layer):
-                return SparseMoEMethod(layer.moe_config, self.scaled)
+            if dense and not _splits_experts_on_cpu(layer):
+                try:
+                    method = self._get_stock_method(layer, prefix)
+                except NO_KERNEL as error:
+                    log.debug("%s: run by our kernel (vLLM: %s)", prefix, error)
+                else:
+                    # The chooser for FP8 on CPUs chooses nothing, without a word.
+                    if method.experts_cls is not None or not current_platform.is_cpu():
+                        return method
+            return SparseMoEMethod(layer.moe_config, self.scaled)
+        return self._get_stock_method(layer, prefix)
+
+    def _get_stock_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if self.fp8 is not None:
             self.fp8.packed_modules_mapping = self.packed_modules_mapping
             return self.fp8.get_quant_method(layer, prefix)
@@ -126,18 +143,21 @@ class SparseMoEMethod(ArrivingMethod):
             scaled: Of FP8: what has a scale in common.
 
         Raises:
-            ServeError: Naming the activation or the bias.
+            ServeError: Naming the activation, or what it comes with.
         """
         super().__init__(moe)
         self.scaled = scaled
         scales = () if scaled is None else (f"weight{SUFFIX}",)
         self._suffixes = ("weight", *PARTS, *scales)
-        if moe.activation != MoEActivation.SILU or moe.has_bias:
+        swiglu = (moe.swiglu_limit, moe.swiglu_alpha, moe.swiglu_beta)
+        clamped = swiglu != (None, None, None)
+        if moe.activation != MoEActivation.SILU or moe.has_bias or clamped:
             bias = " with biases" if moe.has_bias else ""
+            clamp = " clamped or scaled" if clamped else ""
             raise ServeError(
-                f"quantization {METHOD}: experts with {moe.activation.value}{bias} are "
-                "not supported, only silu without. Convert the checkpoint with "
-                "`vllm-moe-prune convert --layout dense`."
+                f"quantization {METHOD}: experts with {moe.activation.value}{clamp}"
+                f"{bias} are not supported, only silu without. Convert the checkpoint "
+                "with `vllm-moe-prune convert --layout dense`."
             )
 
     def create_weights(
@@ -169,14 +189,22 @@ class SparseMoEMethod(ArrivingMethod):
             ServeError: An expert of this process was not loaded.
         """
         loader: ExpertLoader = layer.moe_prune_loader
-        w13, w2 = loader.finished()
+        found = dict(zip(MATRICES, loader.finished(), strict=True))
+        device = layer.w13_weight.device  # where vLLM wanted the weights
         self.release(layer, self._suffixes)
-        few = w13.nbytes + w2.nbytes >= loader.dense_bytes
-        if few and self.scaled is None and not _splits_experts_on_cpu(layer):
-            _hand_over(self.moe, layer, loader, w13, w2)
-            return
-        device = torch.get_default_device()
-        for name, blocks in (("w13", w13), ("w2", w2)):
+        nbytes = sum(blocks.nbytes for blocks in found.values())
+        few = nbytes >= loader.dense_bytes and self.scaled is None
+        if few and not _splits_experts_on_cpu(layer):
+            try:
+                method = UnquantizedFusedMoEMethod(self.moe)
+            except NO_KERNEL as error:
+                log.debug("%s: stays compressed (vLLM: %s)", layer.layer_name, error)
+            else:
+                _make_dense(layer, found, loader.hidden, loader.width, device)
+                layer._replace_quant_method(method)
+                method.process_weights_after_loading(layer)
+                return
+        for name, blocks in found.items():
             parts = {
                 "masks": blocks.masks_EBS,
                 "starts": blocks.starts_EB1,
@@ -220,24 +248,28 @@ class SparseMoEMethod(ArrivingMethod):
         )
 
 
-def _hand_over(
-    moe: FusedMoEConfig,
+def _make_dense(
     layer: RoutedExperts,
-    loader: ExpertLoader,
-    w13: Blocks,
-    w2: Blocks,
+    found: dict[str, Blocks],
+    hidden: int,
+    width: int,
+    device: torch.device,
 ) -> None:
-    """Give a layer that compression does not shrink to vLLM's own kernel."""
-    hidden, width = loader.hidden, loader.width
-    experts = range(len(w13.masks_EBS))
-    gates_and_ups = [
-        torch.cat(decode(w13, expert, 2, (width, hidden))) for expert in experts
-    ]
-    downs = [decode(w2, expert, 1, (hidden, width))[0] for expert in experts]
-    device = torch.get_default_device()
-    for name, matrices in (("w13_weight", gates_and_ups), ("w2_weight", downs)):
-        stacked = torch.stack(matrices).to(device)
-        layer.register_parameter(name, Parameter(stacked, requires_grad=False))
-    method = UnquantizedFusedMoEMethod(moe)
-    layer._replace_quant_method(method)
-    method.process_weights_after_loading(layer)
+    """Weights as vLLM's own kernels want them; ``found`` is emptied on the way."""
+    for name, sources, shape in (
+        ("w13", 2, (width, hidden)),
+        ("w2", 1, (hidden, width)),
+    ):
+        blocks = found.pop(name)
+        dense_ENK = torch.empty(
+            len(blocks.masks_EBS),
+            sources * shape[0],
+            shape[1],
+            dtype=blocks.values.dtype,
+            device=device,
+        )
+        # One expert at a time: a layer can be a good part of the memory.
+        for expert, dense_NK in enumerate(dense_ENK):
+            dense_NK.copy_(torch.cat(decode(blocks, expert, sources, shape)))
+        parameter = Parameter(dense_ENK, requires_grad=False)
+        layer.register_parameter(f"{name}_weight", parameter)

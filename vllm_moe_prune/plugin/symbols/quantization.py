@@ -26,6 +26,7 @@ SYMBOLS = (
         ("hf_to_vllm_mapper",),
     ),
     *members(f"{_QUANTIZATION}.fp8", "Fp8Config", "from_config", "get_quant_method"),
+    *members(f"{_QUANTIZATION}.fp8", "Fp8MoEMethod", "experts_cls"),
     Symbol(
         f"{_QUANTIZATION}.base_config", "QuantizationConfig.from_config", ("config",)
     ),
@@ -54,6 +55,9 @@ SYMBOLS = (
         "has_bias",
         "in_dtype",
         "moe_parallel_config",
+        "swiglu_limit",
+        "swiglu_alpha",
+        "swiglu_beta",
     ),
     *members(f"{_FUSED_MOE}.config", "FusedMoEParallelConfig", "tp_size", "tp_rank"),
     Symbol(f"{_FUSED_MOE}.config", "FusedMoEQuantConfig"),
@@ -106,6 +110,11 @@ SYMBOLS = (
         ("quant_method",),
     ),
     Symbol(f"{_FUSED_MOE}.unquantized_fused_moe_method", "UnquantizedFusedMoEMethod"),
+    *members(
+        f"{_FUSED_MOE}.unquantized_fused_moe_method",
+        "UnquantizedFusedMoEMethod",
+        "experts_cls",
+    ),
     Symbol(
         f"{_FUSED_MOE}.unquantized_fused_moe_method",
         "UnquantizedFusedMoEMethod.__init__",
