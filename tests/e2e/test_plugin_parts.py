@@ -1,8 +1,12 @@
 """The plugin's parts that need no engine: tally, routing, refused flags."""
 
+import importlib
+import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -309,6 +313,33 @@ if current_platform.is_cpu():
 def test_registering_imports_nothing_a_model_is_made_of() -> None:
     environment = os.environ | {"VLLM_PLUGINS": ""}
     subprocess.run([sys.executable, "-c", REGISTERING], env=environment, check=True)
+
+
+@pytest.mark.vllm
+def test_what_waits_for_an_import_waits_until_it_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_moe_prune.plugin.deferred import when_imported
+
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    finders, done = list(sys.meta_path), []
+    path = tmp_path / "waited_for.py"
+    path.write_text("raise RuntimeError('not yet')")
+    for number in range(2):
+        when_imported("waited_for", partial(done.append, number))
+    assert importlib.util.find_spec("waited_for") is not None
+    with pytest.raises(RuntimeError, match="not yet"):
+        importlib.import_module("waited_for")
+    assert done == []
+    path.write_text("found = True")
+    importlib.invalidate_caches()
+    module = importlib.import_module("waited_for")
+    monkeypatch.delitem(sys.modules, "waited_for")
+    assert module.found
+    assert sorted(done) == [0, 1]
+    assert sys.meta_path == finders
+    assert type(module.__loader__).__name__ == "SourceFileLoader"
 
 
 @pytest.mark.vllm

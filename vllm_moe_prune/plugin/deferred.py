@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +24,7 @@ def when_imported(module: str, then: Callable[[], None]) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Leaves finding to the others, but for adding something to the loader's work."""
+    """Leaves finding to those behind it, but adds something to the loader's work."""
 
     def __init__(self, module: str, then: Callable[[], None]) -> None:
         self.module, self.then = module, then
@@ -36,21 +35,29 @@ class _Watch(MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        """What the others find."""
+        """What the others find; it may be looked for without being imported."""
         if fullname != self.module:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, self.then)
-        return spec
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Then(spec.loader, self)
+                return spec
+        return None
+
+    def imported(self) -> None:
+        """What was waited for has happened; once is enough."""
+        if self in sys.meta_path:
+            self.then()
+            sys.meta_path.remove(self)
 
 
 class _Then(Loader):
     """Another loader's work, and then something else."""
 
-    def __init__(self, loader: Loader, then: Callable[[], None]) -> None:
-        self.loader, self.then = loader, then
+    def __init__(self, loader: Loader, watch: _Watch) -> None:
+        self.loader, self.watch = loader, watch
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
@@ -64,7 +71,7 @@ class _Then(Loader):
         assert module.__spec__ is not None
         module.__loader__ = module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        self.then()
+        self.watch.imported()
 
 
 def quantisation(load: Callable[[], type[Any]]) -> type[QuantizationConfig]:
