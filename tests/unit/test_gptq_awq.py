@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from tests.gptq_awq import BLOCKS, make
 from tests.reference import (
     DROP_BLOCK,
     DROP_MOE,
@@ -21,7 +21,6 @@ from tests.reference import (
     read_tensors,
     write_plan,
 )
-from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.reader import read_weight
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.apply import cut
@@ -31,77 +30,12 @@ from vllm_moe_prune.errors import CheckpointError
 from vllm_moe_prune.plugin.tally import WeightTally
 from vllm_moe_prune.verify import verify
 
-GROUP = 32
-AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-BLOCKS: dict[str, dict[str, Any]] = {
-    "gptq": {"quant_method": "gptq", "desc_act": True, "sym": False},
-    "gptq_v2": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"},
-    "awq": {"quant_method": "awq", "version": "gemm", "zero_point": True},
-}
 CUTS = {
     0: LayerCut(keep=(5, 0, 3)),
     1: DROP_MOE,
     2: DROP_BLOCK,
     3: LayerCut(keep=(1, 2, 4)),
 }
-
-
-def words(values: Tensor, order: list[int]) -> Tensor:
-    """Each eight values of a row as one int32: value ``order[i]`` at bits 4 i."""
-    packed = torch.zeros(values.shape[0], values.shape[1] // 8, dtype=torch.int64)
-    for place, which in enumerate(order):
-        packed |= values[:, which::8].long() << (4 * place)
-    return packed.to(torch.int32)
-
-
-def quantised(name: str, tensor: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Parts of a matrix with random numbers, and what they stand for."""
-    rows, cols = tensor.shape
-    made = torch.Generator().manual_seed(seed)
-    groups = cols // GROUP
-    values_RC = torch.randint(0, 16, (rows, cols), generator=made)
-    zero_RG = torch.randint(1, 16, (rows, groups), generator=made)
-    scale_RG = (torch.rand(rows, groups, generator=made) / 50 + 0.001).half()
-    group_C = torch.arange(cols) // GROUP
-    if name != "awq":
-        group_C = group_C[torch.randperm(cols, generator=made)]
-    dense = torch.empty(rows, cols)
-    for col in range(cols):
-        at = int(group_C[col])
-        steps_R = values_RC[:, col] - zero_RG[:, at]
-        dense[:, col] = steps_R.float() * scale_RG[:, at].float()
-    parts = {"scales": scale_RG.T}
-    if name == "awq":
-        parts["qweight"] = words(values_RC.T, AWQ_ORDER)
-        parts["qzeros"] = words(zero_RG.T, AWQ_ORDER)
-    else:
-        parts["qweight"] = words(values_RC, list(range(8))).T
-        less = 1 if name == "gptq" else 0
-        parts["qzeros"] = words(zero_RG.T - less, list(range(8)))
-        parts["g_idx"] = group_C.to(torch.int32)
-    found = {part: each.contiguous() for part, each in parts.items()}
-    return found, dense.bfloat16()
-
-
-def make(folder: Path, name: str) -> dict[str, Tensor]:
-    """A checkpoint in a layout; returns what it should be read as."""
-    tiny_checkpoint(folder, hidden=64, width=96, experts=6)
-    stored, expected = {}, {}
-    for seed, (at, tensor) in enumerate(read_tensors(folder).items()):
-        plain = tensor.dim() != 2 or "embed" in at or "lm_head" in at or ".gate." in at
-        if plain:
-            stored[at] = expected[at] = tensor
-            continue
-        parts, expected[at] = quantised(name, tensor, seed)
-        base = at.removesuffix(".weight")
-        stored |= {f"{base}.{part}": each for part, each in parts.items()}
-    for path in folder.glob("*.safetensors*"):
-        path.unlink()
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    config = read_json(folder / "config.json")
-    config["quantization_config"] = {"bits": 4, "group_size": GROUP} | BLOCKS[name]
-    (folder / "config.json").write_text(json.dumps(config))
-    return expected
 
 
 @pytest.mark.parametrize("name", BLOCKS)
