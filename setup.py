@@ -2,15 +2,18 @@
 
 One shared library with a plain C interface, loaded through ctypes: no headers of Python
 or PyTorch, one library for all their versions. Each file gets the instructions it is
-written for, and which of them run is decided at run time. Without a C++ compiler the
-package installs all the same and says at run time what is slower.
+written for, and which of them run is decided at run time. What a compiler is too old
+for is left out. Without one that works, the package installs all the same and says at
+run time what is slower.
 """
 
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 FOLDER = Path("vllm_moe_prune/kernels/cpu")
 # OpenMP is compiled for but not linked: the library joins the runtime, and so the
@@ -35,22 +38,29 @@ PAIRS = {
     **{"avx512": "fma.cpp", "vbmi2": "fma.cpp"},
 }
 ACTIVATIONS = ("portable", "avx2", "avx512")
+X86 = platform.machine() in {"x86_64", "AMD64"}
+STEPS = {
+    "MOE_PRUNE_X86": ("loading.cpp", VBMI2),
+    "MOE_PRUNE_BF16": ("expand.cpp", BF16),
+    "MOE_PRUNE_AMX": ("amx.cpp", [*AMX, "-DMOE_PRUNE_ISA=amx"]),
+}
+"""What a compiler may be too old for, each with all before it: the macro that asks for
+it, the source behind it and its flags."""
 
 
-def units() -> list[tuple[str, list[str]]]:
-    """What is compiled: a source and its flags."""
+def units(steps: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """What is compiled: a source and its flags; of ``STEPS`` only these."""
     levels = {
         name: [*flags, f"-DMOE_PRUNE_ISA={name}"] for name, flags in LEVELS.items()
     }
     pairs = [(source, levels[name]) for name, source in PAIRS.items()]
     activations = [("activation.cpp", levels[name]) for name in ACTIVATIONS]
     common: list[tuple[str, list[str]]] = [("moe.cpp", []), ("encode.cpp", [])]
-    if platform.machine() not in {"x86_64", "AMD64"}:
+    macros = [f"-D{step}" for step in steps]
+    if not macros:
         return [*common, pairs[0], activations[0]]
-    tiles = [*AMX, "-DMOE_PRUNE_ISA=amx"]
-    others = [("loading.cpp", VBMI2), ("expand.cpp", BF16), ("amx.cpp", tiles)]
-    x86 = [*common, *pairs, *activations, *others]
-    return [(name, [*flags, "-DMOE_PRUNE_X86"]) for name, flags in x86]
+    x86 = [*common, *pairs, *activations, *(STEPS[step] for step in steps)]
+    return [(name, [*flags, *macros]) for name, flags in x86]
 
 
 class BuildKernel(build_ext):
@@ -58,8 +68,9 @@ class BuildKernel(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link; setuptools lets an optional kernel fail."""
+        steps = [step for step in STEPS if X86 and self._can_compile(STEPS[step][1])]
         objects = []
-        for number, (name, flags) in enumerate(units()):
+        for number, (name, flags) in enumerate(units(steps)):
             objects += self.compiler.compile(
                 [str(FOLDER / name)],
                 output_dir=str(Path(self.build_temp) / str(number)),
@@ -69,6 +80,18 @@ class BuildKernel(build_ext):
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), target_lang="c++"
         )
+
+    def _can_compile(self, flags: list[str]) -> bool:
+        probe = Path(self.build_temp) / "probe.cpp"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("#include <immintrin.h>\n")
+        try:
+            self.compiler.compile(
+                [str(probe)], output_dir=self.build_temp, extra_postargs=flags
+            )
+        except CompileError:
+            return False
+        return True
 
 
 setup(

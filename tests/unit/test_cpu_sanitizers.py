@@ -1,9 +1,11 @@
-"""The C++ of the CPU kernel under address and undefined-behaviour sanitizers."""
+"""The C++ of the CPU kernel under address and undefined-behaviour sanitizers, and as
+compilers leave it that are too old for some instructions."""
 
 import os
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,11 @@ import setuptools
 
 ROOT = Path(__file__).parents[2]
 SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+OLD = """#!/bin/sh
+case "$*" in *{}*) echo "unrecognized option" >&2; exit 1;; esac
+exec g++ "$@" -O0
+"""
+LOAD = "import ctypes, torch; print(ctypes.CDLL({!r}).moe_prune_level())"
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,7 +35,8 @@ def build(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     recipe = runpy.run_path("setup.py")
     assert asked["ext_modules"]
     kernel = Path(recipe["FOLDER"])
-    jobs = [(kernel / name, flags) for name, flags in recipe["units"]()]
+    steps = list(recipe["STEPS"]) if recipe["X86"] else []
+    jobs = [(kernel / name, flags) for name, flags in recipe["units"](steps)]
     x86 = [flag for flag in jobs[0][1] if flag == "-DMOE_PRUNE_X86"]
     objects = []
     for number, (source, flags) in enumerate(
@@ -56,3 +64,34 @@ def test_random_layers_stay_within_their_memory(
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr[-4000:]
     assert "levels agree" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("unknown", "level"), [("-mamx-tile", 4), ("-mavx512bf16", 3), ("-mavx512vbmi2", 0)]
+)
+def test_what_a_compiler_is_too_old_for_is_left_out(
+    unknown: str, level: int, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "old"
+    compiler.write_text(OLD.format(unknown))
+    compiler.chmod(0o755)
+    folders = [
+        "--build-lib",
+        str(tmp_path / "lib"),
+        "--build-temp",
+        str(tmp_path / "o"),
+    ]
+    subprocess.run(
+        [sys.executable, "setup.py", "build_ext", *folders],
+        env=os.environ | {"CC": str(compiler), "CXX": str(compiler)},
+        cwd=ROOT,
+        check=True,
+    )
+    (library,) = tmp_path.rglob("_cpu*.so")
+    ran = subprocess.run(
+        [sys.executable, "-c", LOAD.format(str(library))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(ran.stdout) <= level

@@ -77,7 +77,8 @@ def library() -> ctypes.CDLL | None:
     else:
         log.warning(
             "vllm-moe-prune was installed without its CPU kernel; compressed experts "
-            "run many times slower. Install a C++ compiler, then the package again."
+            "run many times slower. There was no C++ compiler, or it failed: with a "
+            "recent one, install the package again (pip's -v shows what is wrong)."
         )
         return None
     try:

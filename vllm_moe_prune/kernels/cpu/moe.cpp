@@ -11,27 +11,43 @@
 
 #include "types.h"
 
+#ifdef MOE_PRUNE_X86
+#include <cpuid.h>
+#endif
+
 using namespace moe_prune;
 
 namespace {
+
+#ifdef MOE_PRUNE_X86
+// What __builtin_cpu_supports has no name for in every compiler; words are EAX to EDX.
+bool has_bit(uint32_t leaf, uint32_t subleaf, int word, int bit) {
+  uint32_t words[4] = {};
+  return __get_cpuid_count(leaf, subleaf, words, words + 1, words + 2, words + 3) &&
+         (words[word] >> bit & 1);
+}
+#endif
 
 int32_t find_level() {
 #ifdef MOE_PRUNE_X86
   __builtin_cpu_init();
   auto has = [](bool feature) { return feature; };
   bool avx2 = has(__builtin_cpu_supports("avx2")) && has(__builtin_cpu_supports("fma")) &&
-              has(__builtin_cpu_supports("f16c"));
+              has_bit(1, 0, 2, 29);  // F16C
   bool avx512 = avx2 && has(__builtin_cpu_supports("avx512f")) &&
                 has(__builtin_cpu_supports("avx512bw")) &&
                 has(__builtin_cpu_supports("avx512vl")) &&
                 has(__builtin_cpu_supports("avx512dq"));
   bool vbmi2 = avx512 && has(__builtin_cpu_supports("avx512vbmi2"));
-  if (vbmi2 && has(__builtin_cpu_supports("avx512bf16"))) {
-    uint32_t a = 7, b = 0, c = 0, d = 0;
-    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    bool tiles = (d >> 24 & 1) && (d >> 22 & 1);  // AMX-TILE and AMX-BF16
-    return tiles && amx_allowed() ? AMX : BF16;
+#ifdef MOE_PRUNE_BF16
+  if (vbmi2 && has_bit(7, 1, 0, 5)) {  // AVX512-BF16
+#ifdef MOE_PRUNE_AMX
+    bool tiles = has_bit(7, 0, 3, 24) && has_bit(7, 0, 3, 22);  // AMX-TILE, AMX-BF16
+    if (tiles && amx_allowed()) return AMX;
+#endif
+    return BF16;
   }
+#endif
   if (vbmi2) return VBMI2;
   if (avx512) return AVX512;
   if (avx2) return AVX2;
@@ -69,7 +85,7 @@ Kernels any(int32_t level, int32_t type, int32_t storage) {
   MOE_PRUNE_PICK(portable, portable)
 }
 
-#ifdef MOE_PRUNE_X86
+#ifdef MOE_PRUNE_AMX
 struct Tiles {
   PairKernel pair;
   PairsKernel pairs;
@@ -175,7 +191,7 @@ void moe_prune_run(const MoePruneLayer* layer) {
   const Kernels base = any(p.level, p.type, p.storage);
   // Dot products of bf16 are for weights that are floats.
   const bool dots = p.type == AS_BF16 && p.level >= BF16 && p.storage < INT8;
-  const int64_t dot_to = dots ? p.dot_to : 0;
+  [[maybe_unused]] const int64_t dot_to = dots ? p.dot_to : 0;
 
   // Tokens sorted by expert; each expert's rows are padded to whole tiles.
   const int64_t slots = p.tokens * p.top_k;
@@ -239,7 +255,7 @@ void moe_prune_run(const MoePruneLayer* layer) {
   {
     std::vector<float> y(std::max(group13, group2) * y_rows * WIDTH);
     std::vector<float> sums(group2 * p.tokens * WIDTH);
-#ifdef MOE_PRUNE_X86
+#ifdef MOE_PRUNE_AMX
     if (may_tile) amx_begin();
 #endif
     // y[pairs][y_rows][WIDTH] of some rows of an expert, TOKENS at most.
@@ -250,14 +266,14 @@ void moe_prune_run(const MoePruneLayer* layer) {
         w.pair(a.expert, first + i, blocks + 2 * i);
       const void* x = place(buffer, stride, a, row, 0);
       PairKernel kernel = base.pair;
-#ifdef MOE_PRUNE_X86
+#ifdef MOE_PRUNE_BF16
+      if (a.rows <= dot_to) kernel = p.storage == E4M3 ? pair_expand_f8 : pair_expand;
+#endif
+#ifdef MOE_PRUNE_AMX
       if (a.tiled && rows > 2 * ROWS)
         return TILES[p.storage].pairs(blocks, pairs, x, rows, w.k, y.data(),
                                       y_rows * WIDTH);
-      if (a.tiled)
-        kernel = TILES[p.storage].pair;
-      else if (a.rows <= dot_to)
-        kernel = p.storage == E4M3 ? pair_expand_f8 : pair_expand;
+      if (a.tiled) kernel = TILES[p.storage].pair;
 #endif
       for (int64_t i = 0; i < pairs; ++i)
         kernel(blocks + 2 * i, x, stride, rows, w.k, y.data() + i * y_rows * WIDTH);
@@ -336,7 +352,7 @@ void moe_prune_run(const MoePruneLayer* layer) {
           }
       }
     }
-#ifdef MOE_PRUNE_X86
+#ifdef MOE_PRUNE_AMX
     if (may_tile) amx_end();
 #endif
   }

@@ -104,6 +104,8 @@ using ActivationKernel = void (*)(const float* y, int64_t m, void* h, int64_t h_
 MOE_PRUNE_PAIRS_OF(portable)
 MOE_PRUNE_ACTIVATIONS_OF(portable)
 
+// setup.py defines MOE_PRUNE_X86, MOE_PRUNE_BF16 and MOE_PRUNE_AMX, each with all before
+// it, as far as the compiler has the instructions for them.
 #ifdef MOE_PRUNE_X86
 MOE_PRUNE_PAIRS_OF(avx2)
 MOE_PRUNE_PAIRS_OF(avx512)
@@ -121,10 +123,13 @@ int64_t encode_piece(const uint16_t piece[BLOCK][PIECE], int64_t steps, uint32_t
 void unpack_row(const uint8_t* bits, const uint16_t* values, int64_t cols, uint16_t* out);
 }  // namespace vbmi2
 
+#ifdef MOE_PRUNE_BF16
 // Of bf16, by its dot products: weights are expanded straight into the operand.
 void pair_expand(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
 void pair_expand_f8(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
+#endif
 
+#ifdef MOE_PRUNE_AMX
 // Of bf16, by AMX tiles, weights stored in any way.
 void pair_amx(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
 void pair_amx_f8(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);
@@ -141,6 +146,7 @@ void pairs_amx_i4(const Stream*, int64_t, const void*, int64_t, int64_t, float*,
 bool amx_allowed();  // asks Linux for the tiles; once is enough for a process
 void amx_begin();    // in every thread, before pair_amx
 void amx_end();      // in every thread, after it: the tiles are configured as before
+#endif
 #endif
 
 }  // namespace moe_prune
