@@ -208,6 +208,13 @@ def test_a_sweep_ends_where_the_models_do(tmp_path: Path) -> None:
     assert found.flags[-3:] == ("--max-model-len", "512", "--enforce-eager")
     given = sweep_for([large], [64], 32, 5, ["--max-model-len=100"])
     assert given.flags[1:] == ("--max-model-len=100",)
+    for told in (["--max-model-len", "1024"], ["--max_model_len=1K"]):
+        assert sweep_for([large], None, 32, 5, told).contexts == (128, 512, 992)
+    with pytest.raises(EvaluationError, match=r"481 with 32 new tokens: .* 2 to 468"):
+        sweep_for([large], [481], 32, 5, ["--max-model-len", "0.5k"])
+    for told in (["--max-model-len"], ["--max-model-len=auto"]):
+        with pytest.raises(EvaluationError, match="need a number of tokens"):
+            sweep_for([large], [64], 32, 5, told)
     with pytest.raises(EvaluationError, match=r"481 with 32 new tokens: .* 2 to 480"):
         sweep_for([large, small], [481], 32, 5, [])
 

@@ -18,6 +18,8 @@ from .server import Server, peak_memory, served
 
 CONTEXTS = (128, 512, 1024, 2048)
 MAX_LENGTH = "--max-model-len"
+UNITS = {"k": 10**3, "m": 10**6, "K": 2**10, "M": 2**20}
+"""What vLLM takes behind a number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def sweep_for(
         positive(one.config, "max_position_embeddings", one.folder / "config.json")
         for one in checkpoints
     )
-    room = most - new_tokens
+    told = _length_in(flags)
+    room = min(most, told or most) - new_tokens
     if contexts is None:
         contexts = [min(context, room) for context in CONTEXTS]
     asked = tuple(sorted(set(contexts)))
@@ -110,9 +113,35 @@ def sweep_for(
             "tokens."
         )
     own = ["--no-enable-prefix-caching"]
-    if not any(flag.partition("=")[0] == MAX_LENGTH for flag in flags):
+    if told is None:
         own += [MAX_LENGTH, str(asked[-1] + new_tokens)]
     return Sweep(asked, new_tokens, repeats, (*own, *flags))
+
+
+def _length_in(flags: Sequence[str]) -> int | None:
+    """The longest prompt and answer that flags for vLLM allow; None: they do not say.
+
+    Raises:
+        EvaluationError: The number is none.
+    """
+    told = None
+    for at, flag in enumerate(flags):
+        name, equals, value = flag.partition("=")
+        if name.replace("_", "-") == MAX_LENGTH:
+            told = value if equals else "".join(flags[at + 1 : at + 2])
+    if told is None:
+        return None
+    number, unit = told[:-1], UNITS.get(told[-1:])
+    try:
+        length = round(float(number) * unit) if unit else int(told)
+    except ValueError:
+        length = 0
+    if length < 1:
+        raise EvaluationError(
+            f"{MAX_LENGTH} {told}: speeds need a number of tokens there, or no such "
+            "flag."
+        )
+    return length
 
 
 def measure_speed(subject: Subject, sweep: Sweep) -> Speed:
