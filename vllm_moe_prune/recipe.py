@@ -349,7 +349,7 @@ class Recipe(Strict):
             (self.routing == "preserve" and experts.min_experts == 0)
             and "routing: preserve needs at least one expert per layer",
             (self.quantise.method != "none" and self.asks_zeros)
-            and "quantise and zeros do not go together yet; set slim.method: none",
+            and "quantise and zeros do not go together; set slim.method: none",
             (self.quantise.method != "none" and self.tune is not None)
             and "tune does not try out quantised weights; leave out quantise",
             (self.quantise.method != "none" and self.order == "unstructured-first")
