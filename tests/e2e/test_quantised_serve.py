@@ -130,18 +130,19 @@ def test_what_vllm_has_no_kernel_for_stays_quantised(
     assert errors[0] <= 1.2 * errors[1]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_no_kernel_runs_is_dequantised_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    dtype: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    original = make_original(tmp_path / "original")
+    original = make_original(tmp_path / "original", dtype=dtype)
     stage = {"method": "rtn", "weights": "fp8"}
     whole = make_cut(original, tmp_path / "whole", {}, stage)
-    found_TV = served(whole)
+    found_TV = served(whole, dtype=dtype)
     said = [one.getMessage() for one in caplog.records if "dequantised" in one.message]
     assert len(said) == 4
     assert "layers.0.block_sparse_moe.experts: no kernel runs fp8" in said[0]
     dense = write_dense(whole, tmp_path / "dense")
-    assert torch.equal(found_TV, served(dense))
+    assert torch.equal(found_TV, served(dense, dtype=dtype))
 
 
 def test_experts_that_are_not_quantised_are_left_to_vllm(tmp_path: Path) -> None:

@@ -44,13 +44,10 @@ class FallbackConfig(CompressedTensorsConfig):
         except (NotImplementedError, ValueError) as error:
             why = str(error)
         else:
-            if isinstance(method, UnquantizedFusedMoEMethod):  # experts are ignored
+            refusal = _refusal(method, layer)
+            if refusal is None:
                 return method
-            why = "its kernels take 16-bit activations only"
-            if layer.use_ep:
-                why = "its kernels know all experts or none"
-            elif layer.moe_config.in_dtype in SIXTEEN_BITS:
-                return method
+            why = refusal
         form = read_form({CONFIG_KEY: self.config}, prefix)
         if form is None:
             raise ServeError(f"{prefix}: vLLM cannot serve it on this CPU: {why}")
@@ -68,3 +65,17 @@ class FallbackConfig(CompressedTensorsConfig):
             str(layer.moe_config.in_dtype).removeprefix("torch."),
         )
         return DequantisingMethod(layer.moe_config, form)
+
+
+def _refusal(method: Any, layer: RoutedExperts) -> str | None:
+    """Why the method that vLLM chose on a CPU cannot run a layer; None: it can."""
+    if isinstance(method, UnquantizedFusedMoEMethod):  # the experts are ignored
+        return None
+    # Its chooser for FP8 chooses nothing, without a word.
+    if getattr(method, "experts_cls", method) is None:
+        return "it has no kernel for such scales"
+    if layer.use_ep:
+        return "its kernels know all experts or none"
+    if layer.moe_config.in_dtype not in SIXTEEN_BITS:
+        return "its kernels take 16-bit activations only"
+    return None

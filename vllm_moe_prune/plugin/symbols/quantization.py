@@ -27,6 +27,12 @@ SYMBOLS = (
     ),
     *members(f"{_QUANTIZATION}.fp8", "Fp8Config", "from_config", "get_quant_method"),
     *members(f"{_QUANTIZATION}.fp8", "Fp8MoEMethod", "experts_cls"),
+    *members(
+        f"{_QUANTIZATION}.compressed_tensors.compressed_tensors_moe"
+        ".compressed_tensors_moe_w8a8_fp8",
+        "CompressedTensorsW8A8Fp8MoEMethod",
+        "experts_cls",
+    ),
     Symbol(
         f"{_QUANTIZATION}.base_config", "QuantizationConfig.from_config", ("config",)
     ),
