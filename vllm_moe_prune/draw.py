@@ -107,18 +107,20 @@ def _bar() -> Bar:
 
 
 def _detail(progress: Progress, elapsed_s: float) -> str:
+    steps = progress.counted == "steps"
     rate = progress.bytes_done / elapsed_s if elapsed_s > 0 else 0.0
-    left = (progress.bytes_total - progress.bytes_done) / rate if rate else 0.0
-    if progress.counted == "steps":
-        return (
-            f"step {progress.bytes_done} of {progress.bytes_total}, "
-            f"{rate:.2f} steps/s, {duration(left)} left"
-        )
+    speed = ""  # of the first report nothing is known
+    if rate:
+        left = (progress.bytes_total - progress.bytes_done) / rate
+        shown = f"{rate:.2f} steps" if steps else gib(rate)
+        speed = f", {shown}/s, {duration(left)} left"
+    if steps:
+        return f"step {progress.bytes_done} of {progress.bytes_total}{speed}"
     name, unit = unit_of(progress.bytes_total)
     done, total = progress.bytes_done / unit, progress.bytes_total / unit
     return (
         f"layer {progress.layer} of {progress.layers}, {done:.2f} of {total:.2f} "
-        f"{name}, {gib(rate)}/s, {duration(left)} left"
+        f"{name}{speed}"
     )
 
 

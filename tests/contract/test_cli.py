@@ -46,8 +46,8 @@ RUNS = {
     "compare": "compare ckpt out --text text.txt --max-tokens 300",
 }
 PROGRESS = re.compile(
-    r"\w+: (layer \d+ of \d+, [\d.]+ of [\d.]+ [GM]iB, [\d.]+ [GM]iB/s"
-    r"|step \d+ of \d+, [\d.]+ steps/s), .+ left\n"
+    r"\w+: (layer \d+ of \d+, [\d.]+ of [\d.]+ [GM]iB|step \d+ of \d+)"
+    r"(, [\d.]+ ([GM]iB|steps)/s, .+ left)?\n"
 )
 COLOUR = re.compile(r"\x1b\[[\d;]*\b(3|4|9|10)[0-9]\b[\d;]*m")
 
