@@ -187,15 +187,11 @@ def test_the_layouts_of_other_tools_are_served_when_trimmed(
     save_file(stands_for, dense / "model.safetensors", metadata={"format": "pt"})
     cuts: Cuts = {0: LayerCut(keep=(5, 0, 3)), 1: DROP_MOE}
     truth_TV = mixtral_says(dense, cuts)
-    errors = [
-        (served(pruned, dtype="bfloat16") - truth_TV).abs().mean().item()
-        for pruned in (
-            make_cut(tmp_path / "model", tmp_path / "packed", cuts, {}),
-            make_cut(dense, tmp_path / "plain", cuts, {}),
-        )
-    ]
-    # vLLM's kernels for 4 bits round inputs to 8.
-    assert errors[0] <= 6 * errors[1]
+    pruned = make_cut(tmp_path / "model", tmp_path / "pruned", cuts, {})
+    found_TV = served(pruned, dtype="bfloat16")
+    # vLLM's kernels for 4 bits round inputs to 8; anything misread is far worse.
+    assert (found_TV - truth_TV).abs().mean() < 0.15
+    assert (truth_TV - mixtral_says(dense)).abs().mean() > 0.3
 
 
 @NEEDS_AMX

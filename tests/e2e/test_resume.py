@@ -258,10 +258,10 @@ def test_cut_killed_at_any_moment_resumes(
     process = world.start(method, out)
     time.sleep(random.Random(seed).uniform(0, 1.1 * elapsed_s))
     process.kill()
-    if finish(process) == 0:
+    # It may have died after its last step: what is there under the name is whole.
+    if finish(process) == 0 or out.exists():
         assert folder_bytes(out) == folder_bytes(world.finished(method))
         return
-    assert not out.exists()
     resume(world, method, out)
 
 
