@@ -119,6 +119,11 @@ async def converse(
         await leaving
         entry["ended"] = "cancelled"
         return
+    # To a client that is gone uvicorn sends without ever waiting: let `leaving` run.
+    await asyncio.sleep(0)
+    if leaving.done():
+        entry["ended"] = "cancelled"
+        return
     last = completion("chat.completion.chunk", "delta", "")
     rest = event(last) + b"data: [DONE]\n\n"
     if tail_s := wishes.get("tail_s"):
