@@ -6,7 +6,7 @@ from typing import Any
 
 from ..archs.spec import Layout, MoeArch, RouterRule, TensorRule
 from ..errors import CheckpointError, RemapError
-from .block_fp8 import DTYPE, Blocks, check_scale
+from .block_fp8 import DTYPE, Blocks
 from .config_values import FLOATS, positive
 from .index import TensorInfo
 from .remap import ExpertRemap, RemapLayer, check_against_shapes
@@ -205,8 +205,6 @@ class LayerReader:
                     f"{info.file}: {name} is {info.dtype}, the same matrix of expert 0 "
                     f"is {dtype}."
                 )
-            if self.blocks is not None and info.dtype == DTYPE:
-                check_scale(self.tensors, info, self.blocks)
 
     def _groups(
         self, index: int, rows: int, entry: RemapLayer | None

@@ -1,5 +1,6 @@
 """The vLLM we stand on: versions and quirks; the only file that compares versions."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ..checkpoint.compressed import METHOD
@@ -97,6 +98,24 @@ def mend_cpu_rotary() -> None:
             flat = query.dim() == 2
             forward = super().forward_cpu if flat else self.forward_native
             return forward(positions, query, key)
+
+
+def chosen_experts(choose: Callable[[], Any]) -> tuple[Any, str]:
+    """vLLM's own method for routed experts; None, and why it has no kernel for them.
+
+    Args:
+        choose: Asks vLLM for it.
+    """
+    from vllm.platforms import current_platform
+
+    try:
+        method = choose()
+    except (NotImplementedError, ValueError) as error:  # as most of its choosers say it
+        return None, str(error)
+    # Its chooser for FP8 on CPUs chooses nothing, without a word.
+    if current_platform.is_cpu() and getattr(method, "experts_cls", method) is None:
+        return None, "it has no kernel for such scales"
+    return method, ""
 
 
 def wants_local_ids(vllm_config: Any) -> bool:

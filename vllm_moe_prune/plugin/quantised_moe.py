@@ -8,6 +8,7 @@ the model's dtype while they load (``dequantised_moe.py``). On GPUs all is vLLM'
 """
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from vllm.platforms import current_platform
 from ..checkpoint.quantised import CONFIG_KEY, read_form
 from ..errors import ServeError
 from . import integer_moe
+from .compat import chosen_experts
 from .dequantised_moe import DequantisingMethod
 from .integer_moe import IntegerMethod
 
@@ -38,12 +40,8 @@ class FallbackConfig(CompressedTensorsConfig):
         """vLLM's choice; for experts on a CPU that it has no kernel for, ours."""
         if not isinstance(layer, RoutedExperts) or not current_platform.is_cpu():
             return super().get_quant_method(layer, prefix)
-        try:
-            method = super().get_quant_method(layer, prefix)
-        # What its choosers raise where no kernel fits.
-        except (NotImplementedError, ValueError) as error:
-            why = str(error)
-        else:
+        method, why = chosen_experts(partial(super().get_quant_method, layer, prefix))
+        if method is not None:
             refusal = _refusal(method, layer)
             if refusal is None:
                 return method
@@ -71,9 +69,6 @@ def _refusal(method: Any, layer: RoutedExperts) -> str | None:
     """Why the method that vLLM chose on a CPU cannot run a layer; None: it can."""
     if isinstance(method, UnquantizedFusedMoEMethod):  # the experts are ignored
         return None
-    # Its chooser for FP8 chooses nothing, without a word.
-    if getattr(method, "experts_cls", method) is None:
-        return "it has no kernel for such scales"
     if layer.use_ep:
         return "its kernels know all experts or none"
     if layer.moe_config.in_dtype not in SIXTEEN_BITS:

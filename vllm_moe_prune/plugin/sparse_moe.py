@@ -8,6 +8,7 @@ hidden, F width, T tokens, K slots per token.
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,11 @@ from ..checkpoint.compressed import CONFIG_KEY, METHOD, PARTS, parse_storage
 from ..errors import ServeError
 from ..kernels.blocks import Blocks, decode
 from .arriving import MATRICES, ArrivingMethod
+from .compat import chosen_experts
 from .expert_loader import ExpertLoader
 from .sparse_op import sparse_moe
 
 log = logging.getLogger(__name__)
-
-NO_KERNEL = (NotImplementedError, ValueError)
-"""What vLLM's choosers raise where no kernel fits."""
 
 
 class MoePruneConfig(QuantizationConfig):
@@ -108,14 +107,12 @@ class MoePruneConfig(QuantizationConfig):
             dense = extract_layer_index(prefix) in self.dense_layers
             # vLLM's CPU kernels ignore the expert map, ours never does.
             if dense and not _splits_experts_on_cpu(layer):
-                try:
-                    method = self._get_stock_method(layer, prefix)
-                except NO_KERNEL as error:
-                    log.debug("%s: run by our kernel (vLLM: %s)", prefix, error)
-                else:
-                    # The chooser for FP8 on CPUs chooses nothing, without a word.
-                    if method.experts_cls is not None or not current_platform.is_cpu():
-                        return method
+                method, why = chosen_experts(
+                    partial(self._get_stock_method, layer, prefix)
+                )
+                if method is not None:
+                    return method
+                log.debug("%s: run by our kernel (vLLM: %s)", prefix, why)
             return SparseMoEMethod(layer.moe_config, self.scaled)
         return self._get_stock_method(layer, prefix)
 
@@ -195,10 +192,9 @@ class SparseMoEMethod(ArrivingMethod):
         nbytes = sum(blocks.nbytes for blocks in found.values())
         few = nbytes >= loader.dense_bytes and self.scaled is None
         if few and not _splits_experts_on_cpu(layer):
-            try:
-                method = UnquantizedFusedMoEMethod(self.moe)
-            except NO_KERNEL as error:
-                log.debug("%s: stays compressed (vLLM: %s)", layer.layer_name, error)
+            method, why = chosen_experts(partial(UnquantizedFusedMoEMethod, self.moe))
+            if method is None:
+                log.debug("%s: stays compressed (vLLM: %s)", layer.layer_name, why)
             else:
                 _make_dense(layer, found, loader.hidden, loader.width, device)
                 layer._replace_quant_method(method)
