@@ -37,7 +37,7 @@ import sys, time
 from pathlib import Path
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.recipe import Recipe
+from vllm_moe_prune.recipes.schema import Recipe
 recipe = Recipe.model_validate({
     "experts": {"drop": 0.2, "coactivation_weight": 0.0, "reconstruct": "never",
                 "budget": "per-layer"},

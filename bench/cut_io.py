@@ -25,8 +25,8 @@ CUT = """
 import sys, time
 from pathlib import Path
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 start = time.monotonic()
 cut(open_checkpoint(sys.argv[1]), load_plan(Path(sys.argv[2])), Path(sys.argv[3]),
     max_shard_bytes=2_000_000_000)
@@ -73,8 +73,8 @@ def write_plan(source: Path, path: Path) -> Path:
     from vllm_moe_prune import __version__
     from vllm_moe_prune.checkpoint.source import open_checkpoint
     from vllm_moe_prune.cut.predict import model_facts
-    from vllm_moe_prune.decide.plan import CutPlan, LayerPlan, save_plan
-    from vllm_moe_prune.recipe import Recipe
+    from vllm_moe_prune.decide.cut_plan import CutPlan, LayerPlan, save_plan
+    from vllm_moe_prune.recipes.schema import Recipe
 
     checkpoint = open_checkpoint(source)
     keep = (0, 1, 3, 4, 6, 7)

@@ -35,7 +35,7 @@ OURS = """
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.calibrate.data import Tokens, sha256_of
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.recipe_file import load_recipe
+from vllm_moe_prune.recipes.loading import load_recipe
 import transformers.models.mixtral.modeling_mixtral
 start = time.monotonic()
 tokens = Tokens(ids, "random", sha256_of(ids))

@@ -32,10 +32,10 @@ from pathlib import Path
 import torch
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.calibrate.data import Tokens, sha256_of
-from vllm_moe_prune.calibrate.measure import measure
+from vllm_moe_prune.calibrate.accumulate import measure
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.progress import peak_rss_bytes
-from vllm_moe_prune.recipe import ExpertStage, Recipe, SlimStage
+from vllm_moe_prune.recipes.schema import ExpertStage, Recipe, SlimStage
 
 started = peak_rss_bytes()
 times = [time.monotonic()]

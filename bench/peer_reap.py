@@ -37,12 +37,12 @@ from vllm_moe_prune.calibrate.data import Tokens, load_heldout, load_tokens
 from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.decide.needs import needed_statistics
-from vllm_moe_prune.decide.plan import CutPlan
-from vllm_moe_prune.measuring import collect
-from vllm_moe_prune.planning import plan
-from vllm_moe_prune.probe import with_sensitivity
-from vllm_moe_prune.recipe import parse_recipe
+from vllm_moe_prune.decide.cut_plan import CutPlan
+from vllm_moe_prune.decide.required_stats import needed_statistics
+from vllm_moe_prune.recipes.schema import parse_recipe
+from vllm_moe_prune.stages.measure import collect
+from vllm_moe_prune.stages.plan import plan
+from vllm_moe_prune.stages.probe import with_sensitivity
 
 PEER = """
 import sys, time

@@ -29,15 +29,15 @@ from vllm_moe_prune.calibrate.stats import Stats
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.planned import Loss, LossJournal, Text, planned_losses
-from vllm_moe_prune.decide.needs import needed_statistics
-from vllm_moe_prune.decide.plan import CutPlan
+from vllm_moe_prune.decide.cut_plan import CutPlan
+from vllm_moe_prune.decide.required_stats import needed_statistics
 from vllm_moe_prune.decide.sensitivity import rule
 from vllm_moe_prune.errors import RecipeError
-from vllm_moe_prune.measuring import collect
-from vllm_moe_prune.planning import plan
-from vllm_moe_prune.probe import with_owl, with_sensitivity
-from vllm_moe_prune.recipe import Recipe, parse_recipe
-from vllm_moe_prune.recipe_file import load_recipe
+from vllm_moe_prune.recipes.loading import load_recipe
+from vllm_moe_prune.recipes.schema import Recipe, parse_recipe
+from vllm_moe_prune.stages.measure import collect
+from vllm_moe_prune.stages.plan import plan
+from vllm_moe_prune.stages.probe import with_owl, with_sensitivity
 from vllm_moe_prune.tune.search import tune
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

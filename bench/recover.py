@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_moe_prune import pipeline
+from vllm_moe_prune.calibrate.perplexity import perplexity
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.evaluate import perplexity
-from vllm_moe_prune.recipe import Calibration
-from vllm_moe_prune.recipe_file import load_recipe, with_overrides
+from vllm_moe_prune.recipes.loading import load_recipe, with_overrides
+from vllm_moe_prune.recipes.schema import Calibration
 from vllm_moe_prune.recover.options import training
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -21,7 +21,7 @@ from typing import Any
 
 from server import VLLM
 
-from vllm_moe_prune.plugin.watch import EXTENSION, SWITCH
+from vllm_moe_prune.plugin.watch.switch import EXTENSION, SWITCH
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ENVIRONMENT = VLLM | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

@@ -32,7 +32,7 @@ from server import VLLM
 from synthetic import write_mixtral
 
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.convert import convert
+from vllm_moe_prune.cut.convert import convert
 from vllm_moe_prune.judge.server import free_port, resident, running
 
 PROMPT, NEW = 64, 32

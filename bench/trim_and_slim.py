@@ -19,22 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quality import (
-    DOMAINS,
-    EXAMPLES,
-    NO_EXPERTS,
-    NO_ZEROS,
-    SUMS,
-    losses_as_is,
-    texts,
-)
+from quality import DOMAINS, EXAMPLES, NO_EXPERTS, NO_ZEROS, SUMS, losses_as_is, texts
 
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.planned import Loss, Text
-from vllm_moe_prune.recipe import parse_recipe
-from vllm_moe_prune.recommend import costs_as_is
+from vllm_moe_prune.recipes.schema import parse_recipe
+from vllm_moe_prune.tune.recommend import costs_as_is
 
 AWQ = {"quantise": {"method": "awq", "weights": "int4"}}
 EXPERT_DROP = {"method": "score", "criterion": "routing-score", "drop": 0.25}

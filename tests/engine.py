@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.server import free_ports
-from vllm_moe_prune.plugin.watch import EXTENSION, SWITCH, merge
+from vllm_moe_prune.plugin.watch.switch import EXTENSION, SWITCH, merge
 
 ROOT = Path(__file__).parents[1]
 VOCAB = 128

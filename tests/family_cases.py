@@ -16,8 +16,8 @@ from tests.reference import DROP_BLOCK, DROP_MOE, Cuts, Ids, LayerCut, write_pla
 from tests.reference_families import FamilyReference, Removed
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 
 # The other CPU kernels for latent attention are for bfloat16 only.
 MLA = {"attention_backend": "CPU_MLA"}

@@ -9,10 +9,10 @@ from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune.calibrate.data import load_tokens
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import CutResult, cut
+from vllm_moe_prune.cut.execute import CutResult, cut
 from vllm_moe_prune.cut.predict import with_prediction
-from vllm_moe_prune.decide.plan import CutPlan, load_plan
-from vllm_moe_prune.recipe import Calibration, QuantiseStage
+from vllm_moe_prune.decide.cut_plan import CutPlan, load_plan
+from vllm_moe_prune.recipes.schema import Calibration, QuantiseStage
 
 INT4 = {"method": "rtn", "weights": "int4", "group_size": 32}
 STAGES: dict[str, dict[str, Any]] = {

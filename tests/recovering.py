@@ -9,10 +9,10 @@ from tests.family_cases import Case, make_original, make_plan
 from tests.reference import LayerCut
 from tests.tiny import tiny_text, write_tokenizer
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.pipeline import RunOptions, recover
-from vllm_moe_prune.recipe import Calibration
+from vllm_moe_prune.recipes.schema import Calibration
 from vllm_moe_prune.recover.options import Training, training
 
 HALF = LayerCut(sparsity=0.5)

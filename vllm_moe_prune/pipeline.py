@@ -15,36 +15,36 @@ from pathlib import Path
 from .calibrate.data import Tokens
 from .calibrate.stats import Stats, load_stats, save_stats
 from .checkpoint.open import Checkpoint
-from .checkpoint.place import check_file, check_folder
+from .checkpoint.output_path import check_file, check_folder
 from .checkpoint.source import open_checkpoint
-from .convert import Converted, parse_layout
-from .convert import convert as convert_checkpoint
-from .cut.apply import CutResult
-from .cut.apply import cut as cut_checkpoint
+from .cut.convert import Converted, parse_layout
+from .cut.convert import convert as convert_checkpoint
+from .cut.execute import CutResult
+from .cut.execute import cut as cut_checkpoint
 from .cut.finish import write_run_record
 from .cut.output import check_output, partial_folder, staging_folder
 from .cut.predict import model_facts
-from .decide.needs import needed_statistics
+from .cut.verify import Verified
+from .cut.verify import verify as verify_output
+from .decide.cut_plan import CutPlan, check_plan, load_plan, save_plan
 from .decide.order import halves
-from .decide.plan import CutPlan, check_plan, load_plan, save_plan
+from .decide.required_stats import needed_statistics
 from .errors import PlanError
-from .measuring import (
+from .progress import Report, ignore
+from .recipes.schema import Calibration, ExpertStage, Recipe, SlimStage
+from .recover.options import Training
+from .recover.recover import Recovered
+from .recover.recover import recover as recover_checkpoint
+from .stages.measure import (
     calibration_tokens,
     measure,
     measuring_tokens,
     resumed_stats,
     tokens_of,
 )
-from .planning import plan, plan_sweep
-from .preflight import RunOptions, check_device, check_options, check_recipe
-from .progress import Report, ignore
-from .recipe import Calibration, ExpertStage, Recipe, SlimStage
-from .recover.apply import Recovered
-from .recover.apply import recover as recover_checkpoint
-from .recover.options import Training
+from .stages.plan import plan, plan_sweep
+from .stages.preflight import RunOptions, check_device, check_options, check_recipe
 from .tune.search import tune
-from .verify import Verified
-from .verify import verify as verify_output
 
 
 def cut(

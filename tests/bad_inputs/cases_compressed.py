@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.convert import convert
+from vllm_moe_prune.cut.convert import convert
 
 from .case import Case, Change, Spoil, added, gone, in_json, in_tensors
 

@@ -10,8 +10,8 @@ import torch
 from tests.reference import write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 
 from .case import Case, Change, Spoil, added, gone, in_json, in_tensors
 

@@ -1,11 +1,6 @@
 """Trainings that cannot be carried out."""
 
-from .case import (
-    SMALL,
-    Case,
-    deleted,
-    holding,
-)
+from .case import SMALL, Case, deleted, holding
 from .cases_quantised import quantised
 
 TEXT = f"--calibration text.txt {SMALL} --heldout 2 --steps 1 --json"

@@ -13,13 +13,13 @@ from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.archs import find_arch, supported
 from vllm_moe_prune.archs.spec import GatedMlp
 from vllm_moe_prune.calibrate.forward import StreamingModel
+from vllm_moe_prune.calibrate.perplexity import run_layer
 from vllm_moe_prune.calibrate.stock import find_class
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
-from vllm_moe_prune.evaluate import run_layer
-from vllm_moe_prune.verify import verify
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.verify import verify
+from vllm_moe_prune.decide.cut_plan import load_plan
 
 
 @pytest.fixture(scope="module", params=supported())

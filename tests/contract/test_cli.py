@@ -226,7 +226,7 @@ def test_serve_only_prints_its_command_when_asked_to(
 def test_a_terminal_gets_colour_unless_it_asks_for_none(no_color: bool) -> None:
     script = """
 import time
-from vllm_moe_prune.draw import facts, watching
+from vllm_moe_prune.cli.output.draw import facts, watching
 from vllm_moe_prune.progress import Progress
 with watching() as report:
     report(Progress("cut", 12, 32, 12 << 30, 86 << 30))

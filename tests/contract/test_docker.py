@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.patched import VERSION
-from vllm_moe_prune.plugin.watch import EXTENSION, PLUGINS, SWITCH
+from vllm_moe_prune.plugin.watch.switch import EXTENSION, PLUGINS, SWITCH
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

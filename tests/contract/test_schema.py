@@ -13,7 +13,7 @@ from jsonschema.exceptions import ValidationError
 from tests.bad_inputs.case import run_cli
 from tests.contract.test_cli import ROOT, load_generator
 from tests.tiny import tiny_checkpoint, tiny_text
-from vllm_moe_prune.recipe_file import shipped_recipes
+from vllm_moe_prune.recipes.loading import shipped_recipes
 
 SCHEMAS = ROOT / "docs" / "schema"
 FILES = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_moe_prune.plugin.symbols import SYMBOLS, Symbol
+from tests.vllm_symbols import SYMBOLS, Symbol
 
 PLUGIN = Path(__file__).parents[2] / "vllm_moe_prune" / "plugin"
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

@@ -11,12 +11,13 @@ from vllm_moe_prune.errors import ServeError
 
 pytestmark = pytest.mark.vllm
 
-MODULES = ("vllm_moe_prune.plugin.load_op", "vllm_moe_prune.plugin.routing_load")
+WATCH = "vllm_moe_prune.plugin.watch"
+MODULES = (f"{WATCH}.load_op", f"{WATCH}.routing_load")
 IDS = torch.tensor([[0, 2], [2, 1], [2, 0]], dtype=torch.int32)
 
 
 def test_the_op_tells_the_compiler_the_truth() -> None:
-    from vllm_moe_prune.plugin.load_op import count_routed
+    from vllm_moe_prune.plugin.watch.load_op import count_routed
 
     load = torch.zeros(4, dtype=torch.int64)
     torch.library.opcheck(count_routed, (load, IDS))
@@ -29,7 +30,7 @@ def test_the_op_tells_the_compiler_the_truth() -> None:
 def test_padding_is_not_counted() -> None:
     from vllm.forward_context import ForwardContext, override_forward_context
 
-    from vllm_moe_prune.plugin.load_op import count_real
+    from vllm_moe_prune.plugin.watch.load_op import count_real
 
     load = torch.zeros(4, dtype=torch.int64)
     # Longer than the batch, as vLLM's buffers are; the last token is no request's.
@@ -46,7 +47,7 @@ def test_padding_is_not_counted() -> None:
 def test_nothing_of_it_is_loaded_without_being_asked_for() -> None:
     code = (
         "import sys\n"
-        "import vllm_moe_prune.plugin.endpoint\n"
+        "import vllm_moe_prune.plugin.watch.endpoint\n"
         "import vllm_moe_prune.plugin.models.deepseek_v2\n"
         "import vllm_moe_prune.plugin.models.mixtral\n"
         "from vllm_moe_prune.plugin import register\n"
@@ -69,7 +70,7 @@ def test_nothing_of_it_is_loaded_without_being_asked_for() -> None:
 def test_layers_that_nobody_can_count_are_refused(
     method: dict[str, object], router: dict[str, object], why: str
 ) -> None:
-    from vllm_moe_prune.plugin.routing_load import CountingMoERunner
+    from vllm_moe_prune.plugin.watch.routing_load import CountingMoERunner
 
     layer = SimpleNamespace(
         layer_name="model.layers.3.mlp.experts",
@@ -85,7 +86,7 @@ def test_layers_that_nobody_can_count_are_refused(
 def test_layers_with_a_forward_of_their_own_are_refused() -> None:
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-    from vllm_moe_prune.plugin.routing_load import RoutingLoad
+    from vllm_moe_prune.plugin.watch.routing_load import RoutingLoad
 
     class Theirs(MoERunner):
         layer_name = "model.layers.0.mlp.experts"

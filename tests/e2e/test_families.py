@@ -9,9 +9,9 @@ from tests.reference import read_json
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.calibrate.forward import StreamingModel
+from vllm_moe_prune.calibrate.perplexity import perplexity
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.evaluate import perplexity
-from vllm_moe_prune.recipe import Recipe
+from vllm_moe_prune.recipes.schema import Recipe
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "arctic": {"moe_layer_frequency": 2, "layers": 4},

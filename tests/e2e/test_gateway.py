@@ -11,15 +11,7 @@ import httpx
 import pytest
 from openai import NotFoundError, OpenAI
 
-from tests.gateway import (
-    CHAT,
-    chat,
-    metric,
-    start_gateway,
-    start_stub,
-    streamed,
-    until,
-)
+from tests.gateway import CHAT, chat, metric, start_gateway, start_stub, streamed, until
 from tests.server import Process, running
 
 PROVENANCE = {

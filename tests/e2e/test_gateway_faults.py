@@ -15,15 +15,7 @@ import httpx
 import pytest
 from openai import APIError, AuthenticationError, OpenAI
 
-from tests.gateway import (
-    CHAT,
-    chat,
-    metric,
-    start_gateway,
-    start_stub,
-    streamed,
-    until,
-)
+from tests.gateway import CHAT, chat, metric, start_gateway, start_stub, streamed, until
 from tests.server import TOOL, Process, running
 
 pytestmark = pytest.mark.slow

@@ -24,8 +24,8 @@ import pytest
 from tests.reference import LayerCut, folder_bytes, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 
 OLD, NEW = "0" * 39 + "1", "f" * 39 + "2"
 # What the real Hub answers with for repositories one may not see.

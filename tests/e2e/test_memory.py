@@ -16,8 +16,8 @@ from tests.engine import ENVIRONMENT, ROOT
 from tests.reference import LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -20,8 +20,8 @@ from tests.patched import PATCHES, overlay
 from tests.reference import DROP_MOE, LayerCut, Reference, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 
 pytestmark = pytest.mark.vllm
 

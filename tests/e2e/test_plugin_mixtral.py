@@ -12,13 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine import (
-    TOKENS,
-    VOCAB,
-    Loads,
-    assert_same,
-    served,
-)
+from tests.engine import TOKENS, VOCAB, Loads, assert_same, served
 from tests.reference import (
     DROP_BLOCK,
     DROP_MOE,
@@ -33,8 +27,8 @@ from tests.reference import (
 )
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("engines_in_this_process")]
 
@@ -194,7 +188,7 @@ def test_original_is_pruned_while_loading(tmp_path: Path) -> None:
 def test_pruning_while_loading_gives_the_bytes_that_cut_writes(
     layout: str, tmp_path: Path
 ) -> None:
-    from vllm_moe_prune.plugin.loader import pruned_weights
+    from vllm_moe_prune.plugin.load.loader import pruned_weights
 
     case = Case(
         {

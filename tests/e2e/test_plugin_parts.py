@@ -18,10 +18,10 @@ from vllm_moe_prune.archs import find_arch
 from vllm_moe_prune.errors import CheckpointError, ServeError
 from vllm_moe_prune.plugin import LOAD_FORMAT, register
 from vllm_moe_prune.plugin.compat import check_version
-from vllm_moe_prune.plugin.layers import ServedLayer
-from vllm_moe_prune.plugin.routing import RowTable, route_rows
-from vllm_moe_prune.plugin.served import check_parallel
-from vllm_moe_prune.plugin.tally import WeightTally
+from vllm_moe_prune.plugin.load.load_check import WeightTally
+from vllm_moe_prune.plugin.load.resolve_layers import check_parallel
+from vllm_moe_prune.plugin.load.served_layer import ServedLayer
+from vllm_moe_prune.plugin.models.routing import RowTable, route_rows
 
 ARCH = find_arch("mixtral", "test")
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
@@ -319,7 +319,7 @@ def test_registering_imports_nothing_a_model_is_made_of() -> None:
 def test_what_waits_for_an_import_waits_until_it_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_moe_prune.plugin.deferred import when_imported
+    from vllm_moe_prune.plugin.load.lazy_register import when_imported
 
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.syspath_prepend(tmp_path)

@@ -20,8 +20,8 @@ from vllm_moe_prune.archs import find_arch
 from vllm_moe_prune.archs.spec import RouterRule
 from vllm_moe_prune.checkpoint.remap import FILE_NAME, ExpertRemap
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import (
     CheckpointError,
     MoePruneError,
@@ -29,8 +29,8 @@ from vllm_moe_prune.errors import (
     RemapError,
     ServeError,
 )
-from vllm_moe_prune.plugin.layers import served_layers
-from vllm_moe_prune.plugin.verify import local_folder, verify_folder
+from vllm_moe_prune.plugin.load.served_layer import served_layers
+from vllm_moe_prune.plugin.load.verify_remap import local_folder, verify_folder
 
 ARCH = find_arch("mixtral", "test")
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
@@ -217,7 +217,7 @@ def test_hub_id_is_found_in_the_cache_when_offline(
 def test_loader_refuses_plans_it_cannot_execute(original: Path, tmp_path: Path) -> None:
     from vllm.config.load import LoadConfig
 
-    from vllm_moe_prune.plugin.loader import PruningLoader
+    from vllm_moe_prune.plugin.load.loader import PruningLoader
 
     def loader(extra: dict[str, str]) -> PruningLoader:
         config = LoadConfig(load_format="moe_prune", model_loader_extra_config=extra)

@@ -20,22 +20,15 @@ from tests.engine import TOKENS, VOCAB, assert_same, served, served_by_stock
 from tests.family_cases import ENGINE, UNEVEN, UNSORTED
 from tests.gptq_awq import make as make_layout
 from tests.quantised import add_outliers, write_dense, write_untrimmed
-from tests.reference import (
-    DROP_MOE,
-    Cuts,
-    LayerCut,
-    Reference,
-    read_json,
-    write_plan,
-)
+from tests.reference import DROP_MOE, Cuts, LayerCut, Reference, read_json, write_plan
 from tests.reference_families import FamilyReference, Removed
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.data import Tokens, sha256_of
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
-from vllm_moe_prune.kernels.quantised import Form
-from vllm_moe_prune.recipe import QuantiseStage
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
+from vllm_moe_prune.kernels.quantized import Form
+from vllm_moe_prune.recipes.schema import QuantiseStage
 
 pytestmark = [
     pytest.mark.vllm,

@@ -36,8 +36,8 @@ SERVER.set_forkserver_preload(
     [
         "vllm_moe_prune.pipeline",
         "vllm_moe_prune.cli",
-        "vllm_moe_prune.draw",
-        "vllm_moe_prune.show",
+        "vllm_moe_prune.cli.output.draw",
+        "vllm_moe_prune.cli.output.show",
         "transformers.models.mixtral.modeling_mixtral",
         "transformers.models.auto.tokenization_auto",
         "transformers.tokenization_mistral_common",

@@ -22,9 +22,9 @@ from tests.family_cases import make_pruned as make_family
 from tests.reference import LayerCut
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.convert import convert
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.convert import convert
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 
 pytestmark = [
     pytest.mark.vllm,

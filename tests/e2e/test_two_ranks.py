@@ -11,7 +11,7 @@ from tests.engine import Job, check_two_ranks
 from tests.family_cases import CASES, COMPRESSED, ENGINE, make_pruned
 from tests.quantised import write_untrimmed
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.convert import convert
+from vllm_moe_prune.cut.convert import convert
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 EXPERTS = {"enable_expert_parallel": True}

@@ -16,10 +16,10 @@ from tests.streamed import streamed_loss
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.block_fp8 import Blocks
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.verify import verify
+from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError, PlanError
-from vllm_moe_prune.verify import verify
 
 FAMILIES = ("arctic", "deepseek", "deepseek_v2", "deepseek_v3")
 UNEVEN_8 = {1: (0, 3, 4, 6, 7), 2: (1, 2, 5)}

@@ -29,9 +29,9 @@ from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.data import Tokens
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
+from vllm_moe_prune.cut.execute import cut
 from vllm_moe_prune.cut.predict import with_prediction
-from vllm_moe_prune.decide.plan import CutPlan, load_plan
+from vllm_moe_prune.decide.cut_plan import CutPlan, load_plan
 
 LAYERS, EXPERTS = 4, 5
 DTYPES = {

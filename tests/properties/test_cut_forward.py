@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from tests.reference import DROP_BLOCK, DROP_MOE, Cuts, LayerCut, Reference, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.forward import StreamingModel
+from vllm_moe_prune.calibrate.perplexity import run_layer
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
-from vllm_moe_prune.evaluate import run_layer
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 
 LAYERS, EXPERTS = 3, 5
 LAYOUTS = [

@@ -27,10 +27,10 @@ from tests.reference import (
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.data import Tokens
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import CutResult, cut
+from vllm_moe_prune.cut.execute import CutResult, cut
 from vllm_moe_prune.cut.predict import with_prediction
-from vllm_moe_prune.decide.plan import load_plan
-from vllm_moe_prune.verify import verify
+from vllm_moe_prune.cut.verify import verify
+from vllm_moe_prune.decide.cut_plan import load_plan
 
 IDS_ST = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(3))
 PER_EXPERT, PACKED = "block_sparse_moe.w1w2w3", "mlp.packed"

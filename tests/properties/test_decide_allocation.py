@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_moe_prune.decide.allocation import least_allocation, owl_offsets
-from vllm_moe_prune.decide.build import make_plan
+from vllm_moe_prune.decide.build_plan import make_plan
+from vllm_moe_prune.decide.cut_plan import CutPlan
 from vllm_moe_prune.decide.facts import count_plan
-from vllm_moe_prune.decide.plan import CutPlan
 from vllm_moe_prune.decide.zeros import slimming_of
 from vllm_moe_prune.errors import RecipeError
-from vllm_moe_prune.recipe import ExpertStage, Recipe, SlimStage
+from vllm_moe_prune.recipes.schema import ExpertStage, Recipe, SlimStage
 from vllm_moe_prune.slim.quota import zeros_in_group
 
 from .test_decide_toy import COLS, ROWS, SEEDS, toy_facts, toy_stats

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from vllm_moe_prune.calibrate.stats import Stats
 from vllm_moe_prune.decide.budget import most_removed
-from vllm_moe_prune.decide.build import make_plan
+from vllm_moe_prune.decide.build_plan import make_plan
 from vllm_moe_prune.decide.clusters import cut_at, merge_sequence
+from vllm_moe_prune.decide.cut_plan import check_plan
 from vllm_moe_prune.decide.experts import decide_experts
-from vllm_moe_prune.decide.plan import check_plan
 from vllm_moe_prune.decide.reference import (
     Clusters,
     reference_clusters,
@@ -22,7 +22,7 @@ from vllm_moe_prune.decide.representative import highest_score
 from vllm_moe_prune.decide.scores import expert_scores
 from vllm_moe_prune.decide.similarity import Array
 from vllm_moe_prune.errors import RecipeError
-from vllm_moe_prune.recipe import Criterion, ExpertStage, Recipe
+from vllm_moe_prune.recipes.schema import Criterion, ExpertStage, Recipe
 
 from .test_decide_scores import CRITERIA
 from .test_decide_toy import SEEDS, squared_distances, toy_facts, toy_layer, toy_stats

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_moe_prune.calibrate.stats import LayerStats, Stats
+from vllm_moe_prune.decide.cut_plan import LayerPlan
 from vllm_moe_prune.decide.experts import decide_experts
-from vllm_moe_prune.decide.plan import LayerPlan
 from vllm_moe_prune.errors import RecipeError
-from vllm_moe_prune.recipe import Recipe
+from vllm_moe_prune.recipes.schema import Recipe
 
 GROUPS, SIZE, LAYERS = 4, 5, 3
 EXPERTS = GROUPS * SIZE

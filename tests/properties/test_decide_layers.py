@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from vllm_moe_prune.calibrate.stats import LayerStats, Stats
 from vllm_moe_prune.decide.experts import decide_experts
-from vllm_moe_prune.decide.layers import decide_layers
-from vllm_moe_prune.recipe import ExpertStage, LayerStage, Recipe
+from vllm_moe_prune.decide.layer_drop import decide_layers
+from vllm_moe_prune.recipes.schema import ExpertStage, LayerStage, Recipe
 
 from .test_decide_toy import SEEDS, cosine, hidden_cosines, toy_facts, toy_stats
 

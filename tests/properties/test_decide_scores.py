@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from vllm_moe_prune.calibrate.stats import LayerStats, Stats
 from vllm_moe_prune.decide.budget import most_removed
-from vllm_moe_prune.decide.drop import Removal, best_set, removal_sequence
+from vllm_moe_prune.decide.expert_drop import Removal, best_set, removal_sequence
 from vllm_moe_prune.decide.experts import decide_experts
 from vllm_moe_prune.decide.scores import expert_scores
 from vllm_moe_prune.decide.similarity import Array, expert_distance
-from vllm_moe_prune.recipe import Criterion, ExpertStage, Recipe
+from vllm_moe_prune.recipes.schema import Criterion, ExpertStage, Recipe
 
 from .test_decide_toy import SEEDS, ToyLayer, toy_facts, toy_layer, toy_stats
 

@@ -13,7 +13,7 @@ from vllm_moe_prune.decide.experts import decide_experts, remove_counts
 from vllm_moe_prune.decide.sensitivity import loss_curves, rule, split_by_loss
 from vllm_moe_prune.decide.similarity import Array
 from vllm_moe_prune.errors import PlanError, RecipeError
-from vllm_moe_prune.recipe import ExpertStage, Recipe
+from vllm_moe_prune.recipes.schema import ExpertStage, Recipe
 
 from .test_decide_toy import SEEDS, toy_facts, toy_stats
 

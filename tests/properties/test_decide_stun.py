@@ -16,13 +16,8 @@ from vllm_moe_prune.decide.clusters import Merge, cut_at, merge_sequence
 from vllm_moe_prune.decide.experts import decide_experts
 from vllm_moe_prune.decide.representative import nearest_to_mean
 from vllm_moe_prune.decide.similarity import Array, expert_distance
-from vllm_moe_prune.decide.sparsity import (
-    combined,
-    least_sparsity,
-    remaining,
-    zeros_at,
-)
-from vllm_moe_prune.recipe import ExpertStage, Recipe
+from vllm_moe_prune.decide.sparsity import combined, least_sparsity, remaining, zeros_at
+from vllm_moe_prune.recipes.schema import ExpertStage, Recipe
 
 Clusters = tuple[tuple[int, ...], ...]
 SEEDS = st.integers(0, 2**32 - 1)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_moe_prune.calibrate.stats import LayerStats, Stats
+from vllm_moe_prune.decide.cut_plan import ModelId
 from vllm_moe_prune.decide.facts import LayerFacts, Matrix, ModelFacts
-from vllm_moe_prune.decide.plan import ModelId
 from vllm_moe_prune.decide.similarity import Array
 
 SEEDS = st.integers(0, 2**32 - 1)

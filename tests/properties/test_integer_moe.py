@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_moe_prune.kernels import cpu_library, int_blocks
 from vllm_moe_prune.kernels.cpu_library import Borders
 from vllm_moe_prune.kernels.int_blocks import IntBlocks, Integers
-from vllm_moe_prune.kernels.quantised import (
+from vllm_moe_prune.kernels.quantized import (
     PACKED,
     PLAIN,
     SCALE,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_moe_prune.errors import CalibrationError, CheckpointError
-from vllm_moe_prune.kernels.quantised import (
+from vllm_moe_prune.kernels.quantized import (
     PACKED,
     SCALE,
     SHAPE,

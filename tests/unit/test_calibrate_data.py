@@ -15,7 +15,7 @@ from vllm_moe_prune.calibrate.data import READ_MULTIPLE, TokenReader, load_token
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.errors import CalibrationError
-from vllm_moe_prune.recipe import Calibration
+from vllm_moe_prune.recipes.schema import Calibration
 
 
 @pytest.fixture(scope="module")

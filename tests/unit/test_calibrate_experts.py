@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from vllm_moe_prune.archs.spec import RouterRule
-from vllm_moe_prune.calibrate.experts import (
+from vllm_moe_prune.calibrate.expert_forward import (
     Router,
     Routing,
     expert_hidden,

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 from tests.reference_families import FamilyReference
 from tests.streamed import streamed_loss
 from tests.tiny import tiny_checkpoint, tiny_text
+from vllm_moe_prune.calibrate.accumulate import measure
 from vllm_moe_prune.calibrate.data import TokenReader, Tokens
 from vllm_moe_prune.calibrate.forward import StreamingModel
-from vllm_moe_prune.calibrate.measure import measure
+from vllm_moe_prune.calibrate.perplexity import run_layer
 from vllm_moe_prune.checkpoint.reader import read_tensor
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.evaluate import run_layer
 
 
 @pytest.fixture(scope="module")

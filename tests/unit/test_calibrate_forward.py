@@ -12,10 +12,10 @@ from tests.streamed import streamed_loss
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.archs import find_arch
 from vllm_moe_prune.calibrate.forward import NO_TARGET, StreamingModel
+from vllm_moe_prune.calibrate.perplexity import run_layer
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.errors import CalibrationError, CheckpointError
-from vllm_moe_prune.evaluate import run_layer
 
 LAYOUTS = [layout.name for layout in find_arch("mixtral", "test").layouts]
 

@@ -15,9 +15,9 @@ from transformers import MixtralForCausalLM
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.archs import find_arch
 from vllm_moe_prune.calibrate import boundary, distances
+from vllm_moe_prune.calibrate.accumulate import measure
 from vllm_moe_prune.calibrate.boundary import BoundaryStore
 from vllm_moe_prune.calibrate.data import Tokens, sha256_of
-from vllm_moe_prune.calibrate.measure import measure
 from vllm_moe_prune.calibrate.stats import LayerStats, Stats, load_stats, save_stats
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_expert, read_router
@@ -357,7 +357,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from tests.unit.test_calibrate_measure import some_tokens
-from vllm_moe_prune.calibrate.measure import measure
+from vllm_moe_prune.calibrate.accumulate import measure
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 measure(open_checkpoint(Path(sys.argv[1])), tokens=some_tokens())
 # Not getrusage: its maximum is that of the parent process at first.

@@ -7,9 +7,9 @@ import torch
 
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate import routed
+from vllm_moe_prune.calibrate.accumulate import measure
 from vllm_moe_prune.calibrate.data import Tokens, sha256_of
 from vllm_moe_prune.calibrate.forward import StreamingModel
-from vllm_moe_prune.calibrate.measure import measure
 from vllm_moe_prune.calibrate.stats import Stats
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_expert
@@ -203,7 +203,7 @@ def test_criteria_plan_from_what_measure_collects(
     checkpoint: Checkpoint, tokens: Tokens, tmp_path: Path
 ) -> None:
     from vllm_moe_prune import pipeline
-    from vllm_moe_prune.recipe import parse_recipe
+    from vllm_moe_prune.recipes.schema import parse_recipe
 
     for criterion in (
         "routing-score",

@@ -12,14 +12,8 @@ from torch import Tensor
 
 from tests.reference import raw_bytes, read_json, read_tensors
 from tests.tiny import tiny_checkpoint
-from vllm_moe_prune.checkpoint.index import (
-    read_bytes,
-    read_header,
-    read_index,
-)
-from vllm_moe_prune.checkpoint.index import (
-    read_json as read_checkpoint_json,
-)
+from vllm_moe_prune.checkpoint.index import read_bytes, read_header, read_index
+from vllm_moe_prune.checkpoint.index import read_json as read_checkpoint_json
 from vllm_moe_prune.checkpoint.reader import DTYPES, read_row, read_tensor
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.errors import CheckpointError

@@ -21,8 +21,8 @@ from tests.reference import (
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.reader import read_expert, read_router
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError
 
 LAYOUTS = [

@@ -9,12 +9,12 @@ import pytest
 from tests.bad_inputs.case import run_cli
 from tests.bad_inputs.permissions import permissions_count
 from vllm_moe_prune import __version__
-from vllm_moe_prune.checkpoint.place import check_file, check_folder
+from vllm_moe_prune.checkpoint.output_path import check_file, check_folder
 from vllm_moe_prune.cli import main
-from vllm_moe_prune.draw import duration, facts, resumable, table, watching
+from vllm_moe_prune.cli.output.draw import duration, facts, resumable, table, watching
+from vllm_moe_prune.cli.output.show import experts_text
 from vllm_moe_prune.errors import Interrupted, OutputError, said_by
 from vllm_moe_prune.progress import Progress, gib
-from vllm_moe_prune.show import experts_text
 
 MIB, GIB = 2**20, 2**30
 

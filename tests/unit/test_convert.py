@@ -19,12 +19,12 @@ from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_row, read_tensor
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.predict import model_facts
-from vllm_moe_prune.decide.plan import CutPlan, LayerPlan, load_plan
+from vllm_moe_prune.decide.cut_plan import CutPlan, LayerPlan, load_plan
 from vllm_moe_prune.errors import OutputError
 from vllm_moe_prune.kernels.bitmask import pack
 from vllm_moe_prune.pipeline import RunOptions, convert, cut, verify
-from vllm_moe_prune.recipe import Recipe
-from vllm_moe_prune.serve_command import needs_plugin
+from vllm_moe_prune.plugin.launch import needs_plugin
+from vllm_moe_prune.recipes.schema import Recipe
 
 PACKED = RunOptions(layout="bitmask")
 LAYERS = 3

@@ -21,8 +21,8 @@ from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.data import Tokens
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import CutPlan, load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import CutPlan, load_plan
 
 STOCK, OURS = ["MixtralForCausalLM"], ["MoePruneMixtralForCausalLM"]
 HALF = LayerCut(keep=(0, 2))

@@ -11,14 +11,14 @@ from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import Expert, read_expert, read_router
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import CutPlan, LayerPlan, ModelId
-from vllm_moe_prune.recipe import Recipe
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.verify import verify
+from vllm_moe_prune.decide.cut_plan import CutPlan, LayerPlan, ModelId
+from vllm_moe_prune.recipes.schema import Recipe
 from vllm_moe_prune.slim.magnitude import magnitude
 from vllm_moe_prune.slim.sparsegpt import sparsegpt
 from vllm_moe_prune.slim.wanda import wanda
 from vllm_moe_prune.slim.wanda_variant import wanda_variant
-from vllm_moe_prune.verify import verify
 
 EXPERTS = 4
 

@@ -10,8 +10,8 @@ import pytest
 from tests.reference import DROP_MOE, LayerCut, folder_bytes, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import CutResult, cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import CutResult, cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError, OutputError, PlanError
 from vllm_moe_prune.progress import Progress, Report, ignore
 

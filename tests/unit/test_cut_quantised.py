@@ -28,15 +28,13 @@ from vllm_moe_prune.calibrate.data import load_tokens
 from vllm_moe_prune.calibrate.forward import StreamingModel, run_experts
 from vllm_moe_prune.checkpoint.reader import read_expert, read_weight
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.errors import (
-    PlanError,
-)
-from vllm_moe_prune.kernels.quantised import Form, dequantise, pack
-from vllm_moe_prune.recipe import Calibration
-from vllm_moe_prune.recipe_file import load_recipe, with_overrides
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.verify import verify
+from vllm_moe_prune.errors import PlanError
+from vllm_moe_prune.kernels.quantized import Form, dequantise, pack
+from vllm_moe_prune.recipes.loading import load_recipe, with_overrides
+from vllm_moe_prune.recipes.schema import Calibration
 from vllm_moe_prune.slim.rtn import rtn
-from vllm_moe_prune.verify import verify
 
 UNEVEN: Cuts = {
     0: LayerCut(keep=(5, 0, 3)),

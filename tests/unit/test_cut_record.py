@@ -11,9 +11,9 @@ from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_expert
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.output import STATS_FILE
-from vllm_moe_prune.decide.plan import CutPlan
+from vllm_moe_prune.decide.cut_plan import CutPlan
 from vllm_moe_prune.pipeline import RunOptions, run
-from vllm_moe_prune.recipe_file import load_recipe, with_overrides
+from vllm_moe_prune.recipes.loading import load_recipe, with_overrides
 
 FLAGS = {"samples": 2, "sequence_length": 32, "total": 0.5, "drop": 0.25}
 

@@ -16,7 +16,7 @@ from vllm_moe_prune.decide.budget import (
 )
 from vllm_moe_prune.decide.clusters import Merge
 from vllm_moe_prune.errors import RecipeError
-from vllm_moe_prune.recipe import ExpertStage
+from vllm_moe_prune.recipes.schema import ExpertStage
 
 MIXTRAL = {layer: Shape() for layer in range(4)}
 UNEVEN = {0: Shape(8), 2: Shape(5), 3: Shape(2)}

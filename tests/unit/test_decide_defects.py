@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from vllm_moe_prune.calibrate.stats import LayerStats, Stats
-from vllm_moe_prune.decide.build import make_plan
+from vllm_moe_prune.decide.build_plan import make_plan
+from vllm_moe_prune.decide.cut_plan import CutPlan, LayerPlan, ModelId, check_plan
 from vllm_moe_prune.decide.experts import decide_experts
 from vllm_moe_prune.decide.facts import (
     LayerFacts,
@@ -19,12 +20,11 @@ from vllm_moe_prune.decide.facts import (
     count_plan,
     left_matrices,
 )
-from vllm_moe_prune.decide.layers import decide_layers
-from vllm_moe_prune.decide.plan import CutPlan, LayerPlan, ModelId, check_plan
+from vllm_moe_prune.decide.layer_drop import decide_layers
 from vllm_moe_prune.decide.scores import expert_scores
 from vllm_moe_prune.decide.zeros import slimming_of
 from vllm_moe_prune.errors import PlanError, RecipeError
-from vllm_moe_prune.recipe import ExpertStage, LayerStage, Recipe, SlimStage
+from vllm_moe_prune.recipes.schema import ExpertStage, LayerStage, Recipe, SlimStage
 
 FINGERPRINT = "f" * 64
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from tests.shapes import Shape
-from vllm_moe_prune.decide.layers import listed_actions
+from vllm_moe_prune.decide.layer_drop import listed_actions
 from vllm_moe_prune.errors import RecipeError
-from vllm_moe_prune.recipe import LayerStage
+from vllm_moe_prune.recipes.schema import LayerStage
 
 LAYERS = [Shape(0, 2, has_moe=False), Shape(), Shape()]
 

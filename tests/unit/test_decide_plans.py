@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from vllm_moe_prune.calibrate.stats import LayerStats, Stats
-from vllm_moe_prune.decide.build import make_plan
+from vllm_moe_prune.decide.build_plan import make_plan
+from vllm_moe_prune.decide.cut_plan import CutPlan, ModelId, check_plan
 from vllm_moe_prune.decide.experts import decide_experts
 from vllm_moe_prune.decide.facts import (
     LayerFacts,
@@ -15,9 +16,8 @@ from vllm_moe_prune.decide.facts import (
     SparsityCount,
     count_plan,
 )
-from vllm_moe_prune.decide.plan import CutPlan, ModelId, check_plan
 from vllm_moe_prune.errors import PlanError, RecipeError
-from vllm_moe_prune.recipe import ExpertStage, LayerStage, Recipe, SlimStage
+from vllm_moe_prune.recipes.schema import ExpertStage, LayerStage, Recipe, SlimStage
 
 ROWS, COLS = 6, 10
 PER_EXPERT = 3 * ROWS * COLS

@@ -6,23 +6,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.properties.test_decide_toy import (
-    COLS,
-    MODEL,
-    ROWS,
-    toy_facts,
-    toy_stats,
-)
+from tests.properties.test_decide_toy import COLS, MODEL, ROWS, toy_facts, toy_stats
 from vllm_moe_prune.calibrate.stats import MODEL_ARRAYS, LayerStats, Stats
-from vllm_moe_prune.decide.build import make_plan
+from vllm_moe_prune.decide.build_plan import make_plan
+from vllm_moe_prune.decide.cut_plan import CutPlan, check_plan, dump_plan
 from vllm_moe_prune.decide.facts import count_plan
-from vllm_moe_prune.decide.needs import DATA_FREE, needed_statistics, needs_tokens
 from vllm_moe_prune.decide.order import halves
-from vllm_moe_prune.decide.plan import CutPlan, check_plan, dump_plan
+from vllm_moe_prune.decide.required_stats import (
+    DATA_FREE,
+    needed_statistics,
+    needs_tokens,
+)
 from vllm_moe_prune.decide.sensitivity import rule
 from vllm_moe_prune.errors import PlanError, RecipeError
-from vllm_moe_prune.recipe import Recipe, parse_recipe
-from vllm_moe_prune.recipe_file import load_recipe, shipped_recipes, with_overrides
+from vllm_moe_prune.recipes.loading import load_recipe, shipped_recipes, with_overrides
+from vllm_moe_prune.recipes.schema import Recipe, parse_recipe
 
 COUNTS = (0, 8, 6, 8, 8, 7)
 FACTS = toy_facts(*COUNTS)

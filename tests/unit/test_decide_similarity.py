@@ -8,7 +8,7 @@ import pytest
 from vllm_moe_prune.calibrate.stats import LayerStats
 from vllm_moe_prune.decide.similarity import expert_distance
 from vllm_moe_prune.errors import PlanError
-from vllm_moe_prune.recipe import ExpertStage
+from vllm_moe_prune.recipes.schema import ExpertStage
 
 ROUTER_ONLY = ExpertStage(coactivation_weight=0.0)
 COACTIVATION_ONLY = ExpertStage(router_weight=0.0)

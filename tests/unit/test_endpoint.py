@@ -16,11 +16,11 @@ from fastapi.testclient import TestClient
 from tests.reference import DROP_MOE, LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError, ServeError
-from vllm_moe_prune.plugin.endpoint import MoePruneEndpoints, make_router
-from vllm_moe_prune.plugin.watch import EXTENSION, SWITCH
+from vllm_moe_prune.plugin.watch.endpoint import MoePruneEndpoints, make_router
+from vllm_moe_prune.plugin.watch.switch import EXTENSION, SWITCH
 from vllm_moe_prune.serve.site import PREFIX
 
 CUTS = {0: DROP_MOE, 1: LayerCut(keep=(6, 2))}

@@ -9,15 +9,16 @@ from torch.nn import functional
 from transformers import AutoTokenizer, MixtralForCausalLM
 
 from tests.tiny import tiny_checkpoint, tiny_text
-from vllm_moe_prune import evaluate, pipeline
+from vllm_moe_prune import pipeline
+from vllm_moe_prune.calibrate import perplexity as streaming
 from vllm_moe_prune.calibrate.forward import StreamingModel
+from vllm_moe_prune.calibrate.perplexity import perplexity
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.remap import ExpertRemap
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.errors import CalibrationError, CheckpointError
-from vllm_moe_prune.evaluate import perplexity
 from vllm_moe_prune.progress import Progress
-from vllm_moe_prune.recipe import parse_recipe
+from vllm_moe_prune.recipes.schema import parse_recipe
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_perplexity_equals_that_of_transformers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Three windows of 32 tokens a batch.
-    monkeypatch.setattr(evaluate, "BATCH_BYTES", 3 * 32 * 64 * 4)
+    monkeypatch.setattr(streaming, "BATCH_BYTES", 3 * 32 * 64 * 4)
     path = tiny_text(tmp_path, 2_000)
     found = perplexity(checkpoint, str(path), sequence_length=length)
     # 10 000 is capped at the 512 positions of the model.
@@ -143,7 +144,7 @@ def test_only_so_many_tokens_are_used(checkpoint: Checkpoint, tmp_path: Path) ->
 def test_progress_counts_every_layer_of_every_batch(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "BATCH_BYTES", 1)
+    monkeypatch.setattr(streaming, "BATCH_BYTES", 1)
     path = tiny_text(tmp_path, 400)
     seen: list[Progress] = []
     perplexity(

@@ -19,9 +19,9 @@ from vllm_moe_prune.errors import CheckpointError, ServeError
 from vllm_moe_prune.kernels import cpu_library
 from vllm_moe_prune.kernels.bitmask import pack
 from vllm_moe_prune.kernels.blocks import decode
-from vllm_moe_prune.plugin import sparse_moe
-from vllm_moe_prune.plugin.expert_loader import ExpertLoader
-from vllm_moe_prune.plugin.sparse_moe import MoePruneConfig, SparseMoEMethod
+from vllm_moe_prune.plugin.quant import sparse_moe
+from vllm_moe_prune.plugin.quant.expert_loader import ExpertLoader
+from vllm_moe_prune.plugin.quant.sparse_moe import MoePruneConfig, SparseMoEMethod
 
 HIDDEN, WIDTH, EXPERTS = 32, 48, 3
 SHAPES = {"w1": (WIDTH, HIDDEN), "w3": (WIDTH, HIDDEN), "w2": (HIDDEN, WIDTH)}

@@ -23,12 +23,12 @@ from tests.reference import (
 )
 from vllm_moe_prune.checkpoint.reader import read_weight
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
+from vllm_moe_prune.cut.execute import cut
 from vllm_moe_prune.cut.predict import with_prediction
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.verify import verify
+from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError
-from vllm_moe_prune.plugin.tally import WeightTally
-from vllm_moe_prune.verify import verify
+from vllm_moe_prune.plugin.load.load_check import WeightTally
 
 CUTS = {
     0: LayerCut(keep=(5, 0, 3)),
@@ -84,7 +84,7 @@ def test_trimming_copies_packed_experts_byte_for_byte(
 
 
 def test_the_plugin_s_tally_knows_the_names(tmp_path: Path) -> None:
-    from vllm_moe_prune.plugin.layers import ServedLayer
+    from vllm_moe_prune.plugin.load.served_layer import ServedLayer
 
     make(tmp_path / "model", "gptq")
     source = open_checkpoint(tmp_path / "model")

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.unit.test_expert_loader import a_layer
 from vllm_moe_prune.errors import CheckpointError, ServeError
 from vllm_moe_prune.kernels import int_blocks
-from vllm_moe_prune.kernels.quantised import (
+from vllm_moe_prune.kernels.quantized import (
     PACKED,
     Form,
     Quantised,
@@ -22,9 +22,9 @@ from vllm_moe_prune.kernels.quantised import (
     quantise_by,
     scales_of,
 )
-from vllm_moe_prune.plugin import integer_moe
-from vllm_moe_prune.plugin.integer_moe import IntegerMethod, fits
-from vllm_moe_prune.plugin.integer_op import integer_moe as run
+from vllm_moe_prune.plugin.quant import integer_moe
+from vllm_moe_prune.plugin.quant.integer_moe import IntegerMethod, fits
+from vllm_moe_prune.plugin.quant.integer_op import integer_moe as run
 
 HIDDEN, WIDTH, EXPERTS = 64, 96, 3
 SHAPES = {"w1": (WIDTH, HIDDEN), "w3": (WIDTH, HIDDEN), "w2": (HIDDEN, WIDTH)}

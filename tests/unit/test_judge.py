@@ -14,27 +14,17 @@ from typer.testing import CliRunner
 
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune import pipeline
+from vllm_moe_prune.calibrate.perplexity import perplexity
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cli import app
 from vllm_moe_prune.cli.judge import split_flags
-from vllm_moe_prune.decide.plan import CutPlan, load_plan
+from vllm_moe_prune.cli.output.show_compared import show_speed, speed_data
+from vllm_moe_prune.decide.cut_plan import CutPlan, load_plan
 from vllm_moe_prune.errors import EvaluationError, ServeError
-from vllm_moe_prune.evaluate import perplexity
 from vllm_moe_prune.judge.compare import find_speeds, size_of
-from vllm_moe_prune.judge.four import (
-    Row,
-    Rows,
-    cast,
-    check_calibration,
-    make_roles,
-    not_played,
-    plans_to_make,
-    plot_rows,
-)
 from vllm_moe_prune.judge.quality import Quality, Subject, as_data, load_quality
 from vllm_moe_prune.judge.recovery import Recovery, Score, mean, recoveries, recovery
-from vllm_moe_prune.judge.roles import role_of, slimming_of, trimming_of
 from vllm_moe_prune.judge.speed import (
     AtContext,
     Speed,
@@ -44,9 +34,19 @@ from vllm_moe_prune.judge.speed import (
     sweep_for,
 )
 from vllm_moe_prune.judge.tasks import GROUPS, score_of
+from vllm_moe_prune.judge.trim_slim_roles import role_of, slimming_of, trimming_of
+from vllm_moe_prune.judge.trim_slim_speed import (
+    Row,
+    Rows,
+    cast,
+    check_calibration,
+    make_roles,
+    not_played,
+    plans_to_make,
+    plot_rows,
+)
 from vllm_moe_prune.progress import Progress
-from vllm_moe_prune.recipe import parse_recipe
-from vllm_moe_prune.show_compared import show_speed, speed_data
+from vllm_moe_prune.recipes.schema import parse_recipe
 
 LENGTH = 32
 RECIPE = {

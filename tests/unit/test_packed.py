@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vllm_moe_prune.errors import CheckpointError
 from vllm_moe_prune.kernels.bitmask import Bitmask, check, pack, unpack
-from vllm_moe_prune.plugin.packed import one_by_one
+from vllm_moe_prune.plugin.load.packed import one_by_one
 
 EXPERTS, HIDDEN, WIDTH = 3, 16, 24
 MOE = "model.layers.1.mlp."

@@ -13,14 +13,14 @@ from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.calibrate.data import Tokens, load_heldout, load_tokens
 from vllm_moe_prune.calibrate.forward import StreamingModel
+from vllm_moe_prune.calibrate.perplexity import run_layer
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut import planned
 from vllm_moe_prune.cut.planned import Loss, LossJournal, Text, planned_losses
-from vllm_moe_prune.decide.plan import CutPlan
+from vllm_moe_prune.decide.cut_plan import CutPlan
 from vllm_moe_prune.errors import CalibrationError
-from vllm_moe_prune.evaluate import run_layer
-from vllm_moe_prune.recipe import Calibration, Recipe, parse_recipe
+from vllm_moe_prune.recipes.schema import Calibration, Recipe, parse_recipe
 
 LAYERS = 4
 RECIPES: dict[str, dict[str, Any]] = {

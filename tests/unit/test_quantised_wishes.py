@@ -10,15 +10,15 @@ from tests.quantising import INT4, STAGES, planned, quantised, tiny
 from tests.reference import DROP_BLOCK, LayerCut, read_json
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.convert import convert
-from vllm_moe_prune.cut.apply import cut
+from vllm_moe_prune.cut.convert import convert
+from vllm_moe_prune.cut.execute import cut
 from vllm_moe_prune.errors import (
     CalibrationError,
     CheckpointError,
     PlanError,
     RecipeError,
 )
-from vllm_moe_prune.recipe import QuantiseStage, Recipe, parse_recipe
+from vllm_moe_prune.recipes.schema import QuantiseStage, Recipe, parse_recipe
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ import pytest
 import yaml
 
 from vllm_moe_prune.errors import RecipeError
-from vllm_moe_prune.recipe import Recipe, parse_recipe
-from vllm_moe_prune.recipe_file import (
+from vllm_moe_prune.recipes.loading import (
     FLAGS,
     load_recipe,
     parse_size,
     shipped_recipes,
     with_overrides,
 )
+from vllm_moe_prune.recipes.schema import Recipe, parse_recipe
 
 
 def recipe(**data: Any) -> Recipe:

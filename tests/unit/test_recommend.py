@@ -15,9 +15,9 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cli import app
 from vllm_moe_prune.cut.predict import facts_of
 from vllm_moe_prune.errors import RecipeError
-from vllm_moe_prune.recipe import Recipe, parse_recipe
-from vllm_moe_prune.recipe_file import load_recipe, shipped_recipes
-from vllm_moe_prune.recommend import (
+from vllm_moe_prune.recipes.loading import load_recipe, shipped_recipes
+from vllm_moe_prune.recipes.schema import Recipe, parse_recipe
+from vllm_moe_prune.tune.recommend import (
     Costs,
     costs_of,
     parse_speed,

@@ -15,26 +15,20 @@ from transformers import MixtralForCausalLM
 
 from tests.family_cases import COMPRESSED, EQUAL, Case, keep, make_plan
 from tests.recovering import MIXTRAL, ask, go, make, text
-from tests.reference import (
-    DROP_BLOCK,
-    DROP_MOE,
-    raw_bytes,
-    read_tensors,
-    write_plan,
-)
+from tests.reference import DROP_BLOCK, DROP_MOE, raw_bytes, read_tensors, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.data import load_heldout, load_tokens
 from vllm_moe_prune.calibrate.forward import StreamingModel
+from vllm_moe_prune.calibrate.perplexity import summed_loss
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError
-from vllm_moe_prune.evaluate import summed_loss
 from vllm_moe_prune.pipeline import RunOptions, convert, recover, verify
-from vllm_moe_prune.recipe import Calibration
+from vllm_moe_prune.recipes.schema import Calibration
 from vllm_moe_prune.recover.options import Training, training
-from vllm_moe_prune.recover.router import Distillation
+from vllm_moe_prune.recover.router_distillation import Distillation
 
 # Family, what is cut, method and targets: together every target, and every family.
 WAYS = {

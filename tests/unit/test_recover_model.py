@@ -15,8 +15,8 @@ from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_tensor
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.recover.lora import MaskedLinear, merged, with_adapters
 from vllm_moe_prune.recover.model import TrainableModel
 from vllm_moe_prune.recover.options import patterns

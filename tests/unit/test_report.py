@@ -19,13 +19,13 @@ from vllm_moe_prune.calibrate.stats import Stats, load_stats, save_stats
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_expert
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
+from vllm_moe_prune.cut.execute import cut
 from vllm_moe_prune.cut.output import STATS_FILE
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import PlanError
 from vllm_moe_prune.pipeline import RunOptions, convert, run
-from vllm_moe_prune.recipe_file import load_recipe, with_overrides
-from vllm_moe_prune.report.data import as_data
+from vllm_moe_prune.recipes.loading import load_recipe, with_overrides
+from vllm_moe_prune.report.as_data import as_data
 from vllm_moe_prune.report.figures import write_figures
 from vllm_moe_prune.report.page import page
 from vllm_moe_prune.report.raster import opacity_png

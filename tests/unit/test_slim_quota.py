@@ -4,12 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_moe_prune.slim.quota import (
-    Method,
-    groups_in,
-    zeros_in_group,
-    zeros_in_matrix,
-)
+from vllm_moe_prune.slim.quota import Method, groups_in, zeros_in_group, zeros_in_matrix
 
 
 @pytest.mark.parametrize(

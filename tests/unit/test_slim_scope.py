@@ -14,7 +14,7 @@ from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_tensor
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.errors import RecipeError
-from vllm_moe_prune.recipe import parse_recipe
+from vllm_moe_prune.recipes.schema import parse_recipe
 from vllm_moe_prune.slim.wanda import wanda
 
 FAMILIES = ("mixtral", "arctic", "deepseek", "deepseek_v2", "deepseek_v3")
@@ -101,7 +101,7 @@ def test_attention_is_slimmed_by_its_inputs_and_feeds_the_rest(
     after = open_checkpoint(out)
     tokens = load_tokens(checkpoint, recipe.calibration)
     # What enters layer 1 in the output is what its matrices were calibrated on.
-    from vllm_moe_prune.evaluate import run_layer
+    from vllm_moe_prune.calibrate.perplexity import run_layer
 
     model = StreamingModel(after)
     hidden = model.embed(tokens.ids_ST)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vllm_moe_prune.kernels import blocks, cpu_library
 from vllm_moe_prune.kernels.bitmask import pack
-from vllm_moe_prune.plugin.sparse_op import sparse_moe
+from vllm_moe_prune.plugin.quant.sparse_op import sparse_moe
 
 
 def matrix(rows: int, cols: int, seed: int) -> Tensor:

@@ -12,13 +12,13 @@ from vllm_moe_prune import pipeline
 from vllm_moe_prune.calibrate.data import load_heldout, load_tokens
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.decide.needs import needed_statistics
-from vllm_moe_prune.decide.plan import dump_plan
+from vllm_moe_prune.decide.cut_plan import dump_plan
+from vllm_moe_prune.decide.required_stats import needed_statistics
 from vllm_moe_prune.errors import OutputError, RecipeError
-from vllm_moe_prune.measuring import collect
 from vllm_moe_prune.progress import Progress
-from vllm_moe_prune.recipe import Recipe, TuneStage, parse_recipe
-from vllm_moe_prune.recipe_file import load_recipe, swept
+from vllm_moe_prune.recipes.loading import load_recipe, swept
+from vllm_moe_prune.recipes.schema import Recipe, TuneStage, parse_recipe
+from vllm_moe_prune.stages.measure import collect
 from vllm_moe_prune.tune.candidates import refinements, structures
 from vllm_moe_prune.tune.front import check_plot, front, plot_front
 from vllm_moe_prune.tune.search import Tuned, tune

@@ -15,11 +15,11 @@ from tests.reference import DROP_MOE, LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.data import Tokens
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.verify import verify
+from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError, PlanError, RemapError
 from vllm_moe_prune.progress import Progress
-from vllm_moe_prune.verify import verify
 
 PER_EXPERT, PACKED = "block_sparse_moe.w1w2w3", "mlp.packed"
 CUTS = {

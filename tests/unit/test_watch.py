@@ -8,13 +8,13 @@ import pytest
 
 from tests.reference import DROP_BLOCK, DROP_MOE, LayerCut, write_plan
 from tests.tiny import tiny_checkpoint
-from vllm_moe_prune import serve_command as serving
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.apply import cut
-from vllm_moe_prune.decide.plan import load_plan
+from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import ServeError
-from vllm_moe_prune.plugin.watch import (
+from vllm_moe_prune.plugin import launch as serving
+from vllm_moe_prune.plugin.watch.switch import (
     EXTENSION,
     SWITCH,
     check_supported,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint.open import Checkpoint
 from ..errors import CalibrationError
-from ..recipe import Calibration
+from ..recipes.schema import Calibration
 from .stock import find_class
 from .text import EXAMPLE, Document, name_of, read_documents
 

@@ -22,7 +22,7 @@ from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import DTYPES, Expert, read_weight
 from ..errors import CalibrationError
 from .dense import DensePart, dense_parts
-from .experts import (
+from .expert_forward import (
     Activation,
     Read,
     Routing,

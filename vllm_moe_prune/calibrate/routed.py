@@ -11,14 +11,7 @@ import torch
 from torch.nn import functional
 
 from ..checkpoint.reader import Expert
-from .experts import (
-    Activation,
-    Read,
-    Routing,
-    expert_hidden,
-    place,
-    scores_of,
-)
+from .expert_forward import Activation, Read, Routing, expert_hidden, place, scores_of
 from .stats import Array, LayerStats
 
 SCORES = frozenset({"score_full_sum_E", "score_selected_sum_E"})

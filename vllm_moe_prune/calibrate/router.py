@@ -10,7 +10,7 @@ import torch
 from ..archs.spec import TensorRule
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import read_router_part
-from .experts import Router
+from .expert_forward import Router
 
 
 def router_of(

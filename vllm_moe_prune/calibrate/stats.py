@@ -104,8 +104,8 @@ class Stats:
     sensitivity: dict[str, Any] = field(default_factory=dict)
     """``rule``: as ``decide.sensitivity.rule`` spells it; ``tokens``: held-out ones."""
     trimming: str = ""
-    """What stage 1 left when ``owl_outliers_E`` was counted (``decide.plan.trimming``);
-    empty where it was not."""
+    """What stage 1 left when ``owl_outliers_E`` was counted, by
+    ``decide.cut_plan.trimming``; empty where it was not."""
 
     def __add__(self, other: "Stats") -> "Stats":
         """Add the sums of two parts of the same checkpoint's calibration data."""

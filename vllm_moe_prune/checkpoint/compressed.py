@@ -20,7 +20,7 @@ from ..archs.spec import MoeArch
 from ..errors import CheckpointError
 from ..kernels.bitmask import DTYPES as DTYPES
 from ..kernels.bitmask import Bitmask, check, check_shapes, unpack
-from ..recipe import Strict, first_problem
+from ..recipes.schema import Strict, first_problem
 from .index import ITEM_BYTES, TensorInfo, read_bytes
 
 CONFIG_KEY = "quantization_config"

@@ -16,10 +16,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import CheckpointError
-from ..kernels.quantised import PLAIN
-from ..recipe import first_problem
+from ..kernels.quantized import PLAIN
+from ..recipes.schema import first_problem
 from .index import ITEM_BYTES, TensorInfo
-from .quantised import (
+from .quantized_tensors import (
     CONFIG_KEY,
     FLOATS,
     TYPES,

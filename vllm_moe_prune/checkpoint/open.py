@@ -12,14 +12,14 @@ from typing import Any
 from ..archs import find_arch
 from ..archs.spec import Layout, MoeArch, RouterRule
 from ..errors import CheckpointError, RemapError
-from ..kernels.quantised import Form
+from ..kernels.quantized import Form
 from .block_fp8 import SUFFIX, Blocks, check_scales, read_blocks
 from .compressed import Storage, dense_view
 from .config_values import check_dense, check_pattern, positive, router_rule
 from .gptq_awq import AutoForm, fold_auto, read_auto_form
 from .index import TensorInfo, fingerprint
-from .layers import Layer, LayerReader
-from .quantised import FLOATS, PartedTensor, fold_quantised, read_form
+from .layer import Layer, LayerReader
+from .quantized_tensors import FLOATS, PartedTensor, fold_quantised, read_form
 from .remap import ExpertRemap, load_remap
 
 __all__ = ["Checkpoint", "Layer", "Origin", "build_checkpoint"]

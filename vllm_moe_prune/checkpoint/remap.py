@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from ..errors import RemapError
-from ..recipe import Strict, first_problem
+from ..recipes.schema import Strict, first_problem
 
 FILE_NAME = "expert_remap.json"
 CONFIG_BLOCK = "moe_prune"

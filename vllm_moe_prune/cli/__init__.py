@@ -8,7 +8,7 @@ import typer
 
 from .. import __version__
 from ..errors import Interrupted, MoePruneError, said_by
-from . import around, find, judge, prune, train, use
+from . import choose, gateway, judge, prune, recover, serve
 from .flags import flag
 
 # Typer keeps click's exceptions to itself; this one is for wrong command lines.
@@ -44,19 +44,19 @@ def _root(
 
 for command in (
     *(prune.inspect, prune.measure, prune.plan, prune.cut, prune.convert),
-    *(prune.verify, prune.run, train.recover),
-    *(find.recipes, find.recommend, find.tune),
+    *(prune.verify, prune.run, recover.recover),
+    *(choose.recipes, choose.recommend, choose.tune),
 ):
     app.command()(command)
 # What serve does not know goes on to vLLM.
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)(use.serve)
+)(serve.serve)
 app.command("eval")(judge.evaluate)
 app.command()(judge.compare)
 app.command()(judge.speed)
-app.command()(use.report)
-app.command()(around.gateway)
+app.command()(serve.report)
+app.command()(gateway.gateway)
 
 
 def main() -> None:

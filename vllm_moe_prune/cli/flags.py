@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe
+    from ..recipes.schema import Recipe
 
 REPEAT = "Run the same command again to continue."
 RESUME = "Run the same command with --resume to continue."
@@ -49,7 +49,7 @@ Layout = Annotated[
 
 def asked_recipe(context: typer.Context) -> "Recipe":
     """The named recipe with the flags that were given put over it."""
-    from ..recipe_file import FLAGS, load_recipe, with_overrides
+    from ..recipes.loading import FLAGS, load_recipe, with_overrides
 
     given = context.params
     flags = {name: given[name] for name in FLAGS if name in given}

@@ -77,11 +77,11 @@ def evaluate(
     Example: `vllm-moe-prune eval OUT --tasks demo --task-dir examples/tasks --json`
     """
     from ..checkpoint.source import open_checkpoint
-    from ..draw import watching
     from ..errors import EvaluationError
     from ..judge.quality import Subject, judge
     from ..judge.tasks import find_endpoint
-    from ..show_judged import show_quality
+    from .output.draw import watching
+    from .output.show_judged import show_quality
 
     if not text and not tasks:
         raise EvaluationError(
@@ -146,12 +146,12 @@ def compare(
     Example: `vllm-moe-prune compare CKPT OUT1 OUT2 --tasks paper --speed --json`
     """
     from ..checkpoint.source import open_checkpoint
-    from ..draw import watching
     from ..errors import EvaluationError
     from ..judge.compare import Column, find_speeds, size_of
     from ..judge.quality import Subject, judge
     from ..judge.speed import measure_speed, sweep_for
-    from ..show_compared import show_compared
+    from .output.draw import watching
+    from .output.show_compared import show_compared
 
     if len(sources) < 2:
         raise EvaluationError("compare needs two checkpoints, the original first.")
@@ -226,10 +226,11 @@ def speed(
     """
     import tempfile
 
-    from ..checkpoint.place import check_file
+    from ..checkpoint.output_path import check_file
     from ..checkpoint.source import open_checkpoint
-    from ..draw import err, watching
-    from ..judge.four import (
+    from ..judge.quality import Subject
+    from ..judge.speed import parse_contexts, sweep_for
+    from ..judge.trim_slim_speed import (
         cast,
         check_calibration,
         make_roles,
@@ -237,11 +238,10 @@ def speed(
         plans_to_make,
         plot_rows,
     )
-    from ..judge.quality import Subject
-    from ..judge.speed import parse_contexts, sweep_for
     from ..pipeline import RunOptions, check_device
-    from ..show_compared import show_speed
     from ..tune.front import check_plot
+    from .output.draw import err, watching
+    from .output.show_compared import show_speed
 
     check_device(device)
     asked = parse_contexts(contexts) if contexts is not None else None
@@ -282,11 +282,11 @@ def _questions(
     as_json: bool,
 ) -> "Questions":
     """What the flags ask for; tasks are looked up, their data too."""
-    from ..draw import err
     from ..errors import EvaluationError
     from ..judge.quality import Questions
     from ..judge.tasks import find_tasks
     from ..pipeline import check_device
+    from .output.draw import err
 
     names = [one.strip() for item in tasks or () for one in item.split(",")]
     if not all(names):

@@ -39,7 +39,7 @@ def inspect(source: Source, revision: Revision = None, as_json: Json = False) ->
     Example: `vllm-moe-prune inspect mistralai/Mixtral-8x7B-v0.1`
     """
     from ..checkpoint.source import open_headers
-    from ..show import show_checkpoint
+    from .output.show import show_checkpoint
 
     show_checkpoint(open_headers(source, revision), as_json)
 
@@ -63,10 +63,10 @@ def measure(
     """
     from .. import pipeline
     from ..calibrate.stats import save_stats
-    from ..checkpoint.place import check_file
+    from ..checkpoint.output_path import check_file
     from ..checkpoint.source import open_checkpoint
-    from ..draw import resumable, watching
-    from ..show import show_stats
+    from .output.draw import resumable, watching
+    from .output.show import show_stats
 
     asked = asked_recipe(context)
     pipeline.check_device(device)
@@ -112,11 +112,11 @@ def plan(
     """
     from .. import pipeline
     from ..calibrate.stats import load_stats
-    from ..checkpoint.place import check_file
+    from ..checkpoint.output_path import check_file
     from ..checkpoint.source import open_checkpoint
-    from ..recipe_file import parse_size, swept
-    from ..show import show_plan
-    from ..show_search import show_sweep
+    from ..recipes.loading import parse_size, swept
+    from .output.show import show_plan
+    from .output.show_search import show_sweep
 
     asked = asked_recipe(context)
     max_shard_bytes = parse_size(shard_size)
@@ -154,10 +154,10 @@ def cut(
     """
     from .. import pipeline
     from ..checkpoint.source import open_checkpoint
-    from ..decide.plan import load_plan
-    from ..draw import resumable, watching
-    from ..recipe_file import parse_size
-    from ..show import show_cut
+    from ..decide.cut_plan import load_plan
+    from ..recipes.loading import parse_size
+    from .output.draw import resumable, watching
+    from .output.show import show_cut
 
     started = time.monotonic()
     stored = pipeline.parse_layout(layout)
@@ -190,9 +190,9 @@ def convert(
     """
     from .. import pipeline
     from ..checkpoint.source import open_checkpoint
-    from ..draw import resumable, watching
-    from ..recipe_file import parse_size
-    from ..show import show_converted
+    from ..recipes.loading import parse_size
+    from .output.draw import resumable, watching
+    from .output.show import show_converted
 
     stored = pipeline.parse_layout(layout)
     max_shard_bytes = parse_size(shard_size)
@@ -219,8 +219,8 @@ def verify(
     """
     from .. import pipeline
     from ..checkpoint.source import open_checkpoint
-    from ..draw import watching
-    from ..show import show_verified
+    from .output.draw import watching
+    from .output.show import show_verified
 
     original = open_checkpoint(source, revision) if source is not None else None
     with watching(as_json) as report:
@@ -260,9 +260,9 @@ def run(
     """
     from .. import pipeline
     from ..checkpoint.source import open_checkpoint
-    from ..draw import resumable, watching
-    from ..recipe_file import parse_size
-    from ..show import show_cut, show_plan
+    from ..recipes.loading import parse_size
+    from .output.draw import resumable, watching
+    from .output.show import show_cut, show_plan
 
     started = time.monotonic()
     asked = asked_recipe(context)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.open import Checkpoint
-from ..decide.plan import CutPlan
+from ..decide.cut_plan import CutPlan
 from .slice import output_tensors
 from .slim_layer import LayerRecord
 

@@ -2,7 +2,7 @@
 
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.remap import ExpertRemap, RemapLayer, RemapSource
-from ..decide.plan import CutPlan, LayerPlan
+from ..decide.cut_plan import CutPlan, LayerPlan
 from .slice import keeps_router, redirect_of, row_groups
 
 

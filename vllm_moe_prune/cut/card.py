@@ -6,8 +6,8 @@ import yaml
 
 from ..checkpoint.index import is_inside
 from ..checkpoint.open import Checkpoint
-from ..decide.plan import CutPlan
-from ..decide.quantise import form_of
+from ..decide.cut_plan import CutPlan
+from ..decide.quantize import form_of
 from .achieved import Achieved
 
 INHERITED = ("license", "license_name", "license_link", "language")

@@ -5,7 +5,7 @@ import hashlib
 from typing import Any
 
 from ..checkpoint.open import MTP_OVERRIDES, OVERRIDES, Checkpoint
-from ..checkpoint.quantised import CONFIG_KEY
+from ..checkpoint.quantized_tensors import CONFIG_KEY
 from ..checkpoint.remap import (
     CONFIG_BLOCK,
     FILE_NAME,
@@ -14,9 +14,9 @@ from ..checkpoint.remap import (
     RemapLayer,
     dump_remap,
 )
-from ..decide.plan import CutPlan
-from .quantised_config import quantization_config
-from .renumbered import renumbered
+from ..decide.cut_plan import CutPlan
+from .quantized_config import quantization_config
+from .renumbered_config import renumbered
 
 
 def pruned_config(

@@ -17,7 +17,7 @@ from ..checkpoint.index import read_json
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.remap import FILE_NAME, dump_remap
 from ..checkpoint.writer import ShardPlan, index_json, index_needed
-from ..decide.plan import CutPlan, dump_plan
+from ..decide.cut_plan import CutPlan, dump_plan
 from ..progress import peak_rss_bytes
 from .achieved import Achieved, achieved
 from .build_remap import build_remap

@@ -3,9 +3,9 @@
 from ..archs.spec import ATTENTION
 from ..calibrate.dense import dense_parts
 from ..checkpoint.open import Checkpoint, Layer
+from ..decide.cut_plan import CutPlan, LayerPlan
 from ..decide.facts import Matrix, Slimming
-from ..decide.plan import CutPlan, LayerPlan
-from ..recipe import Part
+from ..recipes.schema import Part
 
 
 def slimming_of(plan: CutPlan) -> Slimming:

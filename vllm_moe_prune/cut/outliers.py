@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from ..calibrate.data import Tokens
-from ..calibrate.experts import add_expert, expert_tokens, place
+from ..calibrate.expert_forward import add_expert, expert_tokens, place
 from ..calibrate.forward import StreamingModel
 from ..calibrate.memory import release_freed
 from ..calibrate.stats import LayerStats, Stats
 from ..checkpoint.open import Layer
-from ..decide.plan import CutPlan, trimming
+from ..decide.cut_plan import CutPlan, trimming
 from ..progress import Progress, Report, ignore
 from ..slim.owl import outliers, score_sum
 from .slim_expert import input_sums

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from ..calibrate.data import sha256_of
-from ..calibrate.experts import add_expert, expert_tokens, place
+from ..calibrate.expert_forward import add_expert, expert_tokens, place
 from ..calibrate.forward import StreamingModel
 from ..calibrate.memory import release_freed
 from ..checkpoint.open import Layer
 from ..checkpoint.writer import writing
-from ..decide.plan import CutPlan, LayerPlan
+from ..decide.cut_plan import CutPlan, LayerPlan
 from ..errors import CalibrationError, CheckpointError, RecipeError
 from ..progress import Progress, Report, ignore
 from .slim_layer import slimmed_experts, trimmed_routing

@@ -2,8 +2,8 @@
 
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.writer import MAX_SHARD_BYTES, plan_shards
+from ..decide.cut_plan import CutPlan, ModelId, Predicted
 from ..decide.facts import LayerFacts, ModelFacts, count_plan
-from ..decide.plan import CutPlan, ModelId, Predicted
 from .matrices import dense_matrices, expert_names
 from .slice import output_tensors
 

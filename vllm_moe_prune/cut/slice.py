@@ -14,11 +14,11 @@ from ..archs.spec import ROUTER_ROLES, Role, TensorRule
 from ..checkpoint.block_fp8 import SUFFIX
 from ..checkpoint.index import TensorInfo
 from ..checkpoint.open import Checkpoint, Layer
-from ..checkpoint.quantised import PartedTensor
-from ..decide.plan import CutPlan, LayerPlan
-from ..decide.quantise import form_of
+from ..checkpoint.quantized_tensors import PartedTensor
+from ..decide.cut_plan import CutPlan, LayerPlan
+from ..decide.quantize import form_of
 from .matrices import read_by_experts, slimmed_dense, slimmed_roles
-from .possible import check_possible
+from .validate_plan import check_possible
 
 
 @dataclass(frozen=True)

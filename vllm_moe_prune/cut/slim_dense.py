@@ -12,7 +12,7 @@ from ..calibrate.forward import StreamingModel
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import Expert, read_weight
 from ..checkpoint.writer import ShardWriter
-from ..decide.plan import CutPlan
+from ..decide.cut_plan import CutPlan
 from ..slim.magnitude import magnitude
 from .copy import stored_view
 from .matrices import dense_matrices, slimmed_dense

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ..calibrate.experts import Activation, expert_hidden, place, token_chunks
+from ..calibrate.expert_forward import Activation, expert_hidden, place, token_chunks
 from ..checkpoint.reader import Expert
-from ..decide.plan import CutPlan
+from ..decide.cut_plan import CutPlan
 from ..slim.magnitude import magnitude
 from ..slim.sparsegpt import add_inputs, sparsegpt
 from ..slim.wanda import wanda

@@ -13,17 +13,12 @@ from typing import NamedTuple
 import torch
 
 from ..archs.spec import TensorRule
-from ..calibrate.experts import (
-    Routing,
-    add_expert,
-    expert_tokens,
-    place,
-)
+from ..calibrate.expert_forward import Routing, add_expert, expert_tokens, place
 from ..calibrate.forward import StreamingModel
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import Expert
 from ..checkpoint.writer import ShardWriter
-from ..decide.plan import CutPlan, LayerPlan
+from ..decide.cut_plan import CutPlan, LayerPlan
 from ..errors import CalibrationError, CheckpointError
 from ..slim.kurtosis import power_sums
 from .copy import stored_view

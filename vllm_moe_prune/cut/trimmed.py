@@ -8,7 +8,7 @@ import torch
 from ..archs.spec import TensorRule
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import Expert, read_expert, read_router_part
-from ..decide.plan import CutPlan, LayerPlan
+from ..decide.cut_plan import CutPlan, LayerPlan
 from .slice import keeps_router, members_of, redirect_of, row_groups
 
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from ..calibrate.stats import Stats
 from ..errors import PlanError
-from ..recipe import SlimStage
+from ..recipes.schema import SlimStage
+from .cut_plan import LayerPlan
 from .facts import LayerFacts
-from .plan import LayerPlan
 from .similarity import measured
 from .sparsity import not_enough, zeros_at
 

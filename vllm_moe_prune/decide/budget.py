@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import RecipeError
-from ..recipe import ExpertStage
+from ..recipes.schema import ExpertStage
+from .cut_plan import LayerShape
 from .groups import grouped_room, together
-from .plan import LayerShape
 
 Layers = Mapping[int, LayerShape]
 """The layers that take part: MoE layers that are not dropped."""

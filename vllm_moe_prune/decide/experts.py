@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from ..calibrate.stats import LayerStats, Stats
 from ..errors import PlanError, RecipeError
-from ..recipe import ExpertStage, Recipe
+from ..recipes.schema import ExpertStage, Recipe
 from .budget import (
     Layers,
     global_target,
@@ -13,10 +13,10 @@ from .budget import (
     spend_global,
     unit_of,
 )
-from .drop import Removal, best_set, removal_sequence
+from .cut_plan import Action, LayerPlan, LayerShape
+from .expert_drop import Removal, best_set, removal_sequence
 from .groups import Together, in_groups, together
-from .layers import decide_layers
-from .plan import Action, LayerPlan, LayerShape
+from .layer_drop import decide_layers
 from .scores import MEASURE_SCORES, expert_scores
 from .sensitivity import loss_curves, split_by_loss
 from .similarity import Array, measured

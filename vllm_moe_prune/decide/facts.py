@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..recipe import Part, SlimMethod
+from ..recipes.schema import Part, SlimMethod
 from ..slim.quota import groups_in, zeros_in_group
-from .plan import CutPlan, LayerPlan, ModelId
+from .cut_plan import CutPlan, LayerPlan, ModelId
 
 Routing = Literal["drop", "redirect"]
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from ..recipe import ExpertStage
-from .plan import LayerShape
+from ..recipes.schema import ExpertStage
+from .cut_plan import LayerShape
 
 
 class HasHeight(Protocol):

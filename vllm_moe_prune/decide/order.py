@@ -5,8 +5,8 @@ It takes two cuts, since what is measured for the second is the slimmed model.
 
 from ..calibrate.stats import Stats
 from ..errors import RecipeError
-from ..recipe import ExpertStage, LayerStage, Recipe, SlimStage
-from .build import resolved
+from ..recipes.schema import ExpertStage, LayerStage, Recipe, SlimStage
+from .build_plan import resolved
 from .experts import decide_experts
 from .facts import ModelFacts
 from .zeros import slim_sparsities

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..calibrate.stats import LayerStats
 from ..errors import PlanError
-from ..recipe import Criterion
+from ..recipes.schema import Criterion
 from .similarity import MEASURE_ROUTER, Array, measured
 
 MEASURE_SCORES = "Run `vllm-moe-prune measure` with this recipe and --calibration."

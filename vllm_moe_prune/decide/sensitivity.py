@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..calibrate.stats import Stats
 from ..errors import PlanError, RecipeError
-from ..recipe import Recipe
+from ..recipes.schema import Recipe
 from .similarity import Array, measured
 
 MEASURE_SENSITIVITY = "Run `vllm-moe-prune measure` with this recipe."

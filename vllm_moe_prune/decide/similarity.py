@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..calibrate.stats import LayerStats
 from ..errors import PlanError
-from ..recipe import ExpertStage
+from ..recipes.schema import ExpertStage
 
 Array = NDArray[np.float64]
 

@@ -6,11 +6,11 @@ import numpy as np
 
 from ..calibrate.stats import LayerStats, Stats
 from ..errors import PlanError, RecipeError
-from ..recipe import ExpertStage, Recipe
+from ..recipes.schema import ExpertStage, Recipe
 from .budget import Layers, global_target, most_removed, spend_global, unit_of
 from .clusters import Merge, cut_at, merge_sequence
+from .cut_plan import LayerPlan, LayerShape
 from .groups import Together, in_groups
-from .plan import LayerPlan, LayerShape
 from .reference import reference_clusters, search_threshold
 from .representative import highest_score, nearest_to_mean
 from .scores import MEASURE_SCORES, expert_scores

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from ..calibrate.stats import Stats
 from ..errors import RecipeError
-from ..recipe import Recipe, SlimStage, parse_pattern
+from ..recipes.schema import Recipe, SlimStage, parse_pattern
 from .allocation import least_allocation, owl_offsets
+from .cut_plan import LayerPlan
 from .facts import LayerFacts, ModelFacts, Routing, Slimming, count_layers
 from .groups import together
-from .plan import LayerPlan
 from .sparsity import least_sparsity, zeros_at, zeros_needed
 
 

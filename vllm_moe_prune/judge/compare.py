@@ -9,9 +9,9 @@ from pydantic import Field
 
 from ..checkpoint.open import Checkpoint
 from ..errors import EvaluationError, PlanError
-from ..recommend import CONTEXT, costs_as_is
-from .printed import Printed, read_printed
+from ..tune.recommend import CONTEXT, costs_as_is
 from .quality import Quality, Subject
+from .saved_results import Printed, read_printed
 from .speed import AtContext, Speed, Spread
 
 

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from ..calibrate.perplexity import Perplexity, perplexity
 from ..checkpoint.open import Checkpoint
-from ..evaluate import Perplexity, perplexity
 from ..progress import Report
-from .printed import Printed, read_printed
 from .recovery import Score, mean
+from .saved_results import Printed, read_printed
 from .server import served
 from .tasks import Endpoint, Suite, ask, find_endpoint
 

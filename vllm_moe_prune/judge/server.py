@@ -17,7 +17,7 @@ from typing import IO
 import httpx
 
 from ..errors import ServeError
-from ..serve_command import serve_command
+from ..plugin.launch import serve_command
 
 STOP_S = 30.0
 OURS = ("--host", "--port", "--served-model-name")

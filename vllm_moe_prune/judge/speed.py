@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoint.config_values import positive
 from ..checkpoint.open import Checkpoint
 from ..errors import EvaluationError
-from ..serve_command import find_vllm
+from ..plugin.launch import find_vllm
 from .quality import Subject
 from .server import Server, peak_memory, served
 

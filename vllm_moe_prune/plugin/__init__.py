@@ -45,12 +45,7 @@ def register() -> None:
     """
     from .. import configs
     from ..archs import find_arch, supported
-    from .compat import (
-        allow_amx,
-        allow_uneven_mla,
-        check_version,
-        mend_cpu_rotary,
-    )
+    from .compat import allow_amx, allow_uneven_mla, check_version, mend_cpu_rotary
 
     check_version()
     allow_amx()
@@ -61,8 +56,8 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from ..checkpoint.compressed import METHOD
-    from ..checkpoint.quantised import METHOD as QUANTISED
-    from .deferred import quantisation, when_imported
+    from ..checkpoint.quantized_tensors import METHOD as QUANTISED
+    from .load.lazy_register import quantisation, when_imported
 
     when_imported("vllm.model_executor.layers.rotary_embedding", mend_cpu_rotary)
     when_imported("vllm.model_executor.model_loader", _register_loader)
@@ -81,18 +76,18 @@ def register() -> None:
 def _register_loader() -> None:
     from vllm.model_executor.model_loader import register_model_loader
 
-    from .loader import PruningLoader
+    from .load.loader import PruningLoader
 
     register_model_loader(LOAD_FORMAT)(PruningLoader)
 
 
 def _experts_without_zeros() -> type[Any]:
-    from .sparse_moe import MoePruneConfig
+    from .quant.sparse_moe import MoePruneConfig
 
     return MoePruneConfig
 
 
 def _quantised_experts() -> type[Any]:
-    from .quantised_moe import FallbackConfig
+    from .quant.quantized_moe import FallbackConfig
 
     return FallbackConfig

@@ -18,7 +18,13 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..archs.spec import MOE_NORM
 from ..calibrate.dense import DensePart, dense_parts
-from ..calibrate.experts import Activation, Router, Routing, choose, expert_tokens
+from ..calibrate.expert_forward import (
+    Activation,
+    Router,
+    Routing,
+    choose,
+    expert_tokens,
+)
 from ..calibrate.forward import StreamingModel
 from ..calibrate.router import router_of
 from ..calibrate.stock import causal_mask

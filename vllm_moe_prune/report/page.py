@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..calibrate.stats import Array
-from ..decide.quantise import form_of
+from ..decide.quantize import form_of
 from ..progress import gib
 from . import svg
 from .read import LayerNumbers, Numbers

@@ -17,8 +17,8 @@ from ..calibrate.stats import Array, LayerStats, Stats, load_stats
 from ..checkpoint.source import open_checkpoint
 from ..cut.output import STATS_FILE
 from ..decide.clusters import Merge, merge_sequence
+from ..decide.cut_plan import CutPlan, LayerPlan, check_plan, load_plan
 from ..decide.facts import LayerFacts
-from ..decide.plan import CutPlan, LayerPlan, check_plan, load_plan
 from ..decide.similarity import expert_distance
 from ..errors import PlanError, RemapError
 from ..slim.kurtosis import kurtosis

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ..checkpoint.index import read_json
 from ..errors import CheckpointError
-from ..recipe import first_problem
+from ..recipes.schema import first_problem
 
 Count = Annotated[int, Field(ge=0)]
 Powers = Annotated[tuple[float, ...], Field(min_length=5, max_length=5)]

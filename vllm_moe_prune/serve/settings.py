@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ..errors import ServeError
-from ..recipe import first_problem
+from ..recipes.schema import first_problem
 
 PREFIX = "MOE_PRUNE_"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

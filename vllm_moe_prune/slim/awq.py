@@ -14,7 +14,7 @@ tokens, A candidates.
 import torch
 from torch import Tensor
 
-from ..kernels.quantised import Form, dequantise
+from ..kernels.quantized import Form, dequantise
 from .rtn import rtn
 
 CANDIDATES = 20

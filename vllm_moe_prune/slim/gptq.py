@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
-from ..kernels.quantised import Form, Quantised, Scales, scales_of
+from ..kernels.quantized import Form, Quantised, Scales, scales_of
 from .quota import BLOCK_COLS
 from .rtn import check_finite, rtn
 from .sparsegpt import DAMPING, inverse_factor

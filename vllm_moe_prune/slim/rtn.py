@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..kernels.quantised import Form, Quantised, quantise_by, scales_of
+from ..kernels.quantized import Form, Quantised, quantise_by, scales_of
 from .wanda import NOT_FINITE_WEIGHTS
 
 

@@ -5,8 +5,15 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from ..decide.plan import LayerShape
-from ..recipe import Budget, Chooser, Recipe, SlimMethod, TuneStage, parse_recipe
+from ..decide.cut_plan import LayerShape
+from ..recipes.schema import (
+    Budget,
+    Chooser,
+    Recipe,
+    SlimMethod,
+    TuneStage,
+    parse_recipe,
+)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..calibrate.perplexity import perplexity_of
 from ..errors import OutputError
-from ..evaluate import perplexity_of
 from .search import Judged, Tuned
 
 FORMATS = (".png", ".svg")

@@ -15,15 +15,15 @@ from ..calibrate.forward import StreamingModel
 from ..calibrate.stats import Stats
 from ..checkpoint.open import Checkpoint
 from ..cut.planned import Loss, LossJournal, Text, planned_losses
-from ..decide.needs import needed_statistics
-from ..decide.plan import CutPlan
+from ..decide.cut_plan import CutPlan
+from ..decide.required_stats import needed_statistics
 from ..decide.sensitivity import rule
 from ..errors import RecipeError
-from ..measuring import collect, tokens_of
-from ..planning import plan
-from ..preflight import RunOptions
-from ..probe import with_owl, with_sensitivity
-from ..recipe import ExpertStage, Recipe, SlimStage, TuneStage
+from ..recipes.schema import ExpertStage, Recipe, SlimStage, TuneStage
+from ..stages.measure import collect, tokens_of
+from ..stages.plan import plan
+from ..stages.preflight import RunOptions
+from ..stages.probe import with_owl, with_sensitivity
 from .candidates import Candidate, refinements, structures, zeros_alone
 
 RUNGS = (0.25, 0.5)

@@ -22,10 +22,10 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from ...archs.arctic import ARCH
 from ...errors import ServeError
-from ..absent import Absent
 from ..compat import wants_local_ids
-from ..layers import ServedLayer
-from ..served import check_parallel
+from ..load.resolve_layers import check_parallel
+from ..load.served_layer import ServedLayer
+from .identity import Absent
 from .mixtral import (
     MoePruneMixtralForCausalLM,
     MoePruneMixtralModel,

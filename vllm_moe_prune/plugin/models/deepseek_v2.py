@@ -45,13 +45,13 @@ from vllm.platforms import current_platform
 
 from ...archs.deepseek_v2 import ARCH
 from ...archs.spec import MoeArch, RouterRule
-from ..absent import Absent
-from ..layers import ServedLayer
-from ..packed import one_by_one
-from ..routing import route_rows
-from ..served import read_layers, rule_of
-from ..tally import first_load_tally, load_counted
+from ..load.load_check import first_load_tally, load_counted
+from ..load.packed import one_by_one
+from ..load.resolve_layers import read_layers, rule_of
+from ..load.served_layer import ServedLayer
+from .identity import Absent
 from .moe_parts import connect_rows, count_experts, row_table
+from .routing import route_rows
 
 
 class MoePruneDeepseekV2MoE(DeepseekV2MoE):

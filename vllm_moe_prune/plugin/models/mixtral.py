@@ -37,13 +37,13 @@ from vllm.model_executor.models.utils import (
 )
 
 from ...archs.mixtral import ARCH
-from ..absent import Absent
-from ..layers import ServedLayer
-from ..packed import one_by_one
-from ..routing import route_rows
-from ..served import read_layers
-from ..tally import first_load_tally, load_counted
+from ..load.load_check import first_load_tally, load_counted
+from ..load.packed import one_by_one
+from ..load.resolve_layers import read_layers
+from ..load.served_layer import ServedLayer
+from .identity import Absent
 from .moe_parts import connect_rows, count_experts, row_table
+from .routing import route_rows
 
 # vLLM reads the Hub's per-expert names; these add the other spellings of the table.
 MAPPER = WeightsMapper(orig_to_new_substr={".mlp.": ".block_sparse_moe."})

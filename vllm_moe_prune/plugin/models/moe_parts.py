@@ -6,9 +6,9 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_ep_group
 
 from ..compat import wants_local_ids
-from ..integer_moe import IntegerMethod
-from ..layers import ServedLayer
-from ..routing import RowTable
+from ..load.served_layer import ServedLayer
+from ..quant.integer_moe import IntegerMethod
+from .routing import RowTable
 
 
 def count_experts(moe: Any, layer: ServedLayer, vllm_config: VllmConfig) -> None:

@@ -1,0 +1,246 @@
+"""The measure stage: what ``decide`` needs to know about a checkpoint.
+
+Router rows and weights need no data. Co-activation needs one forward pass over the
+calibration tokens, whatever the number of experts. Layer by layer, resumable.
+
+Axes: E experts, N tokens, n some of them, K top-k.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..checkpoint.open import Checkpoint, Layer
+from ..checkpoint.reader import read_expert
+from ..errors import CheckpointError
+from ..progress import Progress, Report, ignore
+from . import routed
+from .boundary import BoundaryStore
+from .data import Tokens
+from .distances import router_distances, router_row_norms, weight_distances
+from .expert_forward import Routing, run_experts
+from .forward import StreamingModel
+from .memory import release_freed
+from .stats import FORMAT_VERSION, LayerStats, Stats
+
+# Counts of at most this many tokens are exact in fp32; sums of them are fp64.
+COUNT_TOKENS = 1 << 16
+
+
+def measure(
+    checkpoint: Checkpoint,
+    *,
+    router: bool = True,
+    weights: bool = True,
+    tokens: Tokens | None = None,
+    fields: frozenset[str] = frozenset(),
+    device: torch.device | str = "cpu",
+    report: Report = ignore,
+    work: Path | None = None,
+) -> Stats:
+    """Collect the statistics of every MoE layer.
+
+    Args:
+        checkpoint: The model, original or cut before.
+        router: Measure the router rows.
+        weights: Measure the experts' weights: distances, sums of powers.
+        tokens: Count routing and co-activation over these; one forward pass.
+        fields: Further sums of that pass, by their names in ``LayerStats`` and
+            ``Stats``; see ``routed.FIELDS``.
+        device: Where the forward pass runs.
+        report: Called after every layer.
+        work: A folder for what a killed run needs to continue; gone at the end.
+
+    Raises:
+        CheckpointError: The checkpoint redirects removed experts, or holds NaN.
+        OutputError: ``work`` is of another run, or the disk is full.
+    """
+    if any(layer.redirect is not None for layer in checkpoint.layers):
+        raise CheckpointError(
+            f"{checkpoint.folder}: its routers still have rows of removed experts "
+            "(routing: redirect), so router rows and experts do not match. Measure and "
+            "cut the original instead."
+        )
+    run = _Measure(checkpoint, router, weights, tokens, fields, device)
+    # Block similarity needs every hidden state, so it cannot start in the middle.
+    if work is None or fields & routed.BLOCKS:
+        return run.all_layers(None, report)
+    store = BoundaryStore(work, run.key)
+    stats = run.all_layers(store, report)
+    store.clear()
+    return stats
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """One run of ``measure``: what its steps share."""
+
+    checkpoint: Checkpoint
+    router: bool
+    weights: bool
+    tokens: Tokens | None
+    fields: frozenset[str]
+    device: torch.device | str
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that determines the statistics."""
+        parts = (
+            FORMAT_VERSION,
+            self.checkpoint.fingerprint,
+            self.router,
+            self.weights,
+            self.tokens.sha256 if self.tokens else None,
+            sorted(self.fields),
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    @torch.no_grad()
+    def all_layers(self, store: BoundaryStore | None, report: Report) -> Stats:
+        # Behind the last router there is nothing to measure, but for blocks.
+        whole = bool(self.fields & routed.BLOCKS)
+        layers = self.checkpoint.layers
+        last = len(layers) - 1
+        last = last if whole else self.checkpoint.moe_layers[-1].index
+        blocks = routed.BlockSamples()
+        model = StreamingModel(self.checkpoint, self.device) if self.tokens else None
+        hidden = torch.empty(0)
+        start, stats = 0, Stats(self.checkpoint.fingerprint, {})
+        if store and (saved := store.load()):
+            start, hidden = saved
+            stats = store.load_stats(start) or stats
+        elif model and self.tokens:
+            hidden = model.embed(self.tokens.ids_ST)
+        meter = _Meter(self.checkpoint, last, report)
+        for layer in layers[start : last + 1]:
+            found = self._weight_stats(layer) if layer.has_moe else LayerStats()
+            if model and self.tokens:
+                go_on = whole or layer.index < last
+                if layer.mtp:
+                    hidden = model.further(layer.index, hidden, self.tokens.ids_ST)
+                if whole and layer.index == 0:
+                    blocks.add(hidden)
+                hidden, found = self._forward(model, layer, hidden, found, go_on)
+                if whole and not layer.mtp:
+                    blocks.add(hidden)
+            if layer.has_moe:
+                stats.layers[layer.index] = found
+            if store and layer.index < last:
+                store.save(layer.index + 1, hidden, stats)
+                store.keep_from(layer.index + 1)
+            meter.tell(layer.index)
+        # Layers that a killed run had finished belong to the same pass.
+        before = min(start, len(self.checkpoint.decoder_layers))
+        run = (before + model.layers_run) / model.num_layers if model else 0
+        calibration = self.tokens.describe() if self.tokens else {}
+        stats = replace(stats, forward_passes=math.ceil(run), calibration=calibration)
+        if not (whole and model):
+            return stats
+        cosine_HH, count = blocks.sums()
+        return replace(stats, block_cosine_HH=cosine_HH, block_tokens=count)
+
+    def _weight_stats(self, layer: Layer) -> LayerStats:
+        found = LayerStats()
+        if self.router:
+            sqdist_EE, norm = router_distances(self.checkpoint, layer)
+            found = replace(
+                found,
+                router_sqdist_EE=sqdist_EE,
+                router_norm=norm,
+                router_row_norm_E=router_row_norms(self.checkpoint, layer),
+            )
+        if self.weights:
+            sqdist_EE, powers_E5 = weight_distances(self.checkpoint, layer, self.device)
+            found = replace(
+                found, weight_sqdist_EE=sqdist_EE, weight_powers_E5=powers_E5
+            )
+        return found
+
+    def _forward(
+        self,
+        model: StreamingModel,
+        layer: Layer,
+        hidden: torch.Tensor,
+        found: LayerStats,
+        go_on: bool,
+    ) -> tuple[torch.Tensor, LayerStats]:
+        """Run one layer and sum; the last one only as far as something is summed."""
+        hidden, x_ND = model.enter(layer.index, hidden)
+        if x_ND is None:
+            return hidden, found
+        routing = model.route(layer, x_ND)
+        found = _with_counts(found, routing, layer.num_experts)
+        if self.fields & routed.SCORES:
+            found = routed.with_scores(found, routing)
+        if self.fields & routed.OUTPUTS:
+            found = routed.with_outputs(
+                found,
+                x_ND,
+                routing,
+                layer.num_experts,
+                lambda expert: read_expert(self.checkpoint, layer, expert),
+                model.act,
+            )
+        if not go_on and not self.fields & (routed.CONTRIBUTIONS | routed.COSINES):
+            return hidden, found
+        contributions = routed.Contributions(layer.num_experts)
+        out_ND = run_experts(
+            x_ND,
+            routing,
+            layer,
+            lambda expert: read_expert(self.checkpoint, layer, expert),
+            model.act,
+            contributions if self.fields & routed.CONTRIBUTIONS else None,
+        )
+        if self.fields & routed.CONTRIBUTIONS:
+            found = contributions.added_to(found)
+        model.add_shared(layer.index, x_ND, out_ND)
+        if self.fields & routed.COSINES:
+            found = routed.with_cosines(found, hidden.flatten(0, 1), x_ND, out_ND)
+        hidden += out_ND.view_as(hidden)
+        return hidden, found
+
+
+def _with_counts(found: LayerStats, routing: Routing, experts: int) -> LayerStats:
+    """Add how often each expert, and each pair of experts, was chosen."""
+    pairs_EE = np.zeros((experts, experts))
+    for ids_nK in torch.split(routing.ids_NK, COUNT_TOKENS):
+        chosen_nE = torch.zeros(len(ids_nK), experts, device=ids_nK.device)
+        chosen_nE.scatter_(1, ids_nK, 1.0)
+        pairs_EE += (chosen_nE.T @ chosen_nE).double().cpu().numpy()
+    routed_E = pairs_EE.diagonal().copy()
+    np.fill_diagonal(pairs_EE, 0.0)
+    return replace(
+        found,
+        tokens=np.array(float(len(routing.ids_NK))),
+        routed_E=routed_E,
+        coactivation_EE=pairs_EE,
+    )
+
+
+class _Meter:
+    """Reports progress by the bytes of the layers done."""
+
+    def __init__(self, checkpoint: Checkpoint, last: int, report: Report) -> None:
+        self._report = report
+        self._layers = last + 1
+        self._bytes = [
+            sum(
+                checkpoint.tensors[name].nbytes
+                for name in checkpoint.layer_names(index)
+            )
+            for index in range(last + 1)
+        ]
+
+    def tell(self, index: int) -> None:
+        """Layer ``index`` is done."""
+        release_freed()
+        done = index + 1
+        total = sum(self._bytes)
+        self._report(
+            Progress("measure", done, self._layers, sum(self._bytes[:done]), total)
+        )

@@ -1,0 +1,136 @@
+"""The commands that help to choose: a recipe, or the best plan for a size."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .flags import (
+    REPEAT,
+    Device,
+    Json,
+    Length,
+    RecipeName,
+    Revision,
+    Samples,
+    Seed,
+    ShardSize,
+    Source,
+    Text,
+    Total,
+    asked_recipe,
+    flag,
+)
+
+
+def recipes(as_json: Json = False) -> None:
+    """List the recipes that come with the tool, and what each is for.
+
+    Example: `vllm-moe-prune recipes`
+    """
+    from ..recipes.loading import load_recipe, shipped_recipes
+    from .output.show_search import show_recipes
+
+    show_recipes([load_recipe(name) for name in shipped_recipes()], as_json)
+
+
+def recommend(
+    source: Source,
+    revision: Revision = None,
+    memory: Annotated[
+        str | None, flag("Largest size of the weights, e.g. 24GiB.")
+    ] = None,
+    speed: Annotated[
+        str | None, flag("How many times less a token has to read, e.g. 2x.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes that fit a memory or a speed; reads headers only.
+
+    Speed is told by the bytes of weights read for a token at batch 1, which bound
+    decoding; nothing is measured.
+
+    Example: `vllm-moe-prune recommend mistralai/Mixtral-8x7B-v0.1 --memory 24GiB`
+
+    Example: `vllm-moe-prune recommend CKPT --speed 2x --json`
+    """
+    from ..checkpoint.source import open_headers
+    from ..errors import RecipeError
+    from ..recipes.loading import load_recipe, parse_size, shipped_recipes
+    from ..tune import recommend as choosing
+    from .output.show_search import show_recommended
+
+    if memory is None and speed is None:
+        raise RecipeError("say what for: --memory 24GiB, --speed 2x, or both.")
+    size = parse_size(memory) if memory is not None else None
+    times = choosing.parse_speed(speed) if speed is not None else None
+    checkpoint = open_headers(source, revision)
+    recipes = [load_recipe(name) for name in shipped_recipes()]
+    found = choosing.recommend(checkpoint, recipes, size, times)
+    show_recommended(checkpoint, found, as_json)
+
+
+def tune(
+    context: typer.Context,
+    source: Source,
+    output: Annotated[Path, flag("The winning plan.", "--output", "-o")],
+    revision: Revision = None,
+    recipe: RecipeName = "best",
+    total: Total = None,
+    max_bytes: Annotated[
+        str | None, flag("Instead of a sparsity: largest size, e.g. 24GiB.", "--bytes")
+    ] = None,
+    calibration: Text = None,
+    samples: Samples = None,
+    sequence_length: Length = None,
+    seed: Seed = None,
+    heldout: Annotated[
+        int | None, flag("Windows kept apart, to judge the candidates on.")
+    ] = None,
+    judge_on: Annotated[
+        str | None,
+        flag("Take them from this text instead, of what the model is to be good at."),
+    ] = None,
+    plot: Annotated[
+        Path | None, flag("Draw size against perplexity into this .png or .svg.")
+    ] = None,
+    device: Device = "cpu",
+    shard_size: ShardSize = "5GB",
+    as_json: Json = False,
+) -> None:
+    """Find the best plan for a size by the held-out loss of many; writes no weights.
+
+    Example: `vllm-moe-prune tune CKPT --total 0.5 --calibration c4.txt -o plan.json`
+
+    Then: `vllm-moe-prune cut CKPT --plan plan.json -o OUT`
+    """
+    import shutil
+
+    from .. import pipeline
+    from ..checkpoint.output_path import check_file
+    from ..checkpoint.source import open_checkpoint
+    from ..recipes.loading import parse_size
+    from ..tune.front import check_plot, plot_front
+    from .output.draw import resumable, watching
+    from .output.show_search import show_tuned
+
+    asked = asked_recipe(context)
+    limit = parse_size(max_bytes) if max_bytes is not None else None
+    pipeline.check_device(device)
+    checkpoint = open_checkpoint(source, revision)
+    check_file(output, checkpoint.folder)
+    if plot is not None:
+        check_file(plot, checkpoint.folder)
+        check_plot(plot)
+    work = output.with_name(output.name + ".work")
+    with resumable(REPEAT), watching(as_json) as report:
+        options = pipeline.RunOptions(
+            device, max_shard_bytes=parse_size(shard_size), report=report
+        )
+        tuned = pipeline.tune(checkpoint, asked, options, max_bytes=limit, work=work)
+    pipeline.save_plan(tuned.best.plan, output)
+    if plot is not None:
+        plot_front(tuned, plot)
+    if work.is_dir():
+        shutil.rmtree(work)
+    show_tuned(checkpoint, tuned, output, as_json)

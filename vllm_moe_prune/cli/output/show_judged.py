@@ -1,0 +1,105 @@
+"""What the commands that judge models print: quality, comparisons, speed."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from .draw import hint, print_json, table
+
+if TYPE_CHECKING:
+    from ...calibrate.perplexity import Perplexity
+    from ...judge.quality import Quality
+    from ...judge.recovery import Recovery, Score
+
+
+def show_quality(quality: "Quality", original: "Quality | None", as_json: bool) -> None:
+    """What ``eval`` measured, beside the original if there is one."""
+    from ...judge.quality import as_data
+    from ...judge.recovery import recoveries
+
+    found = recoveries(quality.scores, original.scores) if original else []
+    if as_json:
+        data = as_data(quality)
+        if original is not None:
+            data["against"] = as_data(original)
+            data["recovery"] = [asdict(one) for one in found]
+        print_json(data)
+        return
+    if quality.texts:
+        _show_texts(quality.texts, original.texts if original else None)
+    if quality.scores:
+        _show_tasks(quality.scores, found, original)
+
+
+def _show_texts(
+    texts: Sequence["Perplexity"], original: Sequence["Perplexity"] | None
+) -> None:
+    heads = ["text", "tokens", "nats per token", "perplexity"]
+    rows = [
+        [
+            one.source,
+            f"{one.tokens:,}",
+            f"{one.nll_sum / one.tokens:.4f}",
+            f"{one.perplexity:.3f}",
+        ]
+        for one in texts
+    ]
+    if original is not None:
+        before = {one.source: one for one in original}
+        heads += ["original", "times as high"]
+        for row, one in zip(rows, texts, strict=True):
+            row += _against(one, before.get(one.source))
+    table("Held-out perplexity", heads, rows)
+
+
+def _against(text: "Perplexity", original: "Perplexity | None") -> list[str]:
+    if original is None:
+        return ["-", "-"]
+    times = text.perplexity / original.perplexity
+    return [f"{original.perplexity:.3f}", f"{times:.3f}"]
+
+
+def _show_tasks(
+    scores: Sequence["Score"],
+    found: Sequence["Recovery"],
+    original: "Quality | None",
+) -> None:
+    from ...judge.recovery import with_mean
+
+    heads = ["task", "metric", "samples", "score"]
+    rows = [
+        [one.task, one.metric, f"{one.samples:,}", score_text(one)]
+        for one in with_mean(scores)
+    ]
+    if original is not None:
+        recovered = {one.task: one for one in found}
+        before = {one.task: one for one in with_mean(original.scores)}
+        heads += ["original", "recovered"]
+        for row in rows:
+            name = row[0]
+            both = name in recovered
+            row += [
+                score_text(before[name]) if both and name in before else "-",
+                recovery_text(recovered[name]) if both else "-",
+            ]
+    table("Tasks, in %", heads, rows, text=["metric"])
+    hint("± is one standard error, of samples drawn anew.")
+
+
+def score_text(score: "Score") -> str:
+    """In per cent, with its standard error."""
+    return _with_error(100 * score.value, score.stderr, 100)
+
+
+def recovery_text(one: "Recovery") -> str:
+    """In per cent of the original, with its standard error."""
+    if one.percent is None:
+        return "original: 0"
+    return _with_error(one.percent, one.stderr, 1) + " %"
+
+
+def _with_error(value: float, stderr: float | None, unit: float) -> str:
+    if stderr is None or not math.isfinite(stderr):
+        return f"{value:.1f}"
+    return f"{value:.1f} ± {unit * stderr:.1f}"

@@ -1,0 +1,178 @@
+"""What the commands that help to choose print: recipes, sweeps, searches."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...checkpoint.open import Checkpoint
+from ...progress import gib, peak_rss_bytes
+from .draw import hint, print_json, table
+from .show import source_of
+
+if TYPE_CHECKING:
+    from ...decide.cut_plan import CutPlan
+    from ...recipes.schema import Recipe
+    from ...tune.recommend import Costs, Recommended
+    from ...tune.search import Tuned
+
+
+def show_recipes(recipes: "Sequence[Recipe]", as_json: bool) -> None:
+    """The shipped recipes."""
+    from ...decide.required_stats import needs_tokens
+
+    data = [
+        {
+            "name": recipe.name,
+            "description": recipe.description,
+            "needs_calibration": needs_tokens(recipe) or recipe.needs_activations,
+            "searches": recipe.tune is not None,
+        }
+        for recipe in recipes
+    ]
+    if as_json:
+        print_json({"recipes": data})
+        return
+    rows = [
+        (one["name"], "yes" if one["needs_calibration"] else "no", one["description"])
+        for one in data
+    ]
+    about = "what it is for"
+    table("Recipes", ("name", "needs text", about), rows, text=[about])
+    hint("Next: vllm-moe-prune run CKPT OUT --recipe NAME --calibration TEXT")
+
+
+def show_recommended(
+    checkpoint: Checkpoint, found: "Recommended", as_json: bool
+) -> None:
+    """The recipes that meet a wish, below the checkpoint as it is."""
+    from ...decide.required_stats import needs_tokens
+
+    original = found.original
+    data = [
+        {
+            "recipe": one.recipe.name,
+            "description": one.recipe.description,
+            "needs_calibration": (
+                needs_tokens(one.recipe) or one.recipe.needs_activations
+            ),
+            **asdict(one.costs),
+            "decode_bytes_factor": round(one.faster(original), 4),
+        }
+        for one in found.choices
+    ]
+    if as_json:
+        print_json(
+            {
+                "source": source_of(checkpoint),
+                "original": asdict(original),
+                "recipes": data,
+                "left_out": found.left_out,
+            }
+        )
+        return
+    rows = [
+        (name, *_costs(costs), f"{original.decode_bytes / costs.decode_bytes:.2f}x")
+        for name, costs in (
+            ("(as it is)", original),
+            *((one.recipe.name, one.costs) for one in found.choices),
+        )
+    ]
+    heads = ("recipe", "weights", "TFLOPs", "read per token", "less")
+    table("Recipes that fit", heads, rows)
+    for name, why in found.left_out.items():
+        hint(textwrap.fill(f"Left out: {name}: {why}", 79, subsequent_indent="  "))
+    hint("TFLOPs are of 2,048 tokens at batch 1; read per token are weights only.")
+    name = found.choices[0].recipe.name
+    hint(f"Next: vllm-moe-prune run {source_of(checkpoint)} OUT --recipe {name}")
+
+
+def _costs(costs: "Costs") -> tuple[str, str, str]:
+    read = f"{costs.decode_bytes / 1e6:,.1f} MB"
+    return gib(costs.weight_bytes), f"{costs.flops / 1e12:.3g}", read
+
+
+def show_sweep(plans: "Sequence[tuple[Path, CutPlan]]", as_json: bool) -> None:
+    """What each plan of a sweep predicts."""
+    data = [
+        {
+            "plan": str(path),
+            "experts": sum(len(layer.keep) for layer in plan.layers),
+            "dropped": _dropped(plan),
+            "predicted": plan.predicted.model_dump() if plan.predicted else None,
+        }
+        for path, plan in plans
+    ]
+    if as_json:
+        print_json({"plans": data})
+        return
+    rows = [
+        (
+            path.name,
+            sum(len(layer.keep) for layer in plan.layers),
+            " ".join(str(layer) for layer in _dropped(plan)) or "-",
+            f"{plan.predicted.expert_sparsity:.2%}",
+            f"{plan.predicted.total_sparsity:.2%}",
+            f"{plan.predicted.file_bytes:,}",
+        )
+        for path, plan in plans
+        if plan.predicted is not None
+    ]
+    heads = ("plan", "experts", "layers dropped", "of experts", "of all", "bytes")
+    table(f"Wrote {len(plans)} plans", heads, rows)
+
+
+def _dropped(plan: "CutPlan") -> list[int]:
+    """The layers that lose their MoE sublayer, or leave whole."""
+    return [layer.layer for layer in plan.layers if layer.action != "keep"]
+
+
+def show_tuned(
+    checkpoint: Checkpoint, tuned: "Tuned", path: Path, as_json: bool
+) -> None:
+    """What ``tune`` found: the front, the best, and what could not be."""
+    from ...calibrate.perplexity import perplexity_of
+    from ...tune.front import front
+
+    data = {
+        "plan": str(path),
+        "best": tuned.best.name,
+        "intact_perplexity": perplexity_of(tuned.intact.loss.mean),
+        "tokens": tuned.intact.loss.tokens,
+        "candidates": [
+            {
+                "name": one.name,
+                "file_bytes": one.file_bytes,
+                "loss": one.loss.mean if math.isfinite(one.loss.mean) else None,
+                "tokens": one.loss.tokens,
+                "final": one.final,
+            }
+            for one in tuned.judged
+        ],
+        "front": [one.name for one in front(one for one in tuned.judged if one.final)],
+        "left_out": dict(tuned.left_out),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    if as_json:
+        print_json(data)
+        return
+    on_front = {one.name for one in front(one for one in tuned.judged if one.final)}
+    rows = [
+        (
+            one.name,
+            f"{perplexity_of(one.loss.mean):.3f}",
+            f"{one.file_bytes:,}",
+            "front" if one.name in on_front else "",
+        )
+        for one in (tuned.intact, *tuned.judged)
+        if one.final
+    ]
+    early = sum(not one.final for one in tuned.judged)
+    heads = ("candidate", "perplexity", "bytes", "")
+    table(f"Judged on {tuned.intact.loss.tokens:,} held-out tokens", heads, rows)
+    hint(
+        f"{early} more were given up early, {len(tuned.left_out)} cannot be that size."
+    )
+    hint(f"Next: vllm-moe-prune cut {source_of(checkpoint)} --plan {path} -o OUT")

@@ -1,0 +1,75 @@
+"""The commands for what was made: serving and showing it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .flags import Json, Revision, Source, flag
+
+
+def serve(
+    context: typer.Context,
+    source: Source,
+    revision: Revision = None,
+    plan: Annotated[
+        Path | None, flag("Prune the original while loading; nothing is written.")
+    ] = None,
+    watch: Annotated[
+        bool, flag("Add /plugins/moe-prune/: report, tables, live routing load.")
+    ] = False,
+    dry_run: Annotated[
+        bool, flag("Print the command, don't run it.", "--dry-run")
+    ] = False,
+) -> None:
+    """Check a checkpoint and become `vllm serve` for it; other flags go to vLLM.
+
+    Example: `vllm-moe-prune serve ./mixtral-stun40 --port 8000 --max-model-len 4096`
+    """
+    import shlex
+
+    from ..plugin.launch import run_server, serve_command
+    from .output.draw import err
+
+    command = serve_command(source, revision, plan, context.args, watch=watch)
+    if dry_run:
+        typer.echo(shlex.join(command))
+        return
+    err.print(f"+ {shlex.join(command)}", style="dim")
+    run_server(command)
+
+
+def report(
+    output: Annotated[Path, typer.Argument(help="A pruned checkpoint folder.")],
+    stats: Annotated[
+        list[Path] | None,
+        flag("Statistics of the source, for what OUTPUT does not keep; repeatable."),
+    ] = None,
+    html: Annotated[
+        Path | None, flag("The page; OUTPUT.report.html beside it if not given.")
+    ] = None,
+    png: Annotated[
+        Path | None, flag("A folder for PNG files too; needs matplotlib.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw what a run did: one HTML page, self-contained; with --png pictures too.
+
+    Example: `vllm-moe-prune report OUT`
+    """
+    from ..checkpoint.output_path import check_file, check_folder
+    from ..report.figures import write_figures
+    from ..report.page import write_page
+    from ..report.read import read_numbers
+    from .output.show import show_report
+
+    folder = output.resolve()
+    beside = output.parent if output.name else folder.parent
+    page = html or beside / f"{folder.name}.report.html"
+    check_file(page, folder)
+    if png is not None:
+        check_folder(png, folder)
+    numbers = read_numbers(output, stats or ())
+    pictures = write_figures(numbers, png) if png is not None else []
+    write_page(numbers, page)
+    show_report(numbers, page, pictures, as_json)

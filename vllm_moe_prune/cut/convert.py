@@ -1,0 +1,303 @@
+"""Changing how expert weights are stored: dense or compressed, both ways, bit for bit.
+
+A first pass counts non-zeros, so that every shard is planned to the byte before it is
+written; the second one writes. Memory holds one expert matrix, also where all experts
+of a layer are packed into one tensor.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .. import __version__
+from ..checkpoint.compressed import DENSE, DTYPES, compressed_config
+from ..checkpoint.index import ITEM_BYTES, TensorInfo, read_bytes
+from ..checkpoint.open import Checkpoint, Layer
+from ..checkpoint.reader import read_row, read_tensor
+from ..checkpoint.writer import (
+    MAX_SHARD_BYTES,
+    ShardWriter,
+    index_json,
+    index_needed,
+    plan_shards,
+    tensor_bytes,
+    writing,
+)
+from ..decide.cut_plan import load_plan
+from ..errors import CheckpointError, RecipeError
+from ..kernels.bitmask import INTEGERS, fits, pack
+from ..progress import Progress, Report, ignore
+from ..recipes.schema import parse_pattern
+from .card import source_card
+from .copy import CHUNK_BYTES, tensor_view
+from .output import companions, copy_companions, copy_records, open_workspace, publish
+from .slice import names_in_order
+
+LayoutName = Literal["dense", "bitmask"]
+LAYOUTS: tuple[LayoutName, ...] = ("dense", "bitmask")
+NOTE = """
+## Stored compressed
+
+This copy stores its expert weights without their zeros. vLLM needs the plugin
+(`pip install vllm-moe-prune`) to read it, whatever is said above about the plain
+weights, which `vllm-moe-prune convert <this folder> OUT --layout dense` gives back.
+"""
+
+
+def parse_layout(name: str) -> LayoutName:
+    """The layout a user named.
+
+    Raises:
+        RecipeError: There is no such layout.
+    """
+    for layout in LAYOUTS:
+        if name == layout:
+            return layout
+    raise RecipeError(f"layout {name!r} is not one of: {', '.join(LAYOUTS)}.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one tensor of the dense form is written."""
+
+    info: TensorInfo
+    layer: int | None
+    parts: tuple[Part, ...]
+    group: tuple[int, int] | None = None
+    """(n, m) where it is compressed at a fixed rate."""
+
+    @property
+    def compressed(self) -> bool:
+        """Whether it is written in parts."""
+        return len(self.parts) > 1
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote."""
+
+    out: Path
+    layout: LayoutName
+    dense_bytes: int
+    """Of all tensors in their dense form."""
+    stored_bytes: int
+    file_bytes: int
+    dense_layers: tuple[int, ...]
+    """MoE layers that stayed dense, since compressing them would save nothing."""
+
+
+def convert(
+    checkpoint: Checkpoint,
+    out: Path,
+    layout: LayoutName,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    report: Report = ignore,
+) -> Converted:
+    """Write ``checkpoint`` to ``out`` in another layout; everything else stays.
+
+    Args:
+        checkpoint: The input, in either layout.
+        out: The output folder, which appears when everything is in it.
+        layout: How expert weights are stored there.
+        resume: Continue an interrupted conversion.
+        overwrite: Replace an existing output once the new one is complete.
+        max_shard_bytes: Size limit of one output file.
+        report: Called once per layer.
+
+    Raises:
+        CheckpointError: Experts are quantised, or damaged.
+        OutputError: See ``open_workspace``.
+    """
+    companions(checkpoint)
+    if checkpoint.form is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its weights are quantised; only those that are not "
+            "can be stored without their zeros."
+        )
+    plan, dense_layers = _plan(checkpoint, layout, report)
+    shards = plan_shards(
+        [part for item in plan for part in item.parts], max_shard_bytes
+    )
+    config = _config(checkpoint, layout, dense_layers)
+    digest = hashlib.sha256(checkpoint.fingerprint.encode() + layout.encode())
+    for shard in shards:
+        digest.update(shard.header)
+    key = digest.hexdigest()
+    space = open_workspace(out, key, shards, resume=resume, overwrite=overwrite)
+    writer = ShardWriter(space.partial, shards, space.finished)
+    try:
+        for done, item in enumerate(plan, 1):
+            _write(item, writer)
+            if done == len(plan) or plan[done].layer != item.layer:
+                at = len(checkpoint.layers) if item.layer is None else item.layer + 1
+                _tell(report, "convert", checkpoint, at)
+        writer.close()
+        with writing(space.partial):
+            if name := index_needed(shards):
+                index = index_json(shards, checkpoint.parameters)
+                (space.partial / name).write_bytes(index)
+            copy_companions(checkpoint, space.partial)
+            copy_records(checkpoint, space.partial)
+            _write_card(checkpoint, space.partial, layout)
+            text = json.dumps(config, indent=2) + "\n"
+            (space.partial / "config.json").write_text(text, "utf-8")
+            publish(space)
+    except BaseException:
+        writer.abort()
+        raise
+    finally:
+        space.release()
+    return Converted(
+        out,
+        layout,
+        checkpoint.tensor_bytes,
+        sum(sum(shard.sizes.values()) for shard in shards),
+        sum(shard.file_bytes for shard in shards),
+        dense_layers,
+    )
+
+
+def _plan(
+    checkpoint: Checkpoint, layout: LayoutName, report: Report
+) -> tuple[list[Stored], tuple[int, ...]]:
+    """Every tensor to be written, and the MoE layers that stay dense."""
+    compressed: dict[str, Stored] = {}
+    dense_layers = []
+    if layout == "bitmask":
+        group = _pattern(checkpoint)
+        for layer in checkpoint.moe_layers:
+            found = list(_compress(checkpoint, layer, group))
+            stored = sum(tensor_bytes(part) for item in found for part in item.parts)
+            if not found or stored >= sum(item.info.nbytes for item in found):
+                dense_layers.append(layer.index)
+            else:
+                compressed |= {item.info.name: item for item in found}
+            _tell(report, "count", checkpoint, layer.index + 1)
+    plan = []
+    for name in names_in_order(checkpoint):
+        info = checkpoint.tensors[name]
+        plain = Part(name, info.dtype, info.shape)
+        layer_index = checkpoint.arch.layer_of(name)
+        plan.append(compressed.get(name) or Stored(info, layer_index, (plain,)))
+    return plan, tuple(dense_layers)
+
+
+def _pattern(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """The n:m pattern a checkpoint was cut by, if it was."""
+    path = checkpoint.folder / "plan.json"
+    if checkpoint.remap is None or not path.is_file():
+        return None
+    return parse_pattern(load_plan(path).pattern)
+
+
+def _compress(
+    checkpoint: Checkpoint, layer: Layer, group: tuple[int, int] | None
+) -> Iterator[Stored]:
+    """The expert matrices of one layer in parts; nothing if they have to stay dense."""
+    infos = [checkpoint.tensors[name] for name in checkpoint.expert_names(layer)]
+    if any(info.shape[-1] % 8 or info.dtype not in DTYPES for info in infos):
+        return
+    for info in infos:
+        *axes, cols = info.shape
+        rows, kept, fixed = math.prod(axes), 0, group
+        for matrix_RC in _matrices(info):
+            kept += int(torch.count_nonzero(_integers(matrix_RC)))
+            if fixed is not None and not fits(matrix_RC, *fixed):
+                fixed = None
+        base = info.name.removesuffix(DENSE)
+        mask = Part(f"{base}.mask", "U8", (*axes, cols // 8))
+        if fixed is not None:
+            shape: tuple[int, ...] = (rows, cols // fixed[1], fixed[0])
+            parts: tuple[Part, ...] = (Part(f"{base}.values", info.dtype, shape), mask)
+        else:
+            parts = (
+                Part(f"{base}.values", info.dtype, (kept,)),
+                Part(f"{base}.offsets", "I64", (rows + 1,)),
+                mask,
+            )
+        yield Stored(info, layer.index, parts, fixed)
+
+
+def _matrices(info: TensorInfo) -> Iterator[torch.Tensor]:
+    """The matrix of one expert, or of each."""
+    if len(info.shape) == 2:
+        yield read_tensor(info)
+    else:
+        yield from (read_row(info, expert) for expert in range(info.shape[0]))
+
+
+def _integers(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.view(INTEGERS[matrix.element_size()])
+
+
+def _write(item: Stored, writer: ShardWriter) -> None:
+    if not any(writer.needs(part.name) for part in item.parts):
+        return
+    info = item.info
+    if not item.compressed:
+        # Whole rows, since a compressed input unpacks whole rows.
+        step = max(
+            info.row_bytes, CHUNK_BYTES // max(info.row_bytes, 1) * info.row_bytes
+        )
+        for start in range(0, info.nbytes, max(step, ITEM_BYTES[info.dtype])):
+            stop = min(start + step, info.nbytes) if step else info.nbytes
+            writer.write(info.name, memoryview(read_bytes(info, start, stop)), start)
+        return
+    at = [0] * len(item.parts)
+    before = 0
+    for number, matrix_RC in enumerate(_matrices(info)):
+        packed = pack(matrix_RC, item.group)
+        offsets = packed.offsets_R1
+        if offsets is not None and number:
+            # The first offset of a matrix is the last one of the matrix before it.
+            offsets = offsets[1:] + before
+        parts = (packed.values, offsets, packed.mask_RB)
+        tensors = [part for part in parts if part is not None]
+        for index, (part, tensor) in enumerate(zip(item.parts, tensors, strict=True)):
+            if tensor.numel():  # an expert may be nothing but zeros
+                writer.write(part.name, tensor_view(tensor), at[index])
+            at[index] += tensor.nbytes
+        before += packed.values.numel()
+
+
+def _config(
+    checkpoint: Checkpoint, layout: LayoutName, dense_layers: tuple[int, ...]
+) -> dict[str, Any]:
+    if layout == "dense":
+        return checkpoint.config
+    # A pruned checkpoint gets the class that verifies it before it loads a weight.
+    arch = checkpoint.arch.pruned_architecture if checkpoint.remap else None
+    return compressed_config(
+        checkpoint.config, arch, tool_version=__version__, dense_layers=dense_layers
+    )
+
+
+def _write_card(checkpoint: Checkpoint, folder: Path, layout: LayoutName) -> None:
+    text = source_card(checkpoint)
+    if text is None:
+        return
+    note = NOTE if layout == "bitmask" else ""
+    (folder / "README.md").write_text(text.removesuffix(NOTE) + note, "utf-8")
+
+
+def _tell(report: Report, stage: str, checkpoint: Checkpoint, layers_done: int) -> None:
+    total, count = checkpoint.tensor_bytes, len(checkpoint.layers)
+    report(Progress(stage, layers_done, count, total * layers_done // count, total))

@@ -1,0 +1,269 @@
+"""Quantising one trimmed layer, expert by expert, and feeding the next layer with it.
+
+Statistics come from the trimmed layer as it is; the hidden states that go on come from
+the quantised one. AWQ divides the experts' input by powers of two: here the forward
+leaves it as it is and divides the weights instead, which gives the same to the bit.
+
+Axes: N tokens, n some of them, D hidden, F expert width, R rows of a matrix.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..calibrate.expert_forward import (
+    Activation,
+    Routing,
+    add_expert,
+    expert_hidden,
+    place,
+    token_chunks,
+)
+from ..checkpoint.open import Layer
+from ..checkpoint.reader import Expert
+from ..decide.cut_plan import LayerPlan
+from ..decide.quantize import form_of
+from ..kernels.quantized import Form, Quantised, dequantise, pack
+from ..recipes.schema import QuantiseStage
+from ..slim import awq
+from ..slim.gptq import gptq
+from ..slim.rtn import rtn
+from ..slim.sparsegpt import add_inputs
+from .copy import build_tensor, tensor_view
+from .slice import OutputTensor
+from .slim_expert import column_sums
+from .slim_layer import (
+    LayerRecord,
+    Served,
+    SlimContext,
+    add_powers,
+    naming,
+    trimmed_experts,
+    trimmed_routing,
+)
+from .trimmed import trimmed_layer
+
+
+@torch.no_grad()
+def quantise_layer(
+    context: SlimContext,
+    layer: Layer,
+    layer_plan: LayerPlan,
+    record: LayerRecord,
+    new_index: int,
+    x_ND: torch.Tensor | None,
+    scaled: Sequence[OutputTensor],
+    *,
+    want_output: bool,
+) -> torch.Tensor | None:
+    """Quantise and write every expert of one layer.
+
+    Args:
+        context: The pass.
+        layer: The input layer.
+        layer_plan: What the plan does to it.
+        record: Where what was done is counted.
+        new_index: Its index in the output.
+        x_ND: Calibration activations entering the MoE; None if not needed.
+        scaled: What else of the layer AWQ's scales change.
+        want_output: Whether the layer's output is needed (not after the last).
+
+    Returns:
+        The MoE output [N, D] of the quantised layer if wanted.
+    """
+    stage = context.plan.quantise
+    run = _Layer(context, layer, layer_plan, x_ND)
+    input_scale_D = run.input_scale() if stage.method == "awq" else None
+    for tensor in scaled:
+        if input_scale_D is not None and context.writer.needs(tensor.name):
+            _write_scaled(context, tensor, input_scale_D)
+    out_ND = torch.zeros_like(x_ND) if want_output and x_ND is not None else None
+    for new, trimmed, served in run.experts():
+        x_nD = None if x_ND is None or served is None else x_ND
+        with naming(context.checkpoint, layer, layer_plan, new):
+            made = _quantise(trimmed, stage, x_nD, served, run.act, input_scale_D)
+        if served is not None and len(served.token_n) == 0:
+            record.unseen.append(layer_plan.keep[new])
+        elif out_ND is not None and x_ND is not None and served is not None:
+            running = place(made.computes, x_ND)
+            add_expert(out_ND, x_ND, *served, running, run.act)
+        record.expert_parameters += sum(matrix.numel() for matrix in trimmed)
+        add_powers(record.trimmed_powers_5, trimmed)
+        add_powers(record.slimmed_powers_5, made.computes)
+        _write(context, (new_index, new), made)
+    return out_ND
+
+
+class _Layer:
+    """The experts a layer is left with, and the tokens of each."""
+
+    def __init__(
+        self,
+        context: SlimContext,
+        layer: Layer,
+        layer_plan: LayerPlan,
+        x_ND: torch.Tensor | None,
+    ) -> None:
+        self._context, self._layer, self._plan = context, layer, layer_plan
+        self._trimmed = trimmed_layer(layer, layer_plan, context.plan)
+        self._x_ND = x_ND
+        self._routing: Routing | None = None
+        model = context.model
+        self.act: Activation = torch.nn.functional.silu if model is None else model.act
+        if model is not None and x_ND is not None:
+            self._routing = trimmed_routing(
+                model, context.plan, layer, layer_plan, x_ND
+            )
+
+    def experts(self) -> Iterator[tuple[int, Expert, Served | None]]:
+        """Each expert, trimmed, with its tokens; None where there are no tokens."""
+        for new, expert, served in trimmed_experts(
+            self._context.checkpoint,
+            self._layer,
+            self._plan,
+            self._trimmed,
+            self._routing,
+        ):
+            if self._x_ND is not None:
+                expert = Expert(*(part.to(self._x_ND.device) for part in expert))
+            yield new, expert, served
+
+    def input_scale(self) -> torch.Tensor:
+        """AWQ's scale of the experts' input, one for the layer, judged by all."""
+        assert self._x_ND is not None
+        form = form_of(self._context.plan.quantise)
+        scales = awq.candidates(_mean_size(self._x_ND))
+        total_A = torch.zeros(len(scales), dtype=torch.float64)
+        for new, expert, served in self.experts():
+            if served is None or len(served.token_n) == 0:
+                continue
+            x_nD = self._x_ND.index_select(0, awq.sampled(served.token_n))
+            with naming(self._context.checkpoint, self._layer, self._plan, new):
+                for weight_FD in (expert.gate_FD, expert.up_FD):
+                    total_A += awq.errors(weight_FD, x_nD, scales, form).cpu()
+        return awq.best(scales, total_A)
+
+
+class _Made:
+    """One quantised expert."""
+
+    def __init__(
+        self, stored: tuple[Quantised, Quantised, Quantised], computes: Expert
+    ) -> None:
+        self.gate, self.up, self.down = stored
+        self.computes = computes
+        """What it computes, on inputs that nobody scaled."""
+
+
+def _quantise(
+    expert: Expert,
+    stage: QuantiseStage,
+    x_ND: torch.Tensor | None,
+    served: Served | None,
+    act: Activation,
+    input_scale_D: torch.Tensor | None,
+) -> _Made:
+    form = form_of(stage)
+    if input_scale_D is not None and x_ND is not None and served is not None:
+        return _by_awq(expert, form, x_ND, served, act, input_scale_D)
+    if stage.method == "gptq" and x_ND is not None and served is not None:
+        stored = _by_gptq(expert, stage, x_ND, served, act)
+    else:
+        gate, up, down = (rtn(matrix, form) for matrix in expert)
+        stored = gate, up, down
+    dtype = expert.gate_FD.dtype
+    return _Made(stored, Expert(*(dequantise(each, form, dtype) for each in stored)))
+
+
+def _by_gptq(
+    expert: Expert,
+    stage: QuantiseStage,
+    x_ND: torch.Tensor,
+    served: Served,
+    act: Activation,
+) -> tuple[Quantised, Quantised, Quantised]:
+    """GPTQ of all three; gate and up have the same inputs, so one Hessian is enough."""
+    form, width = form_of(stage), len(expert.gate_FD)
+    input_DD = _no_sums(expert.gate_FD)
+    inner_FF = _no_sums(expert.down_DF)
+    running = place(expert, x_ND)
+    for token_n, _ in token_chunks(*served, running):
+        x_nD = x_ND.index_select(0, token_n)
+        add_inputs(input_DD, x_nD)
+        add_inputs(inner_FF, expert_hidden(x_nD, running, act))
+    both_RD = torch.cat([expert.gate_FD, expert.up_FD])
+    both = gptq(both_RD, input_DD, form, act_order=stage.act_order)
+    del input_DD
+    down = gptq(expert.down_DF, inner_FF, form, act_order=stage.act_order)
+    return _rows(both, slice(None, width)), _rows(both, slice(width, None)), down
+
+
+def _no_sums(weight_RD: torch.Tensor) -> torch.Tensor:
+    cols = weight_RD.shape[1]
+    return torch.zeros(cols, cols, device=weight_RD.device)
+
+
+def _rows(matrix: Quantised, rows: slice) -> Quantised:
+    values, scales = matrix
+    zero = None if scales.zero_RG is None else scales.zero_RG[rows]
+    return Quantised(
+        values[rows], scales._replace(scale_RG=scales.scale_RG[rows], zero_RG=zero)
+    )
+
+
+def _by_awq(
+    expert: Expert,
+    form: Form,
+    x_ND: torch.Tensor,
+    served: Served,
+    act: Activation,
+    input_scale_D: torch.Tensor,
+) -> _Made:
+    """AWQ: the rows of up make up for the scale of what down reads."""
+    inner_scale_F = torch.ones(len(expert.gate_FD), device=x_ND.device)
+    if len(served.token_n):
+        x_nD = x_ND.index_select(0, awq.sampled(served.token_n))
+        inner_nF = expert_hidden(x_nD, place(expert, x_ND), act)
+        scales = awq.candidates(_mean_size(inner_nF))
+        found_A = awq.errors(expert.down_DF, inner_nF, scales, form)
+        inner_scale_F = awq.best(scales, found_A)
+    dtype = expert.gate_FD.dtype
+    up_FD = (expert.up_FD / inner_scale_F[:, None]).to(dtype)
+    gate = rtn(awq.scaled(expert.gate_FD, input_scale_D), form)
+    up = rtn(awq.scaled(up_FD, input_scale_D), form)
+    down = rtn(awq.scaled(expert.down_DF, inner_scale_F), form)
+    computes = Expert(
+        (dequantise(gate, form, dtype) / input_scale_D).to(dtype),
+        (dequantise(up, form, dtype) * inner_scale_F[:, None] / input_scale_D).to(
+            dtype
+        ),
+        (dequantise(down, form, dtype) / inner_scale_F).to(dtype),
+    )
+    return _Made((gate, up, down), computes)
+
+
+def _mean_size(x_ND: torch.Tensor) -> torch.Tensor:
+    """Mean of |x| over tokens."""
+    return column_sums(x_ND, torch.abs) / max(1, len(x_ND))
+
+
+def _write_scaled(
+    context: SlimContext, tensor: OutputTensor, input_scale_D: torch.Tensor
+) -> None:
+    """Divide a norm by the scale, or multiply what reads it; exact in bf16."""
+    dense = build_tensor(context.checkpoint, tensor)
+    scale_D = input_scale_D.to(dense.device)
+    changed = dense / scale_D if dense.dim() == 1 else dense * scale_D
+    context.writer.write(tensor.name, tensor_view(changed.to(dense.dtype)))
+
+
+def _write(context: SlimContext, new: tuple[int, int], made: _Made) -> None:
+    """Hand one expert's parts to the writer."""
+    matrices = {"gate": made.gate, "up": made.up, "down": made.down}
+    form = form_of(context.plan.quantise)
+    for rule in context.checkpoint.layout.experts:
+        base = rule.name(*new).rpartition(".")[0]
+        for part, tensor in pack(matrices[rule.role], form).items():
+            if context.writer.needs(f"{base}.{part}"):
+                data = tensor_view(tensor.cpu())
+                context.writer.write(f"{base}.{part}", data)

@@ -1,0 +1,56 @@
+"""The ``quantization_config`` of the output, in the words of compressed-tensors."""
+
+import re
+from typing import Any
+
+from ..checkpoint.open import Checkpoint
+from ..decide.cut_plan import CutPlan
+from ..decide.quantize import form_of
+from .renumbered_config import PATTERN
+from .slice import output_tensors
+
+
+def quantization_config(checkpoint: Checkpoint, plan: CutPlan) -> dict[str, Any]:
+    """The block of a checkpoint whose experts the plan quantises, all in one form."""
+    from compressed_tensors.quantization import QuantizationConfig
+
+    form = form_of(plan.quantise)
+    block = QuantizationConfig.model_validate(
+        {
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": form.args,
+                    "input_activations": form.inputs,
+                    "format": form.format,
+                }
+            },
+            "format": form.format,
+            "quantization_status": "compressed",
+            "ignore": unquantised(checkpoint, plan),
+        }
+    )
+    found: dict[str, Any] = block.model_dump(mode="json")
+    return found
+
+
+def unquantised(checkpoint: Checkpoint, plan: CutPlan) -> list[str]:
+    """Names of all modules that stay as they are, of layers as one pattern each."""
+    start, _, _ = checkpoint.arch.layer_prefix.partition("{layer}")
+    names = []
+    for tensor in output_tensors(checkpoint, plan):
+        base, _, part = tensor.name.rpartition(".")
+        matrix = part == "weight" and len(tensor.shape) == 2
+        if not matrix or tensor.made == "quantised" or _is_embedding(base):
+            continue
+        layer, _, inner = base.removeprefix(start).partition(".")
+        if base.startswith(start) and layer.isdecimal():
+            name = f"{PATTERN}{re.escape(start)}\\d+\\.{re.escape(inner)}$"
+            names.append(name)
+        else:
+            names.append(base)
+    return list(dict.fromkeys(names))
+
+
+def _is_embedding(base: str) -> bool:
+    return base.endswith("embed_tokens")

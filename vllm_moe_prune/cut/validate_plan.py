@@ -1,0 +1,101 @@
+"""What a cut refuses: plans that its input could not survive as they mean it."""
+
+from ..checkpoint.open import Checkpoint
+from ..decide.cut_plan import CutPlan
+from ..decide.quantize import form_of
+from ..errors import PlanError
+from .renumbered_config import renumbered
+
+
+def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
+    """Refuse a plan that cannot be carried out on a checkpoint.
+
+    Raises:
+        PlanError: Nothing would be left to route, rows no longer match experts,
+            stored values would have to change that must not, or quantised ones would
+            not have the form that the plan asks for.
+    """
+    if not any(layer.keep for layer in plan.layers):
+        raise PlanError(
+            f"the plan leaves no layer of {checkpoint.origin.name} with experts; keep "
+            "at least one MoE sublayer."
+        )
+    if checkpoint.blocks is not None:
+        _check_fp8(plan)
+    if checkpoint.form is not None:
+        _check_means(plan, "quantised")
+        renumbered(checkpoint, plan)
+    check_stored(checkpoint, zeros=plan.is_slimmed, quantises=plan.is_quantised)
+    if plan.is_quantised:
+        _check_form(checkpoint, plan)
+    for layer in checkpoint.layers:
+        if layer.redirect not in (None, tuple(range(layer.num_experts))):
+            raise PlanError(
+                f"{checkpoint.folder}: layer {layer.index}: its router still has rows "
+                "of removed experts (routing: redirect), so rows and experts do not "
+                "match. Cut the original instead."
+            )
+
+
+def check_stored(checkpoint: Checkpoint, *, zeros: bool, quantises: bool) -> None:
+    """Refuse what the way in which weights are stored does not allow.
+
+    Args:
+        checkpoint: The input.
+        zeros: Whether weights will be zeroed.
+        quantises: Whether experts will be quantised.
+
+    Raises:
+        PlanError: They are quantised already, or packed.
+    """
+    if checkpoint.form is not None and (zeros or quantises):
+        raise PlanError(
+            f"{checkpoint.folder}: its weights are quantised already, so a cut copies "
+            "them. Set slim.method: none and quantise.method: none, or start from "
+            "bf16 weights."
+        )
+    packed = not all(rule.per_expert for rule in checkpoint.layout.experts)
+    if quantises and packed:
+        raise PlanError(
+            f"{checkpoint.folder}: quantise needs a tensor for each matrix of each "
+            f"expert, which layout {checkpoint.layout.name} has not. Save the model "
+            "with its experts apart, as the Hub has it."
+        )
+    if quantises and checkpoint.blocks is not None:
+        raise PlanError(
+            f"{checkpoint.folder}: quantise changes weights that are fp8 already. Set "
+            "quantise.method: none, or start from bf16 weights."
+        )
+
+
+def _check_form(checkpoint: Checkpoint, plan: CutPlan) -> None:
+    """Refuse what a plan that was edited by hand may ask of experts."""
+    if plan.is_slimmed:
+        raise PlanError("the plan writes zeros and quantises; only one can be done.")
+    form = form_of(plan.quantise)
+    for layer in checkpoint.moe_layers:
+        for name in checkpoint.expert_names(layer):
+            if why := form.misfit(*checkpoint.tensors[name].shape):
+                raise PlanError(f"the plan's quantise: {name}: {why}.")
+
+
+def _check_means(plan: CutPlan, kind: str) -> None:
+    for layer_plan in plan.layers:
+        if layer_plan.reconstruct and any(
+            len(cluster) > 1 for cluster in layer_plan.clusters or ()
+        ):
+            raise PlanError(
+                f"layer {layer_plan.layer}: reconstruct averages experts, which {kind} "
+                "weights do not survive exactly. Set experts.reconstruct: never, or "
+                "start from bf16 weights."
+            )
+
+
+def _check_fp8(plan: CutPlan) -> None:
+    """Refuse what would change FP8 weights other than to zero."""
+    _check_means(plan, "fp8")
+    if plan.is_slimmed and plan.slim == "sparsegpt":
+        raise PlanError(
+            "slim.method sparsegpt changes the weights that stay, which fp8 weights do "
+            "not survive exactly. Use wanda or magnitude, or start from bf16 weights."
+        )

@@ -1,0 +1,205 @@
+"""Checks on a finished folder: shapes, counts, remap table, and its weights.
+
+Against its source, every surviving tensor is compared: copies bit for bit, means
+recomputed, slimmed matrices equal to the source wherever they are not zero, and as
+many zeros in each as the plan says; of quantised ones see ``cut/verify_quantized.py``.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.compressed import CompressedTensor
+from ..checkpoint.index import TensorInfo, read_json
+from ..checkpoint.open import Checkpoint
+from ..checkpoint.quantized_tensors import PartedTensor
+from ..checkpoint.reader import read_row, read_tensor
+from ..checkpoint.source import open_checkpoint
+from ..decide.cut_plan import CutPlan, check_plan, load_plan
+from ..errors import CheckpointError, RemapError
+from ..progress import Progress, Report, ignore
+from ..slim.quota import zeros_in_matrix
+from .build_remap import build_remap
+from .config import pruned_config
+from .copy import group_mean
+from .output import RECOVERED
+from .slice import OutputTensor, output_tensors
+from .verify_quantized import check_quantised, check_scaled
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked and found right."""
+
+    folder: Path
+    layers: int
+    experts: int
+    tensors_compared: int
+    bytes_compared: int
+    zeros: int
+    """Zeros counted in surviving expert weights; 0 if there was no source."""
+    expert_sparsity: float | None
+    """Recounted from the weights; None if there was no source to compare with."""
+    total_sparsity: float | None
+
+
+def verify(
+    folder: Path, source: Checkpoint | None = None, report: Report = ignore
+) -> Verified:
+    """Check a pruned checkpoint, and compare it with its source if that is given.
+
+    Raises:
+        CheckpointError: A tensor is missing, misshapen or differs from its source.
+        RemapError: The remap table is missing, was changed or contradicts the weights.
+    """
+    output = open_checkpoint(folder)
+    if output.remap is None:
+        raise RemapError(
+            f"{folder}: config.json has no moe_prune block; this is not an output of "
+            "vllm-moe-prune."
+        )
+    experts = sum(layer.num_experts for layer in output.moe_layers)
+    if source is None:
+        check_compressed(output)
+        return Verified(folder, len(output.layers), experts, 0, 0, 0, None, None)
+    history = folder / "provenance.json"
+    if history.is_file() and read_json(history).get(RECOVERED):
+        raise CheckpointError(
+            f"{folder}: was trained after the cut (see its provenance.json), so "
+            "its values differ from the source's. Verify it without --source."
+        )
+    plan = load_plan(folder / "plan.json")
+    check_plan(plan, source.layers, source.fingerprint, str(folder / "plan.json"))
+    _check_names(output, source, plan)
+    zeros, dense_zeros, done, at = 0, 0, 0, 0
+    tensors = output_tensors(source, plan)
+    total = sum(output.stored(tensor.name).nbytes for tensor in tensors)
+    for tensor in tensors:
+        found = 0
+        if tensor.made == "copied":
+            found = _compare(source, output, tensor, plan)
+        elif tensor.made == "scaled":
+            check_scaled(source, output, tensor)
+        elif tensor.stands_for:
+            check_quantised(source, output, tensor, plan)
+        if tensor.is_expert:
+            zeros += found
+        else:
+            dense_zeros += found
+        done += output.stored(tensor.name).nbytes
+        if tensor.layer is not None:
+            at = max(at, tensor.layer)  # those of no layer come first and last
+        layers = len(source.layers)
+        report(Progress("verify", at, layers, done, total))
+    removed = source.expert_parameters - output.expert_parameters
+    removed_all = source.parameters - output.parameters
+    return Verified(
+        folder,
+        len(output.layers),
+        experts,
+        len(tensors),
+        done,
+        zeros,
+        (removed + zeros) / source.expert_parameters,
+        (removed_all + zeros + dense_zeros) / source.parameters,
+    )
+
+
+def check_compressed(checkpoint: Checkpoint) -> None:
+    """Read every tensor that is stored in parts: do they fit together?
+
+    Raises:
+        CheckpointError: Naming the tensor, and of a compressed one the row.
+    """
+    for info in checkpoint.tensors.values():
+        if isinstance(info, CompressedTensor):
+            info.check()
+        elif isinstance(info, PartedTensor):
+            info.dense()
+
+
+def _check_names(output: Checkpoint, source: Checkpoint, plan: CutPlan) -> None:
+    expected = {tensor.name for tensor in output_tensors(source, plan)}
+    if missing := sorted(expected - output.stored_names):
+        raise CheckpointError(f"{output.folder}: tensor {missing[0]!r} is missing.")
+    if extra := sorted(output.stored_names - expected):
+        raise CheckpointError(f"{output.folder}: tensor {extra[0]!r} is not planned.")
+    remap = build_remap(source, plan)
+    if remap != output.remap:
+        raise RemapError(
+            f"{output.folder}: expert_remap.json is not the table of plan.json."
+        )
+    if json.loads(json.dumps(pruned_config(source, plan, remap))) != output.config:
+        raise CheckpointError(
+            f"{output.folder}: config.json is not the one plan.json leads to."
+        )
+
+
+def _compare(
+    source: Checkpoint, output: Checkpoint, tensor: OutputTensor, plan: CutPlan
+) -> int:
+    """Compare one tensor group by group; returns the zeros in a slimmed matrix."""
+    info = output.stored(tensor.name)
+    counted = tensor.is_expert or tensor.sparsity > 0
+    zeros = 0
+    for position, group in enumerate(tensor.groups):
+        expected = group_mean(source, group)
+        found = _read_group(info, position, len(tensor.groups), expected)
+        same = _bits(found) == _bits(expected)
+        if found.dtype == torch.float8_e4m3fn:
+            # Few operations know FP8; every value of it is one of fp32.
+            found, expected = found.float(), expected.float()
+        if tensor.sparsity > 0:
+            # SparseGPT changes the weights that stay: only their being finite is sure.
+            updates = plan.slim == "sparsegpt"
+            same |= torch.isfinite(found) if updates else found == 0
+        if not bool(same.all()):
+            wrong = int((~same).sum())
+            raise CheckpointError(
+                f"{info.file}: {tensor.name}: {wrong} values differ from the source."
+            )
+        if tensor.sparsity > 0:
+            halves = 2 if tensor.role == "gate_up" else 1
+            pairs = zip(found.chunk(halves), expected.chunk(halves), strict=True)
+            for matrix, original in pairs:
+                _check_zeros(matrix, original, tensor, plan, str(info.file))
+        if counted:
+            zeros += found.numel() - int(torch.count_nonzero(found))
+    return zeros
+
+
+def _check_zeros(
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    tensor: OutputTensor,
+    plan: CutPlan,
+    where: str,
+) -> None:
+    """Count one slimmed matrix's zeros; the source's own may come on top."""
+    if plan.slim == "none":
+        return
+    rows, cols = found.shape
+    asked = zeros_in_matrix(plan.slim, rows, cols, tensor.sparsity, plan.group)
+    zeros = found.numel() - int(torch.count_nonzero(found))
+    written = int(((found == 0) & (expected != 0)).sum())
+    if zeros < asked or written > asked:
+        raise CheckpointError(
+            f"{where}: {tensor.name}: holds {zeros} zeros in a {rows} x {cols} matrix, "
+            f"the plan asks for {asked}."
+        )
+
+
+def _read_group(
+    info: TensorInfo, position: int, groups: int, expected: torch.Tensor
+) -> torch.Tensor:
+    if groups == 1 and tuple(expected.shape) == info.shape:
+        return read_tensor(info)
+    return read_row(info, position)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Values as integers, so that NaN equals itself and -0.0 differs from 0.0."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(kinds[tensor.element_size()])

@@ -1,0 +1,68 @@
+"""Quantised matrices against their source: what can be known without the data.
+
+Rounding to nearest is done again and must give the same bytes. GPTQ and AWQ depend on
+calibration, so of theirs only that every weight is finite is sure, and that what AWQ
+scaled differs from its source by powers of two.
+"""
+
+import torch
+
+from ..checkpoint.open import Checkpoint
+from ..checkpoint.quantized_tensors import QuantisedTensor
+from ..checkpoint.reader import read_tensor
+from ..decide.cut_plan import CutPlan
+from ..decide.quantize import form_of
+from ..errors import CheckpointError
+from ..kernels.quantized import dequantise, pack
+from ..slim.rtn import rtn
+from .copy import build_tensor, group_mean, tensor_view
+from .slice import OutputTensor
+
+
+def check_quantised(
+    source: Checkpoint, output: Checkpoint, tensor: OutputTensor, plan: CutPlan
+) -> None:
+    """Check one matrix, of which ``tensor`` holds the values.
+
+    Raises:
+        CheckpointError: It is not what the plan leads to.
+    """
+    name = f"{tensor.name.rpartition('.')[0]}.weight"
+    info = output.tensors[name]
+    form = form_of(plan.quantise)
+    if not isinstance(info, QuantisedTensor):
+        raise CheckpointError(f"{info.file}: {name}: is not quantised.")
+    found = info.load()
+    if plan.quantise.method == "rtn":
+        weight = group_mean(source, tensor.groups[0])
+        expected = pack(rtn(weight, form), form)
+        wrong = [
+            part
+            for part, stored in pack(found, form).items()
+            if tensor_view(stored) != tensor_view(expected[part])
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{info.file}: {name}: {wrong[0]} is not what rounding gives."
+            )
+    if not bool(torch.isfinite(dequantise(found, form, torch.float32)).all()):
+        raise CheckpointError(f"{info.file}: {name}: holds NaN or infinity.")
+
+
+def check_scaled(source: Checkpoint, output: Checkpoint, tensor: OutputTensor) -> None:
+    """Check a tensor that AWQ multiplied: column by column, by powers of two.
+
+    Raises:
+        CheckpointError: It differs from its source in another way.
+    """
+    info = output.stored(tensor.name)
+    found, dense = read_tensor(info), build_tensor(source, tensor)
+    ratio = (found.float() / dense.float()).reshape(-1, found.shape[-1])
+    # Zeros tell nothing; a column of them may have any scale.
+    column = ratio.masked_fill(ratio == 0, torch.nan).nanmedian(dim=0).values
+    scale = torch.exp2(column.log2().round()).nan_to_num(nan=1.0)
+    if not torch.equal((dense.float() * scale).to(found.dtype), found):
+        raise CheckpointError(
+            f"{info.file}: {tensor.name}: differs from the source other than by powers "
+            "of two."
+        )

@@ -1,0 +1,114 @@
+"""The whole plan: a recipe, the statistics and the facts of one checkpoint."""
+
+import math
+
+from ..calibrate.stats import Stats
+from ..errors import PlanError, RecipeError
+from ..recipes.schema import Recipe, parse_pattern
+from ..slim.quota import zeros_in_group
+from .cut_plan import CutPlan, LayerPlan
+from .experts import decide_experts
+from .facts import ModelFacts, Slimming, count_layers
+from .groups import together
+from .layer_drop import decide_layers
+from .quantize import resolved_form
+from .zeros import check_slimming, counted_size, plan_routing, slim_sparsities
+
+
+def make_plan(
+    stats: Stats | None, recipe: Recipe, facts: ModelFacts, *, tool_version: str
+) -> CutPlan:
+    """Decide everything about one checkpoint; ``predicted`` is left to who knows files.
+
+    Args:
+        stats: Needed only where a decision is not fixed by the recipe alone; see
+            ``needs.needed_statistics``.
+        recipe: What was asked for.
+        facts: The checkpoint.
+        tool_version: Recorded in the plan.
+
+    Raises:
+        RecipeError: If what was asked for cannot be done.
+        PlanError: If the statistics do not suffice or are of another checkpoint.
+    """
+    if stats is not None and stats.fingerprint != facts.model.fingerprint:
+        raise PlanError(
+            f"the statistics are of another model (statistics "
+            f"{stats.fingerprint[:12]}, checkpoint {facts.model.fingerprint[:12]}). "
+            "Run `vllm-moe-prune measure` on this checkpoint."
+        )
+    if recipe.order == "unstructured-first":
+        raise RecipeError(
+            "order: unstructured-first takes two cuts, one plan each. "
+            "Set order: structured-first for a single plan."
+        )
+    check_slimming(recipe, facts)
+    quantise = resolved_form(recipe.quantise, facts)
+    complete = resolved(recipe, facts, stats)
+    layers, threshold = decide_experts(stats, facts.layers, complete)
+    sparsities = slim_sparsities(complete, facts, layers, stats)
+    pattern = parse_pattern(recipe.slim.pattern)
+    return CutPlan(
+        tool_version=tool_version,
+        model=facts.model,
+        recipe=recipe,
+        routing=plan_routing(recipe),
+        slim=recipe.slim.method,
+        pattern=recipe.slim.pattern,
+        slim_parts=recipe.slim.scope,
+        slim_exclude=recipe.slim.exclude,
+        router_weighted=recipe.slim.router_weighted,
+        quantise=quantise,
+        threshold=threshold,
+        layers=tuple(
+            layer.model_copy(update={"sparsity": _snapped(sparsity, pattern)})
+            for layer, sparsity in zip(layers, sparsities, strict=True)
+        ),
+    )
+
+
+def resolved(recipe: Recipe, facts: ModelFacts, stats: Stats | None) -> Recipe:
+    """The recipe with ``experts.drop`` in place of ``structured_share``.
+
+    What dropped layers remove counts towards the share. A share of 1 is rounded up to
+    whole experts, so that nothing is left to zero.
+    """
+    share, total = recipe.structured_share, recipe.total_sparsity
+    if share is None or total is None:
+        return recipe
+    actions = decide_layers(stats, facts.layers, recipe)
+    layers = [
+        LayerPlan(
+            layer=at,
+            action=action,
+            experts=facts.layers[at].num_experts,
+            keep=tuple(range(facts.layers[at].num_experts)) if action == "keep" else (),
+        )
+        for at, action in enumerate(actions)
+    ]
+    count = count_layers(facts, layers, Slimming("none"), plan_routing(recipe))
+    staying = [
+        (layer.num_experts, counted_size(recipe, layer))
+        for layer, plan in zip(facts.layers, layers, strict=True)
+        if plan.keep
+    ]
+    experts = sum(number for number, _ in staying)
+    removable = sum(number * size for number, size in staying)
+    if recipe.sparsity_of == "experts":
+        parameters, gone = count.expert_parameters, count.expert_parameters_removed
+    else:
+        parameters, gone = count.all_parameters, count.all_parameters_removed
+    wanted = max(0.0, share * total * parameters - gone)
+    drop = wanted / removable if removable else 0.0
+    if share == 1.0 and experts:
+        unit = max(together(layer, recipe.experts) for layer in facts.layers)
+        drop = unit * math.ceil(drop * experts / unit * (1.0 - 1e-12)) / experts
+    stage = recipe.experts.model_copy(update={"drop": drop})
+    return recipe.model_copy(update={"experts": stage, "structured_share": None})
+
+
+def _snapped(sparsity: float, pattern: tuple[int, int] | None) -> float:
+    """The sparsity itself, or with n:m the share of whole zeros per group."""
+    if pattern is None:
+        return sparsity
+    return zeros_in_group(pattern[1], sparsity) / pattern[1]

@@ -1,0 +1,351 @@
+"""The plan: every decision as data, made by ``decide`` and executed by ``cut``.
+
+Indices are those of the *input* checkpoint. A plan is meant to be read, diffed and
+edited by hand, so everything about it is checked again before it is executed.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+from pydantic import Field, JsonValue, ValidationError, field_validator
+
+from ..errors import OutputError, PlanError
+from ..recipes.schema import (
+    NEEDS_ACTIVATIONS,
+    Index,
+    Part,
+    QuantiseStage,
+    Recipe,
+    SlimMethod,
+    Strict,
+    first_problem,
+    parse_pattern,
+)
+
+FORMAT_VERSION: Literal[1] = 1
+Action = Literal["keep", "drop-moe", "drop-moe-keep-norm", "drop-block"]
+"""What leaves: nothing whole; the MoE sublayer (shared experts included) with the norm
+before it; the MoE alone, so that the block adds its normed input; the whole block."""
+
+
+class LayerShape(Protocol):
+    """What a plan needs to know of one layer of the checkpoint it is for."""
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def top_k(self) -> int: ...
+
+    @property
+    def has_moe(self) -> bool: ...
+
+    @property
+    def groups(self) -> tuple[int, ...] | None: ...
+
+    @property
+    def group_floor(self) -> int: ...
+
+    @property
+    def mtp(self) -> bool: ...
+
+
+class ModelId(Strict):
+    """Which checkpoint a plan was made for."""
+
+    model_type: str
+    fingerprint: str
+    source: str
+    revision: str | None = None
+
+
+class Measurement(Strict):
+    """Where the statistics behind a plan came from."""
+
+    forward_passes: int = 0
+    calibration: dict[str, JsonValue] = Field(default_factory=dict)
+    """Source, SHA-256 of the token ids, samples, sequence length, seed."""
+
+
+Weight = Annotated[float, Field(ge=0.0, le=1.0)]
+WEIGHT_SLACK = 1e-6
+
+
+class LayerPlan(Strict):
+    """What happens to one decoder layer of the input."""
+
+    layer: Index
+    action: Action = "keep"
+    experts: Index
+    """Experts in the input (0 for a dense layer or one whose MoE is gone)."""
+    keep: tuple[Index, ...]
+    """Surviving experts as input ids, in their new order."""
+    clusters: tuple[tuple[Index, ...], ...] | None = None
+    """``clusters[new]`` are the input experts that ``keep[new]`` stands for."""
+    unserved: tuple[Index, ...] = ()
+    """Removed experts whose router rows stay though nobody serves them: what they are
+    chosen for is lost. Only with routing redirect; they are in no cluster."""
+    reconstruct: bool = False
+    """Replace each survivor and its router row by the mean of its cluster."""
+    merge_weights: tuple[tuple[Weight, ...], ...] | None = None
+    """With ``reconstruct``: weights of that mean, as ``clusters`` lists the members;
+    they add up to 1 in each cluster. Absent: a plain mean."""
+    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of zeros to write into each matrix that is slimmed: the layer's surviving
+    experts and the other matrices in ``CutPlan.slim_parts``."""
+
+    @property
+    def drops_moe(self) -> bool:
+        """Whether the MoE sublayer leaves and the block stays."""
+        return self.action in ("drop-moe", "drop-moe-keep-norm")
+
+
+class Predicted(Strict):
+    """What the output will be, to the byte."""
+
+    tensor_bytes: int
+    file_bytes: int
+    shards: int
+    expert_parameters: int
+    parameters: int
+    zeros: int
+    """Weights that will be zeroed in what survives."""
+    expert_sparsity: float
+    """Removed or zeroed expert parameters over expert parameters before."""
+    total_sparsity: float
+    """Removed or zeroed parameters over all parameters before."""
+
+
+class CutPlan(Strict):
+    """Every decision about one checkpoint."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    tool_version: str
+    model: ModelId
+    recipe: Recipe
+    routing: Literal["drop", "redirect"] = "drop"
+    slim: SlimMethod = "none"
+    pattern: str = "unstructured"
+    """Or ``n:m``: zeros are counted in groups of m neighbours of a row, by each layer's
+    own sparsity (with OWL some layers have fewer than m - n of them, some more)."""
+    slim_parts: tuple[Part, ...] = ("experts",)
+    slim_exclude: tuple[str, ...] = ()
+    """Matrices whose name below the layer's prefix contains one of these stay dense."""
+    router_weighted: bool = False
+    """Wanda's input norms are of inputs times routing weights."""
+    quantise: QuantiseStage = QuantiseStage()
+    """How the experts that survive are quantised."""
+    measurement: Measurement = Measurement()
+    threshold: float | None = None
+    """Merge height up to which clusters were formed (STUN's t), or score up to which
+    experts were dropped, if one holds for the whole model."""
+    layers: tuple[LayerPlan, ...]
+    predicted: Predicted | None = None
+
+    @property
+    def is_slimmed(self) -> bool:
+        """Whether any weight will be zeroed."""
+        return self.slim != "none" and any(
+            layer.action != "drop-block" and layer.sparsity > 0 for layer in self.layers
+        )
+
+    @property
+    def group(self) -> int | None:
+        """The m of an n:m pattern."""
+        found = parse_pattern(self.pattern)
+        return None if found is None else found[1]
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether executing the plan needs calibration activations."""
+        by_data = self.slim in NEEDS_ACTIVATIONS and self.is_slimmed
+        return by_data or self.quantise.needs_activations
+
+    @property
+    def by_data(self) -> str:
+        """What needs the activations, for errors."""
+        if self.quantise.needs_activations:
+            return f"quantises by {self.quantise.method}"
+        return f"slims by {self.slim}"
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether executing the plan quantises experts."""
+        return self.quantise.method != "none"
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, pattern: str) -> str:
+        parse_pattern(pattern)
+        return pattern
+
+
+def load_plan(path: Path) -> CutPlan:
+    """Read and validate a plan file (structure only; see ``check_plan``)."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise PlanError(f"{path}: no such plan file.") from error
+    # Also what is no text, and a whole number of more digits than Python reads.
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{path}: not valid JSON: {error}") from error
+    found = data.get("format_version") if isinstance(data, dict) else FORMAT_VERSION
+    if found != FORMAT_VERSION:
+        raise PlanError(
+            f"{path}: plan format {found!r} is not {FORMAT_VERSION}. Install the "
+            "version of vllm-moe-prune that wrote it, or plan again."
+        )
+    try:
+        return CutPlan.model_validate(data)
+    except ValidationError as error:
+        raise PlanError(f"{path}: {first_problem(error)}") from error
+
+
+def save_plan(plan: CutPlan, path: Path) -> None:
+    """Write a plan as indented JSON, atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(dump_plan(plan), "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path}: cannot be written: {error.strerror or error}."
+        ) from error
+
+
+def dump_plan(plan: CutPlan) -> str:
+    """The plan as the text of plan.json."""
+    return json.dumps(plan.model_dump(mode="json"), indent=1) + "\n"
+
+
+def trimming(plan: CutPlan) -> str:
+    """Identifies what stage 1 leaves: equal for plans that differ in zeros only."""
+    left = [layer.model_copy(update={"sparsity": 0.0}) for layer in plan.layers]
+    said = [plan.routing, *(layer.model_dump_json() for layer in left)]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+
+def check_plan(
+    plan: CutPlan, layers: Sequence[LayerShape], fingerprint: str, where: str
+) -> None:
+    """Refuse a plan that does not fit the checkpoint it is about to cut.
+
+    Args:
+        plan: The plan, perhaps edited by hand.
+        layers: The checkpoint's decoder layers.
+        fingerprint: The checkpoint's fingerprint.
+        where: Named in the error, usually the plan's path.
+
+    Raises:
+        PlanError: Naming the first layer and expert that does not fit.
+    """
+    if plan.model.fingerprint != fingerprint:
+        raise PlanError(
+            f"{where}: made for another model (plan {plan.model.fingerprint[:12]} from "
+            f"{plan.model.source}, checkpoint {fingerprint[:12]}). "
+            "Run measure and plan on this checkpoint."
+        )
+    if [layer.layer for layer in plan.layers] != list(range(len(layers))):
+        raise PlanError(
+            f"{where}: lists layers {[layer.layer for layer in plan.layers]}, but the "
+            f"checkpoint has layers 0 to {len(layers) - 1}, each to be listed once."
+        )
+    if all(
+        layer.action == "drop-block" or shape.mtp
+        for layer, shape in zip(plan.layers, layers, strict=True)
+    ):
+        raise PlanError(f"{where}: drops every block; keep at least one.")
+    for layer_plan, shape in zip(plan.layers, layers, strict=True):
+        _check_layer(layer_plan, shape, plan.routing, where)
+
+
+def _check_layer(layer: LayerPlan, shape: LayerShape, routing: str, where: str) -> None:
+    at = f"{where}: layer {layer.layer}"
+    experts = shape.num_experts if shape.has_moe else 0
+    if layer.experts != experts:
+        raise PlanError(
+            f"{at}: says {layer.experts} experts, but the checkpoint has {experts}."
+        )
+    if layer.action != "keep" or not shape.has_moe:
+        if layer.keep:
+            raise PlanError(f"{at}: {layer.action} but keeps experts {layer.keep}.")
+        return
+    if not layer.keep:
+        raise PlanError(
+            f"{at}: keeps no expert. Keep at least one, or set its action to drop-moe."
+        )
+    _check_ids(layer.keep, experts, f"{at}: keep")
+    if routing == "drop" and shape.groups is not None:
+        _check_groups(layer, shape.groups, shape.group_floor, at)
+    if layer.clusters is None and (routing == "redirect" or layer.reconstruct):
+        raise PlanError(f"{at}: redirect and reconstruct need clusters.")
+    if layer.unserved and routing != "redirect":
+        raise PlanError(f"{at}: has unserved experts; they need routing: redirect.")
+    if layer.clusters is not None:
+        _check_clusters(layer, layer.clusters, at)
+    if layer.merge_weights is not None:
+        _check_weights(layer, layer.merge_weights, at)
+
+
+def _check_groups(
+    layer: LayerPlan, groups: tuple[int, ...], floor: int, at: str
+) -> None:
+    """Every group must keep what grouped routing needs to mean what it did."""
+    kept = Counter(groups[expert] for expert in layer.keep)
+    for group in sorted(set(groups)):
+        least = min(floor, groups.count(group))
+        if kept[group] < least:
+            raise PlanError(
+                f"{at}: keeps {kept[group]} experts of group {group}, but routing "
+                f"needs at least {least} in each group."
+            )
+
+
+def _check_clusters(
+    layer: LayerPlan, clusters: tuple[tuple[int, ...], ...], at: str
+) -> None:
+    if len(clusters) != len(layer.keep):
+        raise PlanError(
+            f"{at}: {len(clusters)} clusters for {len(layer.keep)} kept experts."
+        )
+    members = tuple(expert for cluster in clusters for expert in cluster)
+    members += layer.unserved
+    _check_ids(members, layer.experts, f"{at}: clusters")
+    if len(members) != layer.experts:
+        missing = sorted(set(range(layer.experts)) - set(members))
+        raise PlanError(f"{at}: clusters leave out experts {missing}.")
+    for kept, cluster in zip(layer.keep, clusters, strict=True):
+        if kept not in cluster:
+            raise PlanError(f"{at}: expert {kept} is not in its cluster {cluster}.")
+
+
+def _check_weights(
+    layer: LayerPlan, weights: tuple[tuple[float, ...], ...], at: str
+) -> None:
+    if not layer.reconstruct or layer.clusters is None:
+        raise PlanError(f"{at}: has merge_weights but does not reconstruct.")
+    if [len(found) for found in weights] != [len(ids) for ids in layer.clusters]:
+        raise PlanError(f"{at}: merge_weights need one weight for each cluster member.")
+    for kept, found in zip(layer.keep, weights, strict=True):
+        if abs(math.fsum(found) - 1.0) > WEIGHT_SLACK:
+            raise PlanError(
+                f"{at}: merge_weights of the cluster of expert {kept} add up to "
+                f"{math.fsum(found):.6g}, not to 1."
+            )
+
+
+def _check_ids(ids: tuple[int, ...], experts: int, at: str) -> None:
+    unknown = sorted({expert for expert in ids if expert >= experts})
+    if unknown:
+        raise PlanError(
+            f"{at}: unknown experts {unknown}; the layer has 0 to {experts - 1}."
+        )
+    twice = sorted({expert for expert in ids if ids.count(expert) > 1})
+    if twice:
+        raise PlanError(f"{at}: experts {twice} appear more than once.")

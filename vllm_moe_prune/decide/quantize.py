@@ -1,0 +1,46 @@
+"""How a recipe's quantising turns out for one checkpoint."""
+
+from ..errors import RecipeError
+from ..kernels.quantized import BLOCK, GROUP_SIZES, Bits, Form
+from ..recipes.schema import QuantiseStage
+from .facts import ModelFacts
+
+SIZES: dict[Bits, tuple[int | None, ...]] = {
+    "int4": GROUP_SIZES,
+    "int8": (None,),
+    "fp8": (BLOCK, None),
+}
+"""What is tried where a recipe names no size, the best first; None: whole rows."""
+
+
+def form_of(stage: QuantiseStage) -> Form:
+    """How matrices are quantised by a stage whose method is not none."""
+    return Form(stage.weights, stage.group_size, stage.zero_point, stage.act_order)
+
+
+def resolved_form(stage: QuantiseStage, facts: ModelFacts) -> QuantiseStage:
+    """The stage with a group size: int4 needs one, fp8 has one where blocks fit.
+
+    Raises:
+        RecipeError: The experts' matrices do not have such a form; names the first.
+    """
+    if stage.method == "none":
+        return stage
+    sizes = (stage.group_size,) if stage.group_size else SIZES[stage.weights]
+    tried = [stage.model_copy(update={"group_size": size}) for size in sizes]
+    problems = [(found, _misfit(form_of(found), facts)) for found in tried]
+    for found, problem in problems:
+        if problem is None:
+            return found
+    wish = "Choose quantise.method: rtn and quantise.weights: int8."
+    if stage.group_size:
+        wish = f"Leave out quantise.group_size. If that does not help: {wish}"
+    raise RecipeError(f"quantise.weights {stage.weights}: {problems[-1][1]}. {wish}")
+
+
+def _misfit(form: Form, facts: ModelFacts) -> str | None:
+    for at, layer in enumerate(facts.layers):
+        for matrix in layer.expert_matrices if layer.has_moe else ():
+            if why := form.misfit(matrix.rows, matrix.cols):
+                return f"layer {at}: {matrix.name or 'an expert matrix'}: {why}"
+    return None

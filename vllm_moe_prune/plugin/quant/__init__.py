@@ -1,0 +1,1 @@
+"""Expert weights that vLLM serves compressed or quantized."""

@@ -1,0 +1,1 @@
+"""Watching a served model: routing load, routes in vLLM's server."""

@@ -1,0 +1,400 @@
+"""What the user asks for: a recipe, written as YAML or built from flags.
+
+A recipe names no tensor and no layer count; ``decide`` turns it, together with the
+statistics of one checkpoint, into a plan that does.
+"""
+
+import re
+import reprlib
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import RecipeError
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Part01 = Annotated[float, Field(ge=0.0, le=1.0)]
+Index = Annotated[int, Field(ge=0)]
+Criterion = Literal[
+    "routing-score",
+    "routing-score-selected",
+    "frequency",
+    "reap",
+    "total-output",
+    "router-norm",
+    "removal-loss",
+    "random",
+]
+"""How much an expert matters; the formulas are in ``decide/scores.py``."""
+Chooser = Literal["stun"] | Criterion
+Budget = Literal["global", "per-layer", "sensitivity"]
+SlimMethod = Literal["wanda", "wanda-variant", "magnitude", "sparsegpt", "none"]
+NEEDS_ACTIVATIONS = ("wanda", "wanda-variant", "sparsegpt")
+QuantMethod = Literal["rtn", "gptq", "awq", "none"]
+Part = Literal["experts", "attention", "shared", "mlp"]
+"""What can be slimmed: routed experts; attention; shared experts; other MLPs, that is
+dense layers and Arctic's residual MLP. The router is none of them."""
+
+
+class Strict(BaseModel):
+    """Base of every model read from a file: unknown keys are errors, values frozen."""
+
+    # Docstrings of fields become the descriptions of the JSON Schema.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def refuse(*problems: str | Literal[False]) -> None:
+    """Raise the first problem, each given as ``condition and message``."""
+    if found := [problem for problem in problems if problem]:
+        raise ValueError(found[0])
+
+
+class ExpertStage(Strict):
+    """Stage 1: which experts go (``docs/methods.md``)."""
+
+    method: Literal["stun", "score", "none"] = "stun"
+    """``stun`` keeps one expert of each cluster, ``score`` drops the lowest scores."""
+    criterion: Criterion = "total-output"
+    """The score of method ``score``."""
+    reverse: bool = False
+    """Drop the highest scores instead: a control."""
+    search: Literal["greedy", "exhaustive"] = "greedy"
+    """``exhaustive`` tries every set of experts (Lu et al.); small layers only."""
+    drop: Share | None = None
+    """Share of all experts to remove, met exactly after rounding to whole experts."""
+    keep: int | None = Field(default=None, ge=1)
+    """Instead of ``drop``: mean number of experts kept per MoE layer."""
+    budget: Budget = "global"
+    """Where experts go: the lowest of the model, the same everywhere, or split by the
+    measured loss of each layer."""
+    protected: dict[Index, tuple[Index, ...]] = {}
+    """Layer -> experts that always stay."""
+    seed: Index = 0
+    """Of criterion ``random``."""
+    cluster_by: Literal["behaviour", "outputs"] = "behaviour"
+    """Distance of STUN's clusters: Eq. 7, or between outputs on the same tokens."""
+    linkage: Literal["complete", "reference"] = "complete"
+    """``reference`` follows the rule of STUN's published code, for comparison."""
+    representative: Literal["nearest-mean"] | Criterion = "nearest-mean"
+    """Which member of a cluster stays; a criterion keeps the highest score."""
+    merge: Literal["mean", "frequency"] = "mean"
+    """How clusters are averaged where they are: plainly, or by tokens routed."""
+    router_weight: float = Field(default=1.0, ge=0.0)
+    """Lambda 1, weight of the distance between router rows (STUN Eq. 7)."""
+    coactivation_weight: float = Field(default=1.0, ge=0.0)
+    """Lambda 2, weight of the co-activation counts (STUN Eq. 7)."""
+    divide_by_router_norm: bool = True
+    min_experts: int | None = Field(default=None, ge=0)
+    """Fewest experts any layer keeps; the model's top-k where not given. With 0 and
+    method ``score`` a layer may lose all: its MoE goes, the norm before it stays."""
+    groups: Literal["equal", "uneven"] = "equal"
+    """Where routers choose among groups of experts (DeepSeek-V2 and V3): every group
+    loses equally many, which stock routers understand; or the lowest of the layer go,
+    and the remap table keeps the group of each survivor, which needs the plugin."""
+    max_removed: int | None = Field(default=None, ge=0)
+    """Most experts removed from one layer (the paper's per-layer cap)."""
+    reconstruct: Literal["selective", "never", "always"] = "selective"
+    reconstruct_below: int = Field(default=3, ge=1)
+    """Kappa: ``selective`` averages clusters in layers with fewer clusters."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ExpertStage":
+        weights = self.router_weight or self.coactivation_weight
+        exhaustive = self.search == "exhaustive"
+        by_loss = self.criterion == "removal-loss" and not self.reverse
+        twice = [at for at, ids in self.protected.items() if len(set(ids)) < len(ids)]
+        refuse(
+            (self.drop is not None and self.keep is not None)
+            and "give drop or keep, not both",
+            (self.clusters_by_behaviour and not weights)
+            and "router_weight and coactivation_weight are both zero",
+            (self.method != "score" and (self.reverse or exhaustive))
+            and "reverse and search: exhaustive need method: score",
+            (exhaustive and not by_loss)
+            and "search: exhaustive needs criterion: removal-loss, not reversed",
+            (exhaustive and self.budget == "global")
+            and "search: exhaustive needs budget: per-layer or sensitivity",
+            bool(twice) and f"protected: layer {twice[0]} lists an expert twice",
+        )
+        return self
+
+    @property
+    def clusters_by_behaviour(self) -> bool:
+        """Whether STUN's Eq. 7 decides."""
+        return self.method == "stun" and self.cluster_by == "behaviour"
+
+
+class SlimStage(Strict):
+    """Stage 2: zeros inside what survives."""
+
+    method: SlimMethod = "wanda"
+    sparsity: Share | None = None
+    """Zeros among surviving weights; else from ``total_sparsity``."""
+    pattern: str = "unstructured"
+    """Or ``n:m``: of m neighbours in a row n stay, as in 2:4 and 4:8."""
+    allocation: Literal["uniform", "owl"] = "uniform"
+    """``owl`` spares layers with many outliers, at the same total."""
+    owl_m: float = Field(default=3.0, gt=0.0)
+    """A score above this many times its layer's mean is an outlier."""
+    owl_lambda: float = Field(default=0.08, ge=0.0, lt=0.5)
+    """How far a layer's sparsity may be from the mean."""
+    router_weighted: bool = False
+    """Wanda with inputs weighted by the router (MoE-Pruner)."""
+    scope: tuple[Part, ...] = ("experts",)
+    exclude: tuple[str, ...] = ()
+    """Matrices whose name contains one of these stay dense."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SlimStage":
+        by_wanda = self.method in ("wanda", "wanda-variant")
+        repeated = len(set(self.scope)) < len(self.scope)
+        refuse(
+            (self.is_grouped and self.method == "wanda-variant")
+            and "method: wanda-variant needs pattern: unstructured",
+            (self.is_grouped and self.sparsity is not None)
+            and f"pattern {self.pattern} sets the sparsity; give no other",
+            (self.router_weighted and not by_wanda)
+            and "router_weighted needs method: wanda or wanda-variant",
+            (not self.scope or repeated) and "scope needs at least one part, each once",
+            "" in self.exclude and "exclude: an empty string is in every name",
+        )
+        return self
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether the pattern is n:m."""
+        return parse_pattern(self.pattern) is not None
+
+
+def parse_pattern(pattern: str) -> tuple[int, int] | None:
+    """(n, m) of ``n:m``, None for ``unstructured``."""
+    if pattern == "unstructured":
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", pattern)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ValueError("pattern is unstructured, or n:m with n < m, such as 2:4")
+    return int(match[1]), int(match[2])
+
+
+class QuantiseStage(Strict):
+    """Fewer bits for the routed experts that survive; routers, norms, embeddings and
+    everything else stay as they are. Written in the formats of compressed-tensors."""
+
+    method: QuantMethod = "none"
+    """Rounding to nearest, which needs no data; or GPTQ, or AWQ, which do."""
+    weights: Literal["int4", "int8", "fp8"] = "int4"
+    """int8 has a scale for each row, fp8 for blocks of 128 x 128, or else for rows."""
+    group_size: Literal[32, 64, 128] | None = None
+    """Of int4: neighbours in a row that share a scale; of fp8: 128, blocks and nothing
+    else. None: the largest that fits; in a plan: a scale for each row."""
+    zero_point: bool = False
+    """Of int4: ranges that need not be symmetric, at a zero point for each group."""
+    act_order: bool = False
+    """Of GPTQ: columns with the largest inputs first."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "QuantiseStage":
+        refuse(
+            (self.weights != "int4" and self.method in ("gptq", "awq"))
+            and f"weights: {self.weights} needs method: rtn",
+            (self.weights == "int8" and self.group_size is not None)
+            and "group_size needs weights: int4 or fp8",
+            (self.weights == "fp8" and self.group_size not in (None, 128))
+            and f"group_size {self.group_size} needs weights: int4; fp8 has 128",
+            (self.weights != "int4" and self.zero_point)
+            and "zero_point needs weights: int4",
+            (self.act_order and self.method != "gptq")
+            and "act_order needs method: gptq",
+        )
+        return self
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether it needs calibration activations."""
+        return self.method in ("gptq", "awq")
+
+
+class Calibration(Strict):
+    """Which text the statistics come from."""
+
+    source: str | None = None
+    """A text or JSONL file, or ``hub:NAME[/CONFIG]``; required once data is needed."""
+    samples: int = Field(default=128, ge=1)
+    sequence_length: int = Field(default=2048, ge=2)
+    seed: int = 0
+    heldout: int = Field(default=16, ge=1)
+    """Further windows, kept apart, on which candidates are judged (``tune``, and
+    ``experts.budget: sensitivity``)."""
+    heldout_source: str | None = None
+    """Where those windows come from instead: text of what the model is to be good at,
+    in the same forms as ``source``."""
+
+
+class LayerStage(Strict):
+    """Whole sublayers or blocks to remove, by index or by how little they do."""
+
+    drop_moe: tuple[int, ...] = ()
+    drop_blocks: tuple[int, ...] = ()
+    moe_count: int | None = Field(default=None, ge=0)
+    """Instead of ``drop_moe``: how many, those that change their input least."""
+    block_count: int | None = Field(default=None, ge=0)
+    """Instead of ``drop_blocks``; chosen before ``moe_count``."""
+    moe_share: Share | None = None
+    """Instead of a count: what part of the MoE sublayers, to the nearest, at least one
+    unless it is 0."""
+    block_share: Share | None = None
+    """Instead of a count, likewise."""
+    moe_norm: Literal["drop", "keep"] = "drop"
+    """Whether the norm before a MoE leaves with it, in the metric (Eq. 9, Eq. 8) and
+    in the output alike."""
+    block_mode: Literal["discrete", "consecutive"] = "discrete"
+    mtp: Literal["prune", "drop"] = "prune"
+    """Layers behind the last one that predict further tokens: pruned like the others,
+    or removed."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "LayerStage":
+        refuse(
+            _several(self.drop_moe, self.moe_count, self.moe_share)
+            and "give drop_moe or moe_count or moe_share, not two",
+            _several(self.drop_blocks, self.block_count, self.block_share)
+            and "give drop_blocks or block_count or block_share, not two",
+        )
+        return self
+
+
+def _several(listed: tuple[int, ...], count: int | None, share: float | None) -> bool:
+    return sum((bool(listed), count is not None, share is not None)) > 1
+
+
+class TuneStage(Strict):
+    """What ``tune`` tries out to find the best plan for a size."""
+
+    experts: tuple[Chooser, ...] = ("total-output", "reap", "routing-score", "stun")
+    """By which rules experts leave; the first is tried along with dropped layers."""
+    budgets: tuple[Budget, ...] = ("sensitivity", "global", "per-layer")
+    shares: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = (
+        0,
+        0.25,
+        0.5,
+        0.75,
+        1,
+    )
+    """Shares of the size that whole experts take; zeros take the rest."""
+    layers: tuple[Part01, ...] = (0.1, 0.25, 0.5)
+    """Shares of the MoE sublayers, or of the blocks, that leave whole: at least one."""
+    slims: tuple[SlimMethod, ...] = ("wanda", "sparsegpt")
+    """How zeros are written: by the first, and in the end by the others too."""
+    owl: bool = True
+    """Whether zeros are in the end also spread by OWL."""
+    finalists: int = Field(default=4, ge=1)
+    """How many are left in the end at least."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TuneStage":
+        lists = (self.experts, self.budgets, self.shares, self.slims)
+        refuse(
+            any(not values for values in lists)
+            and "experts, budgets, shares and slims need at least one entry each",
+            ("none" in self.slims) and "slims: none writes no zeros",
+        )
+        return self
+
+
+class Recipe(Strict):
+    """Everything a run needs to know besides the checkpoint."""
+
+    name: str = "custom"
+    description: str = ""
+    total_sparsity: Share | None = None
+    """Removed and zeroed parameters over all parameters in ``sparsity_of``."""
+    sparsity_of: Literal["experts", "all"] = "experts"
+    experts: ExpertStage = ExpertStage()
+    slim: SlimStage = SlimStage()
+    quantise: QuantiseStage = QuantiseStage()
+    layers: LayerStage = LayerStage()
+    routing: Literal["drop", "redirect", "preserve"] = "drop"
+    """A removed expert's router row goes; or leads to its cluster's survivor; or stays,
+    and what it is chosen for is lost (a control)."""
+    structured_share: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Instead of ``experts.drop``: share of ``total_sparsity`` taken by experts."""
+    order: Literal["structured-first", "unstructured-first"] = "structured-first"
+    """``unstructured-first`` slims before experts are chosen: a control, two cuts."""
+    calibration: Calibration = Calibration()
+    tune: TuneStage | None = None
+    """Search for the best plan of ``total_sparsity`` instead of following one way."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        total, share = self.total_sparsity, self.structured_share
+        experts, slim = self.experts, self.slim
+        number = experts.drop is not None or experts.keep is not None
+        fixed = slim.is_grouped and slim.allocation == "uniform"
+        refuse(
+            (total is not None and slim.sparsity is not None)
+            and "give total_sparsity or slim.sparsity, not both",
+            (total is not None and fixed)
+            and f"slim.pattern {slim.pattern} sets the sparsity of every layer; "
+            "leave out total_sparsity, or set slim.allocation: owl",
+            (share is not None and (total is None or experts.method == "none"))
+            and "structured_share needs total_sparsity and experts.method",
+            (share is not None and number)
+            and "give structured_share or experts.drop or experts.keep, not two",
+            (self.routing == "redirect" and experts.method == "score")
+            and "routing: redirect needs the clusters of method: stun",
+            (self.routing == "preserve" and experts.method == "stun")
+            and "routing: preserve needs experts.method: score",
+            (self.routing == "preserve" and experts.min_experts == 0)
+            and "routing: preserve needs at least one expert per layer",
+            (self.quantise.method != "none" and self.asks_zeros)
+            and "quantise and zeros do not go together; set slim.method: none",
+            (self.quantise.method != "none" and self.tune is not None)
+            and "tune does not try out quantised weights; leave out quantise",
+            (self.quantise.method != "none" and self.order == "unstructured-first")
+            and "order: unstructured-first is about zeros; leave out quantise",
+            (self.order == "unstructured-first" and slim.allocation == "owl")
+            and "order: unstructured-first needs slim.allocation: uniform",
+        )
+        return self
+
+    @property
+    def asks_zeros(self) -> bool:
+        """Whether weights may be zeroed; a total can be met by experts alone."""
+        stage = self.slim
+        asked = self.total_sparsity is not None or stage.sparsity or stage.is_grouped
+        return stage.method != "none" and bool(asked)
+
+    @property
+    def needs_coactivation(self) -> bool:
+        """Whether stage 1 needs a forward pass (co-activation has a weight)."""
+        return (
+            self.experts.clusters_by_behaviour and self.experts.coactivation_weight > 0
+        )
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether the cut needs calibration activations."""
+        by_data = self.slim.method in NEEDS_ACTIVATIONS
+        return by_data or self.quantise.needs_activations
+
+
+def parse_recipe(data: object, where: str) -> Recipe:
+    """Validate recipe data; pydantic's report becomes one line."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {where}: {first_problem(error)}") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem pydantic found, as ``field.path: message (got value)``."""
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"]) or "top level"
+    said = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in {"missing", "value_error"}:
+        return f"{place}: {said}"  # what was got is everything around it
+    got = reprlib.repr(problem["input"])
+    shown = got if len(got) <= 60 else got[:57] + "..."
+    return f"{place}: {said} (got {shown})"

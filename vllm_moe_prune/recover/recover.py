@@ -1,0 +1,305 @@
+"""Recovery: train a pruned checkpoint and write it again, file by file the same.
+
+    check -> loss on windows kept apart -> train -> write -> the loss again -> publish
+
+Routers are trained one layer at a time beside the original model (``router.py``);
+adapters and full finetuning have the model in memory (``train.py``). Either way what
+was trained is kept until the output is complete, so that a killed run continues.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from ..calibrate.data import Tokens, load_heldout, load_tokens
+from ..calibrate.forward import StreamingModel
+from ..calibrate.perplexity import summed_loss
+from ..checkpoint.open import Checkpoint
+from ..checkpoint.reader import DTYPES
+from ..checkpoint.source import open_checkpoint
+from ..checkpoint.writer import ShardWriter, append_journal, writing
+from ..cut.output import Workspace, companions, open_workspace, publish
+from ..errors import CheckpointError, RecipeError, RemapError
+from ..progress import Progress, Report, ignore
+from ..recipes.schema import Calibration
+from .options import Training
+from .router_distillation import Distillation, LayerError
+from .write import (
+    read_history,
+    same_shards,
+    save_trained,
+    write_record,
+    write_rest,
+    write_weights,
+)
+
+NEEDS = ("peft", "accelerate")
+TRAINED = "trained.safetensors"
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery did."""
+
+    out: Path
+    training: Training
+    loss_before: float
+    """Nats per token, on windows of the text that were not trained on."""
+    loss_after: float
+    """The same of the output, read back."""
+    tensors: int
+    """Those that were trained."""
+    parameters: int
+    """Weights in them, zeros not counted."""
+    layers: tuple[LayerError, ...]
+    """What distillation changed; empty for other methods."""
+    file_bytes: int
+
+
+def check_recovery(
+    checkpoint: Checkpoint, original: Checkpoint | None, training: Training
+) -> None:
+    """Refuse what cannot be trained, before any work is done.
+
+    Raises:
+        RecipeError: The original is missing or not wanted, or a package is missing.
+        RemapError: The original is not what the checkpoint was cut from.
+        CheckpointError: The weights are stored in a way that training cannot change.
+    """
+    if training.method == "router":
+        _check_original(checkpoint, original)
+        return
+    if original is not None:
+        raise RecipeError(
+            f"--source is what --method router learns from; --method {training.method} "
+            "learns from the text alone. Leave it out."
+        )
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RecipeError(
+            f"--method {training.method} needs {' and '.join(missing)}: "
+            "pip install 'vllm-moe-prune[recover]'."
+        )
+    if checkpoint.form is not None or checkpoint.blocks is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its weights are quantised, which only "
+            "--method router can do with. Recover before quantising."
+        )
+
+
+def _check_original(checkpoint: Checkpoint, original: Checkpoint | None) -> None:
+    if original is None:
+        raise RecipeError(
+            "--method router learns from the model before the cut: name it with "
+            "--source."
+        )
+    if checkpoint.remap is None:
+        raise RemapError(
+            f"{checkpoint.folder}: config.json has no moe_prune block; this is not an "
+            "output of vllm-moe-prune, so there is nothing to recover."
+        )
+    source = checkpoint.remap.source
+    if source.fingerprint != original.fingerprint:
+        raise RemapError(
+            f"{original.folder}: is not the checkpoint that {checkpoint.folder} was "
+            f"cut from, which is {source.name} of fingerprint "
+            f"{source.fingerprint[:12]}."
+        )
+
+
+def recover(
+    checkpoint: Checkpoint,
+    original: Checkpoint | None,
+    out: Path,
+    training: Training,
+    calibration: Calibration,
+    *,
+    device: str = "cpu",
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Report = ignore,
+) -> Recovered:
+    """Write a trained copy of ``checkpoint`` to ``out``.
+
+    Args:
+        checkpoint: What was cut.
+        original: What it was cut from, for the method ``router``.
+        out: The output folder, which appears when everything is in it.
+        training: How to train.
+        calibration: The text; ``heldout`` windows of it are kept apart to judge on.
+        device: Where to train.
+        resume: Continue an interrupted run.
+        overwrite: Replace an existing output once the new one is complete.
+        report: Called while it goes on.
+
+    Raises:
+        RecipeError: See ``check_recovery``, as for the next two.
+        CheckpointError: Also a companion file that is a trap.
+        RemapError: The original is another.
+        CalibrationError: The text cannot be used, or is too short.
+        OutputError: The output exists, the disk is full, a resume does not match.
+    """
+    check_recovery(checkpoint, original, training)
+    companions(checkpoint)
+    history = read_history(checkpoint)
+    before = StreamingModel(checkpoint, device)
+    tokens = load_tokens(checkpoint, calibration)
+    heldout = load_heldout(checkpoint, calibration)
+    shards, stored = same_shards(checkpoint.folder)
+    digest = hashlib.sha256(repr(training).encode())
+    for part in (checkpoint.fingerprint, tokens.sha256, heldout.sha256):
+        digest.update(part.encode())
+    for shard in shards:
+        digest.update(shard.header)
+    space = open_workspace(
+        out, digest.hexdigest(), shards, resume=resume, overwrite=overwrite
+    )
+    writer = ShardWriter(space.partial, shards, space.finished)
+    try:
+        loss_before = _mean_loss(before, heldout, report, "before")
+        changed, layers = _train(
+            checkpoint, original, training, tokens, heldout, space, device, report
+        )
+        write_weights(writer, stored, changed)
+        writer.close()
+        with writing(space.partial):
+            write_rest(checkpoint, space.partial)
+        written = StreamingModel(open_checkpoint(space.partial), device)
+        loss_after = _mean_loss(written, heldout, report, "after")
+        counts = [int(torch.count_nonzero(tensor)) for tensor in changed.values()]
+        result = Recovered(
+            out,
+            training,
+            loss_before,
+            loss_after,
+            len(changed),
+            sum(counts),
+            layers,
+            sum(shard.file_bytes for shard in shards),
+        )
+        with writing(space.partial):
+            record = as_record(checkpoint, result, tokens, heldout)
+            write_record(checkpoint, space.partial, history, record)
+            publish(space)
+    except BaseException:
+        writer.abort()
+        raise
+    finally:
+        space.release()
+    return result
+
+
+def as_record(
+    checkpoint: Checkpoint, result: Recovered, tokens: Tokens, heldout: Tokens
+) -> dict[str, object]:
+    """What provenance.json says of it."""
+    return {
+        **dataclasses.asdict(result.training),
+        "input_fingerprint": checkpoint.fingerprint,
+        "calibration": tokens.describe(),
+        "heldout": heldout.describe(),
+        "loss": {"before": result.loss_before, "after": result.loss_after},
+        "tensors": result.tensors,
+        "parameters": result.parameters,
+        "layers": [dataclasses.asdict(layer) for layer in result.layers],
+    }
+
+
+def _mean_loss(
+    model: StreamingModel, heldout: Tokens, report: Report, stage: str
+) -> float:
+    def tell(progress: Progress) -> None:
+        report(dataclasses.replace(progress, stage=stage))
+
+    total, count = summed_loss(model, heldout.ids_ST, heldout.source, tell)
+    return total / count
+
+
+def _train(
+    checkpoint: Checkpoint,
+    original: Checkpoint | None,
+    training: Training,
+    tokens: Tokens,
+    heldout: Tokens,
+    space: Workspace,
+    device: str,
+    report: Report,
+) -> tuple[dict[str, torch.Tensor], tuple[LayerError, ...]]:
+    """What changed, by tensor; of distillation also what each layer made of it."""
+    if original is not None:
+        ids_ST = torch.cat([tokens.ids_ST, heldout.ids_ST])
+        teacher, taught = (
+            StreamingModel(one, device) for one in (original, checkpoint)
+        )
+        lesson = Distillation(teacher, taught, training, ids_ST, len(heldout.ids_ST))
+        return _distil(checkpoint, lesson, training, space, report)
+    kept = space.work / TRAINED
+    if kept.is_file():
+        return load_file(kept), ()
+    from .train import train
+
+    changed = train(
+        checkpoint,
+        training,
+        tokens.ids_ST,
+        device=device,
+        work=space.work,
+        report=report,
+    )
+    save_trained(kept, changed)
+    return changed, ()
+
+
+def _distil(
+    checkpoint: Checkpoint,
+    lesson: Distillation,
+    training: Training,
+    space: Workspace,
+    report: Report,
+) -> tuple[dict[str, torch.Tensor], tuple[LayerError, ...]]:
+    done = {
+        error.layer: error
+        for line in space.journal
+        if isinstance(fields := line.get("distilled"), dict)
+        for error in [LayerError(**fields)]
+    }
+    layers = checkpoint.decoder_layers
+    tell = _steps_of(sum(layer.has_moe for layer in layers) * training.steps, report)
+    tell(0)
+    changed: dict[str, torch.Tensor] = {}
+    for layer in layers:
+        name = checkpoint.layout.router.name(layer.index)
+        kept = space.work / f"router-{layer.index:05d}.safetensors"
+        if layer.index in done:
+            changed |= load_file(kept)
+            lesson.layer(layer, changed[name])
+            tell(training.steps)
+            continue
+        found = lesson.layer(layer, step=lambda: tell(1))
+        if found is None:
+            continue
+        rows_RD, error = found
+        changed[name] = rows_RD.to(DTYPES[checkpoint.tensors[name].dtype])
+        save_trained(kept, {name: changed[name]})
+        done[layer.index] = error
+        entry: dict[str, object] = {"distilled": dataclasses.asdict(error)}
+        append_journal(space.partial, entry)
+    return changed, tuple(done[index] for index in sorted(done))
+
+
+def _steps_of(total: int, report: Report) -> Callable[[int], None]:
+    """Counts steps and tells of them."""
+    done = 0
+
+    def tell(steps: int) -> None:
+        nonlocal done
+        done += steps
+        report(Progress("distil", 0, 0, done, total, counted="steps"))
+
+    return tell

@@ -1,0 +1,1 @@
+"""What runs before the cut: preflight checks, measuring, probing, planning."""

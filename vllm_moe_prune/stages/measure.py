@@ -1,0 +1,132 @@
+"""The ``measure`` stage: one forward pass, then what has to be tried out."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..calibrate import routed
+from ..calibrate.accumulate import measure as measure_checkpoint
+from ..calibrate.data import Tokens, load_heldout, load_tokens
+from ..calibrate.forward import StreamingModel
+from ..calibrate.stats import Stats, load_stats, save_stats
+from ..checkpoint.open import Checkpoint
+from ..checkpoint.reader import check_routers
+from ..cut.planned import LossJournal
+from ..decide.required_stats import needed_statistics, needs_tokens
+from ..errors import OutputError
+from ..recipes.schema import Calibration, Recipe
+from .preflight import RunOptions
+from .probe import with_owl, with_sensitivity
+
+ROUTER_FIELDS = frozenset({"router_sqdist_EE", "router_norm", "router_row_norm_E"})
+LATER = frozenset({"sensitivity_P2", "owl_outliers_E", "owl_m"})
+"""What is tried out once the rest is known."""
+
+
+def tokens_of(checkpoint: Checkpoint, calibration: Calibration) -> Tokens:
+    """Tokens for a forward pass, which is first seen to be possible."""
+    StreamingModel(checkpoint)  # compares config and tensors, reads no weight
+    return load_tokens(checkpoint, calibration)
+
+
+def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
+    """The calibration tokens, or None where the recipe needs no data at all."""
+    if not (needs_tokens(recipe) or recipe.needs_activations):
+        return None
+    return tokens_of(checkpoint, recipe.calibration)
+
+
+def measuring_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
+    """The calibration tokens, or None where the decisions need no data."""
+    if not needs_tokens(recipe):
+        return None
+    return tokens_of(checkpoint, recipe.calibration)
+
+
+def measure(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    tokens: Tokens | None,
+    options: RunOptions,
+    work: Path | None = None,
+) -> Stats:
+    """Collect what the recipe's decisions need: 0 forward passes, or 1.
+
+    A further one counts OWL's outliers; sensitivities are judged on held-out windows.
+    """
+    later = needed_statistics(recipe) & LATER
+    stats = collect(checkpoint, [recipe], tokens, options, work)
+    model = StreamingModel(checkpoint, options.device) if later else None
+    if model and tokens and "sensitivity_P2" in later:
+        heldout = load_heldout(checkpoint, recipe.calibration)
+        journal = LossJournal(None if work is None else work / "losses.jsonl")
+        stats = with_sensitivity(model, recipe, stats, heldout, journal, options.report)
+    if model and tokens and "owl_outliers_E" in later:
+        stats = with_owl(model, recipe, stats, tokens, options.report)
+    if work is not None and work.is_dir():
+        shutil.rmtree(work)
+    return stats
+
+
+def collect(
+    checkpoint: Checkpoint,
+    recipes: Iterable[Recipe],
+    tokens: Tokens | None,
+    options: RunOptions,
+    work: Path | None = None,
+) -> Stats:
+    """Everything that one pass can find out for several recipes.
+
+    Args:
+        checkpoint: The model.
+        recipes: Whose decisions are to be made.
+        tokens: Calibration tokens, if any recipe needs them.
+        options: How to run.
+        work: Where to keep what is found until the caller is done with it all.
+    """
+    check_routers(checkpoint)
+    recipes = list(recipes)
+    needed = frozenset[str]().union(*map(needed_statistics, recipes))
+    clusters = any(recipe.experts.method == "stun" for recipe in recipes)
+    kept = None
+    if work is not None and needed & LATER:
+        asked = json.dumps([clusters, sorted(needed - LATER)])
+        name = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        kept = work / f"measured-{name}.safetensors"
+    if kept is not None and kept.is_file():
+        return resumed_stats(kept, tokens)
+    if needed & LATER and not needed - LATER and tokens is not None:
+        calibration = tokens.describe()
+        return Stats(checkpoint.fingerprint, {}, calibration=calibration)
+    stats = measure_checkpoint(
+        checkpoint,
+        router=clusters or bool(needed & ROUTER_FIELDS),
+        weights=clusters,
+        tokens=tokens if any(map(needs_tokens, recipes)) else None,
+        fields=needed & routed.FIELDS,
+        device=options.device,
+        report=options.report,
+        work=work,
+    )
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_stats(stats, kept)
+    return stats
+
+
+def resumed_stats(path: Path, tokens: Tokens | None) -> Stats:
+    """What an interrupted run measured, if it was of the same text.
+
+    Raises:
+        OutputError: It measured another text.
+    """
+    stats = load_stats(path)
+    measured = stats.calibration.get("sha256")
+    if measured and tokens is not None and measured != tokens.sha256:
+        raise OutputError(
+            f"{path}: the interrupted run measured another calibration text. Resume "
+            "with that one, or start again with --overwrite."
+        )
+    return stats

@@ -1,0 +1,80 @@
+"""The ``plan`` stage: statistics and a recipe become every decision, with its size."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import __version__
+from ..calibrate.stats import Stats
+from ..checkpoint.open import Checkpoint
+from ..checkpoint.writer import MAX_SHARD_BYTES, writing
+from ..cut.predict import model_facts, with_prediction
+from ..decide.build_plan import make_plan
+from ..decide.cut_plan import CutPlan, Measurement, save_plan, trimming
+from ..errors import PlanError, RecipeError
+from ..recipes.schema import Recipe
+
+
+def plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    stats: Stats | None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> CutPlan:
+    """Turn statistics and a recipe into every decision, with the predicted size.
+
+    Raises:
+        RecipeError: The recipe cannot be followed, or is one to search with.
+        PlanError: The statistics do not suffice.
+    """
+    if recipe.tune is not None:
+        raise RecipeError(
+            f"recipe {recipe.name} searches for a plan. Use `vllm-moe-prune tune`, "
+            "or `vllm-moe-prune run`."
+        )
+    facts = model_facts(checkpoint)
+    decided = make_plan(stats, recipe, facts, tool_version=__version__)
+    if stats is not None:
+        _check_trimming(decided, stats)
+        # Ordered as a statistics file gives it back, so that a resumed run, which
+        # reads one, makes the same plan to the byte.
+        calibration = json.loads(json.dumps(stats.calibration, sort_keys=True))
+        measurement = Measurement(
+            forward_passes=stats.forward_passes, calibration=calibration
+        )
+        decided = decided.model_copy(update={"measurement": measurement})
+    return with_prediction(checkpoint, decided, max_shard_bytes, facts)
+
+
+def plan_sweep(
+    checkpoint: Checkpoint,
+    recipes: Sequence[Recipe],
+    stats: Stats | None,
+    folder: Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> list[tuple[Path, CutPlan]]:
+    """Plan many recipes from one measurement, each into a file of its name.
+
+    Nothing is written unless all of them can be followed.
+    """
+    plans = []
+    for recipe in recipes:
+        decided = plan(checkpoint, recipe, stats, max_shard_bytes)
+        plans.append((folder / f"{recipe.name}.json", decided))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for path, decided in plans:
+        save_plan(decided, path)
+    return plans
+
+
+def _check_trimming(decided: CutPlan, stats: Stats) -> None:
+    """Refuse outliers that were counted on other survivors than the plan's."""
+    slim = decided.recipe.slim
+    if slim.allocation != "owl" or not decided.is_slimmed:
+        return
+    if stats.trimming != trimming(decided):
+        raise PlanError(
+            "the outliers were counted on the survivors of another plan. Run "
+            "`vllm-moe-prune measure` with this recipe, its drop and its total."
+        )

@@ -1,0 +1,79 @@
+"""Checks before any work is done: what cannot be finished is not begun."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..checkpoint.open import Checkpoint
+from ..checkpoint.output_path import check_folder
+from ..checkpoint.reader import check_routers
+from ..checkpoint.writer import MAX_SHARD_BYTES
+from ..cut.convert import LayoutName
+from ..cut.output import check_output, companions, staging_folder
+from ..cut.predict import model_facts
+from ..cut.validate_plan import check_stored
+from ..decide.build_plan import make_plan
+from ..errors import PlanError, RecipeError
+from ..progress import Report, ignore
+from ..recipes.schema import Recipe
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, as opposed to what to do (that is the recipe's)."""
+
+    device: str = "cpu"
+    resume: bool = False
+    overwrite: bool = False
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    report: Report = ignore
+    layout: LayoutName = "dense"
+    """How the output stores expert weights."""
+
+
+def check_options(checkpoint: Checkpoint, out: Path, options: RunOptions) -> None:
+    """Refuse what cannot work, before any work is done.
+
+    Raises:
+        RecipeError: The device is not there.
+        OutputError: The output is in the way, cannot be written, or is the input.
+        CheckpointError: A router holds NaN, or a file beside the weights is a trap.
+    """
+    check_device(options.device)
+    check_folder(out, checkpoint.folder)
+    check_output(out, resume=options.resume, overwrite=options.overwrite)
+    if options.layout != "dense":
+        staging = staging_folder(out)
+        check_output(staging, resume=options.resume, overwrite=options.overwrite)
+    check_routers(checkpoint)
+    companions(checkpoint)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is unknown or not in this machine.
+
+    Raises:
+        RecipeError: Saying which there are.
+    """
+    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name not in there and not (name == "cuda" and len(there) > 1):
+        raise RecipeError(
+            f"device {name!r} is not one of this machine's: {', '.join(there)}."
+        )
+
+
+def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse what no statistics could make possible, before measuring them.
+
+    Raises:
+        RecipeError: What was asked for cannot be done with this checkpoint.
+        PlanError: Its weights are stored in a way that does not allow it.
+    """
+    quantises = recipe.quantise.method != "none"
+    check_stored(checkpoint, zeros=recipe.asks_zeros, quantises=quantises)
+    # A PlanError says that statistics are missing, and they are.
+    with suppress(PlanError):
+        make_plan(None, recipe, model_facts(checkpoint), tool_version=__version__)

@@ -1,0 +1,135 @@
+"""Measuring that has to try decisions out: sensitivity per layer, outliers per expert.
+
+Both follow ``measure``: they read what it found, and add to it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from .. import __version__
+from ..calibrate.data import Tokens
+from ..calibrate.forward import StreamingModel
+from ..calibrate.stats import LayerStats, Stats
+from ..cut.outliers import with_outliers
+from ..cut.planned import LossJournal, Text, planned_losses
+from ..cut.predict import model_facts
+from ..decide.budget import most_removed
+from ..decide.build_plan import resolved
+from ..decide.cut_plan import CutPlan, LayerPlan
+from ..decide.experts import decide_experts, remove_counts
+from ..decide.facts import ModelFacts
+from ..decide.sensitivity import rule
+from ..decide.zeros import plan_routing
+from ..errors import CheckpointError
+from ..progress import Report, ignore
+from ..recipes.schema import Recipe
+
+POINTS = 4
+"""Counts of removed experts at which a layer's curve is measured, besides 0."""
+
+
+def with_sensitivity(
+    model: StreamingModel,
+    recipe: Recipe,
+    stats: Stats,
+    heldout: Tokens,
+    journal: LossJournal | None = None,
+    report: Report = ignore,
+) -> Stats:
+    """Add each layer's curve: held-out loss against experts removed from it alone.
+
+    One sweep over the weights judges all points; each costs the layers above its own.
+
+    Args:
+        model: The input.
+        recipe: Says by which rule experts leave.
+        stats: What that rule reads.
+        heldout: Tokens that calibrate nothing.
+        journal: Losses known from an interrupted run.
+        report: Called after every layer.
+
+    Raises:
+        CheckpointError: The intact model's loss is not finite.
+    """
+    facts = model_facts(model.checkpoint)
+    intact = _dry(facts, recipe, remove_counts(stats, facts.layers, recipe, {}))
+    removals = {
+        layer.layer: _points(most_removed(layer.layer, shape, recipe.experts))
+        for layer, shape in zip(intact.layers, facts.layers, strict=True)
+        if layer.keep
+    }
+    plans = [intact]
+    for layer, counts in removals.items():
+        for count in counts:
+            removed = remove_counts(stats, facts.layers, recipe, {layer: count})
+            plans.append(_dry(facts, recipe, removed))
+    before = model.layers_run
+    found = planned_losses(
+        model,
+        plans,
+        [Text(heldout.ids_ST)],
+        journal=journal,
+        report=report,
+        stage="sensitivity",
+    )
+    losses = [loss.mean for (loss,) in found]
+    if not np.isfinite(losses[0]):
+        raise CheckpointError(
+            f"{model.checkpoint.folder}: its loss on {heldout.source} is not finite. "
+            "The weights are damaged, or the stored dtype overflows on this text."
+        )
+    # A point of infinite loss is never worth it; any finite number says so.
+    worst = 1e3
+    layers = dict(stats.layers)
+    rest = iter(losses[1:])
+    for layer, counts in removals.items():
+        points = [
+            (0, losses[0]),
+            *((count, min(next(rest), worst)) for count in counts),
+        ]
+        known = layers.get(layer, LayerStats())
+        layers[layer] = replace(known, sensitivity_P2=np.array(points, np.float64))
+    return replace(
+        stats,
+        layers=layers,
+        sensitivity={
+            "rule": rule(recipe),
+            "heldout": heldout.describe(),
+            "tokens": found[0][0].tokens,
+            "candidates": len(plans),
+            "layers_run": model.layers_run - before,
+        },
+    )
+
+
+def with_owl(
+    model: StreamingModel,
+    recipe: Recipe,
+    stats: Stats,
+    tokens: Tokens,
+    report: Report = ignore,
+) -> Stats:
+    """Add the outliers of the model that the recipe's first stage leaves."""
+    facts = model_facts(model.checkpoint)
+    complete = resolved(recipe, facts, stats)
+    layers, _ = decide_experts(stats, facts.layers, complete)
+    return with_outliers(model, _dry(facts, recipe, layers), stats, tokens, report)
+
+
+def _points(most: int) -> list[int]:
+    """At most ``POINTS`` counts up to ``most``, evenly spread, the last included."""
+    spread = np.linspace(0, most, min(POINTS, most) + 1)[1:]
+    return [int(count) for count in np.unique(np.ceil(spread - 1e-9))]
+
+
+def _dry(facts: ModelFacts, recipe: Recipe, layers: Sequence[LayerPlan]) -> CutPlan:
+    """A plan that removes experts and zeroes nothing."""
+    return CutPlan(
+        tool_version=__version__,
+        model=facts.model,
+        recipe=recipe,
+        routing=plan_routing(recipe),
+        layers=tuple(layers),
+    )
