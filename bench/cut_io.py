@@ -62,7 +62,7 @@ def main() -> None:
         )
         plan = write_plan(source, work / "plan.json")
         results = [one_round(source, plan, work) for _ in range(rounds)]
-    figures = summarise(results, layer_bytes)
+    figures = summarize(results, layer_bytes)
     show(figures)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
@@ -152,7 +152,7 @@ def drop_caches(folder: Path) -> None:
         os.close(fd)
 
 
-def summarise(results: list[dict[str, float]], layer_bytes: int) -> dict[str, float]:
+def summarize(results: list[dict[str, float]], layer_bytes: int) -> dict[str, float]:
     """The round with the median ratio."""
     for result in results:
         result["ratio"] = result["cut_s"] / (result["read_s"] + result["copy_s"])

@@ -7,7 +7,7 @@ One layer of random int4 weights (symmetric, a scale for so many inputs), in the
 of bench/sparse_moe.py. Beside each other, taking turns in the same run: our kernel,
 which leaves activations as they are; vLLM's (AMX only) and zentorch's (if that package
 can be imported), which both round them to 8 bits; and vLLM's bf16 kernel on as many
-weights. Each row says how far a way is from the dequantised weights: the largest error
+weights. Each row says how far a way is from the dequantized weights: the largest error
 over the largest output. zentorch is installed as bench/sparse_moe.py says.
 """
 

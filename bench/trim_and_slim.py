@@ -3,7 +3,7 @@
     python bench/trim_and_slim.py examples/demo-mixtral [--markdown FILE] [--json FILE]
 
 Base, AWQ, and Expert, Layer and Block Drop, each alone and with AWQ, in both orders:
-T+S trims and then quantises in one run, S+T trims a checkpoint that AWQ has made. Every
+T+S trims and then quantizes in one run, S+T trims a checkpoint that AWQ has made. Every
 row is a checkpoint that was written, opened again and judged: perplexity over five
 held-out domains and sums of which the answer counts, with standard errors (over
 windows, and over sums). FLOPs are those of one prompt of 2048 tokens.
@@ -28,7 +28,7 @@ from vllm_moe_prune.cut.planned import Loss, Text
 from vllm_moe_prune.recipes.schema import parse_recipe
 from vllm_moe_prune.tune.recommend import costs_as_is
 
-AWQ = {"quantise": {"method": "awq", "weights": "int4"}}
+AWQ = {"quantize": {"method": "awq", "weights": "int4"}}
 EXPERT_DROP = {"method": "score", "criterion": "routing-score", "drop": 0.25}
 
 

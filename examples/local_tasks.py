@@ -4,7 +4,7 @@
 
 Writes ``examples/tasks/*.jsonl``, the same bytes each time. ``demo_prose``,
 ``demo_python`` and ``demo_licence`` ask which of four lines follows: the true one, or
-one in which two neighbouring words have changed places. ``demo_sums`` asks which of
+one in which two neighboring words have changed places. ``demo_sums`` asks which of
 four results a sum has, ``demo_chat`` for an answer of the right form and operation.
 ``demo_answers`` also asks for the right result, which is beyond models this small.
 """
@@ -63,7 +63,7 @@ def next_lines(text: str, seed: str) -> list[Document]:
 
 
 def with_swaps(line: str, generator: random.Random) -> list[str]:
-    """A line, and others in which two neighbouring words have changed places.
+    """A line, and others in which two neighboring words have changed places.
 
     Runs of spaces become one, so that they do not give the true line away.
     """

@@ -91,7 +91,7 @@ CASES = {
     "arctic-everything": Case(
         "arctic", {0: DROP_MOE, 1: EIGHT, 2: DROP_BLOCK}, "redirect"
     ),
-    "deepseek-normalised": Case(
+    "deepseek-normalized": Case(
         "deepseek",
         {1: keep(0, 2, 3, 5, 7), 2: DROP_MOE, 3: keep(6, 0, 2)},
         config={"norm_topk_prob": True},

@@ -35,7 +35,7 @@ def words(values: Tensor, order: list[int]) -> Tensor:
     return packed.to(torch.int32)
 
 
-def quantised(
+def quantized(
     name: str, tensor: Tensor, seed: int, group: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Parts of a matrix with random numbers, and what they stand for."""
@@ -77,7 +77,7 @@ def make(folder: Path, name: str, group: int = 32, **options: Any) -> dict[str, 
         if plain:
             stored[at] = expected[at] = tensor
             continue
-        parts, expected[at] = quantised(name, tensor, seed, group)
+        parts, expected[at] = quantized(name, tensor, seed, group)
         base = at.removesuffix(".weight")
         stored |= {f"{base}.{part}": each for part, each in parts.items()}
     for path in folder.glob("*.safetensors*"):

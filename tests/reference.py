@@ -63,7 +63,7 @@ def write_plan(
     *,
     routing: str = "drop",
     slim: str = "none",
-    quantise: Mapping[str, Any] | None = None,
+    quantize: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a plan file by hand; ``checkpoint`` only gives fingerprint and counts."""
@@ -97,7 +97,7 @@ def write_plan(
         "recipe": dict(recipe or {}),
         "routing": routing,
         "slim": slim,
-        "quantise": dict(quantise or {}),
+        "quantize": dict(quantize or {}),
         "layers": layers,
     }
     path.write_text(json.dumps(plan), encoding="utf-8")

@@ -72,9 +72,9 @@ def cut(
     started = time.monotonic()
     check_options(checkpoint, out, options)
     check_plan(decided, checkpoint.layers, checkpoint.fingerprint, where)
-    if options.layout != "dense" and decided.is_quantised:
+    if options.layout != "dense" and decided.is_quantized:
         raise PlanError(
-            f"{where}: quantises experts, which --layout {options.layout} cannot "
+            f"{where}: quantizes experts, which --layout {options.layout} cannot "
             "store. Leave --layout out."
         )
     if tokens is None and decided.needs_activations:

@@ -1,7 +1,7 @@
 """Trainings that cannot be carried out."""
 
 from .case import SMALL, Case, deleted, holding
-from .cases_quantised import quantised
+from .cases_quantized import quantized
 
 TEXT = f"--calibration text.txt {SMALL} --heldout 2 --steps 1 --json"
 ROUTER = f"recover uneven new --method router --source ckpt {TEXT}"
@@ -64,10 +64,10 @@ CASES = [
         "recover: output in the way", LORA.replace(" new ", " uneven "), ("not empty",)
     ),
     Case(
-        "recover: quantised",
-        LORA.replace("recover out", "recover quantised"),
-        ("quantised", "--method router"),
-        quantised(lambda folder: None),
+        "recover: quantized",
+        LORA.replace("recover out", "recover quantized"),
+        ("quantized", "--method router"),
+        quantized(lambda folder: None),
     ),
     Case(
         "recover: no table",

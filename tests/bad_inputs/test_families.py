@@ -160,12 +160,12 @@ def test_tensors(name: str, tmp_path: Path) -> None:
         {"quant_method": "fp8", "weight_block_size": 128},
     ],
 )
-def test_quantisations(said: dict[str, Any], tmp_path: Path) -> None:
+def test_quantizations(said: dict[str, Any], tmp_path: Path) -> None:
     folder = tiny_checkpoint(
         tmp_path, model_type=V3, layers=2, shards=1, fp8=(32, 32), tokenizer=False
     )
     changed(folder, quantization_config=said)
     with pytest.raises(
-        CheckpointError, match=r"quantised|weight_block_size|group_size"
+        CheckpointError, match=r"quantized|weight_block_size|group_size"
     ):
         open_checkpoint(folder)

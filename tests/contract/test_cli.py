@@ -49,7 +49,7 @@ PROGRESS = re.compile(
     r"\w+: (layer \d+ of \d+, [\d.]+ of [\d.]+ [GM]iB|step \d+ of \d+)"
     r"(, [\d.]+ ([GM]iB|steps)/s, .+ left)?\n"
 )
-COLOUR = re.compile(r"\x1b\[[\d;]*\b(3|4|9|10)[0-9]\b[\d;]*m")
+COLOR = re.compile(r"\x1b\[[\d;]*\b(3|4|9|10)[0-9]\b[\d;]*m")
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_serve_only_prints_its_command_when_asked_to(
 
 
 @pytest.mark.parametrize("no_color", [False, True], ids=["color", "NO_COLOR"])
-def test_a_terminal_gets_colour_unless_it_asks_for_none(no_color: bool) -> None:
+def test_a_terminal_gets_color_unless_it_asks_for_none(no_color: bool) -> None:
     script = """
 import time
 from vllm_moe_prune.cli.output.draw import facts, watching
@@ -238,7 +238,7 @@ facts("Wrote out", [("size", "1.00 GiB")])
         environment["NO_COLOR"] = "1"
     shown = on_a_terminal([sys.executable, "-c", script], environment)
     assert "layer 12 of 32, 12.00 of 86.00 GiB" in shown
-    assert bool(COLOUR.search(shown)) is not no_color
+    assert bool(COLOR.search(shown)) is not no_color
     plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown)
     assert max(len(line) for line in re.split(r"[\r\n]+", plain)) <= 80
 

@@ -120,7 +120,7 @@ def test_every_cell_can_be_read_with_the_keyboard(
         expect(said).to_contain_text("Layer 0, expert 0: 60 tokens")
 
 
-def test_the_colours_are_those_of_the_numbers(
+def test_the_colors_are_those_of_the_numbers(
     browser: Browser, gateway: Process
 ) -> None:
     pixels = """() => {

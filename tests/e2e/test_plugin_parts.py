@@ -126,7 +126,7 @@ def test_balancing_experts_needs_rows_that_are_experts() -> None:
 def test_rows_are_ranked_before_they_become_experts() -> None:
     table = RowTable(ServedLayer(0, 2, 2, 4, redirect=(0, 1, 0, None)))
     logits_TR = torch.tensor([[2.0, 0.0, 1.0, -9.0], [0.0, 1.0, -9.0, 2.0]])
-    weights_TK, experts_TK = route_rows(logits_TR, table, top_k=2, renormalise=True)
+    weights_TK, experts_TK = route_rows(logits_TR, table, top_k=2, renormalize=True)
     share = torch.softmax(torch.tensor([2.0, 1.0]), dim=0)
     assert experts_TK.tolist() == [[0, 0], [0, 1]]
     torch.testing.assert_close(weights_TK[0], share)
@@ -160,7 +160,7 @@ def test_even_groups_in_any_order_route_as_the_original_does(biased: bool) -> No
         logits_TR[:, order],
         table,
         top_k=4,
-        renormalise=False,
+        renormalize=False,
         sigmoid=biased,
         bias_R=None if bias_R is None else bias_R[order],
         top_groups=2,
@@ -180,7 +180,7 @@ def test_groups_that_ran_dry_are_left_alone() -> None:
         logits_TR,
         table,
         top_k=2,
-        renormalise=True,
+        renormalize=True,
         sigmoid=True,
         bias_R=bias_R,
         top_groups=1,

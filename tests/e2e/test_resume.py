@@ -58,7 +58,7 @@ CUTS = {
     5: LayerCut(sparsity=0.3),
 }
 METHODS = ["none", "wanda"]
-QUANTISED = {"awq": {"method": "awq", "group_size": 32}}
+QUANTIZED = {"awq": {"method": "awq", "group_size": 32}}
 # A file of the model that is larger than any shard.
 LARGE = "vocabulary.txt"
 
@@ -179,13 +179,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     text = tiny_text(world.folder, characters=20_000)
     calibration = {"source": str(text), "samples": 4, "sequence_length": 64}
     checkpoint = open_checkpoint(world.model)
-    for method in [*METHODS, *QUANTISED]:
+    for method in [*METHODS, *QUANTIZED]:
         write_plan(
             world.plan(method),
             checkpoint,
             CUTS,
             slim=method if method in METHODS else "none",
-            quantise=QUANTISED.get(method),
+            quantize=QUANTIZED.get(method),
             recipe={"calibration": calibration},
         )
     (world.folder / "recipe.yaml").write_text(

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from tests.e2e import test_plugin_mixtral as mixtral
-from tests.e2e import test_quantised_serve as quantised
+from tests.e2e import test_quantized_serve as quantized
 from tests.e2e import test_sparse_serve as sparse
 from tests.engine import Job, check_two_ranks
 from tests.family_cases import CASES, COMPRESSED, ENGINE, make_pruned
-from tests.quantised import write_untrimmed
+from tests.quantized import write_untrimmed
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.convert import convert
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 EXPERTS = {"enable_expert_parallel": True}
 
 
-def test_mixtral_dense_compressed_and_quantised(tmp_path: Path) -> None:
+def test_mixtral_dense_compressed_and_quantized(tmp_path: Path) -> None:
     jobs = {}
     for name, options in (("everything", {}), ("dropped MoE", EXPERTS)):
         case = mixtral.CASES[name]
@@ -29,10 +29,10 @@ def test_mixtral_dense_compressed_and_quantised(tmp_path: Path) -> None:
     whole = mixtral.Case({}, sparse.HALF.layout)
     right = mixtral.expected(dense), mixtral.expected_loads(dense, whole)
     jobs["compressed experts"] = Job(packed, *right, EXPERTS)
-    original = quantised.make_original(tmp_path / "original")
+    original = quantized.make_original(tmp_path / "original")
     integers = tmp_path / "integers"
-    quantised.make_cut(original, integers, quantised.MIXTRAL, quantised.AWQ)
-    case = mixtral.Case(quantised.MIXTRAL, "")
+    quantized.make_cut(original, integers, quantized.MIXTRAL, quantized.AWQ)
+    case = mixtral.Case(quantized.MIXTRAL, "")
     dense = write_untrimmed(original, integers, tmp_path / "untrimmed")
     right = mixtral.expected(dense, case), mixtral.expected_loads(dense, case)
     jobs["integer tensors"] = Job(integers, *right)
@@ -43,8 +43,8 @@ def test_mixtral_dense_compressed_and_quantised(tmp_path: Path) -> None:
 def test_every_other_family(tmp_path: Path) -> None:
     """Every family by rows and columns and by experts, with at least two of them."""
     latent = ["v2-everything", "v3-uneven-groups"]
-    tensors = ["arctic-one-after-the-other", "deepseek-normalised", *latent]
-    experts = ["arctic-everything", "deepseek-normalised", *latent]
+    tensors = ["arctic-one-after-the-other", "deepseek-normalized", *latent]
+    experts = ["arctic-everything", "deepseek-normalized", *latent]
     made = {}
     for name in {*tensors, *experts}:
         (tmp_path / name).mkdir()

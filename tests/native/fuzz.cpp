@@ -1,5 +1,5 @@
 // Random layers through every path of the CPU kernel, in memory that ends where it must:
-// address and undefined-behaviour sanitizers watch, and paths are compared.
+// address and undefined-behavior sanitizers watch, and paths are compared.
 // Arguments: rounds, seed.
 
 #include <cmath>

@@ -236,7 +236,7 @@ def test_fp8_zeros_change_one_byte_each_and_no_scale(
 
 def test_fp8_blocks_may_be_larger_than_any_matrix() -> None:
     weight_RC = torch.randn(3, 5).to(torch.float8_e4m3fn)
-    dense_RC = Blocks(1 << 60, 1 << 60).dequantise(
+    dense_RC = Blocks(1 << 60, 1 << 60).dequantize(
         weight_RC, torch.tensor([[0.5]]), torch.float32
     )
     assert torch.equal(dense_RC, weight_RC.float() / 2)

@@ -28,7 +28,7 @@ def plan_of(recipe: Recipe, seed: int, counts: tuple[int, ...]) -> CutPlan:
 
 
 def owl_density(plan: CutPlan, seed: int, counts: tuple[int, ...]) -> dict[int, float]:
-    """OWL straight from its description, centred with the surviving weights."""
+    """OWL straight from its description, centered with the surviving weights."""
     stats = toy_stats(np.random.default_rng(seed), *counts)
     kept = {layer.layer: layer.keep for layer in plan.layers if layer.keep}
     ratio = {}

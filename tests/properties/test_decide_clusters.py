@@ -133,7 +133,7 @@ def test_a_target_between_two_counts_is_refused_with_both() -> None:
     seed=SEEDS,
     counts=st.lists(st.integers(2, 8), min_size=1, max_size=3),
     linkage=st.sampled_from(["complete", "reference"]),
-    cluster_by=st.sampled_from(["behaviour", "outputs"]),
+    cluster_by=st.sampled_from(["behavior", "outputs"]),
     representative=st.sampled_from(["nearest-mean", *CRITERIA]),
     data=st.data(),
 )

@@ -34,7 +34,7 @@ class ToyLayer:
     outputs_TED: Array
     scores_TE: Array
     gates_TE: Array
-    """Renormalised top-K weights, zero elsewhere."""
+    """Renormalized top-K weights, zero elsewhere."""
 
     @property
     def contributions_TED(self) -> Array:

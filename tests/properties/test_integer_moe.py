@@ -1,4 +1,4 @@
-"""Experts of integers: every kernel against dequantised weights and the formula.
+"""Experts of integers: every kernel against dequantized weights and the formula.
 
 T tokens, D hidden, F width, N rows, K columns, G groups, E experts.
 """
@@ -20,11 +20,11 @@ from vllm_moe_prune.kernels.quantized import (
     PLAIN,
     SCALE,
     Form,
-    Quantised,
+    Quantized,
     Scales,
-    dequantise,
+    dequantize,
     pack,
-    quantise_by,
+    quantize_by,
     scales_of,
     zeros_of,
 )
@@ -40,14 +40,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def quantised(weight_NK: Tensor, form: Form) -> tuple[Integers, Tensor]:
+def quantized(weight_NK: Tensor, form: Form) -> tuple[Integers, Tensor]:
     """What kernels get of a matrix, and what it stands for, by the library."""
     scales = scales_of(weight_NK, form, torch.float32)
-    values = quantise_by(weight_NK, scales, form).to(torch.int8)
-    matrix = Quantised(values, Scales(*scales))
+    values = quantize_by(weight_NK, scales, form).to(torch.int8)
+    matrix = Quantized(values, Scales(*scales))
     parts = pack(matrix, form)
     words = parts[PACKED] if form.bits == "int4" else parts[PLAIN].view(torch.int32)
-    dense = dequantise(matrix, form, torch.float32)
+    dense = dequantize(matrix, form, torch.float32)
     return Integers(words, parts[SCALE], zeros_of(parts, form)), dense
 
 
@@ -63,7 +63,7 @@ def made(
             torch.randn(shape, generator=generator) * shape[1] ** -0.5 + 0.01
             for shape in ((width, hidden), (width, hidden), (hidden, width))
         ]
-        found = [quantised(weight, form) for weight in weights]
+        found = [quantized(weight, form) for weight in weights]
         gate, up, down = (integers for integers, _ in found)
         ups.append(int_blocks.encode([gate, up], form.group_size or hidden, bits))
         downs.append(int_blocks.encode([down], form.group_size or width, bits))
@@ -106,7 +106,7 @@ def ways(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     dtype=st.sampled_from(list(TOLERANCE)),
     seed=st.integers(0, 10**6),
 )
-def test_every_path_multiplies_by_what_the_library_dequantises(
+def test_every_path_multiplies_by_what_the_library_dequantizes(
     form: Form,
     tokens: int,
     hidden: int,
@@ -131,7 +131,7 @@ def test_every_path_multiplies_by_what_the_library_dequantises(
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.words)
-def test_blocks_are_what_the_library_dequantises(form: Form) -> None:
+def test_blocks_are_what_the_library_dequantizes(form: Form) -> None:
     w13, w2, dense = made(form, 128, 256, 2, 0)
     for expert, (gate, up, down) in enumerate(dense):
         found = [

@@ -259,8 +259,8 @@ def test_kurtosis_of_added_sums_is_that_of_all_weights(
     every = torch.cat(parts).flatten().double().numpy()
     every = every[every != 0]
     assert sums[0] == len(every)
-    centred = every - every.mean()
-    expected = (centred**4).mean() / (centred**2).mean() ** 2
+    centered = every - every.mean()
+    expected = (centered**4).mean() / (centered**2).mean() ** 2
     assert kurtosis(sums) == pytest.approx(expected, rel=1e-9)
 
 

@@ -62,7 +62,7 @@ def test_experts_sum_as_the_definition_says(
     x_ND = torch.randn(tokens, 8, generator=generator)
     router_RD = torch.randn(rows, 8, generator=generator)
     routing = route(
-        x_ND, Router(router_RD, min(top_k, rows), RouterRule(renormalise=True))
+        x_ND, Router(router_RD, min(top_k, rows), RouterRule(renormalize=True))
     )
     redirect: tuple[int | None, ...] | None = None
     count = rows
@@ -108,7 +108,7 @@ def test_equal_logits_choose_the_smallest_index() -> None:
     router_RD[4] = router_RD[5] = 1.0
     x_ND = torch.ones(2, 4)
     x_ND[1] = 0.0
-    routing = route(x_ND, Router(router_RD, 3, RouterRule(renormalise=True)))
+    routing = route(x_ND, Router(router_RD, 3, RouterRule(renormalize=True)))
     assert routing.ids_NK.tolist() == [[4, 5, 0], [0, 1, 2]]
     assert routing.weights_NK.sum(1).tolist() == pytest.approx([1.0, 1.0])
 
@@ -119,7 +119,7 @@ def test_equal_logits_choose_the_smallest_index() -> None:
 )
 def test_top_k_is_a_stable_sort(logits: list[list[int]], top_k: int) -> None:
     x_ND = torch.tensor(logits, dtype=torch.float32)
-    routing = route(x_ND, Router(torch.eye(5), top_k, RouterRule(renormalise=False)))
+    routing = route(x_ND, Router(torch.eye(5), top_k, RouterRule(renormalize=False)))
     expected = [
         sorted(range(5), key=lambda row, values=values: (-values[row], row))[:top_k]
         for values in logits
@@ -127,9 +127,9 @@ def test_top_k_is_a_stable_sort(logits: list[list[int]], top_k: int) -> None:
     assert routing.ids_NK.tolist() == expected
 
 
-def test_without_renormalising_weights_are_probabilities() -> None:
+def test_without_renormalizing_weights_are_probabilities() -> None:
     x_ND, router_RD = torch.randn(5, 8), torch.randn(4, 8)
-    routing = route(x_ND, Router(router_RD, 2, RouterRule(renormalise=False)))
+    routing = route(x_ND, Router(router_RD, 2, RouterRule(renormalize=False)))
     probabilities = (x_ND @ router_RD.T).softmax(-1)
     torch.testing.assert_close(
         routing.weights_NK, probabilities.gather(1, routing.ids_NK)
@@ -141,7 +141,7 @@ def test_logits_that_are_not_finite_are_refused() -> None:
     with pytest.raises(CheckpointError, match="layer 7: the router's logits are NaN"):
         route(
             x_ND,
-            Router(torch.ones(3, 4), 1, RouterRule(renormalise=True)),
+            Router(torch.ones(3, 4), 1, RouterRule(renormalize=True)),
             where="layer 7",
         )
 

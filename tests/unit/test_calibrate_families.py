@@ -41,7 +41,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "v2-query-lora": ("deepseek_v2", {"q_lora_rank": 24, "first_k_dense_replace": 2}),
     "v3": ("deepseek_v3", {}),
     "v3-two-shared": ("deepseek_v3", {"n_shared_experts": 2, "q_lora_rank": None}),
-    "v3-not-normalised": ("deepseek_v3", {"norm_topk_prob": False}),
+    "v3-not-normalized": ("deepseek_v3", {"norm_topk_prob": False}),
     "moonlight": ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
     "v3-packed": ("deepseek_v3", {"layout": "mlp.packed"}),
     "v3-yarn": (
@@ -80,11 +80,11 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "arctic-not-parallel": ("arctic", {"parallel_attn_mlp_res": False}),
     "arctic-top-1": ("arctic", {"top_k": 1}),
     "v1": ("deepseek", {}),
-    "v1-normalised": ("deepseek", {"norm_topk_prob": True, "kv_heads": 2}),
+    "v1-normalized": ("deepseek", {"norm_topk_prob": True, "kv_heads": 2}),
     "v1-every-second": ("deepseek", {"moe_layer_freq": 2, "layers": 4}),
-    # transformers' V2 never normalises, vLLM and the published code do.
+    # transformers' V2 never normalizes, vLLM and the published code do.
     "v2": ("deepseek_v2", {}),
-    "v2-normalised": ("deepseek_v2", {"norm_topk_prob": True}),
+    "v2-normalized": ("deepseek_v2", {"norm_topk_prob": True}),
     "v3": ("deepseek_v3", {}),
     "v3-fp8": ("deepseek_v3", {"fp8": (16, 32)}),
 }

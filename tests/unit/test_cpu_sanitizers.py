@@ -1,4 +1,4 @@
-"""The C++ of the CPU kernel under address and undefined-behaviour sanitizers, and as
+"""The C++ of the CPU kernel under address and undefined-behavior sanitizers, and as
 compilers leave it that are too old for some instructions."""
 
 import os

@@ -235,7 +235,7 @@ def test_trap_10_a_layer_is_emptied_only_where_that_was_allowed() -> None:
 
 
 def test_trap_7_reap_reads_the_weights_as_the_model_applies_them() -> None:
-    """Renormalised or not changes the ranking, so there is one definition only."""
+    """Renormalized or not changes the ranking, so there is one definition only."""
     full_TE = np.array([[0.4, 0.3, 0.3], [0.9, 0.08, 0.02]])
     chosen_TE = np.array([[1, 1, 0], [1, 1, 0]])
     norms_TE = np.array([[1.0, 2.0, 0.0], [1.0, 9.0, 0.0]])
@@ -250,7 +250,7 @@ def test_trap_7_reap_reads_the_weights_as_the_model_applies_them() -> None:
         return expert_scores(stats, "reap", layer=0, experts=3).tolist()
 
     assert reap(applied_TE) != reap(full_TE * chosen_TE)
-    assert "renormalised if the family" in (LayerStats.__doc__ or "")
+    assert "renormalized if the family" in (LayerStats.__doc__ or "")
 
 
 def test_trap_9_weights_are_never_zeroed_instead_of_removed() -> None:

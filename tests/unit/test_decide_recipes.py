@@ -25,7 +25,7 @@ from vllm_moe_prune.recipes.schema import Recipe, parse_recipe
 COUNTS = (0, 8, 6, 8, 8, 7)
 FACTS = toy_facts(*COUNTS)
 PER_EXPERT = 3 * ROWS * COLS
-# Matrices that divide into groups of quantised weights; else the same.
+# Matrices that divide into groups of quantized weights; else the same.
 WIDE = replace(
     FACTS,
     layers=tuple(
@@ -121,7 +121,7 @@ def planned(name: str) -> tuple[Recipe, Stats]:
 
 
 def make(recipe: Recipe, stats: Stats | None) -> CutPlan:
-    facts = FACTS if recipe.quantise.method == "none" else WIDE
+    facts = FACTS if recipe.quantize.method == "none" else WIDE
     plan = make_plan(stats, recipe, facts, tool_version="1")
     check_plan(plan, FACTS.layers, MODEL.fingerprint, "plan")
     assert CutPlan.model_validate_json(dump_plan(plan)) == plan
@@ -150,7 +150,7 @@ def test_a_shipped_recipe_says_what_it_is_for_and_removes_something(name: str) -
     assert "\n" not in recipe.description
     plan = make(recipe, stats)
     count = count_plan(FACTS, plan)
-    assert count.total_sparsity > 0.05 or plan.is_quantised
+    assert count.total_sparsity > 0.05 or plan.is_quantized
     if recipe.total_sparsity is not None:
         assert count.expert_sparsity >= recipe.total_sparsity
 

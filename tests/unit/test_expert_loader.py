@@ -147,7 +147,7 @@ def test_fp8_brings_its_scales_in_any_order(ranks: int, form: str) -> None:
         values = torch.randn(shape) * (torch.rand(shape) < 0.5)
         weights[shard] = values.to(FP8)
         scales[shard] = torch.rand(scaled.scale_shape(shape)) + 0.5
-        dense[shard] = scaled.dequantise(weights[shard], scales[shard], torch.float32)
+        dense[shard] = scaled.dequantize(weights[shard], scales[shard], torch.float32)
     for rank in range(ranks):
         target = ExpertLoader(
             a_layer(ranks, rank, {0: 0}),

@@ -16,10 +16,10 @@ from vllm_moe_prune.kernels import int_blocks
 from vllm_moe_prune.kernels.quantized import (
     PACKED,
     Form,
-    Quantised,
-    dequantise,
+    Quantized,
+    dequantize,
     pack,
-    quantise_by,
+    quantize_by,
     scales_of,
 )
 from vllm_moe_prune.plugin.quant import integer_moe
@@ -32,7 +32,7 @@ FORMS = [
     *(Form("int4", 32), Form("int4", 32, zero_point=True)),
     *(Form("int4"), Form("int8")),
 ]
-Expert = dict[str, Quantised]
+Expert = dict[str, Quantized]
 
 pytestmark = pytest.mark.skipif(
     not integer_moe.cpu_library.runs_integers(), reason="the kernel needs AVX-512"
@@ -47,8 +47,8 @@ def experts_in(form: Form) -> list[Expert]:
         for shard, shape in SHAPES.items():
             weight = torch.randn(shape, generator=generator) * 0.1
             scales = scales_of(weight, form, torch.float32)
-            values = quantise_by(weight, scales, form).to(torch.int8)
-            expert[shard] = Quantised(values, scales)
+            values = quantize_by(weight, scales, form).to(torch.int8)
+            expert[shard] = Quantized(values, scales)
         made.append(expert)
     return made
 
@@ -100,7 +100,7 @@ def expected(form: Form, experts: list[Expert]) -> Tensor:
         for slot in range(2):
             expert = experts[int(ids_TK[token, slot])]
             gate, up, down = (
-                dequantise(expert[shard], form, torch.float32)
+                dequantize(expert[shard], form, torch.float32)
                 for shard in ("w1", "w3", "w2")
             )
             inner = torch.nn.functional.silu(gate @ x_TD[token]) * (up @ x_TD[token])

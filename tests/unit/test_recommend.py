@@ -90,12 +90,12 @@ def test_flops_and_sizes_are_those_of_the_paper(tmp_path: Path) -> None:
     assert tflops == [54.4, 42.9, 46.0, 54.4]
     sizes = [one.weight_bytes / GIB for one in (base, layers, blocks, experts)]
     assert sizes == pytest.approx([86.99, 65.99, 73.47, 65.99], abs=0.02)
-    quantised = costs(model, quantise={"method": "awq"})
-    assert quantised.flops == base.flops
-    assert quantised.weight_bytes / GIB == pytest.approx(24.65, abs=0.05)
+    quantized = costs(model, quantize={"method": "awq"})
+    assert quantized.flops == base.flops
+    assert quantized.weight_bytes / GIB == pytest.approx(24.65, abs=0.05)
     # All but the embedding and 6 of 8 experts is read; experts are 4.125 bits.
     assert base.decode_bytes / 2 == pytest.approx(12.75e9, rel=0.001)
-    assert base.decode_bytes / quantised.decode_bytes == pytest.approx(2.91, abs=0.005)
+    assert base.decode_bytes / quantized.decode_bytes == pytest.approx(2.91, abs=0.005)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "arctic", "deepseek_v3"])

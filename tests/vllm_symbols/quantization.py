@@ -1,4 +1,4 @@
-"""For the quantisation method."""
+"""For the quantization method."""
 
 from tests.vllm_symbols.symbol import Symbol, members
 

@@ -44,7 +44,7 @@ ARCH = MoeArch(
     layer_prefix=LAYER,
     moe_members=("block_sparse_moe.", "post_attention_layernorm."),
     skip_name="block_sparse_moe",
-    router=RouterKeys(renormalise_single=False),
+    router=RouterKeys(renormalize_single=False),
     pattern=MoePattern(frequency=Key("moe_layer_frequency", 2), offset=1),
     dense_mlp=GatedMlp("block_sparse_moe.mlp.", "w1", "w3", "w2"),
     residual=Residual(

@@ -49,7 +49,7 @@ ARCH = MoeArch(
     skip_name="mlp",
     router=RouterKeys(
         scores=Key("scoring_func", "softmax"),
-        renormalise=Key("norm_topk_prob", False),
+        renormalize=Key("norm_topk_prob", False),
     ),
     pattern=MoePattern(
         first=Key("first_k_dense_replace", 0), frequency=Key("moe_layer_freq", 1)

@@ -184,12 +184,12 @@ class RouterKeys:
     """How routers of the family decide; the keys are of config.json."""
 
     scores: Key = Key(None, "softmax")
-    renormalise: Key = Key(None, True)
+    renormalize: Key = Key(None, True)
     """Whether the chosen weights are rescaled to sum to one."""
-    renormalise_single: bool = True
+    renormalize_single: bool = True
     """Whether that holds for top-1 too, which makes the one weight 1."""
     scale: Key = Key(None, 1.0)
-    """Factor of the chosen weights, renormalised or not."""
+    """Factor of the chosen weights, renormalized or not."""
     groups: Key = Key(None, 1)
     """Equal, contiguous groups of experts, the best of which are chosen from."""
     top_groups: Key = Key(None, 1)
@@ -209,7 +209,7 @@ class RouterRule:
     """How the routers of one checkpoint decide: ``RouterKeys`` read from its config."""
 
     scores: Scores = "softmax"
-    renormalise: bool = True
+    renormalize: bool = True
     scale: float = 1.0
     groups: int = 1
     top_groups: int = 1

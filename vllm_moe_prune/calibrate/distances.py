@@ -42,7 +42,7 @@ def weight_distances(
 ) -> tuple[Array, Array]:
     """Squared L2 distance between experts, all their matrices concatenated.
 
-    By way of the Gram matrix of chunks centred by the mean over experts: products in
+    By way of the Gram matrix of chunks centered by the mean over experts: products in
     fp32, sums over chunks in fp64. No more than one chunk is in memory. The same pass
     gives the sums of powers of each expert's weights (``slim/kurtosis.py``).
 

@@ -80,7 +80,7 @@ def choose(logits_NR: torch.Tensor, router: Router, where: str = "router") -> Ro
         choice_NR = _within_best_groups(choice_NR, router.groups_R, rule)
     ids_NK = _top_k(choice_NR, router.top_k)
     weights_NK = scores_NR.gather(1, ids_NK)
-    if rule.renormalise:
+    if rule.renormalize:
         weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
     weights_NK = weights_NK * rule.scale
     return Routing(ids_NK, weights_NK, logits_NR, rule.scores)

@@ -26,7 +26,7 @@ class LayerStats:
     """Statistics of one MoE layer; E experts. Absent ones were not measured.
 
     "Score" is what the router ranks experts by before top-k (the full softmax),
-    "weight" what an expert's output is multiplied with (renormalised if the family
+    "weight" what an expert's output is multiplied with (renormalized if the family
     does so); c_i(t) = weight x output of expert i for token t, 0 if not chosen.
     """
 
@@ -49,7 +49,7 @@ class LayerStats:
     score_full_sum_E: Array | None = None
     """Sum of scores over all tokens."""
     score_selected_sum_E: Array | None = None
-    """Sum of scores over the tokens that chose the expert; not renormalised."""
+    """Sum of scores over the tokens that chose the expert; not renormalized."""
     weighted_norm_sum_E: Array | None = None
     """Sum over tokens of ||c_i(t)||."""
     weighted_sqnorm_sum_E: Array | None = None

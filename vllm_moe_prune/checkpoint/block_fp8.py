@@ -32,7 +32,7 @@ class Blocks:
         rows, cols = shape
         return -(-rows // self.rows), -(-cols // self.cols)
 
-    def dequantise(
+    def dequantize(
         self, weight_RC: torch.Tensor, scale_BC: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         """The matrix in ``dtype``, multiplied in fp32 and rounded once."""
@@ -47,7 +47,7 @@ def read_blocks(config: Mapping[str, Any], where: Path) -> Blocks | None:
     """The block size that config.json gives, or None for plain weights.
 
     Raises:
-        CheckpointError: The checkpoint is quantised in some other way.
+        CheckpointError: The checkpoint is quantized in some other way.
     """
     found = config.get("quantization_config")
     if found is None:
@@ -57,10 +57,10 @@ def read_blocks(config: Mapping[str, Any], where: Path) -> Blocks | None:
     block = said.get("quant_method") == "fp8" and said.get("fmt", "e4m3") == "e4m3"
     if not block or not (isinstance(sizes, list) and len(sizes) == 2):
         raise CheckpointError(
-            f"{where}: the checkpoint is quantised ({said.get('quant_method')}); only "
+            f"{where}: the checkpoint is quantized ({said.get('quant_method')}); only "
             "bf16, fp16, fp32 and block-scaled fp8 (e4m3) weights, and those of "
             "compressed-tensors, GPTQ and AWQ, can be pruned. Start from the "
-            "unquantised checkpoint."
+            "unquantized checkpoint."
         )
     if any(type(size) is not int or size < 1 for size in sizes):
         raise CheckpointError(

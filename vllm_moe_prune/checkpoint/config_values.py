@@ -76,10 +76,10 @@ def router_rule(arch: MoeArch, config: Mapping[str, Any], where: Path) -> Router
             f"{groups} groups."
         )
     single = positive(config, arch.config.top_k, where) == 1
-    renormalise = _flag(keys.renormalise, config, where)
+    renormalize = _flag(keys.renormalize, config, where)
     return RouterRule(
         scores=scores,
-        renormalise=renormalise and (keys.renormalise_single or not single),
+        renormalize=renormalize and (keys.renormalize_single or not single),
         scale=_factor(keys.scale, config, where),
         groups=groups,
         top_groups=top_groups if groups > 1 else 1,

@@ -51,7 +51,7 @@ class _Block(BaseModel):
 
 @dataclass(frozen=True)
 class AutoForm:
-    """How such a checkpoint is quantised."""
+    """How such a checkpoint is quantized."""
 
     method: Literal["gptq", "awq"]
     group_size: int | None
@@ -87,7 +87,7 @@ def auto_name(name: str) -> str | None:
 
 
 def read_auto_form(config: Mapping[str, Any], where: str) -> AutoForm | None:
-    """How config.json says that weights are quantised; None: in no such layout.
+    """How config.json says that weights are quantized; None: in no such layout.
 
     Raises:
         CheckpointError: It is one of these tools', but not supported.
@@ -160,7 +160,7 @@ def fold_auto(
 
     Args:
         tensors: What the headers list.
-        form: Of what is quantised.
+        form: Of what is quantized.
         dtype: The model's, as safetensors spells it.
 
     Raises:

@@ -19,7 +19,7 @@ from .config_values import check_dense, check_pattern, positive, router_rule
 from .gptq_awq import AutoForm, fold_auto, read_auto_form
 from .index import TensorInfo, fingerprint
 from .layer import Layer, LayerReader
-from .quantized_tensors import FLOATS, PartedTensor, fold_quantised, read_form
+from .quantized_tensors import FLOATS, PartedTensor, fold_quantized, read_form
 from .remap import ExpertRemap, load_remap
 
 __all__ = ["Checkpoint", "Layer", "Origin", "build_checkpoint"]
@@ -65,10 +65,10 @@ class Checkpoint:
     """How expert weights are stored; None: dense. ``config`` and ``tensors`` are those
     of the dense form in either case."""
     form: Form | AutoForm | None = None
-    """How weights are quantised; ``tensors`` are dense then too,
+    """How weights are quantized; ``tensors`` are dense then too,
     and ``config`` says what the files do."""
     parts: dict[str, TensorInfo] = field(default_factory=dict)
-    """What quantised weights are stored in, by name."""
+    """What quantized weights are stored in, by name."""
 
     @property
     def decoder_layers(self) -> list[Layer]:
@@ -113,18 +113,18 @@ class Checkpoint:
         return sum(info.stored_bytes for info in self.tensors.values())
 
     def stored(self, name: str) -> TensorInfo:
-        """A tensor as it is copied: a part of a quantised one, or the tensor itself."""
+        """A tensor as it is copied: a part of a quantized one, or the tensor itself."""
         return self.parts.get(name) or self.tensors[name]
 
     @property
     def stored_names(self) -> set[str]:
         """The names of all tensors that a cut copies or compares."""
-        quantised = {
+        quantized = {
             name
             for name, info in self.tensors.items()
             if isinstance(info, PartedTensor)
         }
-        return (self.tensors.keys() - quantised) | self.parts.keys()
+        return (self.tensors.keys() - quantized) | self.parts.keys()
 
     def is_scale(self, name: str) -> bool:
         """Whether there is a tensor of this name that holds the scales of another."""
@@ -245,14 +245,14 @@ def build_checkpoint(
 def _without_parts(
     arch: MoeArch, tensors: dict[str, TensorInfo], form: Form | AutoForm
 ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """Quantised matrices as the dense tensors they stand for, and their parts."""
+    """Quantized matrices as the dense tensors they stand for, and their parts."""
     embedding = tensors.get(arch.embedding)
     known = embedding is not None and embedding.dtype in FLOATS
     dtype = embedding.dtype if embedding is not None and known else "BF16"
     if isinstance(form, AutoForm):
         folded = fold_auto(tensors, form, dtype)
     else:
-        folded = fold_quantised(tensors, form, dtype)
+        folded = fold_quantized(tensors, form, dtype)
     parts = {
         part.name: part
         for info in folded.values()

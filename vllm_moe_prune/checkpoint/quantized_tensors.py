@@ -1,4 +1,4 @@
-"""Checkpoints that compressed-tensors quantised, read as if they were dense.
+"""Checkpoints that compressed-tensors quantized, read as if they were dense.
 
 A matrix ``NAME.weight`` is stored as ``NAME.weight_packed`` or as an 8-bit
 ``NAME.weight``, with ``NAME.weight_scale`` and what else its form has. Opening folds
@@ -24,8 +24,8 @@ from ..kernels.quantized import (
     ZERO,
     Bits,
     Form,
-    Quantised,
-    dequantise,
+    Quantized,
+    dequantize,
     unpack,
 )
 from .index import ITEM_BYTES, TensorInfo, read_bytes
@@ -62,19 +62,19 @@ def values_name(
     return None if part in parts else name
 
 
-def is_quantised(config: Mapping[str, Any]) -> bool:
+def is_quantized(config: Mapping[str, Any]) -> bool:
     """Whether config.json names compressed-tensors."""
     block = config.get(CONFIG_KEY)
     return isinstance(block, dict) and block.get("quant_method") == METHOD
 
 
 def read_form(config: Mapping[str, Any], where: str) -> Form | None:
-    """How config.json says that weights are quantised; None: they are not, or others'.
+    """How config.json says that weights are quantized; None: they are not, or others'.
 
     Raises:
         CheckpointError: They are in a form that is not supported.
     """
-    if not is_quantised(config):
+    if not is_quantized(config):
         return None
     from compressed_tensors.quantization import QuantizationConfig
     from pydantic import ValidationError
@@ -94,7 +94,7 @@ def read_form(config: Mapping[str, Any], where: str) -> Form | None:
         form = _form_of(groups[0], groups[0].format or found.format)
     if form is None:
         raise CheckpointError(
-            f"{where}: {CONFIG_KEY}: weights quantised in this way cannot be read. "
+            f"{where}: {CONFIG_KEY}: weights quantized in this way cannot be read. "
             f"Supported: {SUPPORTED}, the same everywhere."
         )
     return form
@@ -181,7 +181,7 @@ class PartedTensor(TensorInfo, ABC):
 
 
 @dataclass(frozen=True)
-class QuantisedTensor(PartedTensor):
+class QuantizedTensor(PartedTensor):
     """A matrix in a form of compressed-tensors."""
 
     form: Form
@@ -192,9 +192,9 @@ class QuantisedTensor(PartedTensor):
         Raises:
             CheckpointError: See ``load``.
         """
-        return dequantise(self.load(), self.form, TYPES[self.dtype])
+        return dequantize(self.load(), self.form, TYPES[self.dtype])
 
-    def load(self) -> Quantised:
+    def load(self) -> Quantized:
         """The matrix as it is stored.
 
         Raises:
@@ -217,14 +217,14 @@ def load_part(info: TensorInfo) -> torch.Tensor:
     return torch.frombuffer(data, dtype=TYPES[info.dtype]).reshape(info.shape)
 
 
-def fold_quantised(
+def fold_quantized(
     tensors: dict[str, TensorInfo], form: Form, dtype: str
 ) -> dict[str, TensorInfo]:
     """Every tensor under its dense name; types and shapes of all parts are checked.
 
     Args:
         tensors: What the headers list.
-        form: Of what is quantised.
+        form: Of what is quantized.
         dtype: The model's, as safetensors spells it.
 
     Raises:
@@ -234,13 +234,13 @@ def fold_quantised(
         if name.rpartition(".")[2] == INDEX:
             raise CheckpointError(
                 f"{info.file}: {name!r}: reordered groups are not supported; neither "
-                "are they by vLLM. Quantise again with static activation ordering."
+                "are they by vLLM. Quantize again with static activation ordering."
             )
     each = 8 if form.bits == "int4" else 1
 
     def fold(base: str, first: TensorInfo) -> TensorInfo:
         if each == 1 and VALUES.get(first.dtype) != form.bits:
-            return first  # a weight that is not quantised
+            return first  # a weight that is not quantized
         rows, cols = two_axes(first)
         return _fold(base, tensors, form, (rows, cols * each), dtype)
 
@@ -310,7 +310,7 @@ def _fold(
     form: Form,
     shape: tuple[int, int],
     dtype: str,
-) -> QuantisedTensor:
+) -> QuantizedTensor:
     wanted = form.parts(*shape, dtype)
     found = {}
     for part, (kind, size) in wanted.items():
@@ -336,7 +336,7 @@ def _fold(
             "nothing of it."
         )
     first = found[next(iter(wanted))]
-    return QuantisedTensor(
+    return QuantizedTensor(
         name=f"{base}.{PLAIN}",
         dtype=dtype,
         shape=shape,

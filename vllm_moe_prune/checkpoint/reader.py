@@ -48,7 +48,7 @@ def read_weight(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     scale = read_tensor(checkpoint.tensors[name + SUFFIX])
     embedding = checkpoint.tensors.get(checkpoint.arch.embedding)
     dtype = torch.bfloat16 if embedding is None else DTYPES[embedding.dtype]
-    return checkpoint.blocks.dequantise(weight, scale, dtype)
+    return checkpoint.blocks.dequantize(weight, scale, dtype)
 
 
 def read_row(info: TensorInfo, row: int) -> torch.Tensor:

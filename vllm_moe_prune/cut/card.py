@@ -41,18 +41,18 @@ def model_card(
             "vLLM has dropped this family; the plugin (`pip install vllm-moe-prune`) "
             "brings it back, and vLLM picks it up by itself."
         )
-    elif plan.is_quantised or checkpoint.form is not None:
+    elif plan.is_quantized or checkpoint.form is not None:
         needs = (
             "Its layers are uniform: unmodified vLLM loads it where it has a kernel "
-            "for experts so quantised. Elsewhere on CPUs the plugin (`pip install "
-            "vllm-moe-prune`) dequantises them while they load."
+            "for experts so quantized. Elsewhere on CPUs the plugin (`pip install "
+            "vllm-moe-prune`) dequantizes them while they load."
         )
     else:
         needs = "Its layers are uniform: unmodified vLLM and transformers load it."
-    quantised = ""
-    if plan.is_quantised:
-        how = f"{plan.quantise.method.upper()}: {form_of(plan.quantise).words}"
-        quantised = f"\nExperts are quantised by {how}."
+    quantized = ""
+    if plan.is_quantized:
+        how = f"{plan.quantize.method.upper()}: {form_of(plan.quantize).words}"
+        quantized = f"\nExperts are quantized by {how}."
     rows = "\n".join(
         f"| {layer.layer} | {layer.experts_before} | {layer.experts_after} "
         f"| {layer.action} | {layer.sparsity:.1%} |"
@@ -67,7 +67,7 @@ def model_card(
 Recipe `{plan.recipe.name}`: {result.expert_sparsity:.1%} of the expert parameters and
 {result.total_sparsity:.1%} of all parameters of `{name}` removed or zeroed
 ({result.parameters_before:,} parameters before, {result.parameters_after:,} after,
-{result.zeros:,} of them zero).{quantised}
+{result.zeros:,} of them zero).{quantized}
 Source fingerprint `{plan.model.fingerprint[:16]}`,
 revision `{plan.model.revision or "local"}`.
 

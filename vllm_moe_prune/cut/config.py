@@ -65,7 +65,7 @@ def pruned_config(
     config["architectures"] = [
         arch.stock_architecture if stock else arch.pruned_architecture
     ]
-    if plan.is_quantised:
+    if plan.is_quantized:
         config[CONFIG_KEY] = quantization_config(checkpoint, plan)
     elif checkpoint.form is not None:
         config[CONFIG_KEY] = renumbered(checkpoint, plan)

@@ -123,13 +123,13 @@ def convert(
         report: Called once per layer.
 
     Raises:
-        CheckpointError: Experts are quantised, or damaged.
+        CheckpointError: Experts are quantized, or damaged.
         OutputError: See ``open_workspace``.
     """
     companions(checkpoint)
     if checkpoint.form is not None:
         raise CheckpointError(
-            f"{checkpoint.folder}: its weights are quantised; only those that are not "
+            f"{checkpoint.folder}: its weights are quantized; only those that are not "
             "can be stored without their zeros."
         )
     plan, dense_layers = _plan(checkpoint, layout, report)

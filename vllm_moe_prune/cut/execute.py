@@ -35,7 +35,7 @@ from .achieved import Achieved
 from .copy import write_tensor
 from .finish import write_companions
 from .output import Workspace, companions, open_workspace, publish
-from .quantize_layer import quantise_layer
+from .quantize_layer import quantize_layer
 from .slice import OutputTensor, output_tensors
 from .slim_dense import DenseSlimmer
 from .slim_layer import LayerRecord, SlimContext, slim_layer, trimmed_routing
@@ -270,25 +270,25 @@ class _Cut:
         *,
         want_output: bool,
     ) -> torch.Tensor | None:
-        """Slim or quantise the experts of a layer, and write them."""
+        """Slim or quantize the experts of a layer, and write them."""
         index = record.layer
         layer, layer_plan = self.checkpoint.layers[index], self.plan.layers[index]
         what = context, layer, layer_plan, record, self._new_index[index], x_ND
-        if not self.plan.is_quantised:
+        if not self.plan.is_quantized:
             return slim_layer(*what, want_output=want_output)
         scaled = [one for one in self._by_layer[index] if one.made == "scaled"]
-        return quantise_layer(*what, scaled, want_output=want_output)
+        return quantize_layer(*what, scaled, want_output=want_output)
 
     def _changes(self, layer_plan: LayerPlan) -> bool:
-        """Whether zeros may be written into a layer, or its experts quantised."""
+        """Whether zeros may be written into a layer, or its experts quantized."""
         stays = layer_plan.action != "drop-block"
         slims = layer_plan.sparsity > 0 and self.plan.slim != "none"
-        return (stays and slims) or (self.plan.is_quantised and bool(layer_plan.keep))
+        return (stays and slims) or (self.plan.is_quantized and bool(layer_plan.keep))
 
     def _changes_experts(self, layer: int) -> bool:
         """Whether its experts are, all or some matrices of each."""
         return any(
-            tensor.is_expert and (tensor.sparsity > 0 or tensor.made == "quantised")
+            tensor.is_expert and (tensor.sparsity > 0 or tensor.made == "quantized")
             for tensor in self._by_layer.get(layer, [])
         )
 

@@ -134,8 +134,8 @@ def planned_losses(
         raise RecipeError(
             "plans are judged with zeros in experts alone; set slim.scope: [experts]."
         )
-    if any(plan.is_quantised for plan in plans):
-        raise RecipeError("plans are judged unquantised; leave out quantise.")
+    if any(plan.is_quantized for plan in plans):
+        raise RecipeError("plans are judged unquantized; leave out quantize.")
     if any(plan.needs_activations for plan in plans) and calibration_ST is None:
         raise CalibrationError("a plan slims by data: calibration tokens are needed.")
     keys = [_key(plan, texts, calibration_ST) for plan in plans]

@@ -1,7 +1,7 @@
-"""Quantising one trimmed layer, expert by expert, and feeding the next layer with it.
+"""Quantizing one trimmed layer, expert by expert, and feeding the next layer with it.
 
 Statistics come from the trimmed layer as it is; the hidden states that go on come from
-the quantised one. AWQ divides the experts' input by powers of two: here the forward
+the quantized one. AWQ divides the experts' input by powers of two: here the forward
 leaves it as it is and divides the weights instead, which gives the same to the bit.
 
 Axes: N tokens, n some of them, D hidden, F expert width, R rows of a matrix.
@@ -23,8 +23,8 @@ from ..checkpoint.open import Layer
 from ..checkpoint.reader import Expert
 from ..decide.cut_plan import LayerPlan
 from ..decide.quantize import form_of
-from ..kernels.quantized import Form, Quantised, dequantise, pack
-from ..recipes.schema import QuantiseStage
+from ..kernels.quantized import Form, Quantized, dequantize, pack
+from ..recipes.schema import QuantizeStage
 from ..slim import awq
 from ..slim.gptq import gptq
 from ..slim.rtn import rtn
@@ -45,7 +45,7 @@ from .trimmed import trimmed_layer
 
 
 @torch.no_grad()
-def quantise_layer(
+def quantize_layer(
     context: SlimContext,
     layer: Layer,
     layer_plan: LayerPlan,
@@ -56,7 +56,7 @@ def quantise_layer(
     *,
     want_output: bool,
 ) -> torch.Tensor | None:
-    """Quantise and write every expert of one layer.
+    """Quantize and write every expert of one layer.
 
     Args:
         context: The pass.
@@ -69,9 +69,9 @@ def quantise_layer(
         want_output: Whether the layer's output is needed (not after the last).
 
     Returns:
-        The MoE output [N, D] of the quantised layer if wanted.
+        The MoE output [N, D] of the quantized layer if wanted.
     """
-    stage = context.plan.quantise
+    stage = context.plan.quantize
     run = _Layer(context, layer, layer_plan, x_ND)
     input_scale_D = run.input_scale() if stage.method == "awq" else None
     for tensor in scaled:
@@ -81,7 +81,7 @@ def quantise_layer(
     for new, trimmed, served in run.experts():
         x_nD = None if x_ND is None or served is None else x_ND
         with naming(context.checkpoint, layer, layer_plan, new):
-            made = _quantise(trimmed, stage, x_nD, served, run.act, input_scale_D)
+            made = _quantize(trimmed, stage, x_nD, served, run.act, input_scale_D)
         if served is not None and len(served.token_n) == 0:
             record.unseen.append(layer_plan.keep[new])
         elif out_ND is not None and x_ND is not None and served is not None:
@@ -131,7 +131,7 @@ class _Layer:
     def input_scale(self) -> torch.Tensor:
         """AWQ's scale of the experts' input, one for the layer, judged by all."""
         assert self._x_ND is not None
-        form = form_of(self._context.plan.quantise)
+        form = form_of(self._context.plan.quantize)
         scales = awq.candidates(_mean_size(self._x_ND))
         total_A = torch.zeros(len(scales), dtype=torch.float64)
         for new, expert, served in self.experts():
@@ -145,19 +145,19 @@ class _Layer:
 
 
 class _Made:
-    """One quantised expert."""
+    """One quantized expert."""
 
     def __init__(
-        self, stored: tuple[Quantised, Quantised, Quantised], computes: Expert
+        self, stored: tuple[Quantized, Quantized, Quantized], computes: Expert
     ) -> None:
         self.gate, self.up, self.down = stored
         self.computes = computes
         """What it computes, on inputs that nobody scaled."""
 
 
-def _quantise(
+def _quantize(
     expert: Expert,
-    stage: QuantiseStage,
+    stage: QuantizeStage,
     x_ND: torch.Tensor | None,
     served: Served | None,
     act: Activation,
@@ -172,16 +172,16 @@ def _quantise(
         gate, up, down = (rtn(matrix, form) for matrix in expert)
         stored = gate, up, down
     dtype = expert.gate_FD.dtype
-    return _Made(stored, Expert(*(dequantise(each, form, dtype) for each in stored)))
+    return _Made(stored, Expert(*(dequantize(each, form, dtype) for each in stored)))
 
 
 def _by_gptq(
     expert: Expert,
-    stage: QuantiseStage,
+    stage: QuantizeStage,
     x_ND: torch.Tensor,
     served: Served,
     act: Activation,
-) -> tuple[Quantised, Quantised, Quantised]:
+) -> tuple[Quantized, Quantized, Quantized]:
     """GPTQ of all three; gate and up have the same inputs, so one Hessian is enough."""
     form, width = form_of(stage), len(expert.gate_FD)
     input_DD = _no_sums(expert.gate_FD)
@@ -203,10 +203,10 @@ def _no_sums(weight_RD: torch.Tensor) -> torch.Tensor:
     return torch.zeros(cols, cols, device=weight_RD.device)
 
 
-def _rows(matrix: Quantised, rows: slice) -> Quantised:
+def _rows(matrix: Quantized, rows: slice) -> Quantized:
     values, scales = matrix
     zero = None if scales.zero_RG is None else scales.zero_RG[rows]
-    return Quantised(
+    return Quantized(
         values[rows], scales._replace(scale_RG=scales.scale_RG[rows], zero_RG=zero)
     )
 
@@ -233,11 +233,11 @@ def _by_awq(
     up = rtn(awq.scaled(up_FD, input_scale_D), form)
     down = rtn(awq.scaled(expert.down_DF, inner_scale_F), form)
     computes = Expert(
-        (dequantise(gate, form, dtype) / input_scale_D).to(dtype),
-        (dequantise(up, form, dtype) * inner_scale_F[:, None] / input_scale_D).to(
+        (dequantize(gate, form, dtype) / input_scale_D).to(dtype),
+        (dequantize(up, form, dtype) * inner_scale_F[:, None] / input_scale_D).to(
             dtype
         ),
-        (dequantise(down, form, dtype) / inner_scale_F).to(dtype),
+        (dequantize(down, form, dtype) / inner_scale_F).to(dtype),
     )
     return _Made((gate, up, down), computes)
 
@@ -260,7 +260,7 @@ def _write_scaled(
 def _write(context: SlimContext, new: tuple[int, int], made: _Made) -> None:
     """Hand one expert's parts to the writer."""
     matrices = {"gate": made.gate, "up": made.up, "down": made.down}
-    form = form_of(context.plan.quantise)
+    form = form_of(context.plan.quantize)
     for rule in context.checkpoint.layout.experts:
         base = rule.name(*new).rpartition(".")[0]
         for part, tensor in pack(matrices[rule.role], form).items():

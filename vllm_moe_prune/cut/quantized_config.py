@@ -11,10 +11,10 @@ from .slice import output_tensors
 
 
 def quantization_config(checkpoint: Checkpoint, plan: CutPlan) -> dict[str, Any]:
-    """The block of a checkpoint whose experts the plan quantises, all in one form."""
+    """The block of a checkpoint whose experts the plan quantizes, all in one form."""
     from compressed_tensors.quantization import QuantizationConfig
 
-    form = form_of(plan.quantise)
+    form = form_of(plan.quantize)
     block = QuantizationConfig.model_validate(
         {
             "config_groups": {
@@ -27,21 +27,21 @@ def quantization_config(checkpoint: Checkpoint, plan: CutPlan) -> dict[str, Any]
             },
             "format": form.format,
             "quantization_status": "compressed",
-            "ignore": unquantised(checkpoint, plan),
+            "ignore": unquantized(checkpoint, plan),
         }
     )
     found: dict[str, Any] = block.model_dump(mode="json")
     return found
 
 
-def unquantised(checkpoint: Checkpoint, plan: CutPlan) -> list[str]:
+def unquantized(checkpoint: Checkpoint, plan: CutPlan) -> list[str]:
     """Names of all modules that stay as they are, of layers as one pattern each."""
     start, _, _ = checkpoint.arch.layer_prefix.partition("{layer}")
     names = []
     for tensor in output_tensors(checkpoint, plan):
         base, _, part = tensor.name.rpartition(".")
         matrix = part == "weight" and len(tensor.shape) == 2
-        if not matrix or tensor.made == "quantised" or _is_embedding(base):
+        if not matrix or tensor.made == "quantized" or _is_embedding(base):
             continue
         layer, _, inner = base.removeprefix(start).partition(".")
         if base.startswith(start) and layer.isdecimal():

@@ -1,4 +1,4 @@
-"""The ``quantization_config`` of a quantised input, where layers get other numbers."""
+"""The ``quantization_config`` of a quantized input, where layers get other numbers."""
 
 import copy
 import re

@@ -47,11 +47,11 @@ class OutputTensor:
     role: Role | None = None
     sparsity: float = 0.0
     """Zeros to write into it; above 0 only for matrices that are slimmed."""
-    made: Literal["copied", "quantised", "scaled"] = "copied"
-    """Whether it is written from its pieces, or by quantising: as a part of a quantised
+    made: Literal["copied", "quantized", "scaled"] = "copied"
+    """Whether it is written from its pieces, or by quantizing: as a part of a quantized
     matrix, or (by AWQ) multiplied by powers of two."""
     stands_for: int | None = None
-    """Parameters it holds; None: as many as elements. Of the parts of a quantised
+    """Parameters it holds; None: as many as elements. Of the parts of a quantized
     matrix the first holds them all."""
 
     @property
@@ -138,7 +138,7 @@ def _copy(info: TensorInfo, name: str, layer: int | None = None) -> OutputTensor
 def _copies(
     info: TensorInfo, name: str, layer: int | None = None, role: Role | None = None
 ) -> Iterator[OutputTensor]:
-    """A tensor under a name; a quantised one as its parts."""
+    """A tensor under a name; a quantized one as its parts."""
     if not isinstance(info, PartedTensor):
         yield replace(_copy(info, name, layer), role=role)
         return
@@ -165,7 +165,7 @@ def _layer_tensors(
     routed |= {name + SUFFIX for name in routed if checkpoint.is_scale(name + SUFFIX)}
     dropped = layer_plan.drops_moe
     dense = slimmed_dense(checkpoint, layer, layer_plan, plan)
-    scales = plan.quantise.method == "awq" and layer.has_moe and not dropped
+    scales = plan.quantize.method == "awq" and layer.has_moe and not dropped
     scaled = read_by_experts(checkpoint, layer) if scales else frozenset()
     for name in names:
         if layer.has_moe and name in routed:
@@ -284,7 +284,7 @@ def _experts(
                     for old, weight in members
                 )
                 first = checkpoint.tensors[pieces[0].source]
-                if plan.is_quantised:
+                if plan.is_quantized:
                     yield from _parts(build(rule, new, (pieces,), first), plan)
                 elif isinstance(first, PartedTensor):
                     name = rule.name(new_index, new)
@@ -306,10 +306,10 @@ def _experts(
 
 
 def _parts(matrix: OutputTensor, plan: CutPlan) -> Iterator[OutputTensor]:
-    """What a matrix is stored in once it is quantised."""
+    """What a matrix is stored in once it is quantized."""
     rows, cols = matrix.shape
     base, left = matrix.name.rpartition(".")[0], rows * cols
-    found = form_of(plan.quantise).parts(rows, cols, matrix.dtype)
+    found = form_of(plan.quantize).parts(rows, cols, matrix.dtype)
     for part, (dtype, shape) in found.items():
         yield replace(
             matrix,
@@ -317,7 +317,7 @@ def _parts(matrix: OutputTensor, plan: CutPlan) -> Iterator[OutputTensor]:
             dtype=dtype,
             shape=shape,
             sparsity=0.0,
-            made="quantised",
+            made="quantized",
             stands_for=left,
         )
         left = 0

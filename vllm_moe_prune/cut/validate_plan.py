@@ -12,7 +12,7 @@ def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
 
     Raises:
         PlanError: Nothing would be left to route, rows no longer match experts,
-            stored values would have to change that must not, or quantised ones would
+            stored values would have to change that must not, or quantized ones would
             not have the form that the plan asks for.
     """
     if not any(layer.keep for layer in plan.layers):
@@ -23,10 +23,10 @@ def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
     if checkpoint.blocks is not None:
         _check_fp8(plan)
     if checkpoint.form is not None:
-        _check_means(plan, "quantised")
+        _check_means(plan, "quantized")
         renumbered(checkpoint, plan)
-    check_stored(checkpoint, zeros=plan.is_slimmed, quantises=plan.is_quantised)
-    if plan.is_quantised:
+    check_stored(checkpoint, zeros=plan.is_slimmed, quantizes=plan.is_quantized)
+    if plan.is_quantized:
         _check_form(checkpoint, plan)
     for layer in checkpoint.layers:
         if layer.redirect not in (None, tuple(range(layer.num_experts))):
@@ -37,46 +37,46 @@ def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
             )
 
 
-def check_stored(checkpoint: Checkpoint, *, zeros: bool, quantises: bool) -> None:
+def check_stored(checkpoint: Checkpoint, *, zeros: bool, quantizes: bool) -> None:
     """Refuse what the way in which weights are stored does not allow.
 
     Args:
         checkpoint: The input.
         zeros: Whether weights will be zeroed.
-        quantises: Whether experts will be quantised.
+        quantizes: Whether experts will be quantized.
 
     Raises:
-        PlanError: They are quantised already, or packed.
+        PlanError: They are quantized already, or packed.
     """
-    if checkpoint.form is not None and (zeros or quantises):
+    if checkpoint.form is not None and (zeros or quantizes):
         raise PlanError(
-            f"{checkpoint.folder}: its weights are quantised already, so a cut copies "
-            "them. Set slim.method: none and quantise.method: none, or start from "
+            f"{checkpoint.folder}: its weights are quantized already, so a cut copies "
+            "them. Set slim.method: none and quantize.method: none, or start from "
             "bf16 weights."
         )
     packed = not all(rule.per_expert for rule in checkpoint.layout.experts)
-    if quantises and packed:
+    if quantizes and packed:
         raise PlanError(
-            f"{checkpoint.folder}: quantise needs a tensor for each matrix of each "
+            f"{checkpoint.folder}: quantize needs a tensor for each matrix of each "
             f"expert, which layout {checkpoint.layout.name} has not. Save the model "
             "with its experts apart, as the Hub has it."
         )
-    if quantises and checkpoint.blocks is not None:
+    if quantizes and checkpoint.blocks is not None:
         raise PlanError(
-            f"{checkpoint.folder}: quantise changes weights that are fp8 already. Set "
-            "quantise.method: none, or start from bf16 weights."
+            f"{checkpoint.folder}: quantize changes weights that are fp8 already. Set "
+            "quantize.method: none, or start from bf16 weights."
         )
 
 
 def _check_form(checkpoint: Checkpoint, plan: CutPlan) -> None:
     """Refuse what a plan that was edited by hand may ask of experts."""
     if plan.is_slimmed:
-        raise PlanError("the plan writes zeros and quantises; only one can be done.")
-    form = form_of(plan.quantise)
+        raise PlanError("the plan writes zeros and quantizes; only one can be done.")
+    form = form_of(plan.quantize)
     for layer in checkpoint.moe_layers:
         for name in checkpoint.expert_names(layer):
             if why := form.misfit(*checkpoint.tensors[name].shape):
-                raise PlanError(f"the plan's quantise: {name}: {why}.")
+                raise PlanError(f"the plan's quantize: {name}: {why}.")
 
 
 def _check_means(plan: CutPlan, kind: str) -> None:

@@ -2,7 +2,7 @@
 
 Against its source, every surviving tensor is compared: copies bit for bit, means
 recomputed, slimmed matrices equal to the source wherever they are not zero, and as
-many zeros in each as the plan says; of quantised ones see ``cut/verify_quantized.py``.
+many zeros in each as the plan says; of quantized ones see ``cut/verify_quantized.py``.
 """
 
 import json
@@ -26,7 +26,7 @@ from .config import pruned_config
 from .copy import group_mean
 from .output import RECOVERED
 from .slice import OutputTensor, output_tensors
-from .verify_quantized import check_quantised, check_scaled
+from .verify_quantized import check_quantized, check_scaled
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def verify(
         elif tensor.made == "scaled":
             check_scaled(source, output, tensor)
         elif tensor.stands_for:
-            check_quantised(source, output, tensor, plan)
+            check_quantized(source, output, tensor, plan)
         if tensor.is_expert:
             zeros += found
         else:

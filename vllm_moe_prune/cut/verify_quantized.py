@@ -1,4 +1,4 @@
-"""Quantised matrices against their source: what can be known without the data.
+"""Quantized matrices against their source: what can be known without the data.
 
 Rounding to nearest is done again and must give the same bytes. GPTQ and AWQ depend on
 calibration, so of theirs only that every weight is finite is sure, and that what AWQ
@@ -8,18 +8,18 @@ scaled differs from its source by powers of two.
 import torch
 
 from ..checkpoint.open import Checkpoint
-from ..checkpoint.quantized_tensors import QuantisedTensor
+from ..checkpoint.quantized_tensors import QuantizedTensor
 from ..checkpoint.reader import read_tensor
 from ..decide.cut_plan import CutPlan
 from ..decide.quantize import form_of
 from ..errors import CheckpointError
-from ..kernels.quantized import dequantise, pack
+from ..kernels.quantized import dequantize, pack
 from ..slim.rtn import rtn
 from .copy import build_tensor, group_mean, tensor_view
 from .slice import OutputTensor
 
 
-def check_quantised(
+def check_quantized(
     source: Checkpoint, output: Checkpoint, tensor: OutputTensor, plan: CutPlan
 ) -> None:
     """Check one matrix, of which ``tensor`` holds the values.
@@ -29,11 +29,11 @@ def check_quantised(
     """
     name = f"{tensor.name.rpartition('.')[0]}.weight"
     info = output.tensors[name]
-    form = form_of(plan.quantise)
-    if not isinstance(info, QuantisedTensor):
-        raise CheckpointError(f"{info.file}: {name}: is not quantised.")
+    form = form_of(plan.quantize)
+    if not isinstance(info, QuantizedTensor):
+        raise CheckpointError(f"{info.file}: {name}: is not quantized.")
     found = info.load()
-    if plan.quantise.method == "rtn":
+    if plan.quantize.method == "rtn":
         weight = group_mean(source, tensor.groups[0])
         expected = pack(rtn(weight, form), form)
         wrong = [
@@ -45,7 +45,7 @@ def check_quantised(
             raise CheckpointError(
                 f"{info.file}: {name}: {wrong[0]} is not what rounding gives."
             )
-    if not bool(torch.isfinite(dequantise(found, form, torch.float32)).all()):
+    if not bool(torch.isfinite(dequantize(found, form, torch.float32)).all()):
         raise CheckpointError(f"{info.file}: {name}: holds NaN or infinity.")
 
 

@@ -1,6 +1,6 @@
 """How the zeros are spread over layers: evenly, or by OWL's outlier ratios.
 
-OWL gives layers with many outliers a lower sparsity. The offsets are centred with the
+OWL gives layers with many outliers a lower sparsity. The offsets are centered with the
 weights that each layer has left, and the base is found on whole weights, so the total
 is met exactly however much stage 1 took from each layer.
 """
@@ -34,7 +34,7 @@ def owl_offsets(
 ) -> dict[int, float]:
     """How much each layer's sparsity differs from the mean; no entry means not at all.
 
-    Outlier ratios D are rescaled to 0 ... 2 lambda as densities and centred.
+    Outlier ratios D are rescaled to 0 ... 2 lambda as densities and centered.
 
     Raises:
         PlanError: If the outliers were not measured, or with another M.

@@ -43,7 +43,7 @@ def make_plan(
             "Set order: structured-first for a single plan."
         )
     check_slimming(recipe, facts)
-    quantise = resolved_form(recipe.quantise, facts)
+    quantize = resolved_form(recipe.quantize, facts)
     complete = resolved(recipe, facts, stats)
     layers, threshold = decide_experts(stats, facts.layers, complete)
     sparsities = slim_sparsities(complete, facts, layers, stats)
@@ -58,7 +58,7 @@ def make_plan(
         slim_parts=recipe.slim.scope,
         slim_exclude=recipe.slim.exclude,
         router_weighted=recipe.slim.router_weighted,
-        quantise=quantise,
+        quantize=quantize,
         threshold=threshold,
         layers=tuple(
             layer.model_copy(update={"sparsity": _snapped(sparsity, pattern)})

@@ -15,11 +15,12 @@ from typing import Annotated, Literal, Protocol
 from pydantic import Field, JsonValue, ValidationError, field_validator
 
 from ..errors import OutputError, PlanError
+from ..recipes.old_spelling import current_spelling
 from ..recipes.schema import (
     NEEDS_ACTIVATIONS,
     Index,
     Part,
-    QuantiseStage,
+    QuantizeStage,
     Recipe,
     SlimMethod,
     Strict,
@@ -131,15 +132,15 @@ class CutPlan(Strict):
     routing: Literal["drop", "redirect"] = "drop"
     slim: SlimMethod = "none"
     pattern: str = "unstructured"
-    """Or ``n:m``: zeros are counted in groups of m neighbours of a row, by each layer's
+    """Or ``n:m``: zeros are counted in groups of m neighbors of a row, by each layer's
     own sparsity (with OWL some layers have fewer than m - n of them, some more)."""
     slim_parts: tuple[Part, ...] = ("experts",)
     slim_exclude: tuple[str, ...] = ()
     """Matrices whose name below the layer's prefix contains one of these stay dense."""
     router_weighted: bool = False
     """Wanda's input norms are of inputs times routing weights."""
-    quantise: QuantiseStage = QuantiseStage()
-    """How the experts that survive are quantised."""
+    quantize: QuantizeStage = QuantizeStage()
+    """How the experts that survive are quantized."""
     measurement: Measurement = Measurement()
     threshold: float | None = None
     """Merge height up to which clusters were formed (STUN's t), or score up to which
@@ -164,19 +165,19 @@ class CutPlan(Strict):
     def needs_activations(self) -> bool:
         """Whether executing the plan needs calibration activations."""
         by_data = self.slim in NEEDS_ACTIVATIONS and self.is_slimmed
-        return by_data or self.quantise.needs_activations
+        return by_data or self.quantize.needs_activations
 
     @property
     def by_data(self) -> str:
         """What needs the activations, for errors."""
-        if self.quantise.needs_activations:
-            return f"quantises by {self.quantise.method}"
+        if self.quantize.needs_activations:
+            return f"quantizes by {self.quantize.method}"
         return f"slims by {self.slim}"
 
     @property
-    def is_quantised(self) -> bool:
-        """Whether executing the plan quantises experts."""
-        return self.quantise.method != "none"
+    def is_quantized(self) -> bool:
+        """Whether executing the plan quantizes experts."""
+        return self.quantize.method != "none"
 
     @field_validator("pattern")
     @classmethod
@@ -201,7 +202,7 @@ def load_plan(path: Path) -> CutPlan:
             "version of vllm-moe-prune that wrote it, or plan again."
         )
     try:
-        return CutPlan.model_validate(data)
+        return CutPlan.model_validate(current_spelling(data, str(path)))
     except ValidationError as error:
         raise PlanError(f"{path}: {first_problem(error)}") from error
 

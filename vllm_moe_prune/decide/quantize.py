@@ -1,8 +1,8 @@
-"""How a recipe's quantising turns out for one checkpoint."""
+"""How a recipe's quantizing turns out for one checkpoint."""
 
 from ..errors import RecipeError
 from ..kernels.quantized import BLOCK, GROUP_SIZES, Bits, Form
-from ..recipes.schema import QuantiseStage
+from ..recipes.schema import QuantizeStage
 from .facts import ModelFacts
 
 SIZES: dict[Bits, tuple[int | None, ...]] = {
@@ -13,12 +13,12 @@ SIZES: dict[Bits, tuple[int | None, ...]] = {
 """What is tried where a recipe names no size, the best first; None: whole rows."""
 
 
-def form_of(stage: QuantiseStage) -> Form:
-    """How matrices are quantised by a stage whose method is not none."""
+def form_of(stage: QuantizeStage) -> Form:
+    """How matrices are quantized by a stage whose method is not none."""
     return Form(stage.weights, stage.group_size, stage.zero_point, stage.act_order)
 
 
-def resolved_form(stage: QuantiseStage, facts: ModelFacts) -> QuantiseStage:
+def resolved_form(stage: QuantizeStage, facts: ModelFacts) -> QuantizeStage:
     """The stage with a group size: int4 needs one, fp8 has one where blocks fit.
 
     Raises:
@@ -32,10 +32,10 @@ def resolved_form(stage: QuantiseStage, facts: ModelFacts) -> QuantiseStage:
     for found, problem in problems:
         if problem is None:
             return found
-    wish = "Choose quantise.method: rtn and quantise.weights: int8."
+    wish = "Choose quantize.method: rtn and quantize.weights: int8."
     if stage.group_size:
-        wish = f"Leave out quantise.group_size. If that does not help: {wish}"
-    raise RecipeError(f"quantise.weights {stage.weights}: {problems[-1][1]}. {wish}")
+        wish = f"Leave out quantize.group_size. If that does not help: {wish}"
+    raise RecipeError(f"quantize.weights {stage.weights}: {problems[-1][1]}. {wish}")
 
 
 def _misfit(form: Form, facts: ModelFacts) -> str | None:

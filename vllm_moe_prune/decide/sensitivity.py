@@ -1,7 +1,7 @@
 """Splitting a budget over layers by the measured loss of each.
 
 Each layer has a curve: held-out loss against experts removed from that layer alone,
-measured at a few points and linear between them. The split minimises the sum of the
+measured at a few points and linear between them. The split minimizes the sum of the
 curves exactly (dynamic programming, since a measured curve need not be convex).
 """
 

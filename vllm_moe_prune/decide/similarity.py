@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 MEASURE_ROUTER = "Run `vllm-moe-prune measure` on this checkpoint."
 MEASURE_OUTPUTS = (
     "Run `vllm-moe-prune measure` with this recipe and --calibration, or set "
-    "experts.cluster_by: behaviour."
+    "experts.cluster_by: behavior."
 )
 MEASURE_COACTIVATION = (
     "Run `vllm-moe-prune measure` with --calibration, or set "

@@ -1,6 +1,6 @@
 """Trim-only and slim-only beside both: whose part of a speed-up is whose.
 
-UNIFIED compares quantised models under fused kernels with unquantised ones under none;
+UNIFIED compares quantized models under fused kernels with unquantized ones under none;
 most of its factor is the kernels'. Same runtime, four rows, tells them apart.
 """
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..checkpoint.open import Checkpoint
 from ..decide.cut_plan import CutPlan
-from ..recipes.schema import QuantiseStage
+from ..recipes.schema import QuantizeStage
 
 Role = Literal["baseline", "trim-only", "slim-only", "both"]
 ROLES: tuple[Role, ...] = ("baseline", "trim-only", "slim-only", "both")
@@ -24,7 +24,7 @@ def role_of(checkpoint: Checkpoint, original: Checkpoint, plan: CutPlan | None) 
     """
     trimmed = _experts(checkpoint) != _experts(original)
     slimmed = (
-        (plan is not None and (plan.is_slimmed or plan.is_quantised))
+        (plan is not None and (plan.is_slimmed or plan.is_quantized))
         or checkpoint.form != original.form
         or checkpoint.storage != original.storage
     )
@@ -40,13 +40,13 @@ def _experts(checkpoint: Checkpoint) -> list[int]:
 
 
 def trimming_of(plan: CutPlan) -> CutPlan:
-    """The plan without its zeros and its quantisation."""
+    """The plan without its zeros and its quantization."""
     layers = [layer.model_copy(update={"sparsity": 0.0}) for layer in plan.layers]
-    return _with(plan, slim="none", quantise=QuantiseStage(), layers=tuple(layers))
+    return _with(plan, slim="none", quantize=QuantizeStage(), layers=tuple(layers))
 
 
 def slimming_of(plan: CutPlan) -> CutPlan:
-    """The plan's zeros and quantisation alone: every expert and every layer stays.
+    """The plan's zeros and quantization alone: every expert and every layer stays.
 
     A layer that the plan takes away is slimmed like the mean of those that stay.
     """

@@ -6,7 +6,7 @@ is stored, row by row. Only elements whose bits are all zero, +0.0, are dropped:
 denormals and every NaN payload are values like any other, so that unpacking gives back
 every bit. ``offsets_R1[r]`` counts the values before row r.
 
-Fixed rate, for n:m patterns: every group of m neighbours stores exactly n values (a
+Fixed rate, for n:m patterns: every group of m neighbors stores exactly n values (a
 group with fewer non-zeros also stores its first zeros), so ``values`` has the shape
 [R, C / m, n] and offsets are implied.
 
@@ -109,7 +109,7 @@ def unpack(packed: Bitmask) -> Tensor:
 
 
 def fits(matrix_RC: Tensor, n: int, m: int) -> bool:
-    """Whether every group of m neighbours in a row holds at most n non-zeros."""
+    """Whether every group of m neighbors in a row holds at most n non-zeros."""
     rows, cols = matrix_RC.shape
     if cols % m:
         return False

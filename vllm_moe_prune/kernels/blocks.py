@@ -122,7 +122,7 @@ def decode(
     shape: tuple[int, int],
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """The dense matrices [N, K] of one expert, without any host synchronisation.
+    """The dense matrices [N, K] of one expert, without any host synchronization.
 
     Args:
         blocks: The layer's weights.

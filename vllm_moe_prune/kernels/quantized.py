@@ -1,4 +1,4 @@
-"""Quantised matrices as compressed-tensors defines them: values, scales, stored parts.
+"""Quantized matrices as compressed-tensors defines them: values, scales, stored parts.
 
 A matrix W [R, C] becomes values q with scales s and zero points z that a group of a
 row, a whole row or a block shares: W ~ (q - z) * s. ``int4`` values are packed eight to
@@ -25,12 +25,12 @@ PACKED, SCALE, SHAPE, ZERO = (
     f"weight_{part}" for part in ("packed", "scale", "shape", "zero_point")
 )
 PLAIN = "weight"
-"""What a matrix that is not packed goes by, quantised or not."""
+"""What a matrix that is not packed goes by, quantized or not."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How the matrices of a checkpoint are quantised."""
+    """How the matrices of a checkpoint are quantized."""
 
     bits: Bits
     group_size: int | None = None
@@ -63,7 +63,7 @@ class Form:
     def inputs(self) -> dict[str, Any] | None:
         """What vLLM's kernels do to activations, in the library's words; None: nothing.
 
-        vLLM has fused kernels for 8-bit experts only together with inputs quantised on
+        vLLM has fused kernels for 8-bit experts only together with inputs quantized on
         the fly; on CPUs the FP8 one leaves them alone.
         """
         if self.bits == "int4":
@@ -146,7 +146,7 @@ class Scales(NamedTuple):
     """int8; None where ranges are symmetric."""
 
 
-class Quantised(NamedTuple):
+class Quantized(NamedTuple):
     """One matrix."""
 
     values_RC: Tensor
@@ -183,7 +183,7 @@ def scales_of(weight_RC: Tensor, form: Form, dtype: torch.dtype) -> Scales:
     return Scales(scale, zero.to(torch.int8) if form.zero_point else None)
 
 
-def quantise_by(weight_RC: Tensor, scales: Scales, form: Form) -> Tensor:
+def quantize_by(weight_RC: Tensor, scales: Scales, form: Form) -> Tensor:
     """The values nearest to a matrix, in float32."""
     from compressed_tensors.quantization.lifecycle.forward import quantize
 
@@ -197,7 +197,7 @@ def quantise_by(weight_RC: Tensor, scales: Scales, form: Form) -> Tensor:
     return found
 
 
-def dequantise(matrix: Quantised, form: Form, dtype: torch.dtype) -> Tensor:
+def dequantize(matrix: Quantized, form: Form, dtype: torch.dtype) -> Tensor:
     """The weights as a model computes with them: in float32, rounded once."""
     from compressed_tensors.quantization.lifecycle.forward import dequantize
 
@@ -211,7 +211,7 @@ def dequantise(matrix: Quantised, form: Form, dtype: torch.dtype) -> Tensor:
     return found.to(dtype)
 
 
-def pack(matrix: Quantised, form: Form) -> dict[str, Tensor]:
+def pack(matrix: Quantized, form: Form) -> dict[str, Tensor]:
     """The stored tensors of a matrix, as ``Form.parts`` lists them."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -228,15 +228,15 @@ def pack(matrix: Quantised, form: Form) -> dict[str, Tensor]:
     return found
 
 
-def unpack(parts: dict[str, Tensor], form: Form) -> Quantised:
+def unpack(parts: dict[str, Tensor], form: Form) -> Quantized:
     """The inverse of ``pack``; shapes must have been checked."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     scales = Scales(parts[SCALE], zeros_of(parts, form))
     if form.bits != "int4":
-        return Quantised(parts[PLAIN], scales)
+        return Quantized(parts[PLAIN], scales)
     shape = torch.Size(parts[SHAPE].tolist())
-    return Quantised(unpack_from_int32(parts[PACKED], 4, shape), scales)
+    return Quantized(unpack_from_int32(parts[PACKED], 4, shape), scales)
 
 
 def zeros_of(parts: dict[str, Tensor], form: Form) -> Tensor | None:

@@ -15,15 +15,15 @@ that, and the model classes are named by string so that vLLM imports them when n
     tally.py     the same question, asked of the weights as they are loaded
     models/      one file per family: vLLM's classes with other constructors
     loader.py    ``--load-format moe_prune``: prune the original while loading
-    sparse_moe.py     the quantisation method ``moe_prune``: experts without zeros
+    sparse_moe.py     the quantization method ``moe_prune``: experts without zeros
     arriving.py       expert matrices as vLLM hands them over
     expert_loader.py  makes blocks of them
     packed.py         packed experts, dense and compressed, one by one
     sparse_op.py      the custom op that runs a layer of them
-    quantised_moe.py    who runs quantised experts on a CPU
+    quantized_moe.py    who runs quantized experts on a CPU
     expert_parts.py     what comes in parts: integers and scales
     integer_moe.py      int4 and int8 experts by our kernel; integer_op.py its op
-    dequantised_moe.py  made plain while loading, where no kernel fits
+    dequantized_moe.py  made plain while loading, where no kernel fits
     watch.py          counting routed tokens: its switch, and what is said of it
     routing_load.py   the layer that counts, and what workers tell
     load_op.py        the custom op that counts
@@ -56,8 +56,8 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from ..checkpoint.compressed import METHOD
-    from ..checkpoint.quantized_tensors import METHOD as QUANTISED
-    from .load.lazy_register import quantisation, when_imported
+    from ..checkpoint.quantized_tensors import METHOD as QUANTIZED
+    from .load.lazy_register import quantization, when_imported
 
     when_imported("vllm.model_executor.layers.rotary_embedding", mend_cpu_rotary)
     when_imported("vllm.model_executor.model_loader", _register_loader)
@@ -69,8 +69,8 @@ def register() -> None:
             names.append(arch.stock_architecture)
         for name in names:
             ModelRegistry.register_model(name, f"{__name__}.models.{model_type}:{name}")
-    register_quantization_config(METHOD)(quantisation(_experts_without_zeros))
-    register_quantization_config(QUANTISED)(quantisation(_quantised_experts))
+    register_quantization_config(METHOD)(quantization(_experts_without_zeros))
+    register_quantization_config(QUANTIZED)(quantization(_quantized_experts))
 
 
 def _register_loader() -> None:
@@ -87,7 +87,7 @@ def _experts_without_zeros() -> type[Any]:
     return MoePruneConfig
 
 
-def _quantised_experts() -> type[Any]:
+def _quantized_experts() -> type[Any]:
     from .quant.quantized_moe import FallbackConfig
 
     return FallbackConfig

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from ..errors import RecipeError
+from .old_spelling import current_spelling
 from .schema import Recipe, parse_recipe
 
 
@@ -37,7 +38,8 @@ def load_recipe(name_or_path: str) -> Recipe:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         why = _yaml_problem(error)
         raise RecipeError(f"recipe {name_or_path}: not valid YAML: {why}") from error
-    return parse_recipe(data, name_or_path)
+    where = f"recipe {name_or_path}"
+    return parse_recipe(current_spelling(data, where), name_or_path)
 
 
 def _yaml_problem(error: Exception) -> str:

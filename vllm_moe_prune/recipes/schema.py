@@ -73,7 +73,7 @@ class ExpertStage(Strict):
     """Layer -> experts that always stay."""
     seed: Index = 0
     """Of criterion ``random``."""
-    cluster_by: Literal["behaviour", "outputs"] = "behaviour"
+    cluster_by: Literal["behavior", "outputs"] = "behavior"
     """Distance of STUN's clusters: Eq. 7, or between outputs on the same tokens."""
     linkage: Literal["complete", "reference"] = "complete"
     """``reference`` follows the rule of STUN's published code, for comparison."""
@@ -108,7 +108,7 @@ class ExpertStage(Strict):
         refuse(
             (self.drop is not None and self.keep is not None)
             and "give drop or keep, not both",
-            (self.clusters_by_behaviour and not weights)
+            (self.clusters_by_behavior and not weights)
             and "router_weight and coactivation_weight are both zero",
             (self.method != "score" and (self.reverse or exhaustive))
             and "reverse and search: exhaustive need method: score",
@@ -121,9 +121,9 @@ class ExpertStage(Strict):
         return self
 
     @property
-    def clusters_by_behaviour(self) -> bool:
+    def clusters_by_behavior(self) -> bool:
         """Whether STUN's Eq. 7 decides."""
-        return self.method == "stun" and self.cluster_by == "behaviour"
+        return self.method == "stun" and self.cluster_by == "behavior"
 
 
 class SlimStage(Strict):
@@ -133,7 +133,7 @@ class SlimStage(Strict):
     sparsity: Share | None = None
     """Zeros among surviving weights; else from ``total_sparsity``."""
     pattern: str = "unstructured"
-    """Or ``n:m``: of m neighbours in a row n stay, as in 2:4 and 4:8."""
+    """Or ``n:m``: of m neighbors in a row n stay, as in 2:4 and 4:8."""
     allocation: Literal["uniform", "owl"] = "uniform"
     """``owl`` spares layers with many outliers, at the same total."""
     owl_m: float = Field(default=3.0, gt=0.0)
@@ -178,7 +178,7 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-class QuantiseStage(Strict):
+class QuantizeStage(Strict):
     """Fewer bits for the routed experts that survive; routers, norms, embeddings and
     everything else stay as they are. Written in the formats of compressed-tensors."""
 
@@ -187,7 +187,7 @@ class QuantiseStage(Strict):
     weights: Literal["int4", "int8", "fp8"] = "int4"
     """int8 has a scale for each row, fp8 for blocks of 128 x 128, or else for rows."""
     group_size: Literal[32, 64, 128] | None = None
-    """Of int4: neighbours in a row that share a scale; of fp8: 128, blocks and nothing
+    """Of int4: neighbors in a row that share a scale; of fp8: 128, blocks and nothing
     else. None: the largest that fits; in a plan: a scale for each row."""
     zero_point: bool = False
     """Of int4: ranges that need not be symmetric, at a zero point for each group."""
@@ -195,7 +195,7 @@ class QuantiseStage(Strict):
     """Of GPTQ: columns with the largest inputs first."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> "QuantiseStage":
+    def _consistent(self) -> "QuantizeStage":
         refuse(
             (self.weights != "int4" and self.method in ("gptq", "awq"))
             and f"weights: {self.weights} needs method: rtn",
@@ -313,7 +313,7 @@ class Recipe(Strict):
     sparsity_of: Literal["experts", "all"] = "experts"
     experts: ExpertStage = ExpertStage()
     slim: SlimStage = SlimStage()
-    quantise: QuantiseStage = QuantiseStage()
+    quantize: QuantizeStage = QuantizeStage()
     layers: LayerStage = LayerStage()
     routing: Literal["drop", "redirect", "preserve"] = "drop"
     """A removed expert's router row goes; or leads to its cluster's survivor; or stays,
@@ -348,12 +348,12 @@ class Recipe(Strict):
             and "routing: preserve needs experts.method: score",
             (self.routing == "preserve" and experts.min_experts == 0)
             and "routing: preserve needs at least one expert per layer",
-            (self.quantise.method != "none" and self.asks_zeros)
-            and "quantise and zeros do not go together; set slim.method: none",
-            (self.quantise.method != "none" and self.tune is not None)
-            and "tune does not try out quantised weights; leave out quantise",
-            (self.quantise.method != "none" and self.order == "unstructured-first")
-            and "order: unstructured-first is about zeros; leave out quantise",
+            (self.quantize.method != "none" and self.asks_zeros)
+            and "quantize and zeros do not go together; set slim.method: none",
+            (self.quantize.method != "none" and self.tune is not None)
+            and "tune does not try out quantized weights; leave out quantize",
+            (self.quantize.method != "none" and self.order == "unstructured-first")
+            and "order: unstructured-first is about zeros; leave out quantize",
             (self.order == "unstructured-first" and slim.allocation == "owl")
             and "order: unstructured-first needs slim.allocation: uniform",
         )
@@ -370,14 +370,14 @@ class Recipe(Strict):
     def needs_coactivation(self) -> bool:
         """Whether stage 1 needs a forward pass (co-activation has a weight)."""
         return (
-            self.experts.clusters_by_behaviour and self.experts.coactivation_weight > 0
+            self.experts.clusters_by_behavior and self.experts.coactivation_weight > 0
         )
 
     @property
     def needs_activations(self) -> bool:
         """Whether the cut needs calibration activations."""
         by_data = self.slim.method in NEEDS_ACTIVATIONS
-        return by_data or self.quantise.needs_activations
+        return by_data or self.quantize.needs_activations
 
 
 def parse_recipe(data: object, where: str) -> Recipe:

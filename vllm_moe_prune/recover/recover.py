@@ -88,8 +88,8 @@ def check_recovery(
         )
     if checkpoint.form is not None or checkpoint.blocks is not None:
         raise CheckpointError(
-            f"{checkpoint.folder}: its weights are quantised, which only "
-            "--method router can do with. Recover before quantising."
+            f"{checkpoint.folder}: its weights are quantized, which only "
+            "--method router can do with. Recover before quantizing."
         )
 
 

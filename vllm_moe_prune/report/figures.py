@@ -101,8 +101,8 @@ def _size(figure: Any, numbers: Numbers) -> None:
     rows = {"before": (whole, 0, 0), "after": (after - zeros, zeros, whole - after)}
     for row, parts in rows.items():
         left = 0.0
-        for part, colour in zip(parts, (KEPT, ZEROED, GONE), strict=True):
-            axes.barh(row, part, left=left, color=colour, height=0.6)
+        for part, color in zip(parts, (KEPT, ZEROED, GONE), strict=True):
+            axes.barh(row, part, left=left, color=color, height=0.6)
             left += part
     axes.invert_yaxis()
     axes.set_title("Parameters: not zero, zeroed, removed")

@@ -363,9 +363,9 @@ def _facts(numbers: Numbers) -> list[tuple[str, str]]:
         ("Slimming", f"{plan.slim}, {plan.pattern}"),
         ("Forward passes", passes),
     ]
-    if plan.is_quantised:
-        how = f"{plan.quantise.method}, {form_of(plan.quantise).words}"
-        facts.append(("Quantised experts", how))
+    if plan.is_quantized:
+        how = f"{plan.quantize.method}, {form_of(plan.quantize).words}"
+        facts.append(("Quantized experts", how))
     if plan.threshold is not None:
         facts.append(("Threshold", f"{plan.threshold:.6g}"))
     facts += [

@@ -1,6 +1,6 @@
 """A matrix as a small PNG whose opacity is the value, for the browser to enlarge.
 
-The colour is one; where a value is low the page shows through, so that the picture
+The color is one; where a value is low the page shows through, so that the picture
 suits a light page and a dark one.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from ..calibrate.stats import Array
 
-COLOUR = (42, 120, 214)
+COLOR = (42, 120, 214)
 
 
 def opacity_png(share_YX: Array) -> bytes:
@@ -29,7 +29,7 @@ def opacity_png(share_YX: Array) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
     parts = (
         (b"IHDR", header),
-        (b"PLTE", bytes(COLOUR) * 256),
+        (b"PLTE", bytes(COLOR) * 256),
         (b"tRNS", bytes(range(256))),
         (b"IDAT", zlib.compress(rows.tobytes(), 9)),
         (b"IEND", b""),

@@ -1,4 +1,4 @@
-"""The drawings of the page as inline SVG, coloured by the page's style sheet.
+"""The drawings of the page as inline SVG, colored by the page's style sheet.
 
 Lengths across are shares of the width, so that text keeps its size on any screen.
 Everything that is not a number goes through ``Markup.format``, which escapes it.
@@ -93,7 +93,7 @@ def cluster_map(layer: LayerNumbers, scale: Scale) -> Markup:
 
 
 def merge_tree(layer: LayerNumbers, scale: Scale, threshold: float | None) -> Markup:
-    """The merges of a layer, those of the plan in colour, and the threshold."""
+    """The merges of a layer, those of the plan in color, and the threshold."""
     order = leaf_order(layer.merges, layer.experts)
 
     def y(height: float | None) -> float:
@@ -131,24 +131,24 @@ def leaves(layer: LayerNumbers) -> Markup:
     """Below a map: which experts stay (filled) and go (open), with their numbers."""
     order = leaf_order(layer.merges, layer.experts)
     kept = set(layer.keep)
-    labelled = layer.experts <= MOST_LABELS
+    labeled = layer.experts <= MOST_LABELS
     marks = Markup("").join(
         Markup('<circle class="{}" cx="{:.3f}%" cy="7" r="{}"/>{}').format(
             "kept" if expert in kept else "gone",
             100 * (at + 0.5) / layer.experts,
-            4 if labelled else 1.8,
+            4 if labeled else 1.8,
             Markup('<text x="{:.3f}%" y="25" class="{}">{}</text>').format(
                 100 * (at + 0.5) / layer.experts,
                 "id" if expert in kept else "id off",
                 expert,
             )
-            if labelled
+            if labeled
             else "",
         )
         for at, expert in enumerate(order)
     )
     return Markup('<svg class="leaves" height="{}" aria-hidden="true">{}</svg>').format(
-        30 if labelled else 14, marks
+        30 if labeled else 14, marks
     )
 
 

@@ -7,14 +7,14 @@ with the least squared error of the outputs wins, ties to the smaller a.
 
 Here every s is rounded to a power of two, before it is judged: dividing a norm by it
 and multiplying router rows by it is then exact in bf16, so nothing but what is
-quantised changes at all. Weights are not clipped. D input columns, R output rows, n
+quantized changes at all. Weights are not clipped. D input columns, R output rows, n
 tokens, A candidates.
 """
 
 import torch
 from torch import Tensor
 
-from ..kernels.quantized import Form, dequantise
+from ..kernels.quantized import Form, dequantize
 from .rtn import rtn
 
 CANDIDATES = 20
@@ -47,7 +47,7 @@ def errors(weight_RD: Tensor, x_nD: Tensor, scales: list[Tensor], form: Form) ->
     found = []
     for scale_D in scales:
         matrix = rtn(scaled(weight_RD, scale_D), form)
-        rounded_RD = dequantise(matrix, form, weight_RD.dtype) / scale_D
+        rounded_RD = dequantize(matrix, form, weight_RD.dtype) / scale_D
         error_nR = x_nD @ (exact_RD - rounded_RD).T
         found.append(error_nR.square().sum(dtype=torch.float64))
     return torch.stack(found)

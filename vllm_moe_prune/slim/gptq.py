@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
-from ..kernels.quantized import Form, Quantised, Scales, scales_of
+from ..kernels.quantized import Form, Quantized, Scales, scales_of
 from .quota import BLOCK_COLS
 from .rtn import check_finite, rtn
 from .sparsegpt import DAMPING, inverse_factor
@@ -29,8 +29,8 @@ def gptq(
     *,
     act_order: bool = False,
     damping: float = DAMPING,
-) -> Quantised:
-    """Quantise one matrix to int4; scales are kept in the weight's dtype.
+) -> Quantized:
+    """Quantize one matrix to int4; scales are kept in the weight's dtype.
 
     Where no input was seen (an expert without calibration tokens) it is rounding to
     nearest; inputs that never fired cost nothing and are so rounded too.
@@ -82,7 +82,7 @@ def gptq(
             weight_DR[later].addr_(factor_DD[at, later], error_R, alpha=-1.0)
         weight_DR[rest].addmm_(factor_DD[block, rest].T, error_CR, alpha=-1.0)
     values_RD = torch.empty_like(values_DR).index_copy_(0, order_D, values_DR).T
-    return Quantised(values_RD.contiguous(), grid.scales)
+    return Quantized(values_RD.contiguous(), grid.scales)
 
 
 class _Grid:

@@ -1,4 +1,4 @@
-"""n:m sparsity: of every m neighbours in a row n stay, whatever the score.
+"""n:m sparsity: of every m neighbors in a row n stay, whatever the score.
 
 R output rows, D input columns.
 """

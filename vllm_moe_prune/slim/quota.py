@@ -33,7 +33,7 @@ def groups_in(
             others within the whole matrix.
         rows: Output rows.
         cols: Input columns; a multiple of ``m`` if that is given.
-        m: Of an n:m pattern, whose groups are m neighbours in a row for every method.
+        m: Of an n:m pattern, whose groups are m neighbors in a row for every method.
     """
     if m is not None:
         return {m: rows * (cols // m)}

@@ -4,19 +4,19 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..kernels.quantized import Form, Quantised, quantise_by, scales_of
+from ..kernels.quantized import Form, Quantized, quantize_by, scales_of
 from .wanda import NOT_FINITE_WEIGHTS
 
 
-def rtn(weight_RD: Tensor, form: Form) -> Quantised:
-    """Quantise one matrix without data; scales are kept in the weight's dtype.
+def rtn(weight_RD: Tensor, form: Form) -> Quantized:
+    """Quantize one matrix without data; scales are kept in the weight's dtype.
 
     Raises:
         CheckpointError: If a weight is NaN or infinite.
     """
     check_finite(weight_RD)
     scales = scales_of(weight_RD, form, weight_RD.dtype)
-    return Quantised(quantise_by(weight_RD, scales, form), scales)
+    return Quantized(quantize_by(weight_RD, scales, form), scales)
 
 
 def check_finite(weight_RD: Tensor) -> None:

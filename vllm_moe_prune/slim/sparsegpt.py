@@ -98,7 +98,7 @@ def inverse_factor(hessian_DD: Tensor, damping: float = DAMPING) -> Tensor:
     if failed:
         raise CalibrationError(
             "input statistics are too singular. Calibrate with more tokens, or choose "
-            "slim.method: wanda, or quantise.method: rtn, which invert nothing."
+            "slim.method: wanda, or quantize.method: rtn, which invert nothing."
         )
     upper_DD = lower_DD.flip(0, 1)
     eye_DD = torch.eye(len(upper_DD), dtype=upper_DD.dtype, device=upper_DD.device)

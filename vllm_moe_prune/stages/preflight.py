@@ -72,8 +72,8 @@ def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
         RecipeError: What was asked for cannot be done with this checkpoint.
         PlanError: Its weights are stored in a way that does not allow it.
     """
-    quantises = recipe.quantise.method != "none"
-    check_stored(checkpoint, zeros=recipe.asks_zeros, quantises=quantises)
+    quantizes = recipe.quantize.method != "none"
+    check_stored(checkpoint, zeros=recipe.asks_zeros, quantizes=quantizes)
     # A PlanError says that statistics are missing, and they are.
     with suppress(PlanError):
         make_plan(None, recipe, model_facts(checkpoint), tool_version=__version__)

@@ -58,13 +58,13 @@ def plot_front(tuned: Tuned, path: Path) -> None:
         color="#9aa7b4",
         label="candidates",
     )
-    for one, colour, label in (
+    for one, color, label in (
         (tuned.intact, "#222222", "intact"),
         (best, "#c2410c", best.name),
     ):
         point = (one.file_bytes / mib, perplexity_of(one.loss.mean))
-        axes.scatter(*point, color=colour, zorder=3)
-        axes.annotate(label, point, (6, 6), textcoords="offset points", color=colour)
+        axes.scatter(*point, color=color, zorder=3)
+        axes.annotate(label, point, (6, 6), textcoords="offset points", color=color)
     axes.set_xlabel("size of the files (MiB)")
     axes.set_ylabel("held-out perplexity")
     axes.set_yscale("log")

@@ -222,8 +222,8 @@ def costs_of(checkpoint: Checkpoint, plan: CutPlan) -> Costs:
 
 def _multiplies(checkpoint: Checkpoint, tensor: OutputTensor) -> bool:
     """Whether a tensor is multiplied with every token it sees."""
-    quantised = tensor.stands_for is not None
-    matrix = quantised or len(tensor.shape) >= 2
+    quantized = tensor.stands_for is not None
+    matrix = quantized or len(tensor.shape) >= 2
     return matrix and tensor.name != checkpoint.arch.embedding
 
 

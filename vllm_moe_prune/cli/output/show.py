@@ -83,7 +83,7 @@ def _groups(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 def _compression(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     """What storing experts without their zeros saves."""
     if checkpoint.form is not None:
-        return [("quantised", checkpoint.form.words)]
+        return [("quantized", checkpoint.form.words)]
     if checkpoint.storage is None:
         return []
     dense, stored = checkpoint.tensor_bytes, checkpoint.stored_bytes
@@ -253,7 +253,7 @@ def show_cut(
         ],
     )
     if unseen:
-        how = "rounded to nearest" if plan.is_quantised else "pruned by magnitude"
+        how = "rounded to nearest" if plan.is_quantized else "pruned by magnitude"
         facts(
             f"Experts that no calibration token reached, {how}",
             [(f"layer {layer}", _short(ids)) for layer, ids in unseen.items()],

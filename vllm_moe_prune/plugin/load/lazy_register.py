@@ -74,7 +74,7 @@ class _Then(Loader):
         self.watch.imported()
 
 
-def quantisation(load: Callable[[], type[Any]]) -> type[QuantizationConfig]:
+def quantization(load: Callable[[], type[Any]]) -> type[QuantizationConfig]:
     """Stands for a configuration class until a model has such a configuration.
 
     Args:

@@ -79,9 +79,9 @@ class PruningLoader(BaseModelLoader):
                 "Run `vllm-moe-prune cut` and serve what it writes, or plan with "
                 "slimming by magnitude or none."
             )
-        if plan.is_quantised:
+        if plan.is_quantized:
             raise PlanError(
-                f"{where}: quantises experts, which is not done while loading. Run "
+                f"{where}: quantizes experts, which is not done while loading. Run "
                 "`vllm-moe-prune cut` and serve what it writes."
             )
         return checkpoint, plan

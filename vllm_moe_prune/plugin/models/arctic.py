@@ -107,7 +107,7 @@ class ArcticDecoderLayer(nn.Module):
                 vllm_config,
                 prefix=at,
                 # The published router leaves the weight of a single expert as it is.
-                renormalise=layer.top_k > 1,
+                renormalize=layer.top_k > 1,
             )
         elif layer.norm_only:
             self.block_sparse_moe = Absent()

@@ -2,7 +2,7 @@
 
 Only construction differs: per-layer expert counts, absent MoE sublayers, redirected
 routing. Every forward but that of a layer without MoE, and everything about attention,
-parallelism, LoRA and quantisation, is vLLM's. vLLM imports this file by name.
+parallelism, LoRA and quantization, is vLLM's. vLLM imports this file by name.
 """
 
 from collections.abc import Iterable, Sequence
@@ -58,7 +58,7 @@ class MoePruneMixtralMoE(MixtralMoE):
         vllm_config: VllmConfig,
         *,
         prefix: str,
-        renormalise: bool = True,
+        renormalize: bool = True,
     ) -> None:
         """Like ``MixtralMoE``; router rows need not be as many as experts."""
         nn.Module.__init__(self)
@@ -74,7 +74,7 @@ class MoePruneMixtralMoE(MixtralMoE):
             top_k=layer.top_k,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
-            renormalize=renormalise,
+            renormalize=renormalize,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.experts",
             custom_routing_function=None if self.rows is None else self._route,
@@ -93,7 +93,7 @@ class MoePruneMixtralMoE(MixtralMoE):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # The signature is vLLM's for a custom_routing_function.
         assert self.rows is not None
-        return route_rows(gating_output, self.rows, top_k=topk, renormalise=renormalize)
+        return route_rows(gating_output, self.rows, top_k=topk, renormalize=renormalize)
 
 
 class MoePruneMixtralDecoderLayer(MixtralDecoderLayer):

@@ -95,7 +95,7 @@ def route_rows(
     table: RowTable,
     *,
     top_k: int,
-    renormalise: bool,
+    renormalize: bool,
     sigmoid: bool = False,
     bias_R: torch.Tensor | None = None,
     top_groups: int = 1,
@@ -110,7 +110,7 @@ def route_rows(
         logits_TR: The router's output.
         table: Where rows lead.
         top_k: Slots of a token.
-        renormalise: Whether weights are rescaled to sum to one.
+        renormalize: Whether weights are rescaled to sum to one.
         sigmoid: Scores by sigmoid instead of softmax.
         bias_R: Added to scores for choosing, not for weighing (``noaux_tc``).
         top_groups: How many groups a token may choose from.
@@ -129,7 +129,7 @@ def route_rows(
     if table.counting:
         table.count(rows_TK, best_TK != NEVER)
     weights_TK = scores_TR.gather(1, rows_TK).masked_fill(best_TK == NEVER, 0.0)
-    if renormalise:
+    if renormalize:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
     return weights_TK * table.share_R[rows_TK], table.expert_R[rows_TK]
 

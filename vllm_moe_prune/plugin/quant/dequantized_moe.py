@@ -1,6 +1,6 @@
-"""Quantised routed experts that no kernel runs, made plain ones while they load.
+"""Quantized routed experts that no kernel runs, made plain ones while they load.
 
-Exact, and as large in memory as before they were quantised. D hidden, F width.
+Exact, and as large in memory as before they were quantized. D hidden, F width.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 
 from ...errors import ServeError
-from ...kernels.quantized import Form, dequantise, unpack
+from ...kernels.quantized import Form, dequantize, unpack
 from .expert_parts import PartsLoader, PartsMethod
 
 
 class _Loader(PartsLoader):
-    """Dequantises matrices as soon as their parts are there."""
+    """Dequantizes matrices as soon as their parts are there."""
 
     def __init__(self, layer: Any, form: Form, **sizes: int) -> None:
         super().__init__(layer, form, **sizes)
@@ -30,7 +30,7 @@ class _Loader(PartsLoader):
 
     def place(self, local: int, shard_id: str, parts: dict[str, Tensor]) -> None:
         """One matrix, whole."""
-        dense = dequantise(unpack(parts, self.form), self.form, self.w2_EDF.dtype)
+        dense = dequantize(unpack(parts, self.form), self.form, self.w2_EDF.dtype)
         own = self.own(shard_id, dense)
         if shard_id == "w2":
             self.w2_EDF[local] = own
@@ -39,7 +39,7 @@ class _Loader(PartsLoader):
             self.w13_E2FD[local, at : at + self.width] = own
 
 
-class DequantisingMethod(PartsMethod):
+class DequantizingMethod(PartsMethod):
     """Collects the parts of expert matrices, and leaves plain experts behind."""
 
     loader_class = _Loader

@@ -117,5 +117,5 @@ class ArrivingMethod(FusedMoEMethodBase):
                 delattr(layer, f"{matrix}_{part}")
 
     def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig:
-        """None of vLLM's: what runs is not its kernel for quantised experts."""
+        """None of vLLM's: what runs is not its kernel for quantized experts."""
         return FusedMoEQuantConfig.make()

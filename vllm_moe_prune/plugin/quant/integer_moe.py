@@ -132,7 +132,7 @@ class IntegerMethod(PartsMethod):
         """Run the layer [T, D]; the runner adds shared experts and other processes."""
         if layer.apply_router_weight_on_input:
             raise ServeError(
-                "routing weights on the input of quantised experts are not supported "
+                "routing weights on the input of quantized experts are not supported "
                 "on CPUs."
             )
         return integer_moe(

@@ -1,10 +1,10 @@
-"""Who runs quantised experts on a CPU: vLLM, or this package.
+"""Who runs quantized experts on a CPU: vLLM, or this package.
 
-vLLM's fused kernels for quantised experts on CPUs need AMX, 16-bit activations and a
+vLLM's fused kernels for quantized experts on CPUs need AMX, 16-bit activations and a
 router they know, know neither zero points nor int4 in groups of 32, and leave out no
 expert of another process. Where they do not fit, vLLM stops. Here int4 and int8 experts
 then stay as they are and run by our kernel (``integer_moe.py``); others are turned into
-the model's dtype while they load (``dequantised_moe.py``). On GPUs all is vLLM's.
+the model's dtype while they load (``dequantized_moe.py``). On GPUs all is vLLM's.
 """
 
 import logging
@@ -25,7 +25,7 @@ from ...checkpoint.quantized_tensors import CONFIG_KEY, read_form
 from ...errors import ServeError
 from ..compat import chosen_experts
 from . import integer_moe
-from .dequantized_moe import DequantisingMethod
+from .dequantized_moe import DequantizingMethod
 from .integer_moe import IntegerMethod
 
 log = logging.getLogger(__name__)
@@ -56,13 +56,13 @@ class FallbackConfig(CompressedTensorsConfig):
             return IntegerMethod(layer.moe_config, form)
         log.warning(
             "%s: no kernel runs %s experts on this CPU (vLLM: %s). They are "
-            "dequantised while loading, and take as much memory as %s ones.",
+            "dequantized while loading, and take as much memory as %s ones.",
             prefix,
             form.bits,
             why,
             str(layer.moe_config.in_dtype).removeprefix("torch."),
         )
-        return DequantisingMethod(layer.moe_config, form)
+        return DequantizingMethod(layer.moe_config, form)
 
 
 def _refusal(method: Any, layer: RoutedExperts) -> str | None:

@@ -1,4 +1,4 @@
-"""The quantisation method ``moe_prune``: routed experts without their zeros in memory.
+"""The quantization method ``moe_prune``: routed experts without their zeros in memory.
 
 For any model whose experts are vLLM's ``RoutedExperts``. Selected by a compressed
 checkpoint's ``quantization_config``, or by ``--quantization moe_prune`` on a dense one,
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class MoePruneConfig(QuantizationConfig):
-    """What vLLM asks a quantisation method for."""
+    """What vLLM asks a quantization method for."""
 
     def __init__(
         self,

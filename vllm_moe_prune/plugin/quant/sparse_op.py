@@ -2,7 +2,7 @@
 
 On CPUs it is the compiled kernel. On CUDA devices, experts are decompressed into a
 workspace that all layers share, and vLLM's own fused MoE runs on that: correct, no
-faster than dense, without host synchronisation, so that CUDA graphs can capture it. A
+faster than dense, without host synchronization, so that CUDA graphs can capture it. A
 kernel that multiplies from the compressed form takes the place of ``_on_cuda``.
 """
 

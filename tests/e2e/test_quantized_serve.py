@@ -1,4 +1,4 @@
-"""Quantised experts in real vLLM engines against dequantised ones in plain torch.
+"""Quantized experts in real vLLM engines against dequantized ones in plain torch.
 
 The plugin in float32 has to be right but for rounding. Stock vLLM's kernels compute in
 bfloat16, and those for int4 and int8 round activations to 8 bits on the way.
@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.engine import TOKENS, VOCAB, assert_same, served, served_by_stock
 from tests.family_cases import ENGINE, UNEVEN, UNSORTED
 from tests.gptq_awq import make as make_layout
-from tests.quantised import add_outliers, write_dense, write_untrimmed
+from tests.quantized import add_outliers, write_dense, write_untrimmed
 from tests.reference import DROP_MOE, Cuts, LayerCut, Reference, read_json, write_plan
 from tests.reference_families import FamilyReference, Removed
 from tests.tiny import tiny_checkpoint
@@ -28,7 +28,7 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.execute import cut
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.kernels.quantized import Form
-from vllm_moe_prune.recipes.schema import QuantiseStage
+from vllm_moe_prune.recipes.schema import QuantizeStage
 
 pytestmark = [
     pytest.mark.vllm,
@@ -54,8 +54,8 @@ def make_original(folder: Path, **options: Any) -> Path:
 def make_cut(original: Path, out: Path, cuts: Cuts, stage: dict[str, Any]) -> Path:
     source = open_checkpoint(original)
     path = write_plan(out.with_suffix(".json"), source, cuts)
-    quantise = QuantiseStage.model_validate(stage)
-    plan = load_plan(path).model_copy(update={"quantise": quantise})
+    quantize = QuantizeStage.model_validate(stage)
+    plan = load_plan(path).model_copy(update={"quantize": quantize})
     seeded = torch.Generator().manual_seed(0)
     ids_ST = torch.randint(3, VOCAB, (8, 64), generator=seeded)
     cut(source, plan, out, tokens=Tokens(ids_ST, "random", sha256_of(ids_ST)))
@@ -92,7 +92,7 @@ def test_the_plugin_serves_uneven_deepseek(tmp_path: Path) -> None:
     assert (found_TV - deepseek_says(original, DEEPSEEK)).abs().max() > 0.01
 
 
-def test_the_plugin_serves_what_was_trimmed_after_it_was_quantised(
+def test_the_plugin_serves_what_was_trimmed_after_it_was_quantized(
     tmp_path: Path,
 ) -> None:
     original = make_original(tmp_path / "original")
@@ -103,7 +103,7 @@ def test_the_plugin_serves_what_was_trimmed_after_it_was_quantised(
     assert_same(served(pruned), mixtral_says(dense, MIXTRAL))
 
 
-def test_what_vllm_has_no_kernel_for_stays_quantised(
+def test_what_vllm_has_no_kernel_for_stays_quantized(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     original = make_original(tmp_path / "original", dtype="bfloat16")
@@ -124,21 +124,21 @@ def test_what_vllm_has_no_kernel_for_stays_quantised(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_no_kernel_runs_is_dequantised_with_a_warning(
+def test_what_no_kernel_runs_is_dequantized_with_a_warning(
     dtype: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     original = make_original(tmp_path / "original", dtype=dtype)
     stage = {"method": "rtn", "weights": "fp8"}
     whole = make_cut(original, tmp_path / "whole", {}, stage)
     found_TV = served(whole, dtype=dtype)
-    said = [one.getMessage() for one in caplog.records if "dequantised" in one.message]
+    said = [one.getMessage() for one in caplog.records if "dequantized" in one.message]
     assert len(said) == 4
     assert "layers.0.block_sparse_moe.experts: no kernel runs fp8" in said[0]
     dense = write_dense(whole, tmp_path / "dense")
     assert torch.equal(found_TV, served(dense, dtype=dtype))
 
 
-def test_experts_that_are_not_quantised_are_left_to_vllm(tmp_path: Path) -> None:
+def test_experts_that_are_not_quantized_are_left_to_vllm(tmp_path: Path) -> None:
     folder = make_original(tmp_path / "model")
     expected_TV = mixtral_says(folder)
     form, config = Form("int8"), read_json(folder / "config.json")
@@ -148,7 +148,7 @@ def test_experts_that_are_not_quantised_are_left_to_vllm(tmp_path: Path) -> None
             "config_groups": {"group_0": group | {"input_activations": form.inputs}},
             "format": form.format,
             "quantization_status": "compressed",
-            # float32 is what vLLM's quantised linear layers do not take.
+            # float32 is what vLLM's quantized linear layers do not take.
             "ignore": ["lm_head", r"re:.*self_attn.*", r"re:.*block_sparse_moe.*"],
         }
     )

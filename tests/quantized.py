@@ -1,4 +1,4 @@
-"""Quantised checkpoints read without the package: what each stored number means.
+"""Quantized checkpoints read without the package: what each stored number means.
 
 R rows, C columns, G groups.
 """
@@ -55,18 +55,18 @@ def dense_tensors(folder: Path) -> dict[str, Tensor]:
     return dense
 
 
-def write_dense(quantised: Path, out: Path) -> Path:
-    """A quantised checkpoint as an ordinary one."""
-    return _write(quantised, out, dense_tensors(quantised))
+def write_dense(quantized: Path, out: Path) -> Path:
+    """A quantized checkpoint as an ordinary one."""
+    return _write(quantized, out, dense_tensors(quantized))
 
 
-def write_untrimmed(original: Path, quantised: Path, out: Path) -> Path:
-    """The original with what a trimmed, quantised checkpoint made of its weights.
+def write_untrimmed(original: Path, quantized: Path, out: Path) -> Path:
+    """The original with what a trimmed, quantized checkpoint made of its weights.
 
     Everything is where it was in the original, as references that mask want it.
     """
-    tensors, found = read_tensors(original), dense_tensors(quantised)
-    layers = read_json(quantised / "expert_remap.json")["layers"]
+    tensors, found = read_tensors(original), dense_tensors(quantized)
+    layers = read_json(quantized / "expert_remap.json")["layers"]
     for name, tensor in found.items():
         place = name.split(".")
         if "layers" not in place:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.quantising import INT4, STAGES, planned, quantised, tiny
+from tests.quantizing import INT4, STAGES, planned, quantized, tiny
 from tests.reference import DROP_BLOCK, LayerCut, read_json
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.checkpoint.source import open_checkpoint
@@ -18,7 +18,7 @@ from vllm_moe_prune.errors import (
     PlanError,
     RecipeError,
 )
-from vllm_moe_prune.recipes.schema import QuantiseStage, Recipe, parse_recipe
+from vllm_moe_prune.recipes.schema import QuantizeStage, Recipe, parse_recipe
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,8 @@ def test_the_largest_group_that_fits_is_chosen(
     weights: Any, width: int, size: int | None, tmp_path: Path
 ) -> None:
     source = tiny(tmp_path / "model", width=width)
-    recipe = Recipe(quantise=QuantiseStage(method="rtn", weights=weights))
-    assert pipeline.plan(source, recipe, None).quantise.group_size == size
+    recipe = Recipe(quantize=QuantizeStage(method="rtn", weights=weights))
+    assert pipeline.plan(source, recipe, None).quantize.group_size == size
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
@@ -46,30 +46,30 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         (INT4 | {"group_size": 64}, "96 columns do not divide into groups of 64"),
         (STAGES["fp8"], "blocks of 128 x 128"),
     ):
-        recipe = Recipe(quantise=QuantiseStage.model_validate(stage))
+        recipe = Recipe(quantize=QuantizeStage.model_validate(stage))
         with pytest.raises(RecipeError, match=says):
             pipeline.plan(source, recipe, None)
     for size in ({"group_size": 64}, {}):
-        recipe = Recipe(quantise=QuantiseStage(method="gptq", **size))
+        recipe = Recipe(quantize=QuantizeStage(method="gptq", **size))
         odd = tiny(tmp_path / f"odd-{size}", width=40)
         with pytest.raises(RecipeError, match=r"method: rtn and .*weights: int8"):
             pipeline.plan(odd, recipe, None)
-    quantised(source, tmp_path / "out", {}, INT4)
+    quantized(source, tmp_path / "out", {}, INT4)
     again = open_checkpoint(tmp_path / "out")
-    with pytest.raises(PlanError, match="quantised already"):
-        quantised(again, tmp_path / "twice", {}, INT4)
-    with pytest.raises(CheckpointError, match="its weights are quantised"):
+    with pytest.raises(PlanError, match="quantized already"):
+        quantized(again, tmp_path / "twice", {}, INT4)
+    with pytest.raises(CheckpointError, match="its weights are quantized"):
         convert(again, tmp_path / "twice", "bitmask")
     mean = {0: LayerCut(keep=(0,), clusters=(tuple(range(8)),), reconstruct=True)}
     with pytest.raises(PlanError, match="averages experts"):
-        quantised(again, tmp_path / "twice", mean, {})
+        quantized(again, tmp_path / "twice", mean, {})
     packed = tiny(tmp_path / "packed", layout="block_sparse_moe.packed")
     with pytest.raises(PlanError, match="a tensor for each matrix"):
-        quantised(packed, tmp_path / "twice", {}, INT4)
+        quantized(packed, tmp_path / "twice", {}, INT4)
     fp8 = tiny(tmp_path / "fp8", "deepseek_v3", fp8=(128, 128))
     with pytest.raises(PlanError, match="fp8 already"):
-        quantised(fp8, tmp_path / "twice", {}, INT4)
-    with pytest.raises(CalibrationError, match="quantises by gptq, which needs"):
+        quantized(fp8, tmp_path / "twice", {}, INT4)
+    with pytest.raises(CalibrationError, match="quantizes by gptq, which needs"):
         cut(source, planned(source, {}, STAGES["gptq"]), tmp_path / "twice")
     options = pipeline.RunOptions(layout="bitmask")
     with pytest.raises(PlanError, match="--layout bitmask cannot"):
@@ -82,13 +82,13 @@ def test_a_plan_that_was_edited_is_refused_before_anything_is_written(
     source = tiny(tmp_path / "model", width=96)
     plan = planned(source, {}, INT4)
     wide = plan.model_copy(
-        update={"quantise": QuantiseStage(**INT4 | {"group_size": 64})}
+        update={"quantize": QuantizeStage(**INT4 | {"group_size": 64})}
     )
     layers = tuple(one.model_copy(update={"sparsity": 0.5}) for one in plan.layers)
     both = plan.model_copy(update={"slim": "magnitude", "layers": layers})
     for edited, says in (
         (wide, "w2.weight: 96 columns do not divide into groups of 64"),
-        (both, "writes zeros and quantises"),
+        (both, "writes zeros and quantizes"),
     ):
         with pytest.raises(PlanError, match=says):
             cut(source, edited, tmp_path / "out")
@@ -108,7 +108,7 @@ def test_a_plan_that_was_edited_is_refused_before_anything_is_written(
 def test_dropped_blocks_and_patterns_that_name_layers(
     pattern: str, refused: bool, tmp_path: Path
 ) -> None:
-    quantised(tiny(tmp_path / "model"), tmp_path / "q", {}, INT4)
+    quantized(tiny(tmp_path / "model"), tmp_path / "q", {}, INT4)
     path = tmp_path / "q" / "config.json"
     config = read_json(path)
     config["quantization_config"]["ignore"].append(pattern)
@@ -116,22 +116,22 @@ def test_dropped_blocks_and_patterns_that_name_layers(
     again, out = open_checkpoint(tmp_path / "q"), tmp_path / "out"
     if refused:
         with pytest.raises(PlanError, match="names layers by number"):
-            quantised(again, out, {1: DROP_BLOCK}, {})
+            quantized(again, out, {1: DROP_BLOCK}, {})
         assert not list(tmp_path.glob("out*"))
     else:
-        quantised(again, out, {1: DROP_BLOCK}, {})
+        quantized(again, out, {1: DROP_BLOCK}, {})
         written = read_json(out / "config.json")["quantization_config"]["ignore"]
         assert pattern in written
 
 
 def test_a_scheme_by_name_survives_dropped_blocks(tmp_path: Path) -> None:
     source = tiny(tmp_path / "model")
-    quantised(source, tmp_path / "q", {}, INT4 | {"group_size": 128})
+    quantized(source, tmp_path / "q", {}, INT4 | {"group_size": 128})
     path = tmp_path / "q" / "config.json"
     config = read_json(path)
     config["quantization_config"]["config_groups"] = {"W4A16": ["Linear"]}
     path.write_text(json.dumps(config))
-    quantised(open_checkpoint(tmp_path / "q"), tmp_path / "out", {1: DROP_BLOCK}, {})
+    quantized(open_checkpoint(tmp_path / "q"), tmp_path / "out", {1: DROP_BLOCK}, {})
     block = read_json(tmp_path / "out" / "config.json")["quantization_config"]
     assert block["config_groups"] == {"W4A16": ["Linear"]}
     assert (
@@ -142,14 +142,14 @@ def test_a_scheme_by_name_survives_dropped_blocks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ({"quantise": {"method": "gptq", "weights": "int8"}}, "needs method: rtn"),
-        ({"quantise": {"weights": "fp8", "zero_point": True}}, "needs weights: int4"),
-        ({"quantise": {"weights": "int8", "group_size": 128}}, "int4 or fp8"),
-        ({"quantise": {"weights": "fp8", "group_size": 64}}, "fp8 has 128"),
-        ({"quantise": {"method": "awq", "act_order": True}}, "needs method: gptq"),
-        ({"quantise": {"method": "rtn", "group_size": 16}}, "quantise.group_size"),
-        ({"quantise": {"method": "rtn"}, "total_sparsity": 0.5}, "do not go together"),
-        ({"quantise": {"method": "rtn"}, "tune": {}}, "tune does not try out"),
+        ({"quantize": {"method": "gptq", "weights": "int8"}}, "needs method: rtn"),
+        ({"quantize": {"weights": "fp8", "zero_point": True}}, "needs weights: int4"),
+        ({"quantize": {"weights": "int8", "group_size": 128}}, "int4 or fp8"),
+        ({"quantize": {"weights": "fp8", "group_size": 64}}, "fp8 has 128"),
+        ({"quantize": {"method": "awq", "act_order": True}}, "needs method: gptq"),
+        ({"quantize": {"method": "rtn", "group_size": 16}}, "quantize.group_size"),
+        ({"quantize": {"method": "rtn"}, "total_sparsity": 0.5}, "do not go together"),
+        ({"quantize": {"method": "rtn"}, "tune": {}}, "tune does not try out"),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(

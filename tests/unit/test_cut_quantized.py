@@ -1,4 +1,4 @@
-"""Cuts that quantise, and cuts of what is quantised already. E experts."""
+"""Cuts that quantize, and cuts of what is quantized already. E experts."""
 
 import json
 from functools import partial
@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.quantised import dense_tensors, write_dense, write_untrimmed
-from tests.quantising import INT4, STAGES, planned, quantised, tiny
+from tests.quantized import dense_tensors, write_dense, write_untrimmed
+from tests.quantizing import INT4, STAGES, planned, quantized, tiny
 from tests.reference import (
     DROP_BLOCK,
     DROP_MOE,
@@ -31,7 +31,7 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.execute import cut
 from vllm_moe_prune.cut.verify import verify
 from vllm_moe_prune.errors import PlanError
-from vllm_moe_prune.kernels.quantized import Form, dequantise, pack
+from vllm_moe_prune.kernels.quantized import Form, dequantize, pack
 from vllm_moe_prune.recipes.loading import load_recipe, with_overrides
 from vllm_moe_prune.recipes.schema import Calibration
 from vllm_moe_prune.slim.rtn import rtn
@@ -51,7 +51,7 @@ def test_sizes_are_met_and_the_output_is_what_it_says(
     name: str, tmp_path: Path
 ) -> None:
     source = tiny(tmp_path / "model")
-    plan, result = quantised(source, tmp_path / "out", UNEVEN, STAGES[name])
+    plan, result = quantized(source, tmp_path / "out", UNEVEN, STAGES[name])
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert plan.predicted is not None
     assert len(files) == plan.predicted.shards > 1
@@ -81,7 +81,7 @@ def test_experts_are_near_their_originals_and_all_else_is_the_same(
     family: str, name: str, tmp_path: Path
 ) -> None:
     source = tiny(tmp_path / "model", family)
-    quantised(source, tmp_path / "out", {}, STAGES[name])
+    quantized(source, tmp_path / "out", {}, STAGES[name])
     before = read_tensors(source.folder)
     after = read_tensors(
         write_untrimmed(source.folder, tmp_path / "out", tmp_path / "dense")
@@ -150,7 +150,7 @@ def test_data_makes_the_model_s_answers_better_than_rounding_does(
     truth_STV, lost = says(source.folder), {}
     for name in ("rtn", "gptq", "awq"):
         stage = {"method": name, "group_size": 64}
-        quantised(source, tmp_path / name, {}, stage, samples=32)
+        quantized(source, tmp_path / name, {}, stage, samples=32)
         found_STV = says(write_dense(tmp_path / name, tmp_path / f"{name}-dense"))
         lost[name] = float((truth_STV.exp() * (truth_STV - found_STV)).sum(-1).mean())
     assert 0 < lost["gptq"] < lost["rtn"], lost
@@ -173,23 +173,23 @@ def test_experts_that_no_token_reached_are_rounded_and_reported(tmp_path: Path) 
         for expert in range(16):
             moe = f"model.layers.{record.layer}.block_sparse_moe"
             name = f"{moe}.experts.{expert}.w1.weight"
-            rounded = dequantise(rtn(stored[name], form), form, torch.bfloat16)
+            rounded = dequantize(rtn(stored[name], form), form, torch.bfloat16)
             assert torch.equal(dense[name], rounded) == (expert in record.unseen)
 
 
 @pytest.mark.parametrize("name", ["int4", "awq"])
 def test_a_resumed_cut_writes_the_same_bytes(name: str, tmp_path: Path) -> None:
     source = tiny(tmp_path / "model")
-    quantised(source, tmp_path / "whole", UNEVEN, STAGES[name])
+    quantized(source, tmp_path / "whole", UNEVEN, STAGES[name])
 
     def stop(progress: Any) -> None:
         if progress.layer == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantised(source, tmp_path / "out", UNEVEN, STAGES[name], report=stop)
+        quantized(source, tmp_path / "out", UNEVEN, STAGES[name], report=stop)
     assert not (tmp_path / "out").exists()
-    quantised(source, tmp_path / "out", UNEVEN, STAGES[name], resume=True)
+    quantized(source, tmp_path / "out", UNEVEN, STAGES[name], resume=True)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
@@ -198,10 +198,10 @@ def test_trimming_copies_packed_experts_byte_for_byte(
     name: str, tmp_path: Path
 ) -> None:
     source = tiny(tmp_path / "model")
-    quantised(source, tmp_path / "whole", {}, STAGES[name])
+    quantized(source, tmp_path / "whole", {}, STAGES[name])
     whole = open_checkpoint(tmp_path / "whole")
-    plan, _ = quantised(whole, tmp_path / "st", UNEVEN, {})
-    quantised(source, tmp_path / "ts", UNEVEN, STAGES[name])
+    plan, _ = quantized(whole, tmp_path / "st", UNEVEN, {})
+    quantized(source, tmp_path / "ts", UNEVEN, STAGES[name])
     sides = [read_tensors(tmp_path / side) for side in ("st", "ts")]
     assert sides[0].keys() == sides[1].keys()
     for at, tensor in sides[0].items():
@@ -251,7 +251,7 @@ FOREIGN: dict[str, tuple[Form, str, dict[str, Any]]] = {
 
 
 def foreign(folder: Path, name: str) -> Path:
-    """A checkpoint as llm-compressor writes it: attention is quantised as well."""
+    """A checkpoint as llm-compressor writes it: attention is quantized as well."""
     source = tiny(folder)
     form, stored_as, words = FOREIGN[name]
     config = read_json(folder / "config.json")
@@ -292,13 +292,13 @@ def foreign(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_what_others_quantised_is_read_and_trimmed(name: str, tmp_path: Path) -> None:
+def test_what_others_quantized_is_read_and_trimmed(name: str, tmp_path: Path) -> None:
     folder = foreign(tmp_path / "model", name)
     source, dense = open_checkpoint(folder), dense_tensors(folder)
     assert source.tensors.keys() == dense.keys()
     for at, tensor in dense.items():
         assert raw_bytes(read_weight(source, at)) == raw_bytes(tensor), at
-    quantised(source, tmp_path / "out", UNEVEN, {})
+    quantized(source, tmp_path / "out", UNEVEN, {})
     verify(tmp_path / "out", source)
     before, after = read_tensors(folder), read_tensors(tmp_path / "out")
     kept = {0: (0, (5, 0, 3)), 1: (1, ()), 2: (3, (1, 2, 4, 6, 7))}
@@ -334,27 +334,27 @@ def test_what_others_quantised_is_read_and_trimmed(name: str, tmp_path: Path) ->
 
 def test_layers_named_in_the_config_keep_their_meaning(tmp_path: Path) -> None:
     source = tiny(tmp_path / "model")
-    quantised(source, tmp_path / "whole", {}, INT4)
+    quantized(source, tmp_path / "whole", {}, INT4)
     path = tmp_path / "whole" / "config.json"
     config = read_json(path)
     ignored = ["lm_head", *(f"model.layers.{at}.self_attn.q_proj" for at in range(4))]
     config["quantization_config"]["ignore"] = ignored
     path.write_text(json.dumps(config))
     whole = open_checkpoint(tmp_path / "whole")
-    quantised(whole, tmp_path / "out", UNEVEN, {})
+    quantized(whole, tmp_path / "out", UNEVEN, {})
     found = read_json(tmp_path / "out" / "config.json")["quantization_config"]
     assert found["ignore"] == ignored[:4]
     config["quantization_config"]["ignore"] = ["re:model.layers.3.*"]
     path.write_text(json.dumps(config))
     with pytest.raises(PlanError, match=r"names layers by number"):
-        quantised(open_checkpoint(tmp_path / "whole"), tmp_path / "no", UNEVEN, {})
+        quantized(open_checkpoint(tmp_path / "whole"), tmp_path / "no", UNEVEN, {})
 
 
 def test_the_config_is_what_the_library_reads_and_leaves_the_rest_alone(
     tmp_path: Path,
 ) -> None:
     source = tiny(tmp_path / "model", "deepseek_v3")
-    quantised(source, tmp_path / "out", {}, STAGES["gptq-ordered"])
+    quantized(source, tmp_path / "out", {}, STAGES["gptq-ordered"])
     block = read_json(tmp_path / "out" / "config.json")["quantization_config"]
     assert block["quant_method"] == "compressed-tensors"
     assert block["format"] == "pack-quantized"
@@ -387,7 +387,7 @@ def test_combined_recipes_scale_to_any_depth(
     actions = [layer.action for layer in plan.layers]
     assert actions.count(action[0]) == action[1]
     assert actions.count("keep") == 8 - action[1]
-    assert plan.quantise.group_size == 128
+    assert plan.quantize.group_size == 128
     assert verified.experts == 4 * (8 - action[1])
     block = read_json(tmp_path / "out" / "config.json")["quantization_config"]
     assert block["format"] == "pack-quantized"

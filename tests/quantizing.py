@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tests.quantised import add_outliers
+from tests.quantized import add_outliers
 from tests.reference import Cuts, write_plan
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune.calibrate.data import load_tokens
@@ -12,7 +12,7 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.execute import CutResult, cut
 from vllm_moe_prune.cut.predict import with_prediction
 from vllm_moe_prune.decide.cut_plan import CutPlan, load_plan
-from vllm_moe_prune.recipes.schema import Calibration, QuantiseStage
+from vllm_moe_prune.recipes.schema import Calibration, QuantizeStage
 
 INT4 = {"method": "rtn", "weights": "int4", "group_size": 32}
 STAGES: dict[str, dict[str, Any]] = {
@@ -36,13 +36,13 @@ def tiny(folder: Path, model_type: str = "mixtral", **options: Any) -> Checkpoin
 def planned(checkpoint: Checkpoint, cuts: Cuts, stage: dict[str, Any]) -> CutPlan:
     path = checkpoint.folder.with_name("plan.json")
     plan = load_plan(write_plan(path, checkpoint, cuts))
-    stage_model = QuantiseStage.model_validate(stage)
+    stage_model = QuantizeStage.model_validate(stage)
     return with_prediction(
-        checkpoint, plan.model_copy(update={"quantise": stage_model}), 60_000
+        checkpoint, plan.model_copy(update={"quantize": stage_model}), 60_000
     )
 
 
-def quantised(
+def quantized(
     checkpoint: Checkpoint,
     out: Path,
     cuts: Cuts,

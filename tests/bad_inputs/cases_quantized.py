@@ -1,4 +1,4 @@
-"""Quantised checkpoints that were tampered with, and wishes that nothing meets."""
+"""Quantized checkpoints that were tampered with, and wishes that nothing meets."""
 
 from functools import cache
 from pathlib import Path
@@ -16,10 +16,10 @@ from vllm_moe_prune.decide.cut_plan import load_plan
 from .case import Case, Change, Spoil, added, gone, in_json, in_tensors
 
 BASE = "model.layers.1.block_sparse_moe.experts.1.w2"
-VERIFY = "verify quantised --json"
-EVAL = "eval quantised --text text.txt --sequence-length 32 --max-tokens 64 --json"
-CONFIG = "quantised/config.json"
-FILE = "quantised/model.safetensors"
+VERIFY = "verify quantized --json"
+EVAL = "eval quantized --text text.txt --sequence-length 32 --max-tokens 64 --json"
+CONFIG = "quantized/config.json"
+FILE = "quantized/model.safetensors"
 INT4 = {"method": "rtn", "group_size": 32, "zero_point": True}
 
 
@@ -30,18 +30,18 @@ def good() -> dict[str, bytes]:
         folder = Path(name)
         sizes = {"layers": 2, "experts": 2, "hidden": 64, "width": 64}
         source = open_checkpoint(tiny_checkpoint(folder / "ckpt", **sizes))
-        plan = write_plan(folder / "plan.json", source, {}, quantise=INT4)
+        plan = write_plan(folder / "plan.json", source, {}, quantize=INT4)
         cut(source, load_plan(plan), folder / "out")
         return {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
 
 
-def quantised(then: Spoil) -> Spoil:
+def quantized(then: Spoil) -> Spoil:
     """That checkpoint, then spoilt."""
 
     def spoil(folder: Path) -> None:
-        (folder / "quantised").mkdir()
+        (folder / "quantized").mkdir()
         for name, data in good().items():
-            (folder / "quantised" / name).write_bytes(data)
+            (folder / "quantized" / name).write_bytes(data)
         then(folder)
 
     return spoil
@@ -50,12 +50,12 @@ def quantised(then: Spoil) -> Spoil:
 def parts(**changes: Change) -> Spoil:
     """Change parts of one matrix: what each is becomes what its function returns."""
     named = {f"{BASE}.weight_{part}": change for part, change in changes.items()}
-    return quantised(in_tensors(FILE, named))
+    return quantized(in_tensors(FILE, named))
 
 
 def block(**values: Any) -> Spoil:
     """Change the ``quantization_config`` block."""
-    return quantised(
+    return quantized(
         in_json(CONFIG, lambda config: config["quantization_config"].update(values))
     )
 
@@ -67,7 +67,7 @@ def weights(**values: Any) -> Spoil:
         (group,) = config["quantization_config"]["config_groups"].values()
         group["weights"].update(values)
 
-    return quantised(in_json(CONFIG, edit))
+    return quantized(in_json(CONFIG, edit))
 
 
 G_IDX = added(FILE, f"{BASE}.weight_g_idx", torch.arange(64).int())
@@ -116,7 +116,7 @@ CASES = [
         "a group index",
         VERIFY,
         (BASE, "weight_g_idx"),
-        quantised(G_IDX),
+        quantized(G_IDX),
     ),
     Case(
         "groups that do not divide rows",
@@ -131,20 +131,20 @@ CASES = [
     Case("groups that are a list", VERIFY, ("quantization_",), block(config_groups=[])),
     Case("no groups", VERIFY, ("Supported",), block(config_groups={})),
     Case(
-        "quantised again",
-        "run quantised new --recipe gptq4 --calibration text.txt --samples 2 "
+        "quantized again",
+        "run quantized new --recipe gptq4 --calibration text.txt --samples 2 "
         "--sequence-length 32 --json",
-        ("quantised already",),
-        quantised(lambda folder: None),
+        ("quantized already",),
+        quantized(lambda folder: None),
     ),
     Case(
         "without its zeros",
-        "convert quantised new --layout bitmask",
-        ("are quantised",),
-        quantised(lambda folder: None),
+        "convert quantized new --layout bitmask",
+        ("are quantized",),
+        quantized(lambda folder: None),
     ),
     Case(
-        "quantise: 48 columns in groups of 32",
+        "quantize: 48 columns in groups of 32",
         "run ckpt new --recipe awq4 --calibration text.txt",
         ("48 columns", "int8"),
     ),

@@ -1,4 +1,4 @@
-"""Every quantiser equals its definition, written down again value by value.
+"""Every quantizer equals its definition, written down again value by value.
 
 R rows, D columns.
 """
@@ -19,8 +19,8 @@ from vllm_moe_prune.kernels.quantized import (
     SHAPE,
     ZERO,
     Form,
-    Quantised,
-    dequantise,
+    Quantized,
+    dequantize,
     pack,
     unpack,
 )
@@ -122,7 +122,7 @@ def test_rounding_to_nearest(
 
 @settings(max_examples=40)
 @given(seed=SEEDS, form=FORMS, dtype=DTYPES)
-def test_what_is_stored_is_what_was_quantised(
+def test_what_is_stored_is_what_was_quantized(
     seed: int, form: Form, dtype: torch.dtype
 ) -> None:
     weight_RD = weights(seed, 128, 256, dtype)
@@ -143,9 +143,9 @@ def test_what_is_stored_is_what_was_quantised(
         at = row // high, col // wide
         shift = 0 if zero is None else int(zero[at])
         expected = (float(values[row, col]) - shift) * float(scale[at])
-        dense = dequantise(again, form, dtype)[row, col]
+        dense = dequantize(again, form, dtype)[row, col]
         assert dense == torch.tensor(expected).to(dtype)
-    error = (dequantise(again, form, torch.float32) - weight_RD.float()).abs()
+    error = (dequantize(again, form, torch.float32) - weight_RD.float()).abs()
     steps = scale.float().repeat_interleave(high, 0).repeat_interleave(wide, 1)
     # Half a step, a step where the symmetric range clips; e4m3's steps grow to 32.
     assert (error <= (33 if form.bits == "fp8" else 1.01) * steps).all()
@@ -177,7 +177,7 @@ def round_column(
 def naive_gptq(
     weight_RD: Tensor, hessian_DD: Tensor, form: Form, *, act_order: bool
 ) -> tuple[Tensor, Tensor]:
-    """Optimal brain quantisation of all rows in one order, an inverse for each step.
+    """Optimal brain quantization of all rows in one order, an inverse for each step.
 
     Returns:
         Values and scales.
@@ -224,7 +224,7 @@ def naive_gptq(
     act_order=st.booleans(),
     dead=st.integers(0, 2),
 )
-def test_gptq_is_optimal_brain_quantisation(
+def test_gptq_is_optimal_brain_quantization(
     seed: int, size: int, zero_point: bool, act_order: bool, dead: int
 ) -> None:
     form = Form("int4", size, zero_point)
@@ -249,7 +249,7 @@ def test_gptq_loses_less_than_rounding(
     x_ND = random(seed + 1, 600, 256) @ random(seed + 2, 256, 256)
     found = gptq(weight_RD, x_ND.T @ x_ND, form, act_order=act_order)
     losses = [
-        (x_ND @ (dequantise(each, form, dtype) - weight_RD).float().T).square().sum()
+        (x_ND @ (dequantize(each, form, dtype) - weight_RD).float().T).square().sum()
         for each in (found, rtn(weight_RD, form))
     ]
     assert losses[0] < 0.7 * losses[1]
@@ -262,7 +262,7 @@ def test_gptq_without_inputs_is_rounding() -> None:
     assert pairs_equal(found, rtn(weight_RD, form))
 
 
-def pairs_equal(one: Quantised, two: Quantised) -> bool:
+def pairs_equal(one: Quantized, two: Quantized) -> bool:
     zeros = [matrix.scales.zero_RG for matrix in (one, two)]
     same = torch.equal(one.values_RC, two.values_RC)
     same &= torch.equal(one.scales.scale_RG, two.scales.scale_RG)
@@ -271,15 +271,15 @@ def pairs_equal(one: Quantised, two: Quantised) -> bool:
     return same and torch.equal(zeros[0], zeros[1])
 
 
-def test_what_cannot_be_quantised_is_refused() -> None:
+def test_what_cannot_be_quantized_is_refused() -> None:
     form = Form("int4", 32)
     weight_RD = random(0, 8, 64)
     with pytest.raises(CalibrationError, match="NaN or infinity"):
         gptq(weight_RD, torch.full((64, 64), math.inf), form)
     weight_RD[3, 5] = math.nan
-    for quantise in (rtn, lambda w, f: gptq(w, torch.eye(64), f)):
+    for quantize in (rtn, lambda w, f: gptq(w, torch.eye(64), f)):
         with pytest.raises(CheckpointError, match="NaN or infinite weights"):
-            quantise(weight_RD, form)
+            quantize(weight_RD, form)
 
 
 @settings(max_examples=25)
@@ -298,7 +298,7 @@ def test_awq_takes_the_scale_with_the_least_error(
         scale = [2.0 ** round(math.log2(each / middle)) for each in power]
         scale_D = torch.tensor([min(256.0, max(1 / 256, each)) for each in scale])
         scaled_RD = (weight_RD.float() * scale_D).bfloat16()
-        rounded_RD = dequantise(rtn(scaled_RD, form), form, torch.bfloat16)
+        rounded_RD = dequantize(rtn(scaled_RD, form), form, torch.bfloat16)
         error_RD = weight_RD.double() - rounded_RD.double() / scale_D.double()
         losses.append(float((x_nD.double() @ error_RD.T).square().sum()))
         scales.append(scale_D)
