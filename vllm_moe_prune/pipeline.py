@@ -17,7 +17,7 @@ from .calibrate.stats import Stats, load_stats, save_stats
 from .checkpoint.open import Checkpoint
 from .checkpoint.output_path import check_file, check_folder
 from .checkpoint.source import open_checkpoint
-from .cut.convert import Converted, parse_layout
+from .cut.convert import Converted, parse_storage
 from .cut.convert import convert as convert_checkpoint
 from .cut.execute import CutResult
 from .cut.execute import cut as cut_checkpoint
@@ -72,17 +72,17 @@ def cut(
     started = time.monotonic()
     check_options(checkpoint, out, options)
     check_plan(decided, checkpoint.layers, checkpoint.fingerprint, where)
-    if options.layout != "dense" and decided.is_quantized:
+    if options.storage != "dense" and decided.is_quantized:
         raise PlanError(
-            f"{where}: quantizes experts, which --layout {options.layout} cannot "
-            "store. Leave --layout out."
+            f"{where}: quantizes experts, which --storage {options.storage} cannot "
+            "store. Leave --storage out."
         )
     if tokens is None and decided.needs_activations:
         asked = decided.recipe.calibration
         if text is not None:
             asked = asked.model_copy(update={"source": text})
         tokens = tokens_of(checkpoint, asked)
-    dense = out if options.layout == "dense" else staging_folder(out)
+    dense = out if options.storage == "dense" else staging_folder(out)
     result = cut_checkpoint(
         checkpoint,
         decided,
@@ -106,13 +106,13 @@ def cut(
 
 
 def convert(checkpoint: Checkpoint, out: Path, options: RunOptions) -> Converted:
-    """Write a checkpoint again in ``options.layout``, bit for bit the same weights."""
+    """Write a checkpoint again in ``options.storage``, bit for bit the same weights."""
     check_folder(out, checkpoint.folder)
     check_output(out, resume=options.resume, overwrite=options.overwrite)
     return convert_checkpoint(
         checkpoint,
         out,
-        options.layout,
+        options.storage,
         resume=options.resume,
         overwrite=options.overwrite,
         max_shard_bytes=options.max_shard_bytes,
@@ -246,7 +246,7 @@ def _run_zeros_first(
     first, second = halves(stats, recipe, model_facts(checkpoint))
     between = out.with_name(out.name + ".zeros")
     if not (options.resume and between.is_dir()):
-        dense = dataclasses.replace(options, layout="dense")
+        dense = dataclasses.replace(options, storage="dense")
         run(checkpoint, first, between, dense)
     result = run(open_checkpoint(between), second, out, options)
     shutil.rmtree(between)
@@ -262,7 +262,7 @@ __all__ = [
     "cut",
     "measure",
     "measuring_tokens",
-    "parse_layout",
+    "parse_storage",
     "plan",
     "plan_sweep",
     "recover",

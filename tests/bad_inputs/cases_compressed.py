@@ -108,14 +108,14 @@ CASES = [
     ),
     Case(
         "damage found while converting back",
-        "convert packed new --layout dense --json",
+        "convert packed new --storage dense --json",
         (BASE, "offsets"),
         parts(offsets=lambda t: t.flip(0)),
         leaves=("new.partial/*",),
     ),
     Case(
         "an unknown layout",
-        "convert ckpt new --layout zip",
+        "convert ckpt new --storage zip",
         ("zip", "dense, bitmask"),
     ),
 ]

@@ -139,7 +139,7 @@ CASES = [
     ),
     Case(
         "without its zeros",
-        "convert quantized new --layout bitmask",
+        "convert quantized new --storage bitmask",
         ("are quantized",),
         quantized(lambda folder: None),
     ),

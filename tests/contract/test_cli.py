@@ -32,7 +32,7 @@ RUNS = {
     "measure": f"measure ckpt -o new.safetensors --calibration text.txt {SMALL}",
     "plan": f"plan ckpt --stats stats.safetensors -o p.json --keep 3 {SMALL}",
     "cut": "cut ckpt --plan plan.json -o new --calibration text.txt",
-    "convert": "convert out new --layout bitmask",
+    "convert": "convert out new --storage bitmask",
     "verify": "verify out --source ckpt",
     "run": f"run ckpt new --calibration text.txt --keep 3 {SMALL}",
     "recover": f"recover out new --method lora --steps 2 --calibration text.txt {SMALL}"

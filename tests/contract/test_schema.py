@@ -64,7 +64,7 @@ def test_a_compressed_checkpoint_is_what_the_schema_promises(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    ran = run_cli("convert ckpt packed --layout bitmask", monkeypatch, capsys)
+    ran = run_cli("convert ckpt packed --storage bitmask", monkeypatch, capsys)
     assert ran.status == 0, ran
     validator(BLOCK).validate(read(folder / "packed/config.json")[BLOCK])
 

@@ -26,7 +26,7 @@ from vllm_moe_prune.pipeline import RunOptions, convert, cut, verify
 from vllm_moe_prune.plugin.launch import needs_plugin
 from vllm_moe_prune.recipes.schema import Recipe
 
-PACKED = RunOptions(layout="bitmask")
+PACKED = RunOptions(storage="bitmask")
 LAYERS = 3
 TIMES = "run.json"
 
@@ -211,20 +211,20 @@ def test_a_killed_conversion_continues_with_the_same_bytes(
 ) -> None:
     dense, whole, killed = (tmp_path / name for name in ("dense", "whole", "killed"))
     cut(source, plan(source), dense, RunOptions())
-    small = RunOptions(layout="bitmask", max_shard_bytes=20_000)
+    small = RunOptions(storage="bitmask", max_shard_bytes=20_000)
     convert(open_checkpoint(dense), whole, small)
 
     def stop(progress: object) -> None:
         if getattr(progress, "stage", "") == "convert":
             raise KeyboardInterrupt
 
-    options = RunOptions(layout="bitmask", max_shard_bytes=20_000, report=stop)
+    options = RunOptions(storage="bitmask", max_shard_bytes=20_000, report=stop)
     with pytest.raises(KeyboardInterrupt):
         convert(open_checkpoint(dense), killed, options)
     assert not killed.exists()
     with pytest.raises(OutputError, match="--resume"):
         convert(open_checkpoint(dense), killed, small)
-    resumed = RunOptions(layout="bitmask", max_shard_bytes=20_000, resume=True)
+    resumed = RunOptions(storage="bitmask", max_shard_bytes=20_000, resume=True)
     convert(open_checkpoint(dense), killed, resumed)
     same_files(whole, killed)
 

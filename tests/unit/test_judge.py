@@ -281,7 +281,7 @@ def test_the_two_between_are_made_from_the_plan_of_both(
 def test_what_is_made_stores_zeros_as_both_does_and_is_of_its_plan(
     original: Subject, both: Subject, tmp_path: Path
 ) -> None:
-    options = pipeline.RunOptions(layout="bitmask")
+    options = pipeline.RunOptions(storage="bitmask")
     packed = tmp_path / "packed"
     pipeline.cut(original.checkpoint, plan_in(both.checkpoint), packed, options)
     roles = cast(original, [Subject(open_checkpoint(packed), str(packed))])
@@ -411,7 +411,7 @@ def naive_flops(subject: Subject, tokens: int = 2048) -> int:
 
 def test_sizes_are_those_of_what_is_stored(both: Subject, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
-    pipeline.convert(both.checkpoint, packed, pipeline.RunOptions(layout="bitmask"))
+    pipeline.convert(both.checkpoint, packed, pipeline.RunOptions(storage="bitmask"))
     found, dense = size_of(open_checkpoint(packed)), size_of(both.checkpoint)
     assert found.weight_bytes < dense.weight_bytes
     assert found.file_bytes == sum(

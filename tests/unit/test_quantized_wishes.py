@@ -71,8 +71,8 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         quantized(fp8, tmp_path / "twice", {}, INT4)
     with pytest.raises(CalibrationError, match="quantizes by gptq, which needs"):
         cut(source, planned(source, {}, STAGES["gptq"]), tmp_path / "twice")
-    options = pipeline.RunOptions(layout="bitmask")
-    with pytest.raises(PlanError, match="--layout bitmask cannot"):
+    options = pipeline.RunOptions(storage="bitmask")
+    with pytest.raises(PlanError, match="--storage bitmask cannot"):
         pipeline.cut(source, planned(source, {}, INT4), tmp_path / "twice", options)
 
 

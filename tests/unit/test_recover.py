@@ -249,7 +249,7 @@ def test_what_is_stored_without_zeros(tmp_path: Path) -> None:
     """Routers and attention can be trained; experts are refused elsewhere."""
     original, pruned = make(tmp_path, MIXTRAL)
     packed = tmp_path / "packed"
-    convert(open_checkpoint(pruned), packed, RunOptions(layout="bitmask"))
+    convert(open_checkpoint(pruned), packed, RunOptions(storage="bitmask"))
     assert open_checkpoint(packed).storage is not None
     record = go(tmp_path, packed, ask(packed, "lora", learning_rate=5e-3))
     assert check_same_but(packed, tmp_path / "out", HOLDS["attention"]) == 16

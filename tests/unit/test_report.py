@@ -296,7 +296,7 @@ def test_a_compressed_output_gives_the_same_report_but_for_its_size(
     folder: Path, numbers: Numbers, tmp_path: Path
 ) -> None:
     output = open_checkpoint(folder / "out")
-    convert(output, tmp_path / "packed", RunOptions(layout="bitmask"))
+    convert(output, tmp_path / "packed", RunOptions(storage="bitmask"))
     packed = read_numbers(tmp_path / "packed")
     assert packed.bytes_after == open_checkpoint(tmp_path / "packed").stored_bytes
     assert packed.bytes_after < numbers.bytes_after

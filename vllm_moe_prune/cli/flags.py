@@ -42,8 +42,13 @@ Overwrite = Annotated[
 ShardSize = Annotated[
     str, flag("Largest output file, e.g. 5GB (decimal, as on the Hub).")
 ]
-Layout = Annotated[
-    str, flag("How expert weights are stored: dense, or bitmask (without zeros).")
+StoredAs = Annotated[
+    str,
+    flag(
+        "How expert weights are stored: dense, or bitmask (without zeros).",
+        "--storage",
+        "--layout",
+    ),
 ]
 
 

@@ -14,7 +14,6 @@ from .flags import (
     Drop,
     Json,
     Keep,
-    Layout,
     Length,
     Overwrite,
     RecipeName,
@@ -26,6 +25,7 @@ from .flags import (
     ShardSize,
     Slim,
     Source,
+    StoredAs,
     Text,
     Total,
     asked_recipe,
@@ -142,7 +142,7 @@ def cut(
     revision: Revision = None,
     calibration: Text = None,
     device: Device = "cpu",
-    layout: Layout = "dense",
+    storage: StoredAs = "dense",
     shard_size: ShardSize = "5GB",
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -160,7 +160,7 @@ def cut(
     from .output.show import show_cut
 
     started = time.monotonic()
-    stored = pipeline.parse_layout(layout)
+    stored = pipeline.parse_storage(storage)
     max_shard_bytes = parse_size(shard_size)
     decided = load_plan(plan)
     checkpoint = open_checkpoint(source, revision)
@@ -177,7 +177,10 @@ def cut(
 def convert(
     source: Source,
     output: Annotated[Path, typer.Argument(help="Output folder.")],
-    layout: Annotated[str, flag("bitmask (zeros are not stored) or dense.")],
+    storage: Annotated[
+        str,
+        flag("bitmask (zeros are not stored) or dense.", "--storage", "--layout"),
+    ],
     revision: Revision = None,
     shard_size: ShardSize = "5GB",
     resume: Resume = False,
@@ -186,7 +189,7 @@ def convert(
 ) -> None:
     """Store a checkpoint's expert weights without their zeros, or dense again.
 
-    Example: `vllm-moe-prune convert DENSE OUT --layout bitmask`
+    Example: `vllm-moe-prune convert DENSE OUT --storage bitmask`
     """
     from .. import pipeline
     from ..checkpoint.source import open_checkpoint
@@ -194,7 +197,7 @@ def convert(
     from .output.draw import resumable, watching
     from .output.show import show_converted
 
-    stored = pipeline.parse_layout(layout)
+    stored = pipeline.parse_storage(storage)
     max_shard_bytes = parse_size(shard_size)
     checkpoint = open_checkpoint(source, revision)
     with resumable(RESUME), watching(as_json) as report:
@@ -248,7 +251,7 @@ def run(
         Path | None, flag("Use this statistics file, or keep it here.")
     ] = None,
     device: Device = "cpu",
-    layout: Layout = "dense",
+    storage: StoredAs = "dense",
     shard_size: ShardSize = "5GB",
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -266,7 +269,7 @@ def run(
 
     started = time.monotonic()
     asked = asked_recipe(context)
-    stored = pipeline.parse_layout(layout)
+    stored = pipeline.parse_storage(storage)
     max_shard_bytes = parse_size(shard_size)
     checkpoint = open_checkpoint(source, revision)
     with resumable(RESUME), watching(as_json) as report:

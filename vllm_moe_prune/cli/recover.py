@@ -60,7 +60,7 @@ def recover(
 ) -> None:
     """Train a pruned checkpoint: routers alone, adapters (merged), or everything.
 
-    Weights that are zero stay zero, files keep their layout, and what is not trained
+    Weights that are zero stay zero, files keep their storage, and what is not trained
     is copied byte for byte. Routers are trained layer by layer in bounded memory;
     for lora and full the model has to fit.
 

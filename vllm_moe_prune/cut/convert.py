@@ -39,27 +39,27 @@ from .copy import CHUNK_BYTES, tensor_view
 from .output import companions, copy_companions, copy_records, open_workspace, publish
 from .slice import names_in_order
 
-LayoutName = Literal["dense", "bitmask"]
-LAYOUTS: tuple[LayoutName, ...] = ("dense", "bitmask")
+StorageName = Literal["dense", "bitmask"]
+STORAGES: tuple[StorageName, ...] = ("dense", "bitmask")
 NOTE = """
 ## Stored compressed
 
 This copy stores its expert weights without their zeros. vLLM needs the plugin
 (`pip install vllm-moe-prune`) to read it, whatever is said above about the plain
-weights, which `vllm-moe-prune convert <this folder> OUT --layout dense` gives back.
+weights, which `vllm-moe-prune convert <this folder> OUT --storage dense` gives back.
 """
 
 
-def parse_layout(name: str) -> LayoutName:
-    """The layout a user named.
+def parse_storage(name: str) -> StorageName:
+    """The storage a user named.
 
     Raises:
-        RecipeError: There is no such layout.
+        RecipeError: There is no such storage.
     """
-    for layout in LAYOUTS:
-        if name == layout:
-            return layout
-    raise RecipeError(f"layout {name!r} is not one of: {', '.join(LAYOUTS)}.")
+    for storage in STORAGES:
+        if name == storage:
+            return storage
+    raise RecipeError(f"storage {name!r} is not one of: {', '.join(STORAGES)}.")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Converted:
     """What a conversion wrote."""
 
     out: Path
-    layout: LayoutName
+    storage: StorageName
     dense_bytes: int
     """Of all tensors in their dense form."""
     stored_bytes: int
@@ -104,19 +104,19 @@ class Converted:
 def convert(
     checkpoint: Checkpoint,
     out: Path,
-    layout: LayoutName,
+    storage: StorageName,
     *,
     resume: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     report: Report = ignore,
 ) -> Converted:
-    """Write ``checkpoint`` to ``out`` in another layout; everything else stays.
+    """Write ``checkpoint`` to ``out`` in another storage; everything else stays.
 
     Args:
-        checkpoint: The input, in either layout.
+        checkpoint: The input, in either storage.
         out: The output folder, which appears when everything is in it.
-        layout: How expert weights are stored there.
+        storage: How expert weights are stored there.
         resume: Continue an interrupted conversion.
         overwrite: Replace an existing output once the new one is complete.
         max_shard_bytes: Size limit of one output file.
@@ -132,12 +132,12 @@ def convert(
             f"{checkpoint.folder}: its weights are quantized; only those that are not "
             "can be stored without their zeros."
         )
-    plan, dense_layers = _plan(checkpoint, layout, report)
+    plan, dense_layers = _plan(checkpoint, storage, report)
     shards = plan_shards(
         [part for item in plan for part in item.parts], max_shard_bytes
     )
-    config = _config(checkpoint, layout, dense_layers)
-    digest = hashlib.sha256(checkpoint.fingerprint.encode() + layout.encode())
+    config = _config(checkpoint, storage, dense_layers)
+    digest = hashlib.sha256(checkpoint.fingerprint.encode() + storage.encode())
     for shard in shards:
         digest.update(shard.header)
     key = digest.hexdigest()
@@ -156,7 +156,7 @@ def convert(
                 (space.partial / name).write_bytes(index)
             copy_companions(checkpoint, space.partial)
             copy_records(checkpoint, space.partial)
-            _write_card(checkpoint, space.partial, layout)
+            _write_card(checkpoint, space.partial, storage)
             text = json.dumps(config, indent=2) + "\n"
             (space.partial / "config.json").write_text(text, "utf-8")
             publish(space)
@@ -167,7 +167,7 @@ def convert(
         space.release()
     return Converted(
         out,
-        layout,
+        storage,
         checkpoint.tensor_bytes,
         sum(sum(shard.sizes.values()) for shard in shards),
         sum(shard.file_bytes for shard in shards),
@@ -176,12 +176,12 @@ def convert(
 
 
 def _plan(
-    checkpoint: Checkpoint, layout: LayoutName, report: Report
+    checkpoint: Checkpoint, storage: StorageName, report: Report
 ) -> tuple[list[Stored], tuple[int, ...]]:
     """Every tensor to be written, and the MoE layers that stay dense."""
     compressed: dict[str, Stored] = {}
     dense_layers = []
-    if layout == "bitmask":
+    if storage == "bitmask":
         group = _pattern(checkpoint)
         for layer in checkpoint.moe_layers:
             found = list(_compress(checkpoint, layer, group))
@@ -279,9 +279,9 @@ def _write(item: Stored, writer: ShardWriter) -> None:
 
 
 def _config(
-    checkpoint: Checkpoint, layout: LayoutName, dense_layers: tuple[int, ...]
+    checkpoint: Checkpoint, storage: StorageName, dense_layers: tuple[int, ...]
 ) -> dict[str, Any]:
-    if layout == "dense":
+    if storage == "dense":
         return checkpoint.config
     # A pruned checkpoint gets the class that verifies it before it loads a weight.
     arch = checkpoint.arch.pruned_architecture if checkpoint.remap else None
@@ -290,11 +290,11 @@ def _config(
     )
 
 
-def _write_card(checkpoint: Checkpoint, folder: Path, layout: LayoutName) -> None:
+def _write_card(checkpoint: Checkpoint, folder: Path, storage: StorageName) -> None:
     text = source_card(checkpoint)
     if text is None:
         return
-    note = NOTE if layout == "bitmask" else ""
+    note = NOTE if storage == "bitmask" else ""
     (folder / "README.md").write_text(text.removesuffix(NOTE) + note, "utf-8")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.source import open_checkpoint
-from ..cut.convert import LayoutName
+from ..cut.convert import StorageName
 from ..decide.cut_plan import CutPlan, load_plan
 from ..errors import EvaluationError
 from ..pipeline import RunOptions, cut
@@ -135,10 +135,10 @@ def make_roles(
     for role, plan in plans.items():
         out = folder / role
         compressed = plan.is_slimmed and roles["both"].checkpoint.storage is not None
-        layout: LayoutName = "bitmask" if compressed else "dense"
+        storage: StorageName = "bitmask" if compressed else "dense"
         if not out.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
-            asked = replace(options, layout=layout, resume=True)
+            asked = replace(options, storage=storage, resume=True)
             cut(original, plan, out, asked, where=role, text=text)
         found = open_checkpoint(out)
         if _decisions(plan_of(found)) != _decisions(plan) or (

@@ -95,7 +95,7 @@ def _chosen(
             raise CheckpointError(
                 f"{checkpoint.folder}: {info.name} is stored without its zeros, which "
                 "training cannot change. Convert it (vllm-moe-prune convert IN OUT "
-                "--layout dense), or train other --targets, such as attention."
+                "--storage dense), or train other --targets, such as attention."
             )
     return found
 

@@ -11,7 +11,7 @@ from ..checkpoint.open import Checkpoint
 from ..checkpoint.output_path import check_folder
 from ..checkpoint.reader import check_routers
 from ..checkpoint.writer import MAX_SHARD_BYTES
-from ..cut.convert import LayoutName
+from ..cut.convert import StorageName
 from ..cut.output import check_output, companions, staging_folder
 from ..cut.predict import model_facts
 from ..cut.validate_plan import check_stored
@@ -30,7 +30,7 @@ class RunOptions:
     overwrite: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
     report: Report = ignore
-    layout: LayoutName = "dense"
+    storage: StorageName = "dense"
     """How the output stores expert weights."""
 
 
@@ -45,7 +45,7 @@ def check_options(checkpoint: Checkpoint, out: Path, options: RunOptions) -> Non
     check_device(options.device)
     check_folder(out, checkpoint.folder)
     check_output(out, resume=options.resume, overwrite=options.overwrite)
-    if options.layout != "dense":
+    if options.storage != "dense":
         staging = staging_folder(out)
         check_output(staging, resume=options.resume, overwrite=options.overwrite)
     check_routers(checkpoint)

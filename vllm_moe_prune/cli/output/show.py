@@ -268,7 +268,7 @@ def show_converted(result: "Converted", as_json: bool) -> None:
         print_json(
             {
                 "output": str(result.out),
-                "layout": result.layout,
+                "storage": result.storage,
                 "dense_bytes": result.dense_bytes,
                 "stored_bytes": result.stored_bytes,
                 "file_bytes": result.file_bytes,
@@ -280,7 +280,7 @@ def show_converted(result: "Converted", as_json: bool) -> None:
     facts(
         f"Wrote {result.out}",
         [
-            ("layout", result.layout),
+            ("storage", result.storage),
             ("plain weights", gib(result.dense_bytes)),
             ("as stored", f"{gib(result.stored_bytes)} ({share:.1%})"),
         ],

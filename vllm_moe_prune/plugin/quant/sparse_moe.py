@@ -154,7 +154,7 @@ class SparseMoEMethod(ArrivingMethod):
             raise ServeError(
                 f"quantization {METHOD}: experts with {moe.activation.value}{clamp}"
                 f"{bias} are not supported, only silu without. Convert the checkpoint "
-                "with `vllm-moe-prune convert --layout dense`."
+                "with `vllm-moe-prune convert --storage dense`."
             )
 
     def create_weights(
