@@ -25,11 +25,11 @@ CUT = """
 import sys, time
 from pathlib import Path
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 start = time.monotonic()
-cut(open_checkpoint(sys.argv[1]), load_plan(Path(sys.argv[2])), Path(sys.argv[3]),
-    max_shard_bytes=2_000_000_000)
+execute_plan(open_checkpoint(sys.argv[1]), load_plan(Path(sys.argv[2])),
+    Path(sys.argv[3]), max_shard_bytes=2_000_000_000)
 status = Path("/proc/self/status").read_text()
 peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
 print(time.monotonic() - start, peak)

@@ -16,7 +16,7 @@ from tests.reference import DROP_BLOCK, DROP_MOE, Cuts, Ids, LayerCut, write_pla
 from tests.reference_families import FamilyReference, Removed
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 
 # The other CPU kernels for latent attention are for bfloat16 only.
@@ -151,7 +151,9 @@ def make_pruned(folder: Path, case: Case) -> tuple[Path, Tensor, Loads]:
     if not case.cuts:
         return original, expected_TV, loads_of(original, reference)
     pruned = folder / "pruned"
-    cut(open_checkpoint(original), load_plan(make_plan(original, case)), pruned)
+    execute_plan(
+        open_checkpoint(original), load_plan(make_plan(original, case)), pruned
+    )
     return pruned, expected_TV, loads_of(pruned, reference)
 
 
@@ -180,7 +182,7 @@ def make_reference(folder: Path, case: Case) -> FamilyReference:
         # Experts are made zero one by one, whatever becomes of the others.
         only_zeros = make_plan(original, replace(case, cuts=case.zeros, routing="drop"))
         original = folder.with_name(f"{folder.name}-zeros")
-        cut(open_checkpoint(folder), load_plan(only_zeros), original)
+        execute_plan(open_checkpoint(folder), load_plan(only_zeros), original)
     actions = {layer: each.action for layer, each in case.cuts.items()}
     kept = {
         layer: each.keep

@@ -9,7 +9,7 @@ from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune.calibrate.data import load_tokens
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import CutResult, cut
+from vllm_moe_prune.cut.execute import CutResult, execute_plan
 from vllm_moe_prune.cut.predict import with_prediction
 from vllm_moe_prune.decide.cut_plan import CutPlan, load_plan
 from vllm_moe_prune.recipes.schema import Calibration, QuantizeStage
@@ -56,5 +56,7 @@ def quantized(
         text = str(tiny_text(checkpoint.folder.parent))
         calibration = Calibration(source=text, samples=samples, sequence_length=64)
         tokens = load_tokens(checkpoint, calibration)
-    result = cut(checkpoint, plan, out, tokens=tokens, max_shard_bytes=60_000, **how)
+    result = execute_plan(
+        checkpoint, plan, out, tokens=tokens, max_shard_bytes=60_000, **how
+    )
     return plan, result

@@ -9,7 +9,7 @@ from tests.family_cases import Case, make_original, make_plan
 from tests.reference import LayerCut
 from tests.tiny import tiny_text, write_tokenizer
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.pipeline import RunOptions, recover
 from vllm_moe_prune.recipes.schema import Calibration
@@ -27,7 +27,7 @@ def make(folder: Path, case: Case, dtype: str = "bfloat16") -> tuple[Path, Path]
     original = make_original(folder / "original", case)
     write_tokenizer(original)
     plan = load_plan(make_plan(original, case))
-    cut(open_checkpoint(original), plan, folder / "pruned")
+    execute_plan(open_checkpoint(original), plan, folder / "pruned")
     return original, folder / "pruned"
 
 

@@ -17,10 +17,9 @@ from .calibrate.stats import Stats, load_stats, save_stats
 from .checkpoint.open import Checkpoint
 from .checkpoint.output_path import check_file, check_folder
 from .checkpoint.source import open_checkpoint
-from .cut.convert import Converted, parse_storage
+from .cut.convert import Converted, parse_storage_name
 from .cut.convert import convert as convert_checkpoint
-from .cut.execute import CutResult
-from .cut.execute import cut as cut_checkpoint
+from .cut.execute import CutResult, execute_plan
 from .cut.finish import write_run_record
 from .cut.output import check_output, partial_folder, staging_folder
 from .cut.predict import model_facts
@@ -83,7 +82,7 @@ def cut(
             asked = asked.model_copy(update={"source": text})
         tokens = tokens_of(checkpoint, asked)
     dense = out if options.storage == "dense" else staging_folder(out)
-    result = cut_checkpoint(
+    result = execute_plan(
         checkpoint,
         decided,
         dense,
@@ -262,7 +261,7 @@ __all__ = [
     "cut",
     "measure",
     "measuring_tokens",
-    "parse_storage",
+    "parse_storage_name",
     "plan",
     "plan_sweep",
     "recover",

@@ -10,7 +10,7 @@ import torch
 from tests.reference import write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 
 from .case import Case, Change, Spoil, added, gone, in_json, in_tensors
@@ -31,7 +31,7 @@ def good() -> dict[str, bytes]:
         sizes = {"layers": 2, "experts": 2, "hidden": 64, "width": 64}
         source = open_checkpoint(tiny_checkpoint(folder / "ckpt", **sizes))
         plan = write_plan(folder / "plan.json", source, {}, quantize=INT4)
-        cut(source, load_plan(plan), folder / "out")
+        execute_plan(source, load_plan(plan), folder / "out")
         return {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
 
 

@@ -17,7 +17,7 @@ from vllm_moe_prune.calibrate.perplexity import run_layer
 from vllm_moe_prune.calibrate.stock import find_class
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.cut.verify import verify
 from vllm_moe_prune.decide.cut_plan import load_plan
 
@@ -112,7 +112,7 @@ def test_a_plan_is_cut_and_verified(checkpoint: Checkpoint, tmp_path: Path) -> N
     plan = write_plan(
         tmp_path / "plan.json", checkpoint, {layer.index: LayerCut(keep=keep)}
     )
-    cut(checkpoint, load_plan(plan), tmp_path / "out")
+    execute_plan(checkpoint, load_plan(plan), tmp_path / "out")
     assert verify(tmp_path / "out", checkpoint).tensors_compared > 0
     pruned = open_checkpoint(tmp_path / "out")
     assert pruned.layers[layer.index].num_experts == len(keep)

@@ -24,7 +24,7 @@ import pytest
 from tests.reference import LayerCut, folder_bytes, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 
 OLD, NEW = "0" * 39 + "1", "f" * 39 + "2"
@@ -243,7 +243,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     newer = tiny_checkpoint(folder / "newer", shards=1, seed=1, **large)
     checkpoint = open_checkpoint(model)
     plan = write_plan(folder / "plan.json", checkpoint, {0: LayerCut(keep=(0, 2, 5))})
-    cut(checkpoint, load_plan(plan), folder / "pruned")
+    execute_plan(checkpoint, load_plan(plan), folder / "pruned")
     (folder / "pickles").mkdir()
     (folder / "pickles" / "config.json").write_bytes(
         (model / "config.json").read_bytes()

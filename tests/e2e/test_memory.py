@@ -16,7 +16,7 @@ from tests.engine import ENVIRONMENT, ROOT
 from tests.reference import LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -141,7 +141,7 @@ def test_zeros_are_left_out_one_layer_at_a_time(tmp_path: Path) -> None:
     source = open_checkpoint(make_model(tmp_path / "original", MANY, hidden=768))
     cuts = {index: LayerCut(sparsity=0.75) for index in range(MANY)}
     plan = write_plan(tmp_path / "plan.json", source, cuts, slim="magnitude")
-    cut(source, load_plan(plan), tmp_path / "zeros")
+    execute_plan(source, load_plan(plan), tmp_path / "zeros")
     zeros = open_checkpoint(tmp_path / "zeros")
     ran = subprocess.run(
         [sys.executable, "-c", LOADING, str(zeros.folder)],

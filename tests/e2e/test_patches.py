@@ -20,7 +20,7 @@ from tests.patched import PATCHES, overlay
 from tests.reference import DROP_MOE, LayerCut, Reference, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 
 pytestmark = pytest.mark.vllm
@@ -112,7 +112,7 @@ def test_patched_vllm_serves_uneven_layers_and_refuses_the_rest(
     source = open_checkpoint(original)
     plan = write_plan(tmp_path / "plan.json", source, MIXTRAL)
     mixtral = tmp_path / "mixtral-pruned"
-    cut(source, load_plan(plan), mixtral)
+    execute_plan(source, load_plan(plan), mixtral)
     mixtral = as_stock(mixtral, "MixtralForCausalLM")
     v2, expected_v2, _ = family_cases.make_pruned(tmp_path, V2)
     v2 = as_stock(v2, "DeepseekV2ForCausalLM")

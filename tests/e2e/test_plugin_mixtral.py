@@ -27,7 +27,7 @@ from tests.reference import (
 )
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("engines_in_this_process")]
@@ -115,7 +115,9 @@ def make_original(folder: Path, layout: str, dtype: str = "float32") -> Path:
 
 def make_pruned(original: Path, case: Case, **plan: str) -> Path:
     out = original.with_name(original.name + "-pruned")
-    cut(open_checkpoint(original), load_plan(make_plan(original, case, **plan)), out)
+    execute_plan(
+        open_checkpoint(original), load_plan(make_plan(original, case, **plan)), out
+    )
     return out
 
 

@@ -1,4 +1,4 @@
-"""The plugin's parts that need no engine: tally, routing, refused flags."""
+"""The plugin's parts that need no engine: load_check, routing, refused flags."""
 
 import importlib
 import importlib.util
@@ -18,7 +18,7 @@ from vllm_moe_prune.archs import find_arch
 from vllm_moe_prune.errors import CheckpointError, ServeError
 from vllm_moe_prune.plugin import LOAD_FORMAT, register
 from vllm_moe_prune.plugin.compat import check_version
-from vllm_moe_prune.plugin.load.load_check import WeightTally
+from vllm_moe_prune.plugin.load.load_check import LoadCheck
 from vllm_moe_prune.plugin.load.resolve_layers import check_parallel
 from vllm_moe_prune.plugin.load.served_layer import ServedLayer
 from vllm_moe_prune.plugin.models.routing import RowTable, route_rows
@@ -37,9 +37,11 @@ def every_weight() -> Tensors:
 
 
 def load(weights: list[tuple[str, Tensor]]) -> None:
-    tally = WeightTally(ARCH, LAYERS, "model")
-    assert [name for name, _ in tally.watch(weights)] == [name for name, _ in weights]
-    tally.finish()
+    load_check = LoadCheck(ARCH, LAYERS, "model")
+    assert [name for name, _ in load_check.watch(weights)] == [
+        name for name, _ in weights
+    ]
+    load_check.finish()
 
 
 def test_tally_wants_every_weight_once_in_any_layout() -> None:
@@ -302,7 +304,7 @@ assert type(get_quantization_config("moe_prune")()).__name__ == "MoePruneConfig"
 from vllm.model_executor import model_loader
 assert model_loader.__loader__ is model_loader.__spec__.loader
 assert "_Then" not in repr(model_loader.__loader__)
-assert not [one for one in sys.meta_path if type(one).__name__ == "_Watch"]
+assert not [one for one in sys.meta_path if type(one).__name__ == "_ImportHook"]
 if current_platform.is_cpu():
     from vllm.model_executor.custom_op import op_registry_oot
     assert "RotaryEmbedding" in op_registry_oot

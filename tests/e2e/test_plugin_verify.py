@@ -20,7 +20,7 @@ from vllm_moe_prune.archs import find_arch
 from vllm_moe_prune.archs.spec import RouterRule
 from vllm_moe_prune.checkpoint.remap import FILE_NAME, ExpertRemap
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import (
     CheckpointError,
@@ -56,7 +56,7 @@ def pruned(original: Path, tmp_path: Path) -> Path:
     cuts = {0: LayerCut(keep=(0, 2, 3, 5, 7)), 1: LayerCut(keep=(4, 1)), 2: DROP_MOE}
     source = open_checkpoint(original)
     plan = load_plan(write_plan(tmp_path / "plan.json", source, cuts))
-    cut(source, plan, tmp_path / "pruned")
+    execute_plan(source, plan, tmp_path / "pruned")
     return tmp_path / "pruned"
 
 

@@ -25,7 +25,7 @@ from tests.reference_families import FamilyReference, Removed
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.data import Tokens, sha256_of
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.kernels.quantized import Form
 from vllm_moe_prune.recipes.schema import QuantizeStage
@@ -58,7 +58,7 @@ def make_cut(original: Path, out: Path, cuts: Cuts, stage: dict[str, Any]) -> Pa
     plan = load_plan(path).model_copy(update={"quantize": quantize})
     seeded = torch.Generator().manual_seed(0)
     ids_ST = torch.randint(3, VOCAB, (8, 64), generator=seeded)
-    cut(source, plan, out, tokens=Tokens(ids_ST, "random", sha256_of(ids_ST)))
+    execute_plan(source, plan, out, tokens=Tokens(ids_ST, "random", sha256_of(ids_ST)))
     return out
 
 

@@ -23,7 +23,7 @@ from tests.reference import LayerCut
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.convert import convert
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 
 pytestmark = [
@@ -74,7 +74,7 @@ def make_dense(folder: Path) -> Path:
     original = make_original(folder / "ckpt", HALF.layout)
     out = original.with_name("dense")
     plan = load_plan(make_plan(original, HALF, slim="magnitude"))
-    cut(open_checkpoint(original), plan, out)
+    execute_plan(open_checkpoint(original), plan, out)
     return out
 
 

@@ -14,9 +14,9 @@ from tests.reference import LayerCut, raw_bytes, read_json, read_tensors, write_
 from tests.reference_families import FamilyReference, Removed
 from tests.streamed import streamed_loss
 from tests.tiny import tiny_checkpoint
-from vllm_moe_prune.checkpoint.block_fp8 import Blocks
+from vllm_moe_prune.checkpoint.block_fp8 import ScaleBlocks
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.cut.verify import verify
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError, PlanError
@@ -49,7 +49,7 @@ def pruned(folder: Path, cuts: dict[int, LayerCut], **options: Any) -> Path:
     checkpoint = open_checkpoint(folder)
     plan = write_plan(folder.parent / "plan.json", checkpoint, cuts, **options)
     out = folder.parent / "out"
-    cut(checkpoint, load_plan(plan), out)
+    execute_plan(checkpoint, load_plan(plan), out)
     verify(out, checkpoint)
     return out
 
@@ -236,7 +236,7 @@ def test_fp8_zeros_change_one_byte_each_and_no_scale(
 
 def test_fp8_blocks_may_be_larger_than_any_matrix() -> None:
     weight_RC = torch.randn(3, 5).to(torch.float8_e4m3fn)
-    dense_RC = Blocks(1 << 60, 1 << 60).dequantize(
+    dense_RC = ScaleBlocks(1 << 60, 1 << 60).dequantize(
         weight_RC, torch.tensor([[0.5]]), torch.float32
     )
     assert torch.equal(dense_RC, weight_RC.float() / 2)

@@ -29,7 +29,7 @@ from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.data import Tokens
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.cut.predict import with_prediction
 from vllm_moe_prune.decide.cut_plan import CutPlan, load_plan
 
@@ -87,7 +87,7 @@ def scratch() -> Iterator[Path]:
 
 def pruned(source: Path, out: Path, cuts: Cuts, **options: str) -> Path:
     checkpoint = open_checkpoint(source)
-    cut(checkpoint, hand_plan(checkpoint, cuts, **options), out)
+    execute_plan(checkpoint, hand_plan(checkpoint, cuts, **options), out)
     return out
 
 
@@ -137,7 +137,7 @@ def test_a_plan_that_changes_nothing_copies_every_byte(
     model = make_model(tmp_path / "model", layout, dtype=dtype, tokenizer=True)
     checkpoint = open_checkpoint(model)
     out = tmp_path / "out"
-    cut(checkpoint, hand_plan(checkpoint, {}), out, max_shard_bytes=9_000)
+    execute_plan(checkpoint, hand_plan(checkpoint, {}), out, max_shard_bytes=9_000)
     assert len(list(out.glob("*.safetensors"))) > 3
     assert_same_tensors(out, model)
     assert {tensor.dtype for tensor in read_tensors(out).values()} == {DTYPES[dtype]}
@@ -241,7 +241,7 @@ def test_the_size_on_disk_is_what_the_plan_promised(
     assert predicted is not None
     with scratch() as folder:
         out = folder / "out"
-        result = cut(checkpoint, plan, out, max_shard_bytes=size)
+        result = execute_plan(checkpoint, plan, out, max_shard_bytes=size)
         files = sorted(out.glob("*.safetensors"))
         assert len(files) == predicted.shards
         on_disk = sum(path.stat().st_size for path in files)
@@ -290,7 +290,7 @@ def test_the_same_cut_gives_the_same_bytes_and_leaves_its_input_alone(
     for name in ("first", "second"):
         checkpoint = open_checkpoint(packed_model)
         plan = hand_plan(checkpoint, cuts, slim=slim)
-        cut(
+        execute_plan(
             checkpoint,
             with_prediction(checkpoint, plan, 4_000),
             tmp_path / name,

@@ -20,7 +20,7 @@ from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.calibrate.perplexity import run_layer
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 
 LAYERS, EXPERTS = 3, 5
@@ -61,7 +61,7 @@ def pruned(source: Path, out: Path, cuts: Cuts, routing: str = "drop") -> Path:
     checkpoint = open_checkpoint(source)
     plan_file = out.with_name(out.name + "-plan.json")
     plan = load_plan(write_plan(plan_file, checkpoint, cuts, routing=routing))
-    cut(checkpoint, plan, out)
+    execute_plan(checkpoint, plan, out)
     return out
 
 

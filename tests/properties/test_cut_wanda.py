@@ -27,7 +27,7 @@ from tests.reference import (
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.data import Tokens
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import CutResult, cut
+from vllm_moe_prune.cut.execute import CutResult, execute_plan
 from vllm_moe_prune.cut.predict import with_prediction
 from vllm_moe_prune.cut.verify import verify
 from vllm_moe_prune.decide.cut_plan import load_plan
@@ -82,7 +82,7 @@ def slimmed(
     write_plan(plan_file, checkpoint, cuts, routing=routing, slim=slim)
     plan = with_prediction(checkpoint, load_plan(plan_file))
     tokens = Tokens(ids_ST, "random", "0" * 64) if slim == "wanda" else None
-    return cut(checkpoint, plan, out, tokens=tokens)
+    return execute_plan(checkpoint, plan, out, tokens=tokens)
 
 
 def zeros_in(out: Path, new_index: int) -> list[Expert]:

@@ -21,7 +21,7 @@ from tests.reference import (
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.reader import read_expert, read_router
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError
 
@@ -100,12 +100,12 @@ def test_a_cut_checkpoint_is_seen_as_it_is(tmp_path: Path) -> None:
     plan = write_plan(
         tmp_path / "plan.json", checkpoint, {0: LayerCut(keep=(2,)), 1: LayerCut()}
     )
-    cut(checkpoint, load_plan(plan), tmp_path / "uneven")
+    execute_plan(checkpoint, load_plan(plan), tmp_path / "uneven")
     first, second = open_checkpoint(tmp_path / "uneven").layers
     assert (first.num_experts, first.top_k) == (1, 1)
     assert (second.num_experts, second.top_k) == (4, 2)
     plan = write_plan(tmp_path / "plan.json", checkpoint, {1: DROP_MOE})
-    cut(checkpoint, load_plan(plan), tmp_path / "dropped")
+    execute_plan(checkpoint, load_plan(plan), tmp_path / "dropped")
     dropped = open_checkpoint(tmp_path / "dropped").layers[1]
     assert (dropped.num_experts, dropped.has_moe, dropped.dropped) == (0, False, True)
 
@@ -116,7 +116,7 @@ def test_a_redirecting_checkpoint_tells_where_rows_lead(tmp_path: Path) -> None:
     plan = write_plan(
         tmp_path / "plan.json", checkpoint, {0: half, 1: half}, routing="redirect"
     )
-    cut(checkpoint, load_plan(plan), tmp_path / "out")
+    execute_plan(checkpoint, load_plan(plan), tmp_path / "out")
     layer = open_checkpoint(tmp_path / "out").layers[0]
     assert (layer.num_experts, layer.top_k) == (2, 2)
     assert layer.redirect == (0, 1, 1, 0)
@@ -142,7 +142,7 @@ def test_unknown_tensors_pass_through_untouched(tmp_path: Path, name: str) -> No
     with_tensor(model, name)
     checkpoint = open_checkpoint(model)
     plan = write_plan(tmp_path / "plan.json", checkpoint, {1: LayerCut(keep=(0, 1))})
-    cut(checkpoint, load_plan(plan), tmp_path / "out")
+    execute_plan(checkpoint, load_plan(plan), tmp_path / "out")
     assert read_tensors(tmp_path / "out")[name].tolist() == [1.0] * 3
 
 
@@ -187,7 +187,7 @@ def test_the_config_stays_as_it_was_read(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(model)
     before = json.dumps(checkpoint.config)
     plan = write_plan(tmp_path / "plan.json", checkpoint, {1: DROP_MOE})
-    cut(checkpoint, load_plan(plan), tmp_path / "out")
+    execute_plan(checkpoint, load_plan(plan), tmp_path / "out")
     assert (
         json.dumps(checkpoint.config)
         == before

@@ -21,7 +21,7 @@ from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.data import Tokens
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import CutPlan, load_plan
 
 STOCK, OURS = ["MixtralForCausalLM"], ["MoePruneMixtralForCausalLM"]
@@ -50,7 +50,7 @@ def hand_plan(folder: Path, checkpoint: Checkpoint, cuts: Cuts, **how: str) -> C
 
 def pruned(source: Path, out: Path, cuts: Cuts, **how: str) -> dict[str, Any]:
     checkpoint = open_checkpoint(source)
-    cut(checkpoint, hand_plan(out.parent, checkpoint, cuts, **how), out)
+    execute_plan(checkpoint, hand_plan(out.parent, checkpoint, cuts, **how), out)
     config: dict[str, Any] = read_json(out / "config.json")
     return config
 
@@ -175,7 +175,7 @@ def test_a_layer_that_never_had_experts_stays_so(tmp_path: Path, slim: str) -> N
     cuts = {0: LayerCut(keep=(0, 1, 2), sparsity=0.5), 2: DROP_BLOCK}
     plan = hand_plan(tmp_path, checkpoint, cuts, slim=slim)
     tokens = Tokens(torch.arange(32).reshape(2, 16), "counting", "0" * 64)
-    cut(checkpoint, plan, out, tokens=tokens)
+    execute_plan(checkpoint, plan, out, tokens=tokens)
     config = read_json(out / "config.json")
     assert config["per_layer_config"] == {"0": {"num_local_experts": 3}, "1": NO_MOE}
     again = open_checkpoint(out)

@@ -11,7 +11,7 @@ from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import Expert, read_expert, read_router
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.cut.verify import verify
 from vllm_moe_prune.decide.cut_plan import CutPlan, LayerPlan, ModelId
 from vllm_moe_prune.recipes.schema import Recipe
@@ -122,7 +122,7 @@ def test_a_cut_slims_as_the_method_does_on_what_reaches_each_expert(
         pattern=pattern,
         router_weighted=router_weighted,
     )
-    cut(checkpoint, plan, tmp_path / "out", tokens=tokens)
+    execute_plan(checkpoint, plan, tmp_path / "out", tokens=tokens)
     verify(tmp_path / "out", checkpoint)
     output = open_checkpoint(tmp_path / "out")
     for expert in range(EXPERTS):
@@ -156,7 +156,7 @@ def test_merge_weights_give_the_weighted_mean_of_experts_and_router_rows(
         reconstruct=True,
         merge_weights=((0.25, 0.75), (0.9, 0.1)),
     )
-    cut(checkpoint, plan_for(checkpoint, first), tmp_path / "out")
+    execute_plan(checkpoint, plan_for(checkpoint, first), tmp_path / "out")
     verify(tmp_path / "out", checkpoint)
     output = open_checkpoint(tmp_path / "out")
     layer = checkpoint.layers[0]
@@ -180,7 +180,9 @@ def test_unserved_experts_keep_their_router_rows_and_lose_their_tokens(
         clusters=((0,), (2,), (3,)),
         unserved=(1,),
     )
-    cut(checkpoint, plan_for(checkpoint, first, routing="redirect"), tmp_path / "out")
+    execute_plan(
+        checkpoint, plan_for(checkpoint, first, routing="redirect"), tmp_path / "out"
+    )
     output = open_checkpoint(tmp_path / "out")
     assert output.layers[0].redirect == (0, None, 1, 2)
     before = read_router(checkpoint, checkpoint.layers[0])

@@ -10,7 +10,7 @@ import pytest
 from tests.reference import DROP_MOE, LayerCut, folder_bytes, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import CutResult, cut
+from vllm_moe_prune.cut.execute import CutResult, execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError, OutputError, PlanError
 from vllm_moe_prune.progress import Progress, Report, ignore
@@ -45,7 +45,9 @@ def pruned(
 ) -> CutResult:
     checkpoint = open_checkpoint(source)
     plan = load_plan(write_plan(source.parent / "plan.json", checkpoint, cuts, **how))
-    return cut(checkpoint, plan, out, resume=resume, overwrite=overwrite, report=report)
+    return execute_plan(
+        checkpoint, plan, out, resume=resume, overwrite=overwrite, report=report
+    )
 
 
 def stray_files(folder: Path) -> set[str]:

@@ -28,7 +28,7 @@ from vllm_moe_prune.calibrate.data import load_tokens
 from vllm_moe_prune.calibrate.forward import StreamingModel, run_experts
 from vllm_moe_prune.checkpoint.reader import read_expert, read_weight
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.cut.verify import verify
 from vllm_moe_prune.errors import PlanError
 from vllm_moe_prune.kernels.quantized import Form, dequantize, pack
@@ -164,7 +164,7 @@ def test_experts_that_no_token_reached_are_rounded_and_reported(tmp_path: Path) 
     plan = planned(source, {}, STAGES["gptq"])
     calibration = Calibration(source=str(text), samples=1, sequence_length=2)
     tokens = load_tokens(source, calibration)
-    result = cut(source, plan, tmp_path / "out", tokens=tokens)
+    result = execute_plan(source, plan, tmp_path / "out", tokens=tokens)
     form = Form("int4", 32, zero_point=True)
     dense, stored = dense_tensors(tmp_path / "out"), read_tensors(source.folder)
     for record, layer in zip(result.records, result.achieved.layers, strict=True):

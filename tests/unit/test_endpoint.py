@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from tests.reference import DROP_MOE, LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError, ServeError
 from vllm_moe_prune.plugin.watch.endpoint import MoePruneEndpoints, make_router
@@ -66,7 +66,7 @@ def original(tmp_path: Path) -> Path:
 def pruned(original: Path) -> Path:
     source, out = open_checkpoint(original), original.with_name("pruned")
     plan = write_plan(original.with_name("plan.json"), source, CUTS)
-    cut(source, load_plan(plan), out)
+    execute_plan(source, load_plan(plan), out)
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-from vllm_moe_prune.checkpoint.block_fp8 import Blocks as ScaleBlocks
+from vllm_moe_prune.checkpoint.block_fp8 import ScaleBlocks
 from vllm_moe_prune.errors import CheckpointError, ServeError
 from vllm_moe_prune.kernels import cpu_library
 from vllm_moe_prune.kernels.bitmask import pack

@@ -23,12 +23,12 @@ from tests.reference import (
 )
 from vllm_moe_prune.checkpoint.reader import read_weight
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.cut.predict import with_prediction
 from vllm_moe_prune.cut.verify import verify
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError
-from vllm_moe_prune.plugin.load.load_check import WeightTally
+from vllm_moe_prune.plugin.load.load_check import LoadCheck
 
 CUTS = {
     0: LayerCut(keep=(5, 0, 3)),
@@ -55,7 +55,7 @@ def test_trimming_copies_packed_experts_byte_for_byte(
     source, out = open_checkpoint(tmp_path / "model"), tmp_path / "out"
     plan = load_plan(write_plan(tmp_path / "plan.json", source, CUTS))
     plan = with_prediction(source, plan)
-    cut(source, plan, out)
+    execute_plan(source, plan, out)
     assert plan.predicted is not None
     (file,) = out.glob("*.safetensors")
     assert file.stat().st_size == plan.predicted.file_bytes
@@ -89,9 +89,9 @@ def test_the_plugin_s_tally_knows_the_names(tmp_path: Path) -> None:
     make(tmp_path / "model", "gptq")
     source = open_checkpoint(tmp_path / "model")
     layers = [ServedLayer(at, 6, 2, 6) for at in range(4)]
-    tally = WeightTally(source.arch, layers, "model")
-    assert len(list(tally.watch(read_tensors(source.folder).items()))) > 0
-    tally.finish()
+    load_check = LoadCheck(source.arch, layers, "model")
+    assert len(list(load_check.watch(read_tensors(source.folder).items()))) > 0
+    load_check.finish()
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_an_expert_that_is_missing_or_misshapen_is_named() -> None:
     experts = experts_in(form)
     with pytest.raises(ServeError, match=r"expert 2 \(w1\) did not arrive"):
         Layer(form, experts[:2], 1, 0, [0, 1, 2])
-    loaded = integer_moe._Loader(
+    loaded = integer_moe.IntegerLoader(
         a_layer(1, 0, {0: 0}), form, experts=1, hidden=HIDDEN, width=WIDTH
     )
     parts = pack(experts[0]["w1"], form)

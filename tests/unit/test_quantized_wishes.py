@@ -11,7 +11,7 @@ from tests.reference import DROP_BLOCK, LayerCut, read_json
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.convert import convert
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.errors import (
     CalibrationError,
     CheckpointError,
@@ -70,7 +70,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="fp8 already"):
         quantized(fp8, tmp_path / "twice", {}, INT4)
     with pytest.raises(CalibrationError, match="quantizes by gptq, which needs"):
-        cut(source, planned(source, {}, STAGES["gptq"]), tmp_path / "twice")
+        execute_plan(source, planned(source, {}, STAGES["gptq"]), tmp_path / "twice")
     options = pipeline.RunOptions(storage="bitmask")
     with pytest.raises(PlanError, match="--storage bitmask cannot"):
         pipeline.cut(source, planned(source, {}, INT4), tmp_path / "twice", options)
@@ -91,7 +91,7 @@ def test_a_plan_that_was_edited_is_refused_before_anything_is_written(
         (both, "writes zeros and quantizes"),
     ):
         with pytest.raises(PlanError, match=says):
-            cut(source, edited, tmp_path / "out")
+            execute_plan(source, edited, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 

@@ -22,7 +22,7 @@ from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.calibrate.perplexity import summed_loss
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError
 from vllm_moe_prune.pipeline import RunOptions, convert, recover, verify
@@ -149,7 +149,7 @@ def test_distillation_is_the_naive_loop(tmp_path: Path) -> None:
     )
     path = tmp_path / "original"
     plan = make_plan(path, Case("mixtral", {0: keep(0, 2, 5), 1: keep(1, 2, 4)}))
-    cut(open_checkpoint(original), load_plan(plan), tmp_path / "pruned")
+    execute_plan(open_checkpoint(original), load_plan(plan), tmp_path / "pruned")
     pruned = open_checkpoint(tmp_path / "pruned")
     asked = training(pruned.arch, "router", steps=12, batch_size=16, learning_rate=1e-2)
     ids_ST = load_tokens(pruned, text(tmp_path)).ids_ST
@@ -291,7 +291,7 @@ def test_the_demo_model_gets_better(method: str, rate: float, tmp_path: Path) ->
     source = open_checkpoint(examples / "demo-mixtral")
     cuts = {layer: keep(*range(0, 16, 2)) for layer in range(4)}
     plan = write_plan(tmp_path / "plan.json", source, cuts)
-    cut(source, load_plan(plan), tmp_path / "pruned")
+    execute_plan(source, load_plan(plan), tmp_path / "pruned")
     pruned = open_checkpoint(tmp_path / "pruned")
     asked = training(pruned.arch, method, steps=15, learning_rate=rate)
     found = recover(

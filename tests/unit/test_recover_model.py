@@ -15,7 +15,7 @@ from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_tensor
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.recover.lora import MaskedLinear, merged, with_adapters
 from vllm_moe_prune.recover.model import TrainableModel
@@ -41,7 +41,7 @@ SHAPES = {"mixtral": MIXTRAL} | {name: CASES[name] for name in NAMES}
 def pruned(folder: Path, case: Case) -> Checkpoint:
     original = make_original(folder / "original", case)
     out = folder / "pruned"
-    cut(open_checkpoint(original), load_plan(make_plan(original, case)), out)
+    execute_plan(open_checkpoint(original), load_plan(make_plan(original, case)), out)
     return open_checkpoint(out)
 
 

@@ -19,7 +19,7 @@ from vllm_moe_prune.calibrate.stats import Stats, load_stats, save_stats
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_expert
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.cut.output import STATS_FILE
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import PlanError
@@ -256,7 +256,7 @@ def test_dropped_blocks_and_sublayers_are_named(tmp_path: Path) -> None:
         2: LayerCut(keep=(3, 1)),
     }
     plan = load_plan(write_plan(tmp_path / "plan.json", checkpoint, cuts))
-    cut(checkpoint, plan, tmp_path / "out")
+    execute_plan(checkpoint, plan, tmp_path / "out")
     numbers = read_numbers(tmp_path / "out")
     said = "".join(Page(page(numbers)).text)
     assert "whole block removed, 4 experts removed" in said

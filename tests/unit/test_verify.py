@@ -15,7 +15,7 @@ from tests.reference import DROP_MOE, LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.data import Tokens
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.cut.verify import verify
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError, PlanError, RemapError
@@ -51,7 +51,7 @@ def make_pair(folder: Path, layout: str = PER_EXPERT, slim: str = "magnitude") -
     plan = load_plan(write_plan(folder / "plan.json", checkpoint, CUTS, slim=slim))
     ids_ST = torch.arange(64).remainder(32).reshape(4, 16)
     tokens = Tokens(ids_ST, "counting", "0" * 64)
-    cut(checkpoint, plan, folder / "out", tokens=tokens)
+    execute_plan(checkpoint, plan, folder / "out", tokens=tokens)
     return folder
 
 
@@ -166,7 +166,7 @@ def test_zeros_of_the_source_come_on_top(tmp_path: Path) -> None:
     shutil.rmtree(folder / "out")
     checkpoint = open_checkpoint(folder / "model")
     write_plan(folder / "plan.json", checkpoint, CUTS, slim="magnitude")
-    cut(checkpoint, load_plan(folder / "plan.json"), folder / "out")
+    execute_plan(checkpoint, load_plan(folder / "plan.json"), folder / "out")
     check(folder)
 
 

@@ -10,7 +10,7 @@ from tests.reference import DROP_BLOCK, DROP_MOE, LayerCut, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.execute import cut
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import ServeError
 from vllm_moe_prune.plugin import launch as serving
@@ -40,7 +40,9 @@ def original(tmp_path: Path) -> Checkpoint:
 def pruned(original: Checkpoint) -> Checkpoint:
     plan = original.folder.with_name("plan.json")
     out = original.folder.with_name("out")
-    cut(original, load_plan(write_plan(plan, original, CUTS, routing="redirect")), out)
+    execute_plan(
+        original, load_plan(write_plan(plan, original, CUTS, routing="redirect")), out
+    )
     return open_checkpoint(out)
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ..checkpoint.index import read_header
 from ..checkpoint.reader import DTYPES, read_tensor
 from ..errors import CheckpointError, OutputError
-from .container import Part, write_safetensors
+from .container import TensorBytes, write_safetensors
 from .stats import Stats, load_stats, save_stats
 
 log = logging.getLogger(__name__)
@@ -144,5 +144,5 @@ class BoundaryStore:
     def _write(self, path: Path, hidden_STD: torch.Tensor) -> None:
         data = hidden_STD.detach().cpu().contiguous()
         view = data.flatten().view(torch.uint8).numpy().data
-        part = Part(NAMES[data.dtype], tuple(data.shape), view)
+        part = TensorBytes(NAMES[data.dtype], tuple(data.shape), view)
         write_safetensors(path, {HIDDEN: part}, {"key": self.key})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Part(NamedTuple):
+class TensorBytes(NamedTuple):
     """One tensor of the file."""
 
     dtype: str
@@ -17,7 +17,7 @@ class Part(NamedTuple):
 
 
 def write_safetensors(
-    path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str]
+    path: Path, parts: Mapping[str, TensorBytes], metadata: Mapping[str, str]
 ) -> None:
     """Write a file atomically, without a second copy of the data in memory.
 

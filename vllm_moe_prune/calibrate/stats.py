@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..errors import PlanError
-from .container import Part, write_safetensors
+from .container import TensorBytes, write_safetensors
 
 Array = NDArray[np.float64]
 FORMAT_VERSION = "1"
@@ -170,7 +170,7 @@ def save_stats(stats: Stats, path: Path) -> None:
         "trimming": stats.trimming,
     }
     parts = {
-        name: Part("F64", array.shape, array.reshape(-1).data)
+        name: TensorBytes("F64", array.shape, array.reshape(-1).data)
         for name, array in arrays.items()
     }
     write_safetensors(path, parts, header)

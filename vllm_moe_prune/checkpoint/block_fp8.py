@@ -21,7 +21,7 @@ SCALE_DTYPES = ("F32", "BF16")
 
 
 @dataclass(frozen=True)
-class Blocks:
+class ScaleBlocks:
     """The size of the blocks that share a scale."""
 
     rows: int
@@ -43,7 +43,7 @@ class Blocks:
         return (weight_RC.float() * scale).to(dtype)
 
 
-def read_blocks(config: Mapping[str, Any], where: Path) -> Blocks | None:
+def read_blocks(config: Mapping[str, Any], where: Path) -> ScaleBlocks | None:
     """The block size that config.json gives, or None for plain weights.
 
     Raises:
@@ -66,10 +66,10 @@ def read_blocks(config: Mapping[str, Any], where: Path) -> Blocks | None:
         raise CheckpointError(
             f"{where}: weight_block_size is {sizes!r}, not two sizes."
         )
-    return Blocks(*sizes)
+    return ScaleBlocks(*sizes)
 
 
-def check_scales(tensors: Mapping[str, TensorInfo], blocks: Blocks) -> None:
+def check_scales(tensors: Mapping[str, TensorInfo], blocks: ScaleBlocks) -> None:
     """Refuse a checkpoint with any FP8 tensor that has no scales of its own.
 
     Raises:
@@ -86,7 +86,7 @@ def check_scales(tensors: Mapping[str, TensorInfo], blocks: Blocks) -> None:
 
 
 def check_scale(
-    tensors: Mapping[str, TensorInfo], info: TensorInfo, blocks: Blocks
+    tensors: Mapping[str, TensorInfo], info: TensorInfo, blocks: ScaleBlocks
 ) -> None:
     """Refuse an FP8 weight whose scales are missing or of another shape.
 

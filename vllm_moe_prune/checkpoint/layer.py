@@ -6,7 +6,7 @@ from typing import Any
 
 from ..archs.spec import Layout, MoeArch, RouterRule, TensorRule
 from ..errors import CheckpointError, RemapError
-from .block_fp8 import DTYPE, Blocks
+from .block_fp8 import DTYPE, ScaleBlocks
 from .config_values import FLOATS, positive
 from .index import TensorInfo
 from .remap import ExpertRemap, RemapLayer, check_against_shapes
@@ -48,7 +48,7 @@ class LayerReader:
     """Expert ids per (layer, role) as the tensor names tell."""
     remap: ExpertRemap | None
     rule: RouterRule
-    blocks: Blocks | None
+    blocks: ScaleBlocks | None
 
     def build(
         self, index: int, view: dict[str, Any], *, dense: bool, mtp: bool

@@ -13,7 +13,7 @@ from ..archs import find_arch
 from ..archs.spec import Layout, MoeArch, RouterRule
 from ..errors import CheckpointError, RemapError
 from ..kernels.quantized import Form
-from .block_fp8 import SUFFIX, Blocks, check_scales, read_blocks
+from .block_fp8 import SUFFIX, ScaleBlocks, check_scales, read_blocks
 from .compressed import Storage, dense_view
 from .config_values import check_dense, check_pattern, positive, router_rule
 from .gptq_awq import AutoForm, fold_auto, read_auto_form
@@ -59,7 +59,7 @@ class Checkpoint:
     """Decoder layers, then those that only predict further tokens (MTP)."""
     remap: ExpertRemap | None
     rule: RouterRule
-    blocks: Blocks | None = None
+    blocks: ScaleBlocks | None = None
     """Where weights are FP8: the blocks that share a scale."""
     storage: Storage | None = None
     """How expert weights are stored; None: dense. ``config`` and ``tensors`` are those

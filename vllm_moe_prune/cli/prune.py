@@ -160,7 +160,7 @@ def cut(
     from .output.show import show_cut
 
     started = time.monotonic()
-    stored = pipeline.parse_storage(storage)
+    stored = pipeline.parse_storage_name(storage)
     max_shard_bytes = parse_size(shard_size)
     decided = load_plan(plan)
     checkpoint = open_checkpoint(source, revision)
@@ -197,7 +197,7 @@ def convert(
     from .output.draw import resumable, watching
     from .output.show import show_converted
 
-    stored = pipeline.parse_storage(storage)
+    stored = pipeline.parse_storage_name(storage)
     max_shard_bytes = parse_size(shard_size)
     checkpoint = open_checkpoint(source, revision)
     with resumable(RESUME), watching(as_json) as report:
@@ -269,7 +269,7 @@ def run(
 
     started = time.monotonic()
     asked = asked_recipe(context)
-    stored = pipeline.parse_storage(storage)
+    stored = pipeline.parse_storage_name(storage)
     max_shard_bytes = parse_size(shard_size)
     checkpoint = open_checkpoint(source, revision)
     with resumable(RESUME), watching(as_json) as report:

@@ -50,7 +50,7 @@ weights, which `vllm-moe-prune convert <this folder> OUT --storage dense` gives 
 """
 
 
-def parse_storage(name: str) -> StorageName:
+def parse_storage_name(name: str) -> StorageName:
     """The storage a user named.
 
     Raises:
@@ -63,7 +63,7 @@ def parse_storage(name: str) -> StorageName:
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """A tensor to be written."""
 
     name: str
@@ -77,7 +77,7 @@ class Stored:
 
     info: TensorInfo
     layer: int | None
-    parts: tuple[Part, ...]
+    parts: tuple[StoredPart, ...]
     group: tuple[int, int] | None = None
     """(n, m) where it is compressed at a fixed rate."""
 
@@ -194,7 +194,7 @@ def _plan(
     plan = []
     for name in names_in_order(checkpoint):
         info = checkpoint.tensors[name]
-        plain = Part(name, info.dtype, info.shape)
+        plain = StoredPart(name, info.dtype, info.shape)
         layer_index = checkpoint.arch.layer_of(name)
         plan.append(compressed.get(name) or Stored(info, layer_index, (plain,)))
     return plan, tuple(dense_layers)
@@ -223,14 +223,17 @@ def _compress(
             if fixed is not None and not fits(matrix_RC, *fixed):
                 fixed = None
         base = info.name.removesuffix(DENSE)
-        mask = Part(f"{base}.mask", "U8", (*axes, cols // 8))
+        mask = StoredPart(f"{base}.mask", "U8", (*axes, cols // 8))
         if fixed is not None:
             shape: tuple[int, ...] = (rows, cols // fixed[1], fixed[0])
-            parts: tuple[Part, ...] = (Part(f"{base}.values", info.dtype, shape), mask)
+            parts: tuple[StoredPart, ...] = (
+                StoredPart(f"{base}.values", info.dtype, shape),
+                mask,
+            )
         else:
             parts = (
-                Part(f"{base}.values", info.dtype, (kept,)),
-                Part(f"{base}.offsets", "I64", (rows + 1,)),
+                StoredPart(f"{base}.values", info.dtype, (kept,)),
+                StoredPart(f"{base}.offsets", "I64", (rows + 1,)),
                 mask,
             )
         yield Stored(info, layer.index, parts, fixed)

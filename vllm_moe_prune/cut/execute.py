@@ -55,7 +55,7 @@ class CutResult:
     achieved: Achieved
 
 
-def cut(
+def execute_plan(
     checkpoint: Checkpoint,
     plan: CutPlan,
     out: Path,

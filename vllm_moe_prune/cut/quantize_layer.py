@@ -33,8 +33,8 @@ from .copy import build_tensor, tensor_view
 from .slice import OutputTensor
 from .slim_expert import column_sums
 from .slim_layer import (
+    ExpertTokens,
     LayerRecord,
-    Served,
     SlimContext,
     add_powers,
     naming,
@@ -72,7 +72,7 @@ def quantize_layer(
         The MoE output [N, D] of the quantized layer if wanted.
     """
     stage = context.plan.quantize
-    run = _Layer(context, layer, layer_plan, x_ND)
+    run = _QuantizedLayer(context, layer, layer_plan, x_ND)
     input_scale_D = run.input_scale() if stage.method == "awq" else None
     for tensor in scaled:
         if input_scale_D is not None and context.writer.needs(tensor.name):
@@ -94,7 +94,7 @@ def quantize_layer(
     return out_ND
 
 
-class _Layer:
+class _QuantizedLayer:
     """The experts a layer is left with, and the tokens of each."""
 
     def __init__(
@@ -115,7 +115,7 @@ class _Layer:
                 model, context.plan, layer, layer_plan, x_ND
             )
 
-    def experts(self) -> Iterator[tuple[int, Expert, Served | None]]:
+    def experts(self) -> Iterator[tuple[int, Expert, ExpertTokens | None]]:
         """Each expert, trimmed, with its tokens; None where there are no tokens."""
         for new, expert, served in trimmed_experts(
             self._context.checkpoint,
@@ -159,7 +159,7 @@ def _quantize(
     expert: Expert,
     stage: QuantizeStage,
     x_ND: torch.Tensor | None,
-    served: Served | None,
+    served: ExpertTokens | None,
     act: Activation,
     input_scale_D: torch.Tensor | None,
 ) -> _Made:
@@ -179,7 +179,7 @@ def _by_gptq(
     expert: Expert,
     stage: QuantizeStage,
     x_ND: torch.Tensor,
-    served: Served,
+    served: ExpertTokens,
     act: Activation,
 ) -> tuple[Quantized, Quantized, Quantized]:
     """GPTQ of all three; gate and up have the same inputs, so one Hessian is enough."""
@@ -215,7 +215,7 @@ def _by_awq(
     expert: Expert,
     form: Form,
     x_ND: torch.Tensor,
-    served: Served,
+    served: ExpertTokens,
     act: Activation,
     input_scale_D: torch.Tensor,
 ) -> _Made:

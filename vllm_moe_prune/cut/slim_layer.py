@@ -102,7 +102,7 @@ def slim_layer(
     return out_ND
 
 
-class Served(NamedTuple):
+class ExpertTokens(NamedTuple):
     """The tokens one expert serves, and the weight of its output for each."""
 
     token_n: torch.Tensor
@@ -116,7 +116,7 @@ class Slimmed(NamedTuple):
     trimmed: Expert
     """Before slimming."""
     expert: Expert
-    served: Served | None
+    served: ExpertTokens | None
     """Of the calibration tokens; None where no data is used."""
 
 
@@ -163,12 +163,12 @@ def trimmed_experts(
     layer_plan: LayerPlan,
     trimmed: Layer,
     routing: Routing | None,
-) -> Iterator[tuple[int, Expert, Served | None]]:
+) -> Iterator[tuple[int, Expert, ExpertTokens | None]]:
     """Each expert a layer is left with, and its tokens; None where no data is used."""
     for new in range(trimmed.num_experts):
         served = None
         if routing is not None:
-            served = Served(*expert_tokens(routing, new, trimmed.redirect))
+            served = ExpertTokens(*expert_tokens(routing, new, trimmed.redirect))
         yield new, survivor(checkpoint, layer, layer_plan, new), served
 
 

@@ -57,7 +57,7 @@ class Borders:
     """From so many on: AMX tiles."""
 
 
-class _Layer(ctypes.Structure):
+class _LayerStruct(ctypes.Structure):
     """``MoePruneLayer`` of ``cpu/moe.cpp``."""
 
     _fields_ = (
@@ -236,7 +236,7 @@ def fused_moe(
         *(len(x_TD), ids_TK.shape[1], x_TD.shape[1], width, held.experts, map_size),
         *(borders.tile_from, borders.dot_to, threads, held.group, held2.group),
     )
-    layer = _Layer(*addresses, *numbers, TYPES[x_TD.dtype], storage, used)
+    layer = _LayerStruct(*addresses, *numbers, TYPES[x_TD.dtype], storage, used)
     found.moe_prune_run(ctypes.byref(layer))
     return out_TD
 

@@ -4,30 +4,12 @@ Entry point ``vllm.general_plugins: moe_prune = vllm_moe_prune.plugin:register``
 calls ``register`` once in every process; nothing here imports vLLM or torch before
 that, and the model classes are named by string so that vLLM imports them when needed.
 
-    compat.py    supported vLLM versions, vLLM's quirks
-    deferred.py  told to vLLM now, imported when it is needed
-    symbols/     every symbol of vLLM's that we use
-    served.py    from vLLM's configuration to checked layers; flags that are refused
-    layers.py    what each decoder layer holds, from config.json and the remap table
-    routing.py   routing over router rows that are not experts, or in uneven groups
-    absent.py    stands where a sublayer was dropped
-    verify.py    is the checkpoint what its remap table says? (headers only)
-    tally.py     the same question, asked of the weights as they are loaded
-    models/      one file per family: vLLM's classes with other constructors
-    loader.py    ``--load-format moe_prune``: prune the original while loading
-    sparse_moe.py     the quantization method ``moe_prune``: experts without zeros
-    arriving.py       expert matrices as vLLM hands them over
-    expert_loader.py  makes blocks of them
-    packed.py         packed experts, dense and compressed, one by one
-    sparse_op.py      the custom op that runs a layer of them
-    quantized_moe.py    who runs quantized experts on a CPU
-    expert_parts.py     what comes in parts: integers and scales
-    integer_moe.py      int4 and int8 experts by our kernel; integer_op.py its op
-    dequantized_moe.py  made plain while loading, where no kernel fits
-    watch.py          counting routed tokens: its switch, and what is said of it
-    routing_load.py   the layer that counts, and what workers tell
-    load_op.py        the custom op that counts
-    endpoint.py       routes in vLLM's server (``vllm.endpoint_plugins``)
+    compat.py   supported vLLM versions, vLLM's quirks
+    launch.py   the ``vllm serve`` command line of ``vllm-moe-prune serve``
+    models/     one file per family: vLLM's classes with other constructors
+    load/       what each layer holds, checks against the remap table, pruning on load
+    quant/      experts stored without zeros or in few bits: loading them, running them
+    watch/      routing load, and routes in vLLM's server (``vllm.endpoint_plugins``)
 """
 
 from functools import cache

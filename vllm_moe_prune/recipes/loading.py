@@ -33,7 +33,7 @@ def load_recipe(name_or_path: str) -> Recipe:
         )
     source = shipped if name_or_path in shipped_recipes() else path
     try:
-        data = yaml.load(source.read_bytes(), _Loader)
+        data = yaml.load(source.read_bytes(), _NoAliasLoader)
     # ValueError: a date or a number that there is not.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         why = _yaml_problem(error)
@@ -49,7 +49,7 @@ def _yaml_problem(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-class _Loader(yaml.SafeLoader):
+class _NoAliasLoader(yaml.SafeLoader):
     """Safe, and without aliases: ten lines of them can stand for gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:

@@ -176,7 +176,9 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("bias_R", found.bias_R, persistent=False)
         self.register_buffer("groups_R", found.groups_R, persistent=False)
         self.experts = nn.ModuleList(
-            GatedMlp(read_expert(checkpoint, layer, number), stream.act, stream.dtype)
+            TrainableMlp(
+                read_expert(checkpoint, layer, number), stream.act, stream.dtype
+            )
             for number in range(layer.num_experts)
         )
         self.rule, self.top_k, self.redirect = rule, layer.top_k, layer.redirect
@@ -197,7 +199,7 @@ class MixtureOfExperts(nn.Module):
         return out_ND
 
 
-class GatedMlp(nn.Module):
+class TrainableMlp(nn.Module):
     """down(act(gate(x)) * up(x))."""
 
     def __init__(self, weights: Expert, act: Activation, dtype: torch.dtype) -> None:
@@ -253,9 +255,9 @@ def linear(weight: torch.Tensor) -> nn.Linear:
     return module
 
 
-def _mlp(stream: StreamingModel, prefix: str, part: DensePart) -> GatedMlp:
+def _mlp(stream: StreamingModel, prefix: str, part: DensePart) -> TrainableMlp:
     weights = Expert(*(stream.read(prefix + name) for name in part.mlp.names))
-    return GatedMlp(weights, stream.act, stream.dtype)
+    return TrainableMlp(weights, stream.act, stream.dtype)
 
 
 def _places(checkpoint: Checkpoint, layer: Layer, block: nn.Module) -> dict[str, Place]:

@@ -99,7 +99,7 @@ class Distillation:
         if x_ND is None:
             return None
         assert target_ND is not None
-        taught = _Layer(self.pruned, layer, x_ND, target_ND, self.tokens)
+        taught = _TaughtLayer(self.pruned, layer, x_ND, target_ND, self.tokens)
         found = None
         if known is not None:
             taught.rows_RD = known.float().to(x_ND.device)
@@ -130,7 +130,9 @@ class Distillation:
         leave(model, index, hidden_STD, x_ND, routed_ND.clone())
         return routed_ND
 
-    def _trained(self, taught: "_Layer", step: Callable[[], object]) -> torch.Tensor:
+    def _trained(
+        self, taught: "_TaughtLayer", step: Callable[[], object]
+    ) -> torch.Tensor:
         from transformers import get_cosine_schedule_with_warmup
 
         asked = self.training
@@ -151,7 +153,7 @@ class Distillation:
         return rows_RD.detach()
 
 
-class _Layer:
+class _TaughtLayer:
     """A pruned MoE sublayer with its experts in memory, and what it should give."""
 
     def __init__(

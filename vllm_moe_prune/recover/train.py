@@ -111,7 +111,7 @@ class _Windows(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.ids_ST[index], "labels": self.ids_ST[index]}
 
 
-class _Watch(TrainerCallback):
+class _ProgressCallback(TrainerCallback):
     def __init__(self, report: Report) -> None:
         self.report = report
 
@@ -158,7 +158,7 @@ def _run(
         model=model,
         args=arguments,
         train_dataset=_Windows(ids_ST),
-        callbacks=[_Watch(report)],
+        callbacks=[_ProgressCallback(report)],
     )
     # It warns where saves follow each other faster than file times tell apart.
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)

@@ -20,10 +20,10 @@ def when_imported(module: str, then: Callable[[], None]) -> None:
     if module in sys.modules:
         then()
     else:
-        sys.meta_path.insert(0, _Watch(module, then))
+        sys.meta_path.insert(0, _ImportHook(module, then))
 
 
-class _Watch(MetaPathFinder):
+class _ImportHook(MetaPathFinder):
     """Leaves finding to those behind it, but adds something to the loader's work."""
 
     def __init__(self, module: str, then: Callable[[], None]) -> None:
@@ -56,7 +56,7 @@ class _Watch(MetaPathFinder):
 class _Then(Loader):
     """Another loader's work, and then something else."""
 
-    def __init__(self, loader: Loader, watch: _Watch) -> None:
+    def __init__(self, loader: Loader, watch: _ImportHook) -> None:
         self.loader, self.watch = loader, watch
 
     def __getattr__(self, name: str) -> Any:

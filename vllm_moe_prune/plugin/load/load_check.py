@@ -21,7 +21,7 @@ Piece = tuple[int, int, Role]
 """Layer, expert (-1 for the router and its bias), and what of it."""
 
 
-class WeightTally:
+class LoadCheck:
     """Demands every router and every expert matrix exactly once."""
 
     def __init__(
@@ -130,16 +130,16 @@ class WeightTally:
             )
 
 
-def first_load_tally(
+def first_load_check(
     arch: MoeArch, layers: Sequence[ServedLayer], vllm_config: Any
-) -> WeightTally | None:
-    """The tally of a model's first load; None where no weights will be loaded."""
+) -> LoadCheck | None:
+    """The load_check of a model's first load; None where no weights will be loaded."""
     if vllm_config.load_config.load_format == "dummy":
         return None
     model_config, mtp_layers = vllm_config.model_config, 0
     if arch.config.mtp_layers is not None:
         mtp_layers = getattr(model_config.hf_config, arch.config.mtp_layers, None) or 0
-    return WeightTally(arch, layers, model_config.model, mtp_layers)
+    return LoadCheck(arch, layers, model_config.model, mtp_layers)
 
 
 def load_counted(
@@ -147,12 +147,12 @@ def load_counted(
     load: Callable[[Iterable[tuple[str, torch.Tensor]]], set[str]],
     weights: Iterable[tuple[str, torch.Tensor]],
 ) -> set[str]:
-    """Run a model's loader under its ``tally``; later loads may bring a part only."""
-    tally, model.tally = model.tally, None
-    if tally is None:
+    """Run a model's loader under its ``load_check``; later loads may bring a part only."""
+    load_check, model.load_check = model.load_check, None
+    if load_check is None:
         return load(weights)
-    loaded = load(tally.watch(weights))
-    tally.finish()
+    loaded = load(load_check.watch(weights))
+    load_check.finish()
     return loaded
 
 

@@ -25,7 +25,7 @@ from ...errors import ServeError
 from ..compat import wants_local_ids
 from ..load.resolve_layers import check_parallel
 from ..load.served_layer import ServedLayer
-from .identity import Absent
+from .identity import Identity
 from .mixtral import (
     MoePruneMixtralForCausalLM,
     MoePruneMixtralModel,
@@ -110,7 +110,7 @@ class ArcticDecoderLayer(nn.Module):
                 renormalize=layer.top_k > 1,
             )
         elif layer.norm_only:
-            self.block_sparse_moe = Absent()
+            self.block_sparse_moe = Identity()
         if self.block_sparse_moe is not None:
             self.post_attention_layernorm = norm()
         if self.parallel:

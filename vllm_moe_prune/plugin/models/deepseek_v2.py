@@ -45,11 +45,11 @@ from vllm.platforms import current_platform
 
 from ...archs.deepseek_v2 import ARCH
 from ...archs.spec import MoeArch, RouterRule
-from ..load.load_check import first_load_tally, load_counted
+from ..load.load_check import first_load_check, load_counted
 from ..load.packed import one_by_one
 from ..load.resolve_layers import read_layers, rule_of
 from ..load.served_layer import ServedLayer
-from .identity import Absent
+from .identity import Identity
 from .moe_parts import connect_rows, count_experts, row_table
 from .routing import route_rows
 
@@ -187,8 +187,8 @@ class MoePruneDeepseekV2DecoderLayer(DeepseekV2DecoderLayer):
             prefix=f"{prefix}.self_attn",
         )
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp: nn.Module = Absent()
-        self.post_attention_layernorm: nn.Module = Absent()
+        self.mlp: nn.Module = Identity()
+        self.post_attention_layernorm: nn.Module = Identity()
         if layer.has_moe:
             self.mlp = MoePruneDeepseekV2MoE(
                 layer, rule, vllm_config, biased=biased, prefix=f"{prefix}.mlp"
@@ -345,7 +345,7 @@ class MoePruneDeepseekV2ForCausalLM(DeepseekV2ForCausalLM):
         )
         self.set_moe_parameters()
         self.num_moe_layers = len(self.moe_layers)
-        self.tally = first_load_tally(self.arch, layers, vllm_config)
+        self.load_check = first_load_check(self.arch, layers, vllm_config)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load; the first time, demand every expert exactly once."""

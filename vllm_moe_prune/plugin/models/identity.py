@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 
-class Absent(nn.Module):
+class Identity(nn.Module):
     """Hands on what it gets, in the place of a sublayer or of the norm before it.
 
     In the place of both, the forward of vLLM's decoder layers leaves the attention's

@@ -37,11 +37,11 @@ from vllm.model_executor.models.utils import (
 )
 
 from ...archs.mixtral import ARCH
-from ..load.load_check import first_load_tally, load_counted
+from ..load.load_check import first_load_check, load_counted
 from ..load.packed import one_by_one
 from ..load.resolve_layers import read_layers
 from ..load.served_layer import ServedLayer
-from .identity import Absent
+from .identity import Identity
 from .moe_parts import connect_rows, count_experts, row_table
 from .routing import route_rows
 
@@ -108,8 +108,8 @@ class MoePruneMixtralDecoderLayer(MixtralDecoderLayer):
         self.hidden_size = config.hidden_size
         self.self_attn = attention(vllm_config, prefix=f"{prefix}.self_attn")
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.block_sparse_moe: nn.Module = Absent()
-        self.post_attention_layernorm: nn.Module = Absent()
+        self.block_sparse_moe: nn.Module = Identity()
+        self.post_attention_layernorm: nn.Module = Identity()
         if layer.has_moe:
             self.block_sparse_moe = MoePruneMixtralMoE(
                 layer, vllm_config, prefix=f"{prefix}.block_sparse_moe"
@@ -208,7 +208,7 @@ class MoePruneMixtralForCausalLM(MixtralForCausalLM):
             self.model.make_empty_intermediate_tensors
         )
         self._describe_experts(layers, vllm_config)
-        self.tally = first_load_tally(self.arch, layers, vllm_config)
+        self.load_check = first_load_check(self.arch, layers, vllm_config)
 
     def read_layers(self, vllm_config: VllmConfig) -> tuple[ServedLayer, ...]:
         """The layers to build, of a checkpoint that was verified."""

@@ -18,7 +18,7 @@ from ...kernels.quantized import Form, dequantize, unpack
 from .expert_parts import PartsLoader, PartsMethod
 
 
-class _Loader(PartsLoader):
+class DequantizingLoader(PartsLoader):
     """Dequantizes matrices as soon as their parts are there."""
 
     def __init__(self, layer: Any, form: Form, **sizes: int) -> None:
@@ -42,7 +42,7 @@ class _Loader(PartsLoader):
 class DequantizingMethod(PartsMethod):
     """Collects the parts of expert matrices, and leaves plain experts behind."""
 
-    loader_class = _Loader
+    loader_class = DequantizingLoader
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Become a layer of plain experts.
@@ -50,7 +50,7 @@ class DequantizingMethod(PartsMethod):
         Raises:
             ServeError: An expert of this process was not loaded.
         """
-        loader: _Loader = self.taken(layer)
+        loader: DequantizingLoader = self.taken(layer)
         for matrix, dense in (("w13", loader.w13_E2FD), ("w2", loader.w2_EDF)):
             parameter = Parameter(dense, requires_grad=False)
             layer.register_parameter(f"{matrix}_weight", parameter)

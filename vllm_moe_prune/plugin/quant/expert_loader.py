@@ -11,20 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint.block_fp8 import SUFFIX
-from ...checkpoint.block_fp8 import Blocks as ScaleBlocks
+from ...checkpoint.block_fp8 import SUFFIX, ScaleBlocks
 from ...errors import CheckpointError, ServeError
 from ...kernels import cpu_library
 from ...kernels.bitmask import Bitmask, check
 from ...kernels.blocks import BLOCK, FP8, STEP, Blocks, join
 from ..load.packed import is_complete
-from .expert_loader_base import ArrivingExperts
+from .expert_loader_base import ExpertLoaderBase
 
 KINDS = {"w1": "w13", "w3": "w13", "w2": "w2"}
 """vLLM's gate, up and down, and which of them are encoded together."""
 
 
-class ExpertLoader(ArrivingExperts):
+class ExpertLoader(ExpertLoaderBase):
     """Makes blocks of them."""
 
     def __init__(

@@ -18,7 +18,7 @@ from vllm.model_executor.utils import set_weight_attrs
 MATRICES = ("w13", "w2")
 
 
-class ArrivingExperts(ABC):
+class ExpertLoaderBase(ABC):
     """One layer's experts on their way into memory."""
 
     def __init__(self, layer: Any, *, experts: int, hidden: int, width: int) -> None:
@@ -90,12 +90,12 @@ class ArrivingExperts(ABC):
         return matrix.narrow(axis, self._parallel.tp_rank * self.width, self.width)
 
 
-class ArrivingMethod(FusedMoEMethodBase):
+class ExpertMethodBase(FusedMoEMethodBase):
     """What methods have in common whose experts arrive that way."""
 
     @staticmethod
     def expect(
-        layer: Any, loader: ArrivingExperts, parts: Mapping[str, torch.dtype]
+        layer: Any, loader: ExpertLoaderBase, parts: Mapping[str, torch.dtype]
     ) -> None:
         """Empty parameters of the layer for the parts of a matrix, with their loader.
 

@@ -14,16 +14,16 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
 from ...errors import CheckpointError, ServeError
 from ...kernels.quantized import Form
-from .expert_loader_base import ArrivingExperts, ArrivingMethod
+from .expert_loader_base import ExpertLoaderBase, ExpertMethodBase
 
 
-class PartsLoader(ArrivingExperts):
+class PartsLoader(ExpertLoaderBase):
     """Collects the parts of each matrix."""
 
     def __init__(
         self, layer: Any, form: Form, *, experts: int, hidden: int, width: int
     ) -> None:
-        """For a layer of vLLM's; sizes as ``ArrivingExperts`` has them.
+        """For a layer of vLLM's; sizes as ``ExpertLoaderBase`` has them.
 
         Args:
             layer: The layer.
@@ -78,7 +78,7 @@ class PartsLoader(ArrivingExperts):
             )
 
 
-class PartsMethod(ArrivingMethod):
+class PartsMethod(ExpertMethodBase):
     """What methods have in common whose experts come in parts."""
 
     loader_class: type[PartsLoader]

@@ -37,7 +37,7 @@ def fits(moe: FusedMoEConfig, form: Form) -> bool:
     )
 
 
-class _Loader(PartsLoader):
+class IntegerLoader(PartsLoader):
     """Makes blocks of an expert's matrices as soon as their parts are there."""
 
     def __init__(self, layer: Any, form: Form, **sizes: int) -> None:
@@ -99,7 +99,7 @@ def _words(parts: dict[str, Tensor], form: Form) -> Tensor:
 class IntegerMethod(PartsMethod):
     """Routed experts as blocks of integers; one custom op runs a layer."""
 
-    loader_class = _Loader
+    loader_class = IntegerLoader
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Take over what the loader encoded.
@@ -107,7 +107,7 @@ class IntegerMethod(PartsMethod):
         Raises:
             ServeError: An expert of this process was not loaded.
         """
-        loader: _Loader = self.taken(layer)
+        loader: IntegerLoader = self.taken(layer)
         experts = range(len(loader.w13))
         for name, found in (("w13", loader.w13), ("w2", loader.w2)):
             joined = int_blocks.join([found.pop(expert) for expert in experts])

@@ -27,14 +27,13 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
-from ...checkpoint.block_fp8 import SUFFIX, read_blocks
-from ...checkpoint.block_fp8 import Blocks as ScaleBlocks
+from ...checkpoint.block_fp8 import SUFFIX, ScaleBlocks, read_blocks
 from ...checkpoint.compressed import CONFIG_KEY, METHOD, PARTS, parse_storage
 from ...errors import ServeError
 from ...kernels.blocks import Blocks, decode
 from ..compat import chosen_experts
 from .expert_loader import ExpertLoader
-from .expert_loader_base import MATRICES, ArrivingMethod
+from .expert_loader_base import MATRICES, ExpertMethodBase
 from .sparse_op import sparse_moe
 
 log = logging.getLogger(__name__)
@@ -129,7 +128,7 @@ def _splits_experts_on_cpu(layer: RoutedExperts) -> bool:
     return bool(layer.use_ep and current_platform.is_cpu())
 
 
-class SparseMoEMethod(ArrivingMethod):
+class SparseMoEMethod(ExpertMethodBase):
     """Routed experts as blocks of masks and values; one custom op runs a layer."""
 
     def __init__(self, moe: FusedMoEConfig, scaled: ScaleBlocks | None = None) -> None:

@@ -35,7 +35,7 @@ JSON = "application/json"
 
 
 @dataclass
-class Served:
+class ServedModel:
     """What one server serves."""
 
     engine: Any
@@ -76,7 +76,7 @@ class MoePruneEndpoints:
         state.moe_prune = await _open(engine_client)
 
 
-async def _open(engine: Any) -> Served:
+async def _open(engine: Any) -> ServedModel:
     config = engine.vllm_config
     since = None
     if is_on(config):
@@ -90,7 +90,7 @@ async def _open(engine: Any) -> Served:
     in_memory = config.load_config.load_format == LOAD_FORMAT
     checkpoint, remap = await run_in_threadpool(_read, config, in_memory)
     top_k = getattr(config.model_config.hf_text_config, "num_experts_per_tok", 1)
-    return Served(engine, checkpoint, remap, in_memory, top_k, since)
+    return ServedModel(engine, checkpoint, remap, in_memory, top_k, since)
 
 
 def _read(config: Any, in_memory: bool) -> tuple[Checkpoint | None, ExpertRemap | None]:
@@ -168,8 +168,8 @@ def _draw(folder: Path) -> str:
     return page(read_numbers(folder, ()))
 
 
-def _served(request: Request) -> Served:
-    served: Served = request.app.state.moe_prune
+def _served(request: Request) -> ServedModel:
+    served: ServedModel = request.app.state.moe_prune
     return served
 
 
