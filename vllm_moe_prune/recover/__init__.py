@@ -1,1 +1,1 @@
-"""Training after a cut: routers alone, adapters, or every weight; see ``recover.py``."""
+"""Training after a cut: routers alone, adapters, or all weights; see ``recover.py``."""

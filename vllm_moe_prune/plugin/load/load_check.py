@@ -147,7 +147,7 @@ def load_counted(
     load: Callable[[Iterable[tuple[str, torch.Tensor]]], set[str]],
     weights: Iterable[tuple[str, torch.Tensor]],
 ) -> set[str]:
-    """Run a model's loader under its ``load_check``; later loads may bring a part only."""
+    """Run a model's loader, checked on its first load; later ones may be partial."""
     load_check, model.load_check = model.load_check, None
     if load_check is None:
         return load(weights)
