@@ -5,8 +5,8 @@
 Every plan is judged in the streaming forward on the beginnings of the held-out files,
 nothing is written (but for the order control, which takes two cuts). What is measured
 to decide, sensitivity and the search of `tune`, is measured on the ends of those files.
-``--json`` keeps the numbers, ``--markdown`` a table for docs/results.md. A killed run
-continues with ``--work``.
+``--json`` keeps the numbers, ``--markdown`` a table for docs/results/index.md. A
+killed run continues with ``--work``.
 """
 
 import argparse

@@ -143,7 +143,7 @@ def over_windows(losses: list[Loss]) -> tuple[float, float]:
 
 
 def markdown(table: list[dict[str, Any]]) -> str:
-    """The table of docs/results.md."""
+    """The table of docs/results/index.md."""
     heads = ("", "weights", "FLOPs", "bytes per decoded token", "perplexity", "kept")
     lines = ["| " + " | ".join([*heads, "sums right"]) + " |"]
     lines.append("|---|" + "---:|" * len(heads))

@@ -124,7 +124,7 @@ def test_every_option_is_explained(name: str) -> None:
 
 
 def test_the_command_reference_is_fresh() -> None:
-    reference = ROOT / "docs" / "cli.md"
+    reference = ROOT / "docs" / "reference" / "cli.md"
     text = reference.read_text("utf-8")
     for name in COMMANDS:
         assert f"\n## {name}\n" in text

@@ -1,6 +1,7 @@
 """What is in docker/: linted, valid, and in step with the code.
 
-That the CPU image builds and serves is not tested here: docs/docker.md says how to.
+That the CPU image builds and serves is not tested here: docs/serving/docker.md says
+how to.
 """
 
 import importlib.util

@@ -15,7 +15,7 @@ from tests.contract.test_cli import ROOT, load_generator
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune.recipes.loading import shipped_recipes
 
-SCHEMAS = ROOT / "docs" / "schema"
+SCHEMAS = ROOT / "docs" / "reference" / "schema"
 FILES = {
     "recipe": "moe_prune.yaml",
     "plan": "plan.json",

@@ -249,7 +249,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_documentation_names_every_setting_and_metric() -> None:
-    text = (ROOT / "docs" / "gateway.md").read_text("utf-8")
+    text = (ROOT / "docs" / "serving" / "gateway.md").read_text("utf-8")
     names = {f"{PREFIX}{name}".upper() for name in GatewaySettings.model_fields}
     names |= {metric.name for metric in Metrics().registry.collect()}
     assert {name for name in names if f"`{name}" not in text} == set()

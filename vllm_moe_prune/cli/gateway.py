@@ -35,7 +35,7 @@ def gateway(
 ) -> None:
     """One address for several vLLM servers: original and pruned side by side.
 
-    Options are variables too (MOE_PRUNE_PORT); docs/gateway.md lists them all.
+    Options are variables too (MOE_PRUNE_PORT); docs/serving/gateway.md lists them all.
 
     Example: `vllm-moe-prune gateway --backend full=http://a --backend pruned=http://b`
     """
