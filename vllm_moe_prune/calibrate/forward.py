@@ -12,6 +12,7 @@ n some of them, R router rows, K top-k, V vocabulary.
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -63,16 +64,19 @@ NO_TARGET = -100
 
 
 class Observer(Protocol):
-    """Is shown what enters the parts of a layer that every token goes through."""
+    """Is shown what enters the parts of a layer that every token goes through.
+
+    Either method returns weights, by name, that the layer then computes with.
+    """
 
     def before_attention(
         self, model: "StreamingModel", index: int, hidden_STD: torch.Tensor
-    ) -> None:
+    ) -> dict[str, torch.Tensor]:
         """The attention of a layer is about to run."""
 
     def before_mlp(
         self, model: "StreamingModel", index: int, part: DensePart, x_ND: torch.Tensor
-    ) -> None:
+    ) -> dict[str, torch.Tensor]:
         """One of its MLPs is about to run on ``x_ND``."""
 
 
@@ -96,9 +100,8 @@ class StreamingModel:
         self.rotary.to(self.device)
         self.dtype = DTYPES[info_of(checkpoint, arch.embedding).dtype]
         self.layers_run = 0
-        self.observer: Observer | None = None
-        self.replaced: dict[str, torch.Tensor] = {}
-        """Weights that the forward uses instead of the checkpoint's, by name."""
+        self._observer: Observer | None = None
+        self._replaced: dict[str, torch.Tensor] = {}
         for layer in checkpoint.layers:
             check_layer(checkpoint, self.config, layer.index)
         info_of(checkpoint, arch.final_norm)
@@ -113,6 +116,16 @@ class StreamingModel:
     def forward_passes(self) -> int:
         """Sweeps of token batches through all layers, a begun one counted whole."""
         return math.ceil(self.layers_run / self.num_layers)
+
+    @contextmanager
+    def shown_to(self, observer: Observer) -> Iterator[None]:
+        """Show layers run inside to ``observer`` and use the weights it returns."""
+        self._observer = observer
+        try:
+            yield
+        finally:
+            self._observer = None
+            self._replaced.clear()
 
     @torch.no_grad()
     def watch_attention(
@@ -196,8 +209,8 @@ class StreamingModel:
         normed = layer.has_moe or layer.norm_only
         if normed and self.experts_read_input:
             x_ND = self._normed(index, MOE_NORM, hidden_STD)
-        if self.observer is not None:
-            self.observer.before_attention(self, index, hidden_STD)
+        if self._observer is not None:
+            self._replaced |= self._observer.before_attention(self, index, hidden_STD)
         self._attend(index, hidden_STD)
         for part in dense_parts(self.checkpoint, layer):
             if part.norm is not None:
@@ -315,8 +328,8 @@ class StreamingModel:
     def read(self, name: str) -> torch.Tensor:
         """A weight as the forward computes with it."""
         info_of(self.checkpoint, name)
-        if name in self.replaced:
-            return self.replaced[name].to(self.device, self.dtype)
+        if name in self._replaced:
+            return self._replaced[name].to(self.device, self.dtype)
         return read_weight(self.checkpoint, name).to(self.device, self.dtype)
 
     @property
@@ -334,8 +347,8 @@ class StreamingModel:
         self, index: int, part: DensePart, x_ND: torch.Tensor, out_ND: torch.Tensor
     ) -> None:
         """Add an MLP of all tokens to ``out_ND``, in place."""
-        if self.observer is not None:
-            self.observer.before_mlp(self, index, part, x_ND)
+        if self._observer is not None:
+            self._replaced |= self._observer.before_mlp(self, index, part, x_ND)
         prefix = self.checkpoint.arch.layer_prefix.format(layer=index)
         mlp = Expert(*(self.read(prefix + name) for name in part.mlp.names))
         token_N = torch.arange(len(x_ND), device=self.device)

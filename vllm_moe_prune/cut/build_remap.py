@@ -3,7 +3,7 @@
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.remap import ExpertRemap, RemapLayer, RemapSource
 from ..decide.cut_plan import CutPlan, LayerPlan
-from .slice import keeps_router, redirect_of, row_groups
+from .layer_cut import LayerCut, layer_cuts
 
 
 def build_remap(checkpoint: Checkpoint, plan: CutPlan) -> ExpertRemap:
@@ -12,14 +12,14 @@ def build_remap(checkpoint: Checkpoint, plan: CutPlan) -> ExpertRemap:
     layers: list[RemapLayer] = []
     dropped = list(earlier.dropped_blocks) if earlier else []
     decoder_layers = 0
-    for layer, layer_plan in zip(checkpoint.layers, plan.layers, strict=True):
-        entry = earlier.all_layers[layer.index] if earlier else _untouched(layer)
-        if layer_plan.action == "drop-block":
-            if not layer.mtp:
+    for cut in layer_cuts(checkpoint, plan):
+        entry = earlier.all_layers[cut.index] if earlier else _untouched(cut.layer)
+        if cut.drops_block:
+            if not cut.layer.mtp:
                 dropped.append(entry.original_layer)
             continue
-        layers.append(_cut_entry(entry, layer, layer_plan, plan, len(layers)))
-        decoder_layers += not layer.mtp
+        layers.append(_cut_entry(entry, cut))
+        decoder_layers += not cut.layer.mtp
     if earlier:
         source = earlier.source
         original = earlier.original_layers, earlier.original_mtp_layers
@@ -57,16 +57,11 @@ def _untouched(layer: Layer) -> RemapLayer:
     )
 
 
-def _cut_entry(
-    entry: RemapLayer,
-    layer: Layer,
-    layer_plan: LayerPlan,
-    plan: CutPlan,
-    new_index: int,
-) -> RemapLayer:
+def _cut_entry(entry: RemapLayer, cut: LayerCut) -> RemapLayer:
+    layer_plan = cut.layer_plan
     if not entry.moe or layer_plan.drops_moe:
         return RemapLayer(
-            layer=new_index,
+            layer=cut.new_index,
             original_layer=entry.original_layer,
             moe=False,
             moe_dropped=entry.moe_dropped or layer_plan.drops_moe,
@@ -78,20 +73,20 @@ def _cut_entry(
     kept = tuple(entry.kept[expert] for expert in layer_plan.keep)
     router_rows = kept
     redirect: tuple[int | None, ...] | None = None
-    if keeps_router(plan, layer_plan):
+    if cut.keeps_router:
         router_rows = entry.router_rows
-        redirect = redirect_of(layer_plan)
-    elif plan.routing == "redirect":
+        redirect = cut.redirect
+    elif cut.plan.routing == "redirect":
         redirect = tuple(range(len(kept)))
     return RemapLayer(
-        layer=new_index,
+        layer=cut.new_index,
         original_layer=entry.original_layer,
         moe=True,
         experts_before=entry.experts_before,
         kept=kept,
         router_rows=router_rows,
         redirect=redirect,
-        groups=row_groups(layer, layer_plan, plan),
+        groups=cut.row_groups,
         clusters=_original_clusters(entry, layer_plan),
         reconstructed=entry.reconstructed or layer_plan.reconstruct,
     )

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,18 +29,19 @@ from ..checkpoint.writer import (
     plan_shards,
     writing,
 )
-from ..decide.cut_plan import CutPlan, LayerPlan, check_plan, dump_plan
+from ..decide.cut_plan import CutPlan, check_plan, dump_plan
 from ..errors import CalibrationError
 from ..progress import Progress, Report, ignore
 from .achieved import Achieved
 from .copy import write_tensor
 from .finish import write_companions
+from .layer_cut import LayerCut, layer_cuts
 from .output import Workspace, companions, open_workspace, publish
 from .quantize_layer import quantize_layer
 from .slice import OutputTensor, output_tensors
 from .slim_dense import DenseSlimmer
 from .slim_layer import LayerRecord, SlimContext, slim_layer, trimmed_routing
-from .trimmed import survivor, trimmed_layer
+from .trimmed import survivor
 
 
 @dataclass(frozen=True)
@@ -162,80 +164,67 @@ class _Cut:
         for tensor in tensors:
             self._by_layer.setdefault(tensor.layer, []).append(tensor)
         self._bytes_total = sum(sum(shard.sizes.values()) for shard in writer.shards)
-        self._new_index: dict[int, int] = {}
-        for layer_plan in plan.layers:
-            if layer_plan.action != "drop-block":
-                self._new_index[layer_plan.layer] = len(self._new_index)
+        self._cuts = layer_cuts(checkpoint, plan)
 
     def without_activations(self) -> None:
         """Copy, average and slim by weights alone."""
-        context = SlimContext(self.checkpoint, self.plan, self.writer, None)
-        dense = DenseSlimmer(self.checkpoint, self.plan, self.writer)
+        context = SlimContext(self.writer, None)
         self._write(None)
-        for layer, layer_plan in zip(
-            self.checkpoint.layers, self.plan.layers, strict=True
-        ):
-            self._write(layer.index)
-            if self._changes(layer_plan):
-                record = LayerRecord(layer.index)
-                dense.begin(layer, self._new_index[layer.index])
+        for cut in self._cuts:
+            self._write(cut.index)
+            if self._changes(cut):
+                record = LayerRecord(cut.index)
+                dense = DenseSlimmer(cut, self.writer)
                 dense.by_magnitude()
                 record.dense_zeros = dense.zeros
-                if self._changes_experts(layer.index):
-                    self._change_experts(context, record, None, want_output=False)
+                if self._changes_experts(cut.index):
+                    self._change_experts(context, cut, record, None, want_output=False)
                 self._record(record)
-            self._tell(layer.index + 1)
+            self._tell(cut.index + 1)
 
     @torch.no_grad()
     def with_activations(self, tokens: Tokens, device: str, key: str) -> None:
         """One calibration pass: each layer slimmed on what the slimmed ones feed it."""
         model = StreamingModel(self.checkpoint, device)
-        context = SlimContext(self.checkpoint, self.plan, self.writer, model)
-        model.observer = dense = DenseSlimmer(self.checkpoint, self.plan, self.writer)
+        context = SlimContext(self.writer, model)
         store = BoundaryStore(self.space.work, key)
         self._write(None)
         saved = store.load(not_after=self._first_unfinished())
         start, hidden = saved or (0, model.embed(tokens.ids_ST))
         hidden = hidden.to(model.device)
-        last = max(self._new_index)
-        for layer, layer_plan in zip(
-            self.checkpoint.layers, self.plan.layers, strict=True
-        ):
-            if layer.index < start:
-                continue
-            if layer_plan.action != "drop-block":
-                if layer.mtp:
-                    hidden = model.further(layer.index, hidden, tokens.ids_ST)
-                record = LayerRecord(layer.index)
-                dense.begin(layer, self._new_index[layer.index])
-                hidden = self._slim_and_run(
-                    context, model, record, hidden, is_last=layer.index == last
-                )
-                model.replaced.clear()
+        last = max(cut.index for cut in self._cuts if not cut.drops_block)
+        for cut in self._cuts[start:]:
+            if not cut.drops_block:
+                if cut.layer.mtp:
+                    hidden = model.further(cut.index, hidden, tokens.ids_ST)
+                record, dense = LayerRecord(cut.index), DenseSlimmer(cut, self.writer)
+                with model.shown_to(dense):
+                    hidden = self._slim_and_run(
+                        context, model, cut, record, hidden, is_last=cut.index == last
+                    )
                 record.dense_zeros = dense.zeros
-                if self._changes(layer_plan):
+                if self._changes(cut):
                     self._record(record)
-            if layer.index < last:
-                store.save(layer.index + 1, hidden)
-                store.keep_from(min(layer.index + 1, self._first_unfinished()))
-            self._tell(layer.index + 1)
+            if cut.index < last:
+                store.save(cut.index + 1, hidden)
+                store.keep_from(min(cut.index + 1, self._first_unfinished()))
+            self._tell(cut.index + 1)
 
     def _slim_and_run(
         self,
         context: SlimContext,
         model: StreamingModel,
+        cut: LayerCut,
         record: LayerRecord,
         hidden: torch.Tensor,
         *,
         is_last: bool,
     ) -> torch.Tensor:
-        index = record.layer
-        layer, layer_plan = self.checkpoint.layers[index], self.plan.layers[index]
+        index, trimmed = cut.index, cut.trimmed
         self._write(index)
-        if is_last and not self._changes(layer_plan):
+        if is_last and not self._changes(cut):
             return hidden
         hidden, x_ND = model.enter(index, hidden)
-        trimmed = trimmed_layer(layer, layer_plan, self.plan)
         if x_ND is None:
             return hidden
         if not trimmed.has_moe:
@@ -243,19 +232,16 @@ class _Cut:
         if self._changes_experts(index):
             out_ND = self._change_experts(
                 context,
+                cut,
                 record,
                 x_ND,
                 # Shared experts are slimmed where their output is added.
                 want_output=not is_last or self.plan.slim_parts != ("experts",),
             )
         else:
-            routing = trimmed_routing(model, self.plan, layer, layer_plan, x_ND)
+            routing = trimmed_routing(model, cut, x_ND)
             out_ND = run_experts(
-                x_ND,
-                routing,
-                trimmed,
-                lambda new: survivor(self.checkpoint, layer, layer_plan, new),
-                model.act,
+                x_ND, routing, trimmed, partial(survivor, cut), model.act
             )
         if out_ND is not None:
             model.add_shared(index, x_ND, out_ND)
@@ -265,25 +251,24 @@ class _Cut:
     def _change_experts(
         self,
         context: SlimContext,
+        cut: LayerCut,
         record: LayerRecord,
         x_ND: torch.Tensor | None,
         *,
         want_output: bool,
     ) -> torch.Tensor | None:
         """Slim or quantize the experts of a layer, and write them."""
-        index = record.layer
-        layer, layer_plan = self.checkpoint.layers[index], self.plan.layers[index]
-        what = context, layer, layer_plan, record, self._new_index[index], x_ND
         if not self.plan.is_quantized:
-            return slim_layer(*what, want_output=want_output)
-        scaled = [one for one in self._by_layer[index] if one.made == "scaled"]
-        return quantize_layer(*what, scaled, want_output=want_output)
+            return slim_layer(context, cut, record, x_ND, want_output=want_output)
+        scaled = [one for one in self._by_layer[cut.index] if one.made == "scaled"]
+        return quantize_layer(
+            context, cut, record, x_ND, scaled, want_output=want_output
+        )
 
-    def _changes(self, layer_plan: LayerPlan) -> bool:
+    def _changes(self, cut: LayerCut) -> bool:
         """Whether zeros may be written into a layer, or its experts quantized."""
-        stays = layer_plan.action != "drop-block"
-        slims = layer_plan.sparsity > 0 and self.plan.slim != "none"
-        return (stays and slims) or (self.plan.is_quantized and bool(layer_plan.keep))
+        slims = cut.writes_zeros and not cut.drops_block
+        return slims or (self.plan.is_quantized and bool(cut.keep))
 
     def _changes_experts(self, layer: int) -> bool:
         """Whether its experts are, all or some matrices of each."""

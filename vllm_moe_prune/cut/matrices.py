@@ -3,9 +3,10 @@
 from ..archs.spec import ATTENTION
 from ..calibrate.dense import dense_parts
 from ..checkpoint.open import Checkpoint, Layer
-from ..decide.cut_plan import CutPlan, LayerPlan
+from ..decide.cut_plan import CutPlan
 from ..decide.facts import Matrix, Slimming
 from ..recipes.schema import Part
+from .layer_cut import LayerCut
 
 
 def slimming_of(plan: CutPlan) -> Slimming:
@@ -43,28 +44,26 @@ def expert_names(checkpoint: Checkpoint, layer: Layer) -> tuple[str, str, str]:
     return names.get("gate", both), names.get("up", both), names["down"]
 
 
-def slimmed_dense(
-    checkpoint: Checkpoint, layer: Layer, layer_plan: LayerPlan, plan: CutPlan
-) -> dict[str, float]:
+def slimmed_dense(cut: LayerCut) -> dict[str, float]:
     """The sparsity of each dense matrix in scope, by its name below the prefix."""
-    slimming = slimming_of(plan)
-    if plan.slim == "none" or layer_plan.sparsity == 0:
+    if not cut.writes_zeros:
         return {}
-    matrices = dense_matrices(checkpoint, layer)
-    return {one.name: layer_plan.sparsity for one in matrices if slimming.takes(one)}
+    slimming, sparsity = slimming_of(cut.plan), cut.layer_plan.sparsity
+    matrices = dense_matrices(cut.checkpoint, cut.layer)
+    return {one.name: sparsity for one in matrices if slimming.takes(one)}
 
 
-def slimmed_roles(checkpoint: Checkpoint, layer: Layer, plan: CutPlan) -> set[str]:
+def slimmed_roles(cut: LayerCut) -> set[str]:
     """The roles of the experts' tensors that a plan slims."""
-    gate, up, down = taken(checkpoint, layer, plan)
+    gate, up, down = taken(cut)
     found = {"gate": gate, "up": up, "down": down, "gate_up": gate}
     return {role for role, take in found.items() if take}
 
 
-def taken(checkpoint: Checkpoint, layer: Layer, plan: CutPlan) -> tuple[bool, ...]:
+def taken(cut: LayerCut) -> tuple[bool, ...]:
     """Which of an expert's three matrices a plan slims."""
-    slimming = slimming_of(plan)
-    names = expert_names(checkpoint, layer)
+    slimming = slimming_of(cut.plan)
+    names = expert_names(cut.checkpoint, cut.layer)
     return tuple(slimming.takes(Matrix(name, "experts", 0, 0)) for name in names)
 
 

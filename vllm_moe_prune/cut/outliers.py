@@ -13,13 +13,13 @@ from ..calibrate.expert_forward import add_expert, expert_tokens, place
 from ..calibrate.forward import StreamingModel
 from ..calibrate.memory import release_freed
 from ..calibrate.stats import LayerStats, Stats
-from ..checkpoint.open import Layer
 from ..decide.cut_plan import CutPlan, trimming
 from ..progress import Progress, Report, ignore
 from ..slim.owl import outliers, score_sum
+from .layer_cut import LayerCut, layer_cuts
 from .slim_expert import input_sums
 from .slim_layer import trimmed_routing
-from .trimmed import survivor, trimmed_layer
+from .trimmed import survivor
 
 
 @torch.no_grad()
@@ -43,12 +43,13 @@ def with_outliers(
     hidden_STD = model.embed(tokens.ids_ST)
     layers = model.checkpoint.layers
     total = model.checkpoint.tensor_bytes
-    for layer in layers:
-        if plan.layers[layer.index].action != "drop-block":
+    for cut in layer_cuts(model.checkpoint, plan):
+        layer = cut.layer
+        if not cut.drops_block:
             known = found.get(layer.index, LayerStats())
             if layer.mtp:
                 hidden_STD = model.further(layer.index, hidden_STD, tokens.ids_ST)
-            hidden_STD, after = _through(model, plan, layer, known, hidden_STD)
+            hidden_STD, after = _through(model, cut, known, hidden_STD)
             if layer.has_moe:
                 found[layer.index] = after
         release_freed()
@@ -65,24 +66,22 @@ def with_outliers(
 
 def _through(
     model: StreamingModel,
-    plan: CutPlan,
-    layer: Layer,
+    cut: LayerCut,
     known: LayerStats,
     hidden_STD: torch.Tensor,
 ) -> tuple[torch.Tensor, LayerStats]:
     """One layer: two looks at each expert, first for the mean score, then to count."""
-    checkpoint, layer_plan = model.checkpoint, plan.layers[layer.index]
-    hidden_STD, x_ND = model.enter(layer.index, hidden_STD)
-    trimmed = trimmed_layer(layer, layer_plan, plan)
+    plan, trimmed = cut.plan, cut.trimmed
+    hidden_STD, x_ND = model.enter(cut.index, hidden_STD)
     if x_ND is not None and trimmed.norm_only:
         hidden_STD += x_ND.view_as(hidden_STD)
     if x_ND is None or not trimmed.has_moe:
         return hidden_STD, known
-    routing = trimmed_routing(model, plan, layer, layer_plan, x_ND)
+    routing = trimmed_routing(model, cut, x_ND)
     out_ND = torch.zeros_like(x_ND)
     squares, scores, weights = [], 0.0, 0
     for new in range(trimmed.num_experts):
-        expert = place(survivor(checkpoint, layer, layer_plan, new), x_ND)
+        expert = place(survivor(cut, new), x_ND)
         served = expert_tokens(routing, new, trimmed.redirect)
         squares.append(input_sums(expert, plan, x_ND, *served, model.act))
         for matrix, sums in zip(expert, squares[-1], strict=True):
@@ -91,13 +90,13 @@ def _through(
         add_expert(out_ND, x_ND, *served, expert, model.act)
     factor = plan.recipe.slim.owl_m
     threshold = factor * scores / weights
-    counted_E = np.zeros(layer.num_experts)
+    counted_E = np.zeros(cut.layer.num_experts)
     for new, sums_of in enumerate(squares):
-        expert = place(survivor(checkpoint, layer, layer_plan, new), x_ND)
-        counted_E[layer_plan.keep[new]] = sum(
+        expert = place(survivor(cut, new), x_ND)
+        counted_E[cut.keep[new]] = sum(
             outliers(matrix, sums, threshold)
             for matrix, sums in zip(expert, sums_of, strict=True)
         )
-    model.add_shared(layer.index, x_ND, out_ND)
+    model.add_shared(cut.index, x_ND, out_ND)
     hidden_STD += out_ND.view_as(hidden_STD)
     return hidden_STD, replace(known, owl_outliers_E=counted_E, owl_m=np.array(factor))

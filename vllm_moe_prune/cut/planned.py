@@ -23,11 +23,12 @@ from ..calibrate.forward import StreamingModel
 from ..calibrate.memory import release_freed
 from ..checkpoint.open import Layer
 from ..checkpoint.writer import writing
-from ..decide.cut_plan import CutPlan, LayerPlan
+from ..decide.cut_plan import CutPlan
 from ..errors import CalibrationError, CheckpointError, RecipeError
 from ..progress import Progress, Report, ignore
+from .layer_cut import LayerCut, layer_cuts
 from .slim_layer import slimmed_experts, trimmed_routing
-from .trimmed import survivor, trimmed_layer
+from .trimmed import survivor
 
 STATE_BYTES = 1 << 30
 """Of hidden states held at once; more plans than fit take further sweeps."""
@@ -186,6 +187,7 @@ class _Sweep:
         self.model = model
         self.checkpoint = model.checkpoint
         self.plans = plans
+        self._cuts = [layer_cuts(model.checkpoint, plan) for plan in plans]
         self._report = report
         self._stage = stage
         self._sweep, self._sweeps = sweep, sweeps
@@ -225,12 +227,12 @@ class _Sweep:
         skipped = [
             _Branch(members, branch.states)
             for members in groups.values()
-            if self._plan(layer, members).action == "drop-block"
+            if self._cuts[members[0]][layer.index].drops_block
         ]
         rest = [
             members
             for members in groups.values()
-            if self._plan(layer, members).action != "drop-block"
+            if not self._cuts[members[0]][layer.index].drops_block
         ]
         if not rest:
             return skipped
@@ -245,31 +247,23 @@ class _Sweep:
         for number, members in enumerate(rest):
             last = number == len(rest) - 1
             own = states if last else [state.clone() for state in states]
-            split.append(_Branch(members, self._moe(layer, members[0], own, inputs)))
+            cut = self._cuts[members[0]][layer.index]
+            split.append(_Branch(members, self._moe(cut, own, inputs)))
         return skipped + split
-
-    def _plan(self, layer: Layer, members: Sequence[int]) -> LayerPlan:
-        return self.plans[members[0]].layers[layer.index]
 
     def _what(self, layer: Layer, member: int) -> Hashable:
         """Everything a plan says about one layer."""
-        plan = self.plans[member]
-        layer_plan = plan.layers[layer.index]
-        slims = plan.slim != "none" and layer_plan.sparsity > 0
+        plan, cut = self.plans[member], self._cuts[member][layer.index]
         how = (plan.slim, plan.pattern, plan.router_weighted, plan.slim_exclude)
-        slim = how if slims else None
-        return plan.routing, layer_plan, slim
+        return plan.routing, cut.layer_plan, how if cut.writes_zeros else None
 
     def _moe(
         self,
-        layer: Layer,
-        member: int,
+        cut: LayerCut,
         states: list[torch.Tensor],
         inputs: Sequence[torch.Tensor],
     ) -> list[torch.Tensor]:
-        plan = self.plans[member]
-        layer_plan = plan.layers[layer.index]
-        trimmed = trimmed_layer(layer, layer_plan, plan)
+        trimmed = cut.trimmed
         if not trimmed.has_moe:
             if trimmed.norm_only:
                 for state, x_ND in zip(states, inputs, strict=True):
@@ -277,24 +271,16 @@ class _Sweep:
             return states
         model = self.model
         try:
-            routings = [
-                trimmed_routing(model, plan, layer, layer_plan, x_ND) for x_ND in inputs
-            ]
+            routings = [trimmed_routing(model, cut, x_ND) for x_ND in inputs]
         except CheckpointError:
             # This plan's model overflowed; its loss will not be finite either.
             return [torch.full_like(state, math.nan) for state in states]
         outputs = [torch.zeros_like(x_ND) for x_ND in inputs]
-        slims = plan.slim != "none" and layer_plan.sparsity > 0
         slimmed = None
-        if slims:
-            by_data = plan.needs_activations
+        if cut.writes_zeros:
+            by_data = cut.plan.needs_activations
             slimmed = slimmed_experts(
-                self.checkpoint,
-                plan,
-                layer,
-                layer_plan,
-                model if by_data else None,
-                inputs[-1] if by_data else None,
+                cut, model if by_data else None, inputs[-1] if by_data else None
             )
         for new in range(trimmed.num_experts):
             expert = next(slimmed).expert if slimmed else None
@@ -303,10 +289,10 @@ class _Sweep:
                 if len(served[0]) == 0:
                     continue
                 if expert is None:
-                    expert = survivor(self.checkpoint, layer, layer_plan, new)
+                    expert = survivor(cut, new)
                 add_expert(out_ND, x_ND, *served, place(expert, x_ND), model.act)
         for state, x_ND, out_ND in zip(states, inputs, outputs, strict=True):
-            model.add_shared(layer.index, x_ND, out_ND)
+            model.add_shared(cut.index, x_ND, out_ND)
             state += out_ND.view_as(state)
         return states
 

@@ -19,9 +19,9 @@ from ..calibrate.expert_forward import (
     place,
     token_chunks,
 )
-from ..checkpoint.open import Layer
+from ..calibrate.forward import StreamingModel
 from ..checkpoint.reader import Expert
-from ..decide.cut_plan import LayerPlan
+from ..checkpoint.writer import ShardWriter
 from ..decide.quantize import form_of
 from ..kernels.quantized import Form, Quantized, dequantize, pack
 from ..recipes.schema import QuantizeStage
@@ -30,6 +30,7 @@ from ..slim.gptq import gptq
 from ..slim.rtn import rtn
 from ..slim.sparsegpt import add_inputs
 from .copy import build_tensor, tensor_view
+from .layer_cut import LayerCut
 from .slice import OutputTensor
 from .slim_expert import column_sums
 from .slim_layer import (
@@ -41,16 +42,13 @@ from .slim_layer import (
     trimmed_experts,
     trimmed_routing,
 )
-from .trimmed import trimmed_layer
 
 
 @torch.no_grad()
 def quantize_layer(
     context: SlimContext,
-    layer: Layer,
-    layer_plan: LayerPlan,
+    cut: LayerCut,
     record: LayerRecord,
-    new_index: int,
     x_ND: torch.Tensor | None,
     scaled: Sequence[OutputTensor],
     *,
@@ -60,10 +58,8 @@ def quantize_layer(
 
     Args:
         context: The pass.
-        layer: The input layer.
-        layer_plan: What the plan does to it.
+        cut: The layer.
         record: Where what was done is counted.
-        new_index: Its index in the output.
         x_ND: Calibration activations entering the MoE; None if not needed.
         scaled: What else of the layer AWQ's scales change.
         want_output: Whether the layer's output is needed (not after the last).
@@ -71,26 +67,26 @@ def quantize_layer(
     Returns:
         The MoE output [N, D] of the quantized layer if wanted.
     """
-    stage = context.plan.quantize
-    run = _QuantizedLayer(context, layer, layer_plan, x_ND)
+    stage = cut.plan.quantize
+    run = _QuantizedLayer(context.model, cut, x_ND)
     input_scale_D = run.input_scale() if stage.method == "awq" else None
     for tensor in scaled:
         if input_scale_D is not None and context.writer.needs(tensor.name):
-            _write_scaled(context, tensor, input_scale_D)
+            _write_scaled(context.writer, cut, tensor, input_scale_D)
     out_ND = torch.zeros_like(x_ND) if want_output and x_ND is not None else None
     for new, trimmed, served in run.experts():
         x_nD = None if x_ND is None or served is None else x_ND
-        with naming(context.checkpoint, layer, layer_plan, new):
+        with naming(cut, new):
             made = _quantize(trimmed, stage, x_nD, served, run.act, input_scale_D)
         if served is not None and len(served.token_n) == 0:
-            record.unseen.append(layer_plan.keep[new])
+            record.unseen.append(cut.keep[new])
         elif out_ND is not None and x_ND is not None and served is not None:
             running = place(made.computes, x_ND)
             add_expert(out_ND, x_ND, *served, running, run.act)
         record.expert_parameters += sum(matrix.numel() for matrix in trimmed)
         add_powers(record.trimmed_powers_5, trimmed)
         add_powers(record.slimmed_powers_5, made.computes)
-        _write(context, (new_index, new), made)
+        _write(context.writer, cut, new, made)
     return out_ND
 
 
@@ -99,31 +95,19 @@ class _QuantizedLayer:
 
     def __init__(
         self,
-        context: SlimContext,
-        layer: Layer,
-        layer_plan: LayerPlan,
+        model: StreamingModel | None,
+        cut: LayerCut,
         x_ND: torch.Tensor | None,
     ) -> None:
-        self._context, self._layer, self._plan = context, layer, layer_plan
-        self._trimmed = trimmed_layer(layer, layer_plan, context.plan)
-        self._x_ND = x_ND
+        self._cut, self._x_ND = cut, x_ND
         self._routing: Routing | None = None
-        model = context.model
         self.act: Activation = torch.nn.functional.silu if model is None else model.act
         if model is not None and x_ND is not None:
-            self._routing = trimmed_routing(
-                model, context.plan, layer, layer_plan, x_ND
-            )
+            self._routing = trimmed_routing(model, cut, x_ND)
 
     def experts(self) -> Iterator[tuple[int, Expert, ExpertTokens | None]]:
         """Each expert, trimmed, with its tokens; None where there are no tokens."""
-        for new, expert, served in trimmed_experts(
-            self._context.checkpoint,
-            self._layer,
-            self._plan,
-            self._trimmed,
-            self._routing,
-        ):
+        for new, expert, served in trimmed_experts(self._cut, self._routing):
             if self._x_ND is not None:
                 expert = Expert(*(part.to(self._x_ND.device) for part in expert))
             yield new, expert, served
@@ -131,14 +115,14 @@ class _QuantizedLayer:
     def input_scale(self) -> torch.Tensor:
         """AWQ's scale of the experts' input, one for the layer, judged by all."""
         assert self._x_ND is not None
-        form = form_of(self._context.plan.quantize)
+        form = form_of(self._cut.plan.quantize)
         scales = awq.candidates(_mean_size(self._x_ND))
         total_A = torch.zeros(len(scales), dtype=torch.float64)
         for new, expert, served in self.experts():
             if served is None or len(served.token_n) == 0:
                 continue
             x_nD = self._x_ND.index_select(0, awq.sampled(served.token_n))
-            with naming(self._context.checkpoint, self._layer, self._plan, new):
+            with naming(self._cut, new):
                 for weight_FD in (expert.gate_FD, expert.up_FD):
                     total_A += awq.errors(weight_FD, x_nD, scales, form).cpu()
         return awq.best(scales, total_A)
@@ -248,22 +232,25 @@ def _mean_size(x_ND: torch.Tensor) -> torch.Tensor:
 
 
 def _write_scaled(
-    context: SlimContext, tensor: OutputTensor, input_scale_D: torch.Tensor
+    writer: ShardWriter,
+    cut: LayerCut,
+    tensor: OutputTensor,
+    input_scale_D: torch.Tensor,
 ) -> None:
     """Divide a norm by the scale, or multiply what reads it; exact in bf16."""
-    dense = build_tensor(context.checkpoint, tensor)
+    dense = build_tensor(cut.checkpoint, tensor)
     scale_D = input_scale_D.to(dense.device)
     changed = dense / scale_D if dense.dim() == 1 else dense * scale_D
-    context.writer.write(tensor.name, tensor_view(changed.to(dense.dtype)))
+    writer.write(tensor.name, tensor_view(changed.to(dense.dtype)))
 
 
-def _write(context: SlimContext, new: tuple[int, int], made: _Made) -> None:
+def _write(writer: ShardWriter, cut: LayerCut, new: int, made: _Made) -> None:
     """Hand one expert's parts to the writer."""
     matrices = {"gate": made.gate, "up": made.up, "down": made.down}
-    form = form_of(context.plan.quantize)
-    for rule in context.checkpoint.layout.experts:
-        base = rule.name(*new).rpartition(".")[0]
+    form = form_of(cut.plan.quantize)
+    for rule in cut.checkpoint.layout.experts:
+        base = rule.name(cut.new_index, new).rpartition(".")[0]
         for part, tensor in pack(matrices[rule.role], form).items():
-            if context.writer.needs(f"{base}.{part}"):
+            if writer.needs(f"{base}.{part}"):
                 data = tensor_view(tensor.cpu())
-                context.writer.write(f"{base}.{part}", data)
+                writer.write(f"{base}.{part}", data)

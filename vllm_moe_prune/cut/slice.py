@@ -13,10 +13,11 @@ from typing import Literal
 from ..archs.spec import ROUTER_ROLES, Role, TensorRule
 from ..checkpoint.block_fp8 import SUFFIX
 from ..checkpoint.index import TensorInfo
-from ..checkpoint.open import Checkpoint, Layer
+from ..checkpoint.open import Checkpoint
 from ..checkpoint.quantized_tensors import PartedTensor
-from ..decide.cut_plan import CutPlan, LayerPlan
+from ..decide.cut_plan import CutPlan
 from ..decide.quantize import form_of
+from .layer_cut import LayerCut, layer_cuts
 from .matrices import read_by_experts, slimmed_dense, slimmed_roles
 from .validate_plan import check_possible
 
@@ -65,15 +66,6 @@ class OutputTensor:
         return math.prod(self.shape) if self.stands_for is None else self.stands_for
 
 
-def keeps_router(plan: CutPlan, layer_plan: LayerPlan) -> bool:
-    """Whether a layer's router stays whole, its rows redirected to the survivors.
-
-    A layer that loses no expert has nothing to redirect: its rows go with the experts
-    into their new order, so that stacks that know no redirect read it rightly too.
-    """
-    return plan.routing == "redirect" and len(layer_plan.keep) < layer_plan.experts
-
-
 def output_tensors(checkpoint: Checkpoint, plan: CutPlan) -> list[OutputTensor]:
     """Every tensor of the output, in the order it is written (layer by layer).
 
@@ -85,14 +77,9 @@ def output_tensors(checkpoint: Checkpoint, plan: CutPlan) -> list[OutputTensor]:
     tensors = [
         tensor for name in before for tensor in _copies(checkpoint.tensors[name], name)
     ]
-    new_index = 0
-    for layer, layer_plan in zip(checkpoint.layers, plan.layers, strict=True):
-        if layer_plan.action == "drop-block":
-            continue
-        tensors += _layer_tensors(
-            checkpoint, layer, layer_plan, plan, new_index, layers[layer.index]
-        )
-        new_index += 1
+    for cut in layer_cuts(checkpoint, plan):
+        if not cut.drops_block:
+            tensors += _layer_tensors(cut, layers[cut.index])
     for name in after:
         tensors += _copies(checkpoint.tensors[name], name)
     return tensors
@@ -149,23 +136,15 @@ def _copies(
         left = 0
 
 
-def _layer_tensors(
-    checkpoint: Checkpoint,
-    layer: Layer,
-    layer_plan: LayerPlan,
-    plan: CutPlan,
-    new_index: int,
-    names: list[str],
-) -> Iterator[OutputTensor]:
+def _layer_tensors(cut: LayerCut, names: list[str]) -> Iterator[OutputTensor]:
+    checkpoint, layer, layer_plan = cut.checkpoint, cut.layer, cut.layer_plan
     arch, layout = checkpoint.arch, checkpoint.layout
-    old_prefix = arch.layer_prefix.format(layer=layer.index)
-    new_prefix = arch.layer_prefix.format(layer=new_index)
     routed = {rule.name(layer.index) for rule in layout.router_parts}
     routed |= {*checkpoint.expert_names(layer)}
     routed |= {name + SUFFIX for name in routed if checkpoint.is_scale(name + SUFFIX)}
     dropped = layer_plan.drops_moe
-    dense = slimmed_dense(checkpoint, layer, layer_plan, plan)
-    scales = plan.quantize.method == "awq" and layer.has_moe and not dropped
+    dense = slimmed_dense(cut)
+    scales = cut.plan.quantize.method == "awq" and layer.has_moe and not dropped
     scaled = read_by_experts(checkpoint, layer) if scales else frozenset()
     for name in names:
         if layer.has_moe and name in routed:
@@ -175,95 +154,39 @@ def _layer_tensors(
         )
         if dropped and arch.is_moe_member(name, layer.index) and not stays:
             continue
-        inner = name.removeprefix(old_prefix)
+        inner = name.removeprefix(cut.old_prefix)
         info = checkpoint.tensors[name]
-        for copied in _copies(info, new_prefix + inner, layer.index):
+        for copied in _copies(info, cut.new_prefix + inner, layer.index):
             if inner in scaled:
                 yield replace(copied, made="scaled")
             else:
                 yield replace(copied, sparsity=dense.get(inner, 0.0))
     if layer.has_moe and not dropped:
         for rule in layout.router_parts:
-            router = _router(checkpoint, rule, layer, layer_plan, plan, new_index)
+            router = _router(cut, rule)
             made = scales and rule.role == "router"
             yield replace(router, made="scaled" if made else "copied")
-        yield from _experts(checkpoint, layer, layer_plan, plan, new_index)
+        yield from _experts(cut)
 
 
-Members = tuple[tuple[int, float | None], ...]
-"""Input experts and their weights in a mean."""
-
-
-def members_of(layer_plan: LayerPlan, new: int) -> Members:
-    """The experts a survivor is built from: itself, or its whole cluster."""
-    if not layer_plan.reconstruct or layer_plan.clusters is None:
-        return ((layer_plan.keep[new], None),)
-    cluster = layer_plan.clusters[new]
-    if layer_plan.merge_weights is None:
-        return tuple((expert, None) for expert in cluster)
-    return tuple(zip(cluster, layer_plan.merge_weights[new], strict=True))
-
-
-def _all_members(layer_plan: LayerPlan) -> list[Members]:
-    return [members_of(layer_plan, new) for new in range(len(layer_plan.keep))]
-
-
-def redirect_of(layer_plan: LayerPlan) -> tuple[int | None, ...]:
-    """For each router row the new expert that serves it; None: nothing does."""
-    serves: dict[int, int] = {}
-    for new, kept in enumerate(layer_plan.keep):
-        cluster = layer_plan.clusters[new] if layer_plan.clusters else (kept,)
-        serves |= dict.fromkeys(cluster, new)
-    return tuple(serves.get(row) for row in range(layer_plan.experts))
-
-
-def row_groups(
-    layer: Layer, layer_plan: LayerPlan, plan: CutPlan
-) -> tuple[int, ...] | None:
-    """The routing group of each router row that the plan leaves."""
-    if layer.groups is None or keeps_router(plan, layer_plan):
-        return layer.groups
-    return tuple(layer.groups[expert] for expert in layer_plan.keep)
-
-
-def _router(
-    checkpoint: Checkpoint,
-    rule: TensorRule,
-    layer: Layer,
-    layer_plan: LayerPlan,
-    plan: CutPlan,
-    new_index: int,
-) -> OutputTensor:
-    info = checkpoint.tensors[rule.name(layer.index)]
-    if keeps_router(plan, layer_plan):
-        return OutputTensor(
-            rule.name(new_index),
-            info.dtype,
-            info.shape,
-            ((Piece(info.name),),),
-            layer.index,
-            rule.role,
-        )
+def _router(cut: LayerCut, rule: TensorRule) -> OutputTensor:
+    info = cut.checkpoint.tensors[rule.name(cut.index)]
+    name = rule.name(cut.new_index)
+    if cut.keeps_router:
+        return replace(_copy(info, name, cut.index), role=rule.role)
     groups = tuple(
         tuple(Piece(info.name, old, weight) for old, weight in members)
-        for members in _all_members(layer_plan)
+        for members in cut.survivors
     )
     shape = (len(groups), *info.shape[1:])
-    return OutputTensor(
-        rule.name(new_index), info.dtype, shape, groups, layer.index, rule.role
-    )
+    return OutputTensor(name, info.dtype, shape, groups, cut.index, rule.role)
 
 
-def _experts(
-    checkpoint: Checkpoint,
-    layer: Layer,
-    layer_plan: LayerPlan,
-    plan: CutPlan,
-    new_index: int,
-) -> Iterator[OutputTensor]:
-    sparsity = 0.0 if plan.slim == "none" else layer_plan.sparsity
-    slimmed = slimmed_roles(checkpoint, layer, plan)
-    survivors = _all_members(layer_plan)
+def _experts(cut: LayerCut) -> Iterator[OutputTensor]:
+    checkpoint, plan = cut.checkpoint, cut.plan
+    index, new_index = cut.index, cut.new_index
+    sparsity = cut.layer_plan.sparsity if cut.writes_zeros else 0.0
+    slimmed = slimmed_roles(cut)
     rules = checkpoint.layout.experts
 
     def build(
@@ -272,15 +195,13 @@ def _experts(
         shape = one.shape if rule.per_expert else (len(groups), *one.shape[1:])
         name = rule.name(new_index, new)
         share = sparsity if rule.role in slimmed else 0.0
-        return OutputTensor(
-            name, one.dtype, shape, groups, layer.index, rule.role, share
-        )
+        return OutputTensor(name, one.dtype, shape, groups, index, rule.role, share)
 
-    for new, members in enumerate(survivors):
+    for new, members in enumerate(cut.survivors):
         for rule in rules:
             if rule.per_expert:
                 pieces = tuple(
-                    Piece(rule.name(layer.index, old), None, weight)
+                    Piece(rule.name(index, old), None, weight)
                     for old, weight in members
                 )
                 first = checkpoint.tensors[pieces[0].source]
@@ -288,19 +209,19 @@ def _experts(
                     yield from _parts(build(rule, new, (pieces,), first), plan)
                 elif isinstance(first, PartedTensor):
                     name = rule.name(new_index, new)
-                    yield from _copies(first, name, layer.index, rule.role)
+                    yield from _copies(first, name, index, rule.role)
                 else:
                     yield build(rule, new, (pieces,), first)
                 scale = first.name + SUFFIX
                 if checkpoint.is_scale(scale):
                     name = rule.name(new_index, new) + SUFFIX
-                    yield _copy(checkpoint.tensors[scale], name, layer.index)
+                    yield _copy(checkpoint.tensors[scale], name, index)
     for rule in rules:
         if not rule.per_expert:
-            name = rule.name(layer.index)
+            name = rule.name(index)
             groups = tuple(
                 tuple(Piece(name, old, weight) for old, weight in members)
-                for members in survivors
+                for members in cut.survivors
             )
             yield build(rule, None, groups, checkpoint.tensors[name])
 

@@ -9,43 +9,35 @@ import torch
 
 from ..calibrate.dense import DensePart
 from ..calibrate.forward import StreamingModel
-from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import Expert, read_weight
 from ..checkpoint.writer import ShardWriter
-from ..decide.cut_plan import CutPlan
 from ..slim.magnitude import magnitude
 from .copy import stored_view
+from .layer_cut import LayerCut
 from .matrices import dense_matrices, slimmed_dense
 from .slim_expert import add_sums, no_sums, slim_by_data, slim_matrix
 
 
 class DenseSlimmer:
-    """Slims and writes the dense matrices of the layers that a forward runs through."""
+    """Slims and writes the dense matrices of one layer."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, plan: CutPlan, writer: ShardWriter
-    ) -> None:
-        """Nothing is slimmed before ``begin``."""
-        self.checkpoint = checkpoint
-        self.plan = plan
+    def __init__(self, cut: LayerCut, writer: ShardWriter) -> None:
+        """Slim a layer.
+
+        Args:
+            cut: The layer.
+            writer: Where the slimmed matrices go.
+        """
+        self.checkpoint, self.plan = cut.checkpoint, cut.plan
         self.writer = writer
         self.zeros = 0
-        """Zeros in what was slimmed since ``begin``."""
-        self._sparsity = 0.0
-        self._layer = checkpoint.layers[0]
-        self._new_index = 0
-        self._names: frozenset[str] = frozenset()
-
-    def begin(self, layer: Layer, new_index: int) -> None:
-        """What follows is of this layer."""
-        self.zeros = 0
-        self._layer, self._new_index = layer, new_index
-        layer_plan = self.plan.layers[layer.index]
-        self._sparsity = layer_plan.sparsity
-        found = slimmed_dense(self.checkpoint, layer, layer_plan, self.plan)
+        """Zeros in what was slimmed."""
+        self._cut = cut
+        self._sparsity = cut.layer_plan.sparsity
         # Shared experts leave with a dropped MoE; the forward does not come to them,
         # but without a forward they would be slimmed.
-        gone = self.checkpoint.arch.shared if layer_plan.drops_moe else None
+        gone = self.checkpoint.arch.shared if cut.layer_plan.drops_moe else None
+        found = slimmed_dense(cut)
         self._names = frozenset(found) - frozenset(gone.names if gone else ())
 
     def by_magnitude(self) -> None:
@@ -56,15 +48,15 @@ class DenseSlimmer:
 
     def before_attention(
         self, model: StreamingModel, index: int, hidden_STD: torch.Tensor
-    ) -> None:
-        """Slim the attention by what enters each of its matrices."""
+    ) -> dict[str, torch.Tensor]:
+        """Slim the attention by what enters each of its matrices; what it became."""
         attention = [
             matrix
-            for matrix in dense_matrices(self.checkpoint, self._layer)
+            for matrix in dense_matrices(self.checkpoint, self._cut.layer)
             if matrix.part == "attention" and matrix.name in self._names
         ]
         if not attention:
-            return
+            return {}
         device = hidden_STD.device
         sums = {one.name: no_sums(one.cols, self.plan, device) for one in attention}
 
@@ -73,43 +65,42 @@ class DenseSlimmer:
                 add_sums(sums[name], x_nD, self.plan)
 
         model.watch_attention(index, hidden_STD, see)
+        slimmed = {}
         for matrix in attention:
             weight_RD = self._read(matrix.name).to(device)
             found = sums[matrix.name]
             slimmed_RD = slim_matrix(weight_RD, found, self.plan, self._sparsity)
-            self._write(matrix.name, slimmed_RD, model)
+            self._write(matrix.name, slimmed_RD)
+            slimmed[self._cut.old_prefix + matrix.name] = slimmed_RD
+        return slimmed
 
     def before_mlp(
         self, model: StreamingModel, index: int, part: DensePart, x_ND: torch.Tensor
-    ) -> None:
-        """Slim an MLP of all tokens."""
+    ) -> dict[str, torch.Tensor]:
+        """Slim an MLP of all tokens; what its matrices became."""
         wanted = tuple(name in self._names for name in part.mlp.names)
         if not any(wanted):
-            return
+            return {}
         mlp = Expert(*(self._read(name) for name in part.mlp.names))
         token_N = torch.arange(len(x_ND), device=x_ND.device)
         weight_N = torch.ones(len(x_ND), device=x_ND.device)
-        slimmed = slim_by_data(
+        found = slim_by_data(
             mlp, self.plan, self._sparsity, x_ND, token_N, weight_N, model.act, wanted
         )
-        for name, weight_RD, take in zip(part.mlp.names, slimmed, wanted, strict=True):
+        slimmed = {}
+        for name, weight_RD, take in zip(part.mlp.names, found, wanted, strict=True):
             if take:
-                self._write(name, weight_RD, model)
+                self._write(name, weight_RD)
+                slimmed[self._cut.old_prefix + name] = weight_RD
+        return slimmed
 
     def _read(self, name: str) -> torch.Tensor:
-        prefix = self.checkpoint.arch.layer_prefix.format(layer=self._layer.index)
-        return read_weight(self.checkpoint, prefix + name)
+        return read_weight(self.checkpoint, self._cut.old_prefix + name)
 
-    def _write(
-        self, name: str, weight_RD: torch.Tensor, model: StreamingModel | None = None
-    ) -> None:
-        """Hand it to the writer, and to the model for the rest of its way."""
-        arch = self.checkpoint.arch
-        old = arch.layer_prefix.format(layer=self._layer.index) + name
-        new = arch.layer_prefix.format(layer=self._new_index) + name
+    def _write(self, name: str, weight_RD: torch.Tensor) -> None:
+        """Hand it to the writer."""
+        old, new = self._cut.old_prefix + name, self._cut.new_prefix + name
         self.zeros += weight_RD.numel() - int(torch.count_nonzero(weight_RD))
-        if model is not None:
-            model.replaced[old] = weight_RD
         if self.writer.needs(new):
             data = stored_view(self.checkpoint.tensors[old], weight_RD)
             self.writer.write(new, data)

@@ -8,23 +8,22 @@ calibrated on what the pruned model will really compute (spec, defect 3).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from ..archs.spec import TensorRule
 from ..calibrate.expert_forward import Routing, add_expert, expert_tokens, place
 from ..calibrate.forward import StreamingModel
-from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import Expert
 from ..checkpoint.writer import ShardWriter
-from ..decide.cut_plan import CutPlan, LayerPlan
 from ..errors import CalibrationError, CheckpointError
 from ..slim.kurtosis import power_sums
 from .copy import stored_view
+from .layer_cut import LayerCut
 from .matrices import taken
 from .slim_expert import slim_by_data, slim_by_magnitude
-from .trimmed import survivor, trimmed_layer, trimmed_router
+from .trimmed import survivor, trimmed_router
 
 
 @dataclass
@@ -51,8 +50,6 @@ class LayerRecord:
 class SlimContext:
     """What stays the same for every layer of a slimming pass."""
 
-    checkpoint: Checkpoint
-    plan: CutPlan
     writer: ShardWriter
     model: StreamingModel | None
     """None for methods that need no activations."""
@@ -60,10 +57,8 @@ class SlimContext:
 
 def slim_layer(
     context: SlimContext,
-    layer: Layer,
-    layer_plan: LayerPlan,
+    cut: LayerCut,
     record: LayerRecord,
-    new_index: int,
     x_ND: torch.Tensor | None,
     *,
     want_output: bool,
@@ -72,10 +67,8 @@ def slim_layer(
 
     Args:
         context: The pass.
-        layer: The input layer.
-        layer_plan: What the plan does to it.
+        cut: The layer.
         record: Where what was done is counted.
-        new_index: Its index in the output.
         x_ND: Calibration activations entering the MoE; None if not needed.
         want_output: Whether the slimmed layer's output is needed (not after the last).
 
@@ -83,13 +76,11 @@ def slim_layer(
         The MoE output [N, D] of the slimmed layer if wanted.
     """
     out_ND = torch.zeros_like(x_ND) if want_output and x_ND is not None else None
-    for found in slimmed_experts(
-        context.checkpoint, context.plan, layer, layer_plan, context.model, x_ND
-    ):
+    for found in slimmed_experts(cut, context.model, x_ND):
         if found.served is None:
             pass
         elif len(found.served.token_n) == 0:
-            record.unseen.append(layer_plan.keep[found.new])
+            record.unseen.append(cut.keep[found.new])
         elif out_ND is not None and x_ND is not None and context.model is not None:
             running = place(found.expert, x_ND)
             add_expert(out_ND, x_ND, *found.served, running, context.model.act)
@@ -97,8 +88,7 @@ def slim_layer(
         record.zeros += sum(_zeros(matrix) for matrix in found.expert)
         add_powers(record.trimmed_powers_5, found.trimmed)
         add_powers(record.slimmed_powers_5, found.expert)
-        old = layer.index, layer_plan.keep[found.new]
-        _write_expert(context, old, (new_index, found.new), found.expert)
+        _write_expert(context.writer, cut, found.new, found.expert)
     return out_ND
 
 
@@ -121,33 +111,22 @@ class Slimmed(NamedTuple):
 
 
 def slimmed_experts(
-    checkpoint: Checkpoint,
-    plan: CutPlan,
-    layer: Layer,
-    layer_plan: LayerPlan,
-    model: StreamingModel | None,
-    x_ND: torch.Tensor | None,
+    cut: LayerCut, model: StreamingModel | None, x_ND: torch.Tensor | None
 ) -> Iterator[Slimmed]:
     """The experts a layer is left with, one at a time, as they will be written.
 
     Args:
-        checkpoint: The input.
-        plan: Names the method.
-        layer: The input layer.
-        layer_plan: What the plan does to it.
+        cut: The layer, under a plan that names the method.
         model: For its routing; None for methods that need no activations.
         x_ND: Calibration activations entering the MoE; None likewise.
     """
-    trimmed = trimmed_layer(layer, layer_plan, plan)
-    sparsity = layer_plan.sparsity
-    wanted = taken(checkpoint, layer, plan)
+    plan, sparsity = cut.plan, cut.layer_plan.sparsity
+    wanted = taken(cut)
     routing = None
     if x_ND is not None and model is not None:
-        routing = trimmed_routing(model, plan, layer, layer_plan, x_ND)
-    for new, trimmed_expert, served in trimmed_experts(
-        checkpoint, layer, layer_plan, trimmed, routing
-    ):
-        with naming(checkpoint, layer, layer_plan, new):
+        routing = trimmed_routing(model, cut, x_ND)
+    for new, trimmed_expert, served in trimmed_experts(cut, routing):
+        with naming(cut, new):
             if served is None or x_ND is None or model is None:
                 expert = slim_by_magnitude(trimmed_expert, plan, sparsity, wanted)
             else:
@@ -158,47 +137,31 @@ def slimmed_experts(
 
 
 def trimmed_experts(
-    checkpoint: Checkpoint,
-    layer: Layer,
-    layer_plan: LayerPlan,
-    trimmed: Layer,
-    routing: Routing | None,
+    cut: LayerCut, routing: Routing | None
 ) -> Iterator[tuple[int, Expert, ExpertTokens | None]]:
     """Each expert a layer is left with, and its tokens; None where no data is used."""
-    for new in range(trimmed.num_experts):
+    for new in range(cut.trimmed.num_experts):
         served = None
         if routing is not None:
-            served = ExpertTokens(*expert_tokens(routing, new, trimmed.redirect))
-        yield new, survivor(checkpoint, layer, layer_plan, new), served
+            served = ExpertTokens(*expert_tokens(routing, new, cut.trimmed.redirect))
+        yield new, survivor(cut, new), served
 
 
 @contextmanager
-def naming(
-    checkpoint: Checkpoint, layer: Layer, layer_plan: LayerPlan, new: int
-) -> Iterator[None]:
+def naming(cut: LayerCut, new: int) -> Iterator[None]:
     """Say which expert it was that a slimming method could not work on."""
     try:
         yield
     except (CheckpointError, CalibrationError) as error:
-        expert = layer_plan.keep[new]
-        where = f"{checkpoint.folder}: layer {layer.index}, expert {expert}"
+        where = f"{cut.checkpoint.folder}: layer {cut.index}, expert {cut.keep[new]}"
         raise type(error)(f"{where}: {error}") from error
 
 
 def trimmed_routing(
-    model: StreamingModel,
-    plan: CutPlan,
-    layer: Layer,
-    layer_plan: LayerPlan,
-    x_ND: torch.Tensor,
+    model: StreamingModel, cut: LayerCut, x_ND: torch.Tensor
 ) -> Routing:
     """Routing over the rows that the plan leaves."""
-    checkpoint = model.checkpoint
-
-    def read(rule: TensorRule) -> torch.Tensor:
-        return trimmed_router(checkpoint, rule, layer, layer_plan, plan)
-
-    return model.route(trimmed_layer(layer, layer_plan, plan), x_ND, read)
+    return model.route(cut.trimmed, x_ND, partial(trimmed_router, cut))
 
 
 def add_powers(powers_5: list[float], expert: Expert) -> None:
@@ -212,25 +175,23 @@ def _zeros(matrix: torch.Tensor) -> int:
     return matrix.numel() - int(torch.count_nonzero(matrix))
 
 
-def _write_expert(
-    context: SlimContext, old: tuple[int, int], new: tuple[int, int], expert: Expert
-) -> None:
+def _write_expert(writer: ShardWriter, cut: LayerCut, new: int, expert: Expert) -> None:
     """Hand one finished expert to the writer, in the checkpoint's own layout.
 
     Args:
-        context: The pass.
-        old: Layer and expert of the input.
-        new: Layer and expert of the output.
+        writer: Of the output.
+        cut: The layer.
+        new: The expert's id in the output.
         expert: Its weights, as the model computes with them.
     """
-    layout, writer = context.checkpoint.layout, context.writer
+    checkpoint = cut.checkpoint
     pieces = {
         "gate": expert.gate_FD,
         "up": expert.up_FD,
         "down": expert.down_DF,
     }
-    for rule in layout.experts:
-        name = rule.name(*new)
+    for rule in checkpoint.layout.experts:
+        name = rule.name(cut.new_index, new)
         if not writer.needs(name):
             continue
         matrix = (
@@ -238,5 +199,6 @@ def _write_expert(
             if rule.role == "gate_up"
             else pieces[rule.role]
         )
-        data = stored_view(context.checkpoint.tensors[rule.name(*old)], matrix)
-        writer.write(name, data, 0 if rule.per_expert else new[1] * len(data))
+        source = checkpoint.tensors[rule.name(cut.index, cut.keep[new])]
+        data = stored_view(source, matrix)
+        writer.write(name, data, 0 if rule.per_expert else new * len(data))
