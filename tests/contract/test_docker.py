@@ -86,7 +86,7 @@ def expressions() -> list[str]:
 
 
 def test_dashboard_asks_for_metrics_of_the_gateway() -> None:
-    metrics = pytest.importorskip("vllm_moe_prune.serve.metrics")
+    metrics = pytest.importorskip("moe_prune_gateway.metrics")
     known = {
         sample
         for family in metrics.Metrics().registry.collect()

@@ -12,14 +12,17 @@ from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import moe_prune_gateway
 import vllm_moe_prune
 from vllm_moe_prune.recipes.loading import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vllm_moe_prune"
+GATEWAY = ROOT / "serve" / "moe_prune_gateway"
 MAX_LINES = 400
 
 # Each unit (file or folder of the package) may import its own row and those below.
@@ -28,7 +31,7 @@ ROWS = (
     {"progress", "recipes"},
     {"archs", "checkpoint", "configs", "kernels"},
     {"calibrate", "cut", "decide", "recover", "report", "slim"},
-    {"plugin", "serve", "stages", "tune"},
+    {"plugin", "stages", "tune"},
     {"judge", "pipeline"},
     {"cli"},
     {"__main__"},
@@ -55,8 +58,8 @@ class Import:
         return self.target.split(".")[0]
 
 
-def modules() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+def modules(package: Path = PACKAGE) -> list[Path]:
+    return sorted(package.rglob("*.py"))
 
 
 def name_of(path: Path) -> str:
@@ -81,7 +84,8 @@ def imports_of(path: Path) -> Iterator[Import]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for child in ast.walk(node)
     }
-    parents = path.relative_to(ROOT).parts[:-1]
+    root = GATEWAY.parent if path.is_relative_to(GATEWAY) else ROOT
+    parents = path.relative_to(root).parts[:-1]
     for node in ast.walk(tree):
         at_top = id(node) not in inside
         if isinstance(node, ast.Import):
@@ -177,6 +181,42 @@ def test_only_the_plugin_imports_vllm() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_gateway_needs_neither_the_other_package_nor_what_is_heavy() -> None:
+    foreign = {PACKAGE.name, "vllm", "torch", "transformers", "numpy"}
+    wrong = [
+        f"{name_of(path)}:{found.line}: imports {found.target}"
+        for path in modules(GATEWAY)
+        for found in imports_of(path)
+        if found.package in foreign
+    ]
+    assert not wrong, "\n".join(wrong)
+    code = "import moe_prune_gateway.cli, moe_prune_gateway.run"
+    assert not loaded_after(code, *foreign)
+
+
+def test_the_gateway_declares_what_it_imports() -> None:
+    names = {
+        re.split(r"[<>=\[ ]", item)[0].replace("-", "_")
+        for item in project(GATEWAY.parent)["dependencies"]
+    }
+    used = {found.package for path in modules(GATEWAY) for found in imports_of(path)}
+    outside = used - set(sys.stdlib_module_names) - {GATEWAY.name, "starlette"}
+    assert outside - names == set()
+
+
+def test_only_command_and_pages_look_for_the_gateway() -> None:
+    users = {
+        name_of(path)
+        for path in modules()
+        for found in imports_of(path)
+        if found.package == GATEWAY.name
+    }
+    assert users == {
+        "vllm_moe_prune/cli/gateway.py",
+        "vllm_moe_prune/plugin/watch/endpoint.py",
+    }
+
+
 def compares_versions(node: ast.AST) -> bool:
     """Whether a comparison looks at another package's version."""
     if not isinstance(node, ast.Compare):
@@ -231,7 +271,7 @@ def test_starting_up_loads_nothing_heavy(code: str) -> None:
 def test_files_stay_readable() -> None:
     long = {
         name_of(path): count
-        for path in modules()
+        for path in [*modules(), *modules(GATEWAY)]
         if (count := len(path.read_text("utf-8").splitlines())) > MAX_LINES
     }
     assert not long, f"over {MAX_LINES} lines: {long}"
@@ -240,37 +280,43 @@ def test_files_stay_readable() -> None:
 def test_modules_say_what_they_are_for() -> None:
     silent = [
         name_of(path)
-        for path in modules()
+        for path in [*modules(), *modules(GATEWAY)]
         if tree_of(path).body and not ast.get_docstring(tree_of(path))
     ]
     assert not silent, f"no docstring: {silent}"
 
 
-def project() -> dict[str, object]:
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        found: dict[str, object] = tomllib.load(file)["project"]
+def project(folder: Path = ROOT) -> dict[str, Any]:
+    with (folder / "pyproject.toml").open("rb") as file:
+        found: dict[str, Any] = tomllib.load(file)["project"]
     return found
 
 
-def test_the_version_is_written_once() -> None:
-    ours = str(project()["version"])
+def test_versions_are_written_once() -> None:
+    ours = project()["version"]
+    assert project(GATEWAY.parent)["version"] == ours
     literal = re.compile(rf"(?<![\w.]){re.escape(ours)}(?![\w.])")
     places = [
         name_of(path)
         for path in [
             *modules(),
+            *modules(GATEWAY),
             *ROOT.glob("*.toml"),
+            *GATEWAY.parent.glob("*.toml"),
             *(path for path in (ROOT / "docker").glob("*") if path.is_file()),
             ROOT / "Makefile",
         ]
         for _ in literal.findall(path.read_text("utf-8"))
     ]
-    assert places == ["pyproject.toml"]
+    assert places == ["pyproject.toml", "serve/pyproject.toml"]
     assert vllm_moe_prune.__version__ == version("vllm-moe-prune") == ours
+    assert moe_prune_gateway.__version__ == ours
 
 
 def test_entry_points_lead_somewhere() -> None:
     (command,) = entry_points(group="console_scripts", name="vllm-moe-prune")
+    (gateway,) = entry_points(group="console_scripts", name="moe-prune-gateway")
+    assert callable(gateway.load())
     (plugin,) = entry_points(group="vllm.general_plugins", name="moe_prune")
     assert callable(command.load())
     (routes,) = entry_points(group="vllm.endpoint_plugins", name="moe_prune_api")
@@ -280,6 +326,7 @@ def test_entry_points_lead_somewhere() -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()
+    assert (GATEWAY / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

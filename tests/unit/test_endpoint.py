@@ -10,18 +10,20 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
 
+from moe_prune_gateway.site import PAGES, add_pages
+from moe_prune_gateway.site import PREFIX as GATEWAY_PREFIX
 from tests.reference import DROP_MOE, LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError, ServeError
-from vllm_moe_prune.plugin.watch.endpoint import MoePruneEndpoints, make_router
+from vllm_moe_prune.plugin.watch import endpoint
+from vllm_moe_prune.plugin.watch.endpoint import PREFIX, MoePruneEndpoints
 from vllm_moe_prune.plugin.watch.switch import EXTENSION, SWITCH
-from vllm_moe_prune.serve.site import PREFIX
 
 CUTS = {0: DROP_MOE, 1: LayerCut(keep=(6, 2))}
 
@@ -129,10 +131,33 @@ def test_counts_that_nobody_could_read_are_refused(pruned: Path) -> None:
 def test_pages_are_found_beside_the_data(tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text("<p>Experts", "utf-8")
     (tmp_path / "experts.js").write_text("1", "utf-8")
+    router = APIRouter(prefix=PREFIX)
+    add_pages(router, tmp_path)
     app = FastAPI()
-    app.include_router(make_router(tmp_path))
+    app.include_router(router)
     client = TestClient(app, base_url=f"http://server{PREFIX}/")
     assert client.get("").text == "<p>Experts"
     script = client.get("experts.js")
     assert script.headers["content-type"].startswith("text/javascript")
     assert script.headers["cache-control"] == "no-cache"
+
+
+def test_pages_are_those_of_the_gateway_where_that_is_installed(pruned: Path) -> None:
+    assert GATEWAY_PREFIX == PREFIX
+    client = client_of(Engine(pruned))
+    for name in ("", "compare.html", "common.js"):
+        page = PAGES / (name or "index.html")
+        assert client.get(name).content == page.read_bytes()
+
+
+def test_without_the_gateway_data_is_there_and_pages_say_where_to_get_them(
+    pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "PAGES_PACKAGE", "no_such_package")
+    client = client_of(Engine(pruned))
+    assert client.get("load").status_code == 200
+    assert client.get("report").status_code == 200
+    answer = client.get("")
+    assert answer.status_code == 404
+    assert "moe-prune-gateway" in answer.json()["detail"]
+    assert client.get("compare.html").status_code == 404

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import uvicorn
 
+from moe_prune_gateway.http import bounded_http
 from tests.gateway import until
-from vllm_moe_prune.serve.http import bounded_http
 
 HEAD_TIMEOUT_S = 0.6
 UPGRADE = (

@@ -1,25 +1,26 @@
 """The gateway's parts that need no server."""
 
 import json
-import re
-import tomllib
+import sys
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_prune_gateway.errors import GatewayError
+from moe_prune_gateway.metrics import Metrics
+from moe_prune_gateway.refusals import Refusal
+from moe_prune_gateway.relay import model_of
+from moe_prune_gateway.settings import PREFIX, GatewaySettings, load_settings
+from moe_prune_gateway.stream import LONGEST_EVENT, Events, Whole, tokens_of
 from tests.bad_inputs.case import run_cli
-from vllm_moe_prune.errors import ServeError
-from vllm_moe_prune.serve import needs
-from vllm_moe_prune.serve.metrics import Metrics
-from vllm_moe_prune.serve.refusals import Refusal
-from vllm_moe_prune.serve.relay import model_of
-from vllm_moe_prune.serve.settings import PREFIX, GatewaySettings, load_settings
-from vllm_moe_prune.serve.stream import LONGEST_EVENT, Events, Whole, tokens_of
+from vllm_moe_prune import cli
+from vllm_moe_prune.cli import gateway
 
 ROOT = Path(__file__).parents[2]
 BACKENDS = {"a": "http://one:8000", "b": "http://two"}
@@ -159,7 +160,7 @@ def test_a_key_is_what_stands_in_its_line(monkeypatch: pytest.MonkeyPatch) -> No
         assert (key and key.get_secret_value()) == expected
     for value in ("two\nlines", "kéy"):
         monkeypatch.setenv("MOE_PRUNE_BACKEND_API_KEY", value)
-        with pytest.raises(ServeError, match="one line of printable ASCII") as raised:
+        with pytest.raises(GatewayError, match="one line of printable ASCII") as raised:
             load_settings(given)
         assert value not in str(raised.value)
 
@@ -242,10 +243,23 @@ def test_what_is_refused_is_one_line(
     assert said in ran.stderr
 
 
-def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needs, "NEEDS", ("json", "no_such_library"))
-    with pytest.raises(ServeError, match=r"needs no_such_library.*\[gateway\]"):
-        needs.check_needs()
+def test_without_the_gateway_its_command_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gateway, "PACKAGE", "no_such_package")
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    gateway.add_gateway(app)
+    monkeypatch.setattr(cli, "app", app)
+    line = "vllm-moe-prune gateway --backend a=http://b --port 1"
+    monkeypatch.setattr(sys, "argv", line.split())
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "pip install moe-prune-gateway" in said.err
+    assert said.err.count("\n") == 1
 
 
 def test_the_documentation_names_every_setting_and_metric() -> None:
@@ -253,13 +267,6 @@ def test_the_documentation_names_every_setting_and_metric() -> None:
     names = {f"{PREFIX}{name}".upper() for name in GatewaySettings.model_fields}
     names |= {metric.name for metric in Metrics().registry.collect()}
     assert {name for name in names if f"`{name}" not in text} == set()
-
-
-def test_what_is_needed_is_what_the_extra_installs() -> None:
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        extras = tomllib.load(file)["project"]["optional-dependencies"]
-    names = [re.split("[<>=]", item)[0] for item in extras["gateway"]]
-    assert sorted(needs.NEEDS) == sorted(name.replace("-", "_") for name in names)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 408, 429, 503])

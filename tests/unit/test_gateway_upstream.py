@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_moe_prune.serve import upstream
-from vllm_moe_prune.serve.upstream import Broken, Connection, Unreachable, Upstream
+from moe_prune_gateway import upstream
+from moe_prune_gateway.upstream import Broken, Connection, Unreachable, Upstream
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 BODY = bytes(range(256)) * 3

@@ -56,7 +56,7 @@ app.command("eval")(judge.evaluate)
 app.command()(judge.compare)
 app.command()(judge.speed)
 app.command()(serve.report)
-app.command()(gateway.gateway)
+gateway.add_gateway(app)
 
 
 def main() -> None:

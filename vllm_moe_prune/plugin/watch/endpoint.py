@@ -8,6 +8,7 @@ as open as its own ``/metrics``.
 """
 
 import asyncio
+import importlib.util
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +27,15 @@ from ...cut.build_remap import build_remap
 from ...errors import MoePruneError, ServeError
 from ...report.page import page
 from ...report.read import read_numbers
-from ...serve.site import INDEX, PAGES, PREFIX, page_files, sender
 from .. import LOAD_FORMAT
 from ..load.verify_remap import local_folder
 from .switch import EXTENSION, SWITCH, Load, describe_load, is_on, merge
 
 JSON = "application/json"
+PREFIX = "/plugins/moe-prune"
+"""The address of the data and the pages in vLLM's server; the gateway knows it too."""
+
+PAGES_PACKAGE = "moe_prune_gateway"
 
 
 @dataclass
@@ -109,11 +113,10 @@ def _read(config: Any, in_memory: bool) -> tuple[Checkpoint | None, ExpertRemap 
     return checkpoint, checkpoint.remap
 
 
-def make_router(pages: Path = PAGES) -> APIRouter:
+def make_router() -> APIRouter:
     """The routes; they find what is served in the application's state.
 
-    Args:
-        pages: A folder of files that are sent as they are; ``index.html`` for ``/``.
+    Those of the pages are there where moe-prune-gateway, which has them, is installed.
     """
     router = APIRouter(prefix=PREFIX, tags=["vllm-moe-prune"])
 
@@ -158,10 +161,19 @@ def make_router(pages: Path = PAGES) -> APIRouter:
                     raise HTTPException(404, str(error)) from error
         return HTMLResponse(served.report)
 
-    for path in page_files(pages):
-        name = "" if path.name == INDEX else path.name
-        router.add_api_route(f"/{name}", sender(path), include_in_schema=False)
+    if importlib.util.find_spec(PAGES_PACKAGE) is not None:
+        from moe_prune_gateway.site import add_pages
+
+        add_pages(router)
+    else:
+        router.add_api_route("/", _no_pages, include_in_schema=False)
     return router
+
+
+async def _no_pages() -> None:
+    raise HTTPException(
+        404, "The pages are in moe-prune-gateway: pip install it beside vLLM."
+    )
 
 
 def _draw(folder: Path) -> str:

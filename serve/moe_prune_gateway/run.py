@@ -12,8 +12,8 @@ from typing import NoReturn
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 
-from ..errors import ServeError
 from .app import create_app
+from .errors import GatewayError
 from .http import bounded_http
 from .settings import GatewaySettings
 
@@ -28,7 +28,7 @@ def run_gateway(settings: GatewaySettings) -> NoReturn:
     """Serve until a signal; then wait for what is on its way and exit with status 0.
 
     Raises:
-        ServeError: The address is taken or does not exist.
+        GatewayError: The address is taken or does not exist.
     """
     listener = _listen(settings.host, settings.port)
     _raise_open_files()
@@ -69,7 +69,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise ServeError(
+        raise GatewayError(
             f"cannot listen on {host}, port {port}: {error.strerror}. "
             "Choose others with --host and --port."
         ) from error
@@ -84,7 +84,7 @@ def _raise_open_files() -> None:
 def _logging() -> dict[str, object]:
     """uvicorn's way of logging, for us too."""
     config = copy.deepcopy(LOGGING_CONFIG)
-    config["loggers"]["vllm_moe_prune.serve"] = {
+    config["loggers"]["moe_prune_gateway"] = {
         "handlers": ["default"],
         "level": "INFO",
     }

@@ -1,6 +1,7 @@
 """What the gateway is told: flags, ``MOE_PRUNE_*`` variables, a file of keys."""
 
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from ..errors import ServeError
-from ..recipes.schema import first_problem
+from .errors import GatewayError
 
 PREFIX = "MOE_PRUNE_"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -93,15 +93,15 @@ def load_settings(flags: Mapping[str, Any]) -> GatewaySettings:
         flags: Field name → value; None where a flag was not given.
 
     Raises:
-        ServeError: A value is refused, or the file of keys cannot be read.
+        GatewayError: A value is refused, or the file of keys cannot be read.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         settings = GatewaySettings(**given)
     except ValidationError as error:
-        raise ServeError(f"gateway: {first_problem(error)}") from error
+        raise GatewayError(f"gateway: {_first_problem(error)}") from error
     if not settings.backends:
-        raise ServeError(
+        raise GatewayError(
             "gateway: no backend; give --backend NAME=URL for every vLLM server, or "
             f"set {PREFIX}BACKENDS."
         )
@@ -110,31 +110,41 @@ def load_settings(flags: Mapping[str, Any]) -> GatewaySettings:
     try:
         lines = settings.api_key_file.read_text("utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ServeError(
+        raise GatewayError(
             f"{settings.api_key_file}: byte {error.start} is not UTF-8; a text file "
             "with one key per line is needed."
         ) from error
     keys = tuple(SecretStr(line.strip()) for line in lines if line.strip())
     if not keys:
-        raise ServeError(f"{settings.api_key_file}: no key in it; one per line.")
+        raise GatewayError(f"{settings.api_key_file}: no key in it; one per line.")
     return settings.model_copy(update={"api_keys": settings.api_keys + keys})
+
+
+def _first_problem(error: ValidationError) -> str:
+    """What pydantic found first: which setting, what is wrong, what was given."""
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    said = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{place}: {said}"
+    return f"{place}: {said} (got {reprlib.repr(problem['input'])})"
 
 
 def parse_backends(items: list[str]) -> dict[str, str]:
     """``NAME=URL`` items as a mapping.
 
     Raises:
-        ServeError: An item is something else, or a name comes twice.
+        GatewayError: An item is something else, or a name comes twice.
     """
     backends: dict[str, str] = {}
     for item in items:
         name, equals, url = item.strip().partition("=")
         if not equals:
-            raise ServeError(
+            raise GatewayError(
                 f"backend {item!r} is not NAME=URL, e.g. pruned=http://127.0.0.1:8000"
             )
         if name in backends:
-            raise ServeError(f"two backends are called {name!r}; rename one.")
+            raise GatewayError(f"two backends are called {name!r}; rename one.")
         backends[name] = url
     return backends
 

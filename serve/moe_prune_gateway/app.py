@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .. import __version__
+from . import __version__
 from .backends import Backends
 from .keys import Guard
 from .metrics import Metrics

@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from fastapi import APIRouter
 from fastapi.responses import FileResponse, Response
 
 PREFIX = "/plugins/moe-prune"
@@ -25,3 +26,10 @@ def sender(path: Path) -> Callable[[], Awaitable[Response]]:
         return FileResponse(path, headers={"Cache-Control": "no-cache"})
 
     return send
+
+
+def add_pages(router: APIRouter, folder: Path = PAGES) -> None:
+    """Add routes for all pages; ``index.html`` is for ``/``."""
+    for path in page_files(folder):
+        name = "" if path.name == INDEX else path.name
+        router.add_api_route(f"/{name}", sender(path), include_in_schema=False)

@@ -6,3 +6,9 @@ One pass through the code, in reading order: ``settings`` (what the user asked f
 goes out), ``refusals`` (what the gateway itself answers), ``metrics``; ``http`` bounds
 what uvicorn accepts, ``run`` starts and drains it.
 """
+
+from importlib.metadata import version
+
+__all__ = ["__version__"]
+
+__version__ = version("moe-prune-gateway")

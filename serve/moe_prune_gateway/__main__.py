@@ -1,0 +1,5 @@
+"""``python -m moe_prune_gateway``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,105 @@
+"""The command ``moe-prune-gateway``, which ``vllm-moe-prune gateway`` is too."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from . import __version__
+from .errors import GatewayError
+
+NAME = "moe-prune-gateway"
+# Typer keeps click's exceptions to itself; this one is for wrong command lines.
+UsageError: Any = typer.BadParameter.__base__
+
+
+def flag(help_text: str, *names: str) -> Any:
+    """An option."""
+    return typer.Option(*names, help=help_text)
+
+
+def gateway(
+    backend: Annotated[
+        list[str] | None,
+        flag("NAME=URL of a vLLM server; repeatable. Or MOE_PRUNE_BACKENDS."),
+    ] = None,
+    host: Annotated[str | None, flag("Address to listen on; 127.0.0.1.")] = None,
+    port: Annotated[int | None, flag("Port to listen on; 8080.")] = None,
+    api_key_file: Annotated[
+        Path | None,
+        flag("Keys that open the gateway, one per line. Or MOE_PRUNE_API_KEYS."),
+    ] = None,
+    max_body_mib: Annotated[int | None, flag("Largest request body; 32.")] = None,
+    max_concurrent: Annotated[
+        int | None, flag("In-flight requests per backend; 1024.")
+    ] = None,
+    read_timeout_s: Annotated[
+        float | None, flag("Longest silence of a backend; 600.")
+    ] = None,
+    drain_s: Annotated[
+        int | None, flag("Time for in-flight requests after SIGTERM; 30.")
+    ] = None,
+    dry_run: Annotated[
+        bool, flag("Print the settings as JSON, start nothing.", "--dry-run")
+    ] = False,
+) -> None:
+    """One address for several vLLM servers: original and pruned side by side.
+
+    Options are variables too (MOE_PRUNE_PORT); docs/serving/gateway.md lists them all.
+
+    Example: `vllm-moe-prune gateway --backend full=http://a --backend pruned=http://b`
+    """
+    from .settings import load_settings, parse_backends
+
+    settings = load_settings(
+        {
+            "backends": parse_backends(backend) if backend else None,
+            "host": host,
+            "port": port,
+            "api_key_file": api_key_file,
+            "max_body_mib": max_body_mib,
+            "max_concurrent": max_concurrent,
+            "read_timeout_s": read_timeout_s,
+            "drain_s": drain_s,
+        }
+    )
+    if dry_run:
+        typer.echo(settings.model_dump_json(indent=2))
+        return
+    from .run import run_gateway
+
+    run_gateway(settings)
+
+
+app = typer.Typer(
+    name=NAME,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(gateway)
+
+
+def main() -> None:
+    """Entry point: what is refused becomes one line and status 2."""
+    arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        typer.echo(f"{NAME} {__version__}")
+        sys.exit(0)
+    try:
+        status = app(arguments, prog_name=NAME, standalone_mode=False) or 0
+    except UsageError as error:
+        _fail(f"{error.format_message()} See `{NAME} --help`.")
+    except GatewayError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}." if error.filename else str(error))
+    sys.exit(status)
+
+
+def _fail(message: str) -> NoReturn:
+    line = "".join(sign if sign.isprintable() else " " for sign in message)
+    sys.stderr.write(f"error: {line}\n")
+    sys.exit(2)
