@@ -9,11 +9,14 @@
     ├── OutputError               the output folder: not empty, disk full, cannot resume
     ├── ServeError                the serving environment: vLLM or the plugin is missing
     ├── EvaluationError           a task, its data, or the server it is put to
+    ├── MissingExtra              a package that only some commands need
     └── Interrupted               Ctrl-C; says how to go on
 
 The command line prints the message as one line and exits with status 2 (130 after
 Ctrl-C, as shells have it).
 """
+
+from importlib.util import find_spec
 
 
 def said_by(error: Exception) -> str:
@@ -59,5 +62,28 @@ class EvaluationError(MoePruneError):
     """A model cannot be judged: a task, its data or the server does not do."""
 
 
+class MissingExtra(MoePruneError):
+    """A package of one of the project's extras is not installed."""
+
+
 class Interrupted(MoePruneError):
     """The user pressed Ctrl-C."""
+
+
+def require_extra(extra: str, modules: tuple[str, ...], purpose: str) -> None:
+    """Refuse what needs packages that are not installed, before any work is done.
+
+    Args:
+        extra: The project's extra that brings them.
+        modules: What is imported.
+        purpose: Begins the message, such as "PNG files".
+
+    Raises:
+        MissingExtra: Naming what is missing and how to install it.
+    """
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise MissingExtra(
+            f"{purpose} need {' and '.join(missing)}, not installed here: "
+            f"pip install 'vllm-moe-prune[{extra}]'."
+        )

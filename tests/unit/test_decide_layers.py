@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.shapes import Shape
-from vllm_moe_prune.decide.layer_drop import listed_actions
+from vllm_moe_prune.decide.layer_drop import fixed_actions
 from vllm_moe_prune.errors import RecipeError
 from vllm_moe_prune.recipes.schema import LayerStage
 
@@ -14,8 +14,8 @@ LAYERS = [Shape(0, 2, has_moe=False), Shape(), Shape()]
 
 def test_actions_are_listed_by_layer() -> None:
     stage = LayerStage(drop_moe=(2,), drop_blocks=(0,))
-    assert listed_actions(LAYERS, stage) == ["drop-block", "keep", "drop-moe"]
-    assert listed_actions(LAYERS, LayerStage()) == ["keep"] * 3
+    assert fixed_actions(LAYERS, stage) == ["drop-block", "keep", "drop-moe"]
+    assert fixed_actions(LAYERS, LayerStage()) == ["keep"] * 3
 
 
 @pytest.mark.parametrize(
@@ -31,4 +31,4 @@ def test_actions_are_listed_by_layer() -> None:
 )
 def test_impossible_lists_are_refused(stage: dict[str, Any], says: str) -> None:
     with pytest.raises(RecipeError, match=says):
-        listed_actions(LAYERS, LayerStage(**stage))
+        fixed_actions(LAYERS, LayerStage(**stage))

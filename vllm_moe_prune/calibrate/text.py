@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, require_extra
 
 HUB = "hub:"
 EXAMPLE = f"{HUB}allenai/c4/en"
@@ -93,13 +93,9 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
     name, config, split = _parse_hub(source)
-    try:
-        import datasets
-    except ImportError as error:
-        raise CalibrationError(
-            f"{source}: reading from the Hub needs the datasets package: "
-            "pip install 'vllm-moe-prune[datasets]'."
-        ) from error
+    require_extra("datasets", ("datasets",), f"{source}: texts from the Hub")
+    import datasets
+
     try:
         records = datasets.load_dataset(name, config, split=split, streaming=True)
         for number, record in enumerate(records):

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from .flags import (
     REPEAT,
     Device,
@@ -18,8 +16,8 @@ from .flags import (
     Source,
     Text,
     Total,
-    asked_recipe,
     flag,
+    load_with,
 )
 
 
@@ -71,7 +69,6 @@ def recommend(
 
 
 def tune(
-    context: typer.Context,
     source: Source,
     output: Annotated[Path, flag("The winning plan.", "--output", "-o")],
     revision: Revision = None,
@@ -114,7 +111,16 @@ def tune(
     from .output.draw import resumable, watching
     from .output.show_search import show_tuned
 
-    asked = asked_recipe(context)
+    asked = load_with(
+        recipe,
+        total=total,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        heldout=heldout,
+        judge_on=judge_on,
+    )
     limit = parse_size(max_bytes) if max_bytes is not None else None
     pipeline.check_device(device)
     checkpoint = open_checkpoint(source, revision)

@@ -52,10 +52,8 @@ StoredAs = Annotated[
 ]
 
 
-def asked_recipe(context: typer.Context) -> "Recipe":
+def load_with(recipe: str, **overrides: object) -> "Recipe":
     """The named recipe with the flags that were given put over it."""
-    from ..recipes.loading import FLAGS, load_recipe, with_overrides
+    from ..recipes.loading import load_recipe, with_overrides
 
-    given = context.params
-    flags = {name: given[name] for name in FLAGS if name in given}
-    return with_overrides(load_recipe(given["recipe"]), flags)
+    return with_overrides(load_recipe(recipe), overrides)

@@ -28,8 +28,8 @@ from .flags import (
     StoredAs,
     Text,
     Total,
-    asked_recipe,
     flag,
+    load_with,
 )
 
 
@@ -45,7 +45,6 @@ def inspect(source: Source, revision: Revision = None, as_json: Json = False) ->
 
 
 def measure(
-    context: typer.Context,
     source: Source,
     output: Annotated[Path, flag("Statistics file.", "--output", "-o")],
     revision: Revision = None,
@@ -68,7 +67,13 @@ def measure(
     from .output.draw import resumable, watching
     from .output.show import show_stats
 
-    asked = asked_recipe(context)
+    asked = load_with(
+        recipe,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
     pipeline.check_device(device)
     checkpoint = open_checkpoint(source, revision)
     check_file(output, checkpoint.folder)
@@ -82,7 +87,6 @@ def measure(
 
 
 def plan(
-    context: typer.Context,
     source: Source,
     output: Annotated[Path, flag("Plan file.", "--output", "-o")],
     stats: Annotated[Path | None, flag("Statistics, where experts are to go.")] = None,
@@ -118,7 +122,19 @@ def plan(
     from .output.show import show_plan
     from .output.show_search import show_sweep
 
-    asked = asked_recipe(context)
+    asked = load_with(
+        recipe,
+        total=total,
+        drop=drop,
+        keep=keep,
+        budget=budget,
+        slim=slim,
+        routing=routing,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
     max_shard_bytes = parse_size(shard_size)
     checkpoint = open_checkpoint(source, revision)
     check_file(output, checkpoint.folder)
@@ -232,7 +248,6 @@ def verify(
 
 
 def run(
-    context: typer.Context,
     source: Source,
     output: Annotated[Path, typer.Argument(help="Output folder.")],
     revision: Revision = None,
@@ -268,7 +283,19 @@ def run(
     from .output.show import show_cut, show_plan
 
     started = time.monotonic()
-    asked = asked_recipe(context)
+    asked = load_with(
+        recipe,
+        total=total,
+        drop=drop,
+        keep=keep,
+        budget=budget,
+        slim=slim,
+        routing=routing,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
     stored = pipeline.parse_storage_name(storage)
     max_shard_bytes = parse_size(shard_size)
     checkpoint = open_checkpoint(source, revision)

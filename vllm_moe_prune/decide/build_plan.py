@@ -4,14 +4,15 @@ import math
 
 from ..calibrate.stats import Stats
 from ..errors import PlanError, RecipeError
-from ..recipes.schema import Recipe, parse_pattern
+from ..recipes.schema import QuantizeStage, Recipe, parse_pattern
 from ..slim.quota import zeros_in_group
 from .cut_plan import CutPlan, LayerPlan
-from .experts import decide_experts
+from .experts import check_experts, decide_experts
 from .facts import ModelFacts, Slimming, count_layers
 from .groups import together
-from .layer_drop import decide_layers
+from .layer_drop import chooses_layers, decide_layers
 from .quantize import resolved_form
+from .required_stats import needed_statistics
 from .zeros import check_slimming, counted_size, plan_routing, slim_sparsities
 
 
@@ -37,13 +38,7 @@ def make_plan(
             f"{stats.fingerprint[:12]}, checkpoint {facts.model.fingerprint[:12]}). "
             "Run `vllm-moe-prune measure` on this checkpoint."
         )
-    if recipe.order == "unstructured-first":
-        raise RecipeError(
-            "order: unstructured-first takes two cuts, one plan each. "
-            "Set order: structured-first for a single plan."
-        )
-    check_slimming(recipe, facts)
-    quantize = resolved_form(recipe.quantize, facts)
+    quantize = _check_stages(recipe, facts)
     complete = resolved(recipe, facts, stats)
     layers, threshold = decide_experts(stats, facts.layers, complete)
     sparsities = slim_sparsities(complete, facts, layers, stats)
@@ -65,6 +60,32 @@ def make_plan(
             for layer, sparsity in zip(layers, sparsities, strict=True)
         ),
     )
+
+
+def check_recipe(recipe: Recipe, facts: ModelFacts) -> None:
+    """Refuse what no statistics could make possible, before they are measured.
+
+    Raises:
+        RecipeError: If what was asked for cannot be done.
+    """
+    if not needed_statistics(recipe):
+        make_plan(None, recipe, facts, tool_version="")
+        return
+    _check_stages(recipe, facts)
+    # A share of experts can be counted only once it is known which layers stay.
+    counted = recipe if chooses_layers(recipe.layers) else resolved(recipe, facts, None)
+    check_experts(facts.layers, counted)
+
+
+def _check_stages(recipe: Recipe, facts: ModelFacts) -> QuantizeStage:
+    """What concerns no single expert; the form of quantized weights, complete."""
+    if recipe.order == "unstructured-first":
+        raise RecipeError(
+            "order: unstructured-first takes two cuts, one plan each. "
+            "Set order: structured-first for a single plan."
+        )
+    check_slimming(recipe, facts)
+    return resolved_form(recipe.quantize, facts)
 
 
 def resolved(recipe: Recipe, facts: ModelFacts, stats: Stats | None) -> Recipe:

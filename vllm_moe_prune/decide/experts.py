@@ -16,7 +16,7 @@ from .budget import (
 from .cut_plan import Action, LayerPlan, LayerShape
 from .expert_drop import Removal, best_set, removal_sequence
 from .groups import Together, in_groups, together
-from .layer_drop import decide_layers
+from .layer_drop import chooses_layers, decide_layers, fixed_actions
 from .scores import MEASURE_SCORES, expert_scores
 from .sensitivity import loss_curves, split_by_loss
 from .similarity import Array, measured
@@ -56,6 +56,22 @@ def decide_experts(
             "with experts."
         )
     return plans, threshold
+
+
+def check_experts(layers: Sequence[LayerShape], recipe: Recipe) -> None:
+    """Refuse what no statistics could make possible, before they are measured.
+
+    Args:
+        layers: The checkpoint's decoder layers.
+        recipe: What was asked for.
+
+    Raises:
+        RecipeError: If what was asked for cannot be done.
+    """
+    actions = fixed_actions(layers, recipe.layers)
+    _check_protected(layers, actions, recipe.experts)
+    if not chooses_layers(recipe.layers):
+        _check_budget(_staying(layers, actions), recipe.experts)
 
 
 def remove_counts(
@@ -115,6 +131,7 @@ def _with_removals(
 def _counts(stats: Stats | None, moe: Layers, recipe: Recipe) -> dict[int, int] | None:
     """How many experts leave each layer; None if one threshold decides."""
     stage = recipe.experts
+    _check_budget(moe, stage)
     if stage.budget == "global" or stage.method == "none":
         return None
     if stage.budget == "per-layer":
@@ -122,6 +139,19 @@ def _counts(stats: Stats | None, moe: Layers, recipe: Recipe) -> dict[int, int] 
     target = global_target(moe, stage)
     if target == 0:
         return dict.fromkeys(moe, 0)
+    most = {layer: most_removed(layer, shape, stage) for layer, shape in moe.items()}
+    return split_by_loss(loss_curves(stats, recipe, most), target)
+
+
+def _check_budget(moe: Layers, stage: ExpertStage) -> None:
+    """Refuse a number of experts that the layers cannot lose, or a wrong way to."""
+    if stage.method == "none":
+        return
+    if stage.budget == "per-layer":
+        layer_targets(moe, stage)
+        return
+    if global_target(moe, stage) == 0 or stage.budget == "global":
+        return
     if further := [layer for layer, shape in moe.items() if shape.mtp]:
         raise RecipeError(
             "experts.budget: sensitivity asks what a layer adds to the loss, but layer "
@@ -132,8 +162,6 @@ def _counts(stats: Stats | None, moe: Layers, recipe: Recipe) -> dict[int, int] 
             "experts.budget: sensitivity takes experts one at a time. As this model "
             "routes by groups, set experts.groups: uneven."
         )
-    most = {layer: most_removed(layer, shape, stage) for layer, shape in moe.items()}
-    return split_by_loss(loss_curves(stats, recipe, most), target)
 
 
 def _removed(

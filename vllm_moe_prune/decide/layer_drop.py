@@ -28,10 +28,7 @@ def decide_layers(
         PlanError: If a similarity was not measured.
     """
     stage = recipe.layers
-    actions = listed_actions(layers, stage)
-    for index, shape in enumerate(layers):
-        if shape.mtp and stage.mtp == "drop":
-            actions[index] = "drop-block"
+    actions = fixed_actions(layers, stage)
     protected = {layer for layer, ids in recipe.experts.protected.items() if ids}
     decoders = [at for at, shape in enumerate(layers) if not shape.mtp]
     blocks = number_of(stage.block_count, stage.block_share, len(decoders))
@@ -55,6 +52,12 @@ def decide_layers(
         for layer in rank_moe(stats, stage, free)[:moe]:
             actions[layer] = _moe_action(stage)
     return actions
+
+
+def chooses_layers(stage: LayerStage) -> bool:
+    """Whether statistics decide which layers are dropped."""
+    blocks = stage.block_count or stage.block_share
+    return bool(blocks or stage.moe_count or stage.moe_share)
 
 
 def number_of(count: int | None, share: float | None, total: int) -> int:
@@ -120,8 +123,8 @@ def choose_blocks(
     return list(best)
 
 
-def listed_actions(layers: Sequence[LayerShape], stage: LayerStage) -> list[Action]:
-    """What happens to the layers that the recipe lists.
+def fixed_actions(layers: Sequence[LayerShape], stage: LayerStage) -> list[Action]:
+    """What the recipe alone says of each layer: those it lists, and MTP layers.
 
     Raises:
         RecipeError: Naming the first index that cannot be dropped as asked.
@@ -155,6 +158,9 @@ def listed_actions(layers: Sequence[LayerShape], stage: LayerStage) -> list[Acti
         actions[layer] = _moe_action(stage)
     for layer in stage.drop_blocks:
         actions[layer] = "drop-block"
+    for layer, shape in enumerate(layers):
+        if shape.mtp and stage.mtp == "drop":
+            actions[layer] = "drop-block"
     return actions
 
 

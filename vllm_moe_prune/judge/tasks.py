@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import yaml
 
-from ..errors import EvaluationError
-from .needs import check_lm_eval
+from ..errors import EvaluationError, require_extra
 from .recovery import Score
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ def find_tasks(
     Raises:
         EvaluationError: One is unknown or broken, or its data cannot be had.
     """
-    check_lm_eval()
+    require_extra("eval", ("lm_eval",), "tasks")
     if folder is not None and not folder.is_dir():
         raise EvaluationError(f"{folder}: no such folder of task files.")
     from lm_eval.tasks import TaskManager

@@ -1,5 +1,6 @@
 """Where recipes come from: shipped ones, YAML files, and flags put over them."""
 
+from collections.abc import Mapping
 from decimal import Decimal
 from importlib import resources
 from pathlib import Path
@@ -77,7 +78,7 @@ FLAGS = {
 }
 
 
-def with_overrides(recipe: Recipe, flags: dict[str, Any]) -> Recipe:
+def with_overrides(recipe: Recipe, flags: Mapping[str, Any]) -> Recipe:
     """The recipe with the flags that are not None put over it, validated again."""
     data = recipe.model_dump()
     given = {name: value for name, value in flags.items() if value is not None}

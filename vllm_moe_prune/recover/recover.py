@@ -9,7 +9,6 @@ was trained is kept until the output is complete, so that a killed run continues
 
 import dataclasses
 import hashlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..checkpoint.reader import DTYPES
 from ..checkpoint.source import open_checkpoint
 from ..checkpoint.writer import ShardWriter, append_journal, writing
 from ..cut.output import Workspace, companions, open_workspace, publish
-from ..errors import CheckpointError, RecipeError, RemapError
+from ..errors import CheckpointError, RecipeError, RemapError, require_extra
 from ..progress import Progress, Report, ignore
 from ..recipes.schema import Calibration
 from .options import Training
@@ -39,7 +38,6 @@ from .write import (
     write_weights,
 )
 
-NEEDS = ("peft", "accelerate")
 TRAINED = "trained.safetensors"
 
 
@@ -68,7 +66,8 @@ def check_recovery(
     """Refuse what cannot be trained, before any work is done.
 
     Raises:
-        RecipeError: The original is missing or not wanted, or a package is missing.
+        RecipeError: The original is missing or not wanted.
+        MissingExtra: A package that training needs.
         RemapError: The original is not what the checkpoint was cut from.
         CheckpointError: The weights are stored in a way that training cannot change.
     """
@@ -80,12 +79,7 @@ def check_recovery(
             f"--source is what --method router learns from; --method {training.method} "
             "learns from the text alone. Leave it out."
         )
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise RecipeError(
-            f"--method {training.method} needs {' and '.join(missing)}: "
-            "pip install 'vllm-moe-prune[recover]'."
-        )
+    require_extra("recover", ("peft", "accelerate"), "--method lora and full")
     if checkpoint.form is not None or checkpoint.blocks is not None:
         raise CheckpointError(
             f"{checkpoint.folder}: its weights are quantized, which only "

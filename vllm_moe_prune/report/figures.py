@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import OutputError
+from ..errors import require_extra
 from .page import distance_scale
 from .read import LayerNumbers, Numbers
 from .tree import forks, leaf_order, outlines
@@ -34,17 +34,13 @@ def write_figures(numbers: Numbers, folder: Path) -> list[Path]:
     """Write one PNG for each thing that was measured, and return their paths.
 
     Raises:
-        OutputError: matplotlib is not installed.
+        MissingExtra: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise OutputError(
-            "PNG files need matplotlib: pip install 'vllm-moe-prune[plot]'. The HTML "
-            "page needs nothing."
-        ) from error
+    require_extra("plot", ("matplotlib",), "PNG files (unlike the HTML page)")
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with mpl.rc_context(STYLE):

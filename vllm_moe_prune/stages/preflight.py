@@ -1,12 +1,10 @@
 """Checks before any work is done: what cannot be finished is not begun."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .. import __version__
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.output_path import check_folder
 from ..checkpoint.reader import check_routers
@@ -15,8 +13,8 @@ from ..cut.convert import StorageName
 from ..cut.output import check_output, companions, staging_folder
 from ..cut.predict import model_facts
 from ..cut.validate_plan import check_stored
-from ..decide.build_plan import make_plan
-from ..errors import PlanError, RecipeError
+from ..decide import build_plan
+from ..errors import RecipeError
 from ..progress import Report, ignore
 from ..recipes.schema import Recipe
 
@@ -74,6 +72,4 @@ def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """
     quantizes = recipe.quantize.method != "none"
     check_stored(checkpoint, zeros=recipe.asks_zeros, quantizes=quantizes)
-    # A PlanError says that statistics are missing, and they are.
-    with suppress(PlanError):
-        make_plan(None, recipe, model_facts(checkpoint), tool_version=__version__)
+    build_plan.check_recipe(recipe, model_facts(checkpoint))

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 
 from ..calibrate.perplexity import perplexity_of
-from ..errors import OutputError
+from ..errors import OutputError, require_extra
 from .search import Judged, Tuned
 
 FORMATS = (".png", ".svg")
@@ -25,15 +24,12 @@ def check_plot(path: Path) -> None:
     """Refuse a picture that could not be drawn, before the search.
 
     Raises:
-        OutputError: matplotlib is missing, or the format is unknown.
+        OutputError: The format is unknown.
+        MissingExtra: matplotlib is missing.
     """
     if path.suffix.lower() not in FORMATS:
         raise OutputError(f"{path}: pictures are {' or '.join(FORMATS)} files.")
-    if find_spec("matplotlib") is None:
-        raise OutputError(
-            "matplotlib draws pictures and is missing: "
-            "pip install 'vllm-moe-prune[plot]'."
-        )
+    require_extra("plot", ("matplotlib",), "pictures")
 
 
 def plot_front(tuned: Tuned, path: Path) -> None:
