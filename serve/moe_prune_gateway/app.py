@@ -13,13 +13,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from . import __version__
-from .backends import Backends
-from .keys import Guard
+from .access import AccessGuard
+from .api_error import ApiError
+from .backends import BackendPool
 from .metrics import Metrics
-from .refusals import Refusal
-from .relay import Relay
+from .page_routes import INDEX, page_files, sender
+from .proxy import ReverseProxy
 from .settings import GatewaySettings
-from .site import INDEX, page_files, sender
 
 OTHER_METHODS = ["POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "QUERY"]
 
@@ -63,7 +63,7 @@ class ErrorBody(BaseModel):
 def create_app(settings: GatewaySettings) -> FastAPI:
     """The application of some settings; it connects to backends when it is started."""
     metrics = Metrics()
-    backends = Backends(
+    backends = BackendPool(
         settings.backends,
         metrics,
         settings.backend_api_key,
@@ -72,7 +72,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with backends.watched(settings.poll_s):
+        async with backends.polling(settings.poll_s):
             yield
 
     closed: dict[int | str, dict[str, Any]] = {}
@@ -86,11 +86,11 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(Shortcut, relay=Relay(settings, backends, metrics))
+    app.add_middleware(Shortcut, relay=ReverseProxy(settings, backends, metrics))
     pages = {f"/{path.name}": path for path in page_files()}
     pages["/"] = pages[f"/{INDEX}"]
     app.add_middleware(
-        Guard,
+        AccessGuard,
         keys=settings.api_keys,
         pages=pages,
         refused=lambda code: metrics.errors.labels("", code).inc(),
@@ -121,24 +121,29 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         """The backends, and which models they serve."""
         return states(backends)
 
-    @app.get("/v1/models", responses=closed)
-    async def list_models() -> dict[str, Any]:
+    @app.get("/v1/models", responses=closed, response_model=dict[str, Any])
+    async def list_models() -> Response:
         """The models of all backends that are up, each as its backend lists it."""
         found = [model for one in backends.all if one.up for model in one.models or ()]
-        return {"object": "list", "data": found}
+        data = b",".join(model.json for model in found)
+        return _json(b'{"object":"list","data":[%s]}' % data)
 
     unknown: dict[int | str, dict[str, Any]] = {
         404: {"model": ErrorBody, "description": "No backend serves it"},
         503: {"model": ErrorBody, "description": "A backend has not been up yet"},
     }
 
-    @app.get("/v1/models/{model:path}", responses=closed | unknown)
-    async def show_model(model: str) -> dict[str, Any]:
+    @app.get(
+        "/v1/models/{model:path}",
+        responses=closed | unknown,
+        response_model=dict[str, Any],
+    )
+    async def show_model(model: str) -> Response:
         """One model, as its backend lists it."""
         backend = backends.serving(model)[0]
-        return dict(next(m for m in backend.models or () if m.get("id") == model))
+        return _json(next(m.json for m in backend.models or () if m.id == model))
 
-    app.add_exception_handler(Refusal, _as_response)
+    app.add_exception_handler(ApiError, _as_response)
     app.router.routes += [
         Route("/v1/models", _only_get, methods=OTHER_METHODS),
         Route("/v1/models/{model:path}", _only_get, methods=OTHER_METHODS),
@@ -156,7 +161,7 @@ class Shortcut:
         relay: Carries requests to backends.
     """
 
-    def __init__(self, app: ASGIApp, relay: Relay) -> None:
+    def __init__(self, app: ASGIApp, relay: ReverseProxy) -> None:
         self.app = app
         self.relay = relay
 
@@ -173,7 +178,7 @@ class Shortcut:
 METRICS_TEXT: dict[str, Any] = {"content": {CONTENT_TYPE_LATEST: {}}}
 
 
-def states(backends: Backends) -> BackendList:
+def states(backends: BackendPool) -> BackendList:
     """What is known of the backends now."""
     return BackendList(
         backends=[
@@ -188,6 +193,10 @@ def states(backends: Backends) -> BackendList:
     )
 
 
+def _json(data: bytes) -> Response:
+    return Response(data, media_type="application/json")
+
+
 async def _only_get(request: Request) -> NoReturn:
     raise HTTPException(405, headers={"Allow": "GET"})
 
@@ -198,10 +207,10 @@ async def _as_refusal(request: Request, error: Exception) -> Response:
     code = {404: "not_found", 405: "method_not_allowed"}.get(
         error.status_code, "invalid_request"
     )
-    refusal = Refusal(error.status_code, code, f"{error.detail}.")
+    refusal = ApiError(error.status_code, code, f"{error.detail}.")
     return refusal.response(dict(error.headers or {}))
 
 
 async def _as_response(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
+    assert isinstance(error, ApiError)
     return error.response()

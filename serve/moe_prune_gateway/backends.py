@@ -1,25 +1,35 @@
-"""The vLLM servers behind the gateway: who is up, and who serves which model."""
+"""The vLLM servers behind the gateway: which are up, and which models they serve."""
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from http import HTTPStatus
 
 from pydantic import SecretStr
 
+from .api_error import ApiError, backend_unreachable
+from .backend_reports import (
+    InvalidReport,
+    ListedModel,
+    Provenance,
+    read_models,
+    read_provenance,
+)
+from .background import BackgroundTasks
 from .metrics import Metrics
-from .refusals import Refusal, unreachable
-from .site import PREFIX
+from .page_routes import PREFIX
 from .upstream import Broken, Header, Unreachable, Upstream
 
 log = logging.getLogger(__name__)
 
 POLL_TIMEOUT_S = 5
-# Of what a backend says about itself; a remap table's provenance is the longest.
-LONGEST_BYTES = 16 << 20
+MODELS_BYTES = 1 << 20
+PROVENANCE_BYTES = 16 << 20
+SHOWN = 20  # model names in an error
 LEVEL = {True: logging.INFO, False: logging.WARNING}
+# What a poll may meet; anything else is a fault of ours, logged with its traceback.
+FAILURES = (Unreachable, Broken, TimeoutError, InvalidReport)
 
 
 class Backend:
@@ -29,18 +39,20 @@ class Backend:
         self.name = name
         self.upstream = upstream
         self.up = False
-        self.models: list[Mapping[str, Any]] | None = None
-        """As it lists them, word for word; kept while it is down. None: never up."""
+        self.models: tuple[ListedModel, ...] | None = None
+        """Kept while it is down. None: it was never up."""
         self.in_flight = 0
+        self.polled = asyncio.Event()
+        """Whether the first poll has ended, either way."""
 
     @property
     def model_ids(self) -> list[str]:
         """Names that requests can ask for."""
-        return [str(model.get("id")) for model in self.models or ()]
+        return [model.id for model in self.models or ()]
 
 
-class Backends:
-    """All of them. One task keeps watching each."""
+class BackendPool:
+    """All backends, each polled by a task of its own."""
 
     def __init__(
         self,
@@ -61,112 +73,126 @@ class Backends:
         metrics.prepare(addresses)
 
     @asynccontextmanager
-    async def watched(self, every_s: float) -> AsyncIterator[None]:
-        """Each is looked at regularly; in the end their connections are closed."""
-        await self.look()
-        watching = asyncio.create_task(self._watch(every_s))
-        yield
-        watching.cancel()
-        for backend in self.all:
-            backend.upstream.close()
-
-    async def look(self) -> None:
-        """Ask every backend once."""
-        await asyncio.gather(*map(self._look_at, self.all))
-
-    async def _watch(self, every_s: float) -> None:
-        """Keep asking; a backend that hangs does not delay the others."""
-
-        async def keep_looking(backend: Backend) -> None:
-            while True:
-                await asyncio.sleep(every_s)
-                await self._look_at(backend)
-
-        async with asyncio.TaskGroup() as group:
+    async def polling(self, every_s: float) -> AsyncIterator[None]:
+        """Poll all backends; begins when each has answered once or had the time to."""
+        tasks = BackgroundTasks()
+        try:
             for backend in self.all:
-                group.create_task(keep_looking(backend))
+                self._start_polling(tasks, backend, every_s)
+            polled = [asyncio.create_task(one.polled.wait()) for one in self.all]
+            _, pending = await asyncio.wait(polled, timeout=POLL_TIMEOUT_S)
+            for task in pending:
+                task.cancel()
+            yield
+        finally:
+            await tasks.close()
+            for backend in self.all:
+                backend.upstream.close()
+
+    def _start_polling(
+        self, tasks: BackgroundTasks, backend: Backend, every_s: float
+    ) -> None:
+        async def poll_forever() -> None:
+            while True:
+                await self._poll(backend)
+                await asyncio.sleep(every_s)
+
+        tasks.start(f"polling of backend {backend.name}", poll_forever)
 
     def named(self, name: str) -> Backend:
         """The backend of a name.
 
         Raises:
-            Refusal: There is none.
+            ApiError: There is none.
         """
         for backend in self.all:
             if backend.name == name:
                 return backend
         known = ", ".join(backend.name for backend in self.all)
-        raise Refusal(404, "backend_not_found", f"No such backend; there are: {known}.")
+        raise ApiError(
+            404, "backend_not_found", f"No such backend; there are: {known}."
+        )
 
     def serving(self, model: str) -> list[Backend]:
-        """Who serves a model, the best choice first: up, then least busy.
+        """Backends that serve a model, the best choice first: up, then least busy.
 
         Raises:
-            Refusal: Nobody does, or those that may are not up yet.
+            ApiError: No backend does, or one that may has not been up yet.
         """
         found = [backend for backend in self.all if model in backend.model_ids]
         if found:
             return sorted(found, key=lambda one: (not one.up, one.in_flight))
         for backend in self.all:
             if backend.models is None:
-                raise unreachable(backend.name)
-        known = ", ".join(sorted({name for b in self.all for name in b.model_ids}))
-        raise Refusal(
+                raise backend_unreachable(backend.name)
+        names = sorted({name for each in self.all for name in each.model_ids})
+        known = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+        raise ApiError(
             404, "model_not_found", f"No backend serves this model; there are: {known}."
         )
 
-    def lost(self, backend: Backend) -> None:
-        """A connection was refused; the watcher says when it is back."""
-        self._note(backend, False, "refuses connections")
+    def mark_down(self, backend: Backend) -> None:
+        """A connection was refused; the next poll that succeeds says otherwise."""
+        self._set_up(backend, False, "refuses connections")
 
-    async def _look_at(self, backend: Backend) -> None:
+    async def _poll(self, backend: Backend) -> None:
+        """Whether a backend is up, and its models.
+
+        Whatever it answers, no exception but a fault of this code gets out of here.
+        """
+        why = "polling it failed"
+        up = False
         try:
-            await self._tell(backend, "/health")
-            models = json.loads(await self._tell(backend, "/v1/models"))["data"]
-            backend.models = [dict(model) for model in models]
-        except (Unreachable, Broken, TimeoutError) as error:
-            self._note(backend, False, f"{type(error).__name__}: {error}")
-        except (ValueError, KeyError, TypeError, RecursionError):
-            self._note(backend, False, "its /v1/models is no list of models")
-        else:
-            returned = not backend.up
-            self._note(backend, True, "up")
-            if returned:
-                await self._show_model(backend)
+            await self._get(backend, "/health", MODELS_BYTES)
+            body = await self._get(backend, "/v1/models", MODELS_BYTES)
+            backend.models = read_models(body)
+            up = True
+        except FAILURES as error:
+            why = f"{type(error).__name__}: {error}"
+        finally:
+            returned = up and not backend.up
+            self._set_up(backend, up, why)
+            backend.polled.set()
+        if returned:
+            found = await self._provenance(backend)
+            self.metrics.show_model(backend.name, found)
 
-    async def _show_model(self, backend: Backend) -> None:
-        """Put into the metrics what pruning did to the model."""
-        record: Any = None
+    async def _provenance(self, backend: Backend) -> Provenance | None:
+        """What pruning did to the model; None: nothing that can be read says so."""
+        path = f"{PREFIX}/provenance"
         try:
-            status, body = await self._get(backend, f"{PREFIX}/provenance")
-            if status == 200:
-                record = json.loads(body)
-        except (Unreachable, Broken, TimeoutError, ValueError, RecursionError) as error:
-            log.warning("backend %s: no provenance: %s", backend.name, error)
-        self.metrics.show_model(
-            backend.name, record if isinstance(record, dict) else None
-        )
+            status, body = await self._fetch(backend, path, PROVENANCE_BYTES)
+            return read_provenance(body) if status == HTTPStatus.OK else None
+        except FAILURES as error:
+            log.warning("backend %s: %s", backend.name, one_line(error))
+            return None
 
-    async def _tell(self, backend: Backend, path: str) -> bytes:
+    async def _get(self, backend: Backend, path: str, most: int) -> bytes:
         """The body of a GET that is no error.
 
         Raises:
             Unreachable, TimeoutError: There is no answer.
             Broken: It is not whole, or an error.
         """
-        status, body = await self._get(backend, path)
-        if status >= 400:
+        status, body = await self._fetch(backend, path, most)
+        if status >= HTTPStatus.BAD_REQUEST:
             raise Broken(f"{path} is {status}")
         return body
 
-    async def _get(self, backend: Backend, path: str) -> tuple[int, bytes]:
+    async def _fetch(self, backend: Backend, path: str, most: int) -> tuple[int, bytes]:
         return await backend.upstream.fetch(
-            path.encode(), self.authorization, POLL_TIMEOUT_S, LONGEST_BYTES
+            path.encode(), self.authorization, POLL_TIMEOUT_S, most
         )
 
-    def _note(self, backend: Backend, up: bool, why: str) -> None:
+    def _set_up(self, backend: Backend, up: bool, why: str) -> None:
         if backend.up != up:
-            state = "up" if up else f"down: {why}"
+            state = "up" if up else f"down: {one_line(why)}"
             log.log(LEVEL[up], "backend %s is %s", backend.name, state)
         backend.up = up
         self.metrics.up.labels(backend.name).set(up)
+
+
+def one_line(said: object) -> str:
+    """Text for the log; a backend's words may be in it."""
+    text = str(said)[:300]
+    return "".join(sign if sign.isprintable() else " " for sign in text)

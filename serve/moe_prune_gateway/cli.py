@@ -7,7 +7,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from . import __version__
-from .errors import GatewayError
+from .gateway_error import GatewayError
 
 NAME = "moe-prune-gateway"
 # Typer keeps click's exceptions to itself; this one is for wrong command lines.

@@ -1,9 +1,10 @@
 """Prometheus metrics of the gateway, ``moe_prune_*``."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from .backend_reports import Achieved, Provenance
 
 # A label for every path a client can think of would fill the memory.
 PATHS = frozenset(
@@ -45,19 +46,19 @@ class Metrics:
         )
         self.tokens = Counter(
             "moe_prune_tokens",
-            "Tokens, as answers tell them in their usage.",
+            "Tokens, by the usage that answers report.",
             ("backend", "kind"),
             registry=registry,
         )
         self.errors = Counter(
             "moe_prune_errors",
-            "Requests that the gateway could not carry out, by reason.",
+            "Requests that failed in the gateway, by reason.",
             ("backend", "code"),
             registry=registry,
         )
         self.in_flight = Gauge(
             "moe_prune_requests_in_flight",
-            "Requests on their way at a backend.",
+            "In-flight requests of a backend.",
             ("backend",),
             registry=registry,
         )
@@ -92,24 +93,23 @@ class Metrics:
             self.up.labels(name).set(0)
             self.in_flight.labels(name).set(0)
 
-    def show_model(self, backend: str, provenance: Mapping[str, Any] | None) -> None:
+    def show_model(self, backend: str, found: Provenance | None) -> None:
         """Sizes and sparsity of what a backend serves; None: not pruned by us."""
-        done = provenance.get("sparsity_achieved") if provenance else None
-        known = done if isinstance(done, dict) else {}
-        for state in ("before", "after"):
-            _set(self.parameters, known.get(f"parameters_{state}"), backend, state)
-        for of, key in (("experts", "of_experts"), ("all", "of_all_parameters")):
-            _set(self.sparsity, known.get(key), backend, of)
-        size = provenance.get("source_bytes") if provenance else None
-        _set(self.source_bytes, size, backend)
+        found = found or Provenance()
+        achieved = found.sparsity_achieved or Achieved()
+        _set(self.parameters, achieved.parameters_before, backend, "before")
+        _set(self.parameters, achieved.parameters_after, backend, "after")
+        _set(self.sparsity, achieved.of_experts, backend, "experts")
+        _set(self.sparsity, achieved.of_all_parameters, backend, "all")
+        _set(self.source_bytes, found.source_bytes, backend)
 
 
-def _set(gauge: Gauge, value: object, *labels: str) -> None:
+def _set(gauge: Gauge, value: float | None, *labels: str) -> None:
     """Set one value, or take it away where there is none (any more)."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        gauge.labels(*labels).set(value)
-    else:
+    if value is None:
         gauge.remove(*labels)
+    else:
+        gauge.labels(*labels).set(value)
 
 
 def path_label(path: bytes) -> str:

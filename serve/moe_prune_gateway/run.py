@@ -13,8 +13,8 @@ import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 
 from .app import create_app
-from .errors import GatewayError
-from .http import bounded_http
+from .gateway_error import GatewayError
+from .http_protocol import bounded_protocol
 from .settings import GatewaySettings
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def run_gateway(settings: GatewaySettings) -> NoReturn:
     _raise_open_files()
     config = uvicorn.Config(
         create_app(settings),
-        http=bounded_http(settings.client_timeout_s),
+        http=bounded_protocol(settings.client_timeout_s),
         ws="none",
         lifespan="on",
         log_config=_logging(),

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from .errors import GatewayError
+from .gateway_error import GatewayError
 
 PREFIX = "MOE_PRUNE_"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

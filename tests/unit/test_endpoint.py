@@ -13,8 +13,8 @@ pytest.importorskip("fastapi")
 from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
 
-from moe_prune_gateway.site import PAGES, add_pages
-from moe_prune_gateway.site import PREFIX as GATEWAY_PREFIX
+from moe_prune_gateway.page_routes import PAGES, add_pages
+from moe_prune_gateway.page_routes import PREFIX as GATEWAY_PREFIX
 from tests.reference import DROP_MOE, LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from moe_prune_gateway.http import bounded_http
+from moe_prune_gateway.http_protocol import bounded_protocol
 from tests.gateway import until
 
 HEAD_TIMEOUT_S = 0.6
@@ -41,7 +41,7 @@ def port() -> Iterator[int]:
         await send({"type": "http.response.body", "body": sent})
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        protocol = bounded_http(stall_timeout_s=1, head_timeout_s=HEAD_TIMEOUT_S)
+        protocol = bounded_protocol(stall_timeout_s=1, head_timeout_s=HEAD_TIMEOUT_S)
         config = uvicorn.Config(app, http=protocol, ws="none", log_level="error")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

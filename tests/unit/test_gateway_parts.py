@@ -12,12 +12,17 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_prune_gateway.errors import GatewayError
+from moe_prune_gateway.api_error import ApiError
+from moe_prune_gateway.gateway_error import GatewayError
 from moe_prune_gateway.metrics import Metrics
-from moe_prune_gateway.refusals import Refusal
-from moe_prune_gateway.relay import model_of
+from moe_prune_gateway.proxy import model_of
+from moe_prune_gateway.response_body import (
+    LONGEST_EVENT,
+    EventStream,
+    PlainBody,
+    token_counts,
+)
 from moe_prune_gateway.settings import PREFIX, GatewaySettings, load_settings
-from moe_prune_gateway.stream import LONGEST_EVENT, Events, Whole, tokens_of
 from tests.bad_inputs.case import run_cli
 from vllm_moe_prune import cli
 from vllm_moe_prune.cli import gateway
@@ -37,7 +42,7 @@ pieces = st.lists(
 
 @given(pieces)
 def test_a_stream_loses_and_adds_nothing(chunks: list[bytes]) -> None:
-    events = Events()
+    events = EventStream()
     out = [events.feed(chunk) for chunk in chunks]
     for piece in filter(None, out):
         assert piece.endswith((b"\n\n", b"\n\r\n"))
@@ -52,7 +57,7 @@ def test_where_a_stream_is_cut_makes_no_difference(cuts: list[int]) -> None:
     data = f'data: {{"text": "\\"usage\\":{{"}}\n\ndata: {last}\n\ndata: [DONE]\n\n'
     stream = data.encode()
     edges = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
-    events = Events()
+    events = EventStream()
     for start, end in pairwise(edges):
         events.feed(stream[start:end])
     assert events.finish() == b""
@@ -60,7 +65,7 @@ def test_where_a_stream_is_cut_makes_no_difference(cuts: list[int]) -> None:
 
 
 def test_an_endless_event_is_not_collected() -> None:
-    events = Events()
+    events = EventStream()
     assert events.feed(b"x" * LONGEST_EVENT) == b""
     assert len(events.feed(b"x")) == LONGEST_EVENT + 1
 
@@ -77,7 +82,7 @@ def test_an_endless_event_is_not_collected() -> None:
     ],
 )
 def test_token_counts(usage: Any, found: dict[str, int]) -> None:
-    assert tokens_of(json.dumps({"usage": usage}).encode()) == found
+    assert token_counts(json.dumps({"usage": usage}).encode()) == found
 
 
 def stream_of(*events: dict[str, Any]) -> bytes:
@@ -110,7 +115,7 @@ def stream_of(*events: dict[str, Any]) -> bytes:
 )
 def test_streams_of_every_api_are_counted(stream: bytes, found: dict[str, int]) -> None:
     for size in (len(stream), 1, 40):
-        events = Events()
+        events = EventStream()
         for start in range(0, len(stream), size):
             events.feed(stream[start : start + size])
         assert events.tokens() == found
@@ -120,15 +125,15 @@ def test_streams_of_every_api_are_counted(stream: bytes, found: dict[str, int]) 
     "data", [b"", b"[", b"[]", b"\xff", b'"usage"', b'{"usage": {' + b"[" * 200_000]
 )
 def test_an_answer_without_counts_has_none(data: bytes) -> None:
-    assert tokens_of(data) == {}
-    whole = Whole(is_json=True)
+    assert token_counts(data) == {}
+    whole = PlainBody(is_json=True)
     assert whole.feed(data) == data
     assert whole.tokens() == {}
 
 
 def test_large_answers_are_not_kept() -> None:
     answer = json.dumps({"usage": USAGE}).encode()
-    small, large, other = Whole(True), Whole(True), Whole(False)
+    small, large, other = PlainBody(True), PlainBody(True), PlainBody(False)
     for whole in (small, large, other):
         whole.feed(answer)
     large.feed(b" " * LONGEST_EVENT)
@@ -192,7 +197,7 @@ def test_the_model_is_found_in_any_json(data: bytes, model: str) -> None:
     ],
 )
 def test_a_body_that_names_no_model_is_refused(data: bytes, code: str) -> None:
-    with pytest.raises(Refusal) as raised:
+    with pytest.raises(ApiError) as raised:
         model_of(data)
     assert raised.value.code == code
 
@@ -271,7 +276,7 @@ def test_the_documentation_names_every_setting_and_metric() -> None:
 
 @pytest.mark.parametrize("status", [400, 401, 404, 408, 429, 503])
 def test_refusals_are_errors_of_the_openai_api(status: int) -> None:
-    refusal = Refusal(status, "some_code", "What, and why.", 5)
+    refusal = ApiError(status, "some_code", "What, and why.", 5)
     error = json.loads(refusal.body)["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert refusal.event.startswith(b"data: {")

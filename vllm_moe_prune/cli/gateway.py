@@ -22,7 +22,7 @@ def add_gateway(app: typer.Typer) -> None:
         app.command("gateway", context_settings=anything)(_not_installed)
         return
     from moe_prune_gateway.cli import gateway
-    from moe_prune_gateway.errors import GatewayError
+    from moe_prune_gateway.gateway_error import GatewayError
 
     @wraps(gateway)
     def command(**options: Any) -> None:

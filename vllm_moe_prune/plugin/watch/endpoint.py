@@ -162,7 +162,7 @@ def make_router() -> APIRouter:
         return HTMLResponse(served.report)
 
     if importlib.util.find_spec(PAGES_PACKAGE) is not None:
-        from moe_prune_gateway.site import add_pages
+        from moe_prune_gateway.page_routes import add_pages
 
         add_pages(router)
     else:

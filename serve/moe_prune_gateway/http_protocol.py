@@ -10,7 +10,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from .refusals import Refusal
+from .api_error import ApiError
 
 # uvicorn bounds neither; a line and headers of real clients take 2 KiB.
 HEAD_BYTES = 64 * 1024
@@ -23,7 +23,7 @@ class HeadTooLarge(Exception):
     """More header bytes than any client needs; the parser stops at it."""
 
 
-def bounded_http(
+def bounded_protocol(
     stall_timeout_s: float, head_timeout_s: float = HEAD_TIMEOUT_S
 ) -> type[HttpToolsProtocol]:
     """uvicorn's protocol, bounded.
@@ -33,7 +33,7 @@ def bounded_http(
         head_timeout_s: How long a request's line and headers may take.
     """
 
-    class BoundedHttp(HttpToolsProtocol):
+    class BoundedProtocol(HttpToolsProtocol):
         """Closes connections whose head is too large or too slow, or that stall."""
 
         head_bytes = 0
@@ -91,11 +91,11 @@ def bounded_http(
                 super().on_message_complete()
 
         def send_400_response(self, msg: str) -> None:
-            refusal = Refusal(400, "invalid_http", msg)
+            refusal = ApiError(400, "invalid_http", msg)
             if max(self.head_bytes, self.unparsed_bytes) > HEAD_BYTES:
                 limit = f"{HEAD_BYTES // 1024} KiB"
                 message = f"Address and headers take more than {limit}."
-                refusal = Refusal(431, "headers_too_large", message)
+                refusal = ApiError(431, "headers_too_large", message)
             body = refusal.body
             head = (
                 b"content-type: application/json\r\ncontent-length: %d\r\n"
@@ -169,4 +169,4 @@ def bounded_http(
                 self.stall_timer.cancel()
                 self.stall_timer = None
 
-    return BoundedHttp
+    return BoundedProtocol

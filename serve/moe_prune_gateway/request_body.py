@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from starlette.types import Receive, Scope
 
-from .refusals import Refusal
+from .api_error import ApiError
 from .settings import MIB
 
 
@@ -14,7 +14,7 @@ class ClientGone(Exception):
     """The client closed its connection; nobody is left to be answered."""
 
 
-class Bodies:
+class BodyBudget:
     """All request bodies that are in memory.
 
     Args:
@@ -30,19 +30,19 @@ class Bodies:
         self.held = 0
 
     @contextmanager
-    def holding(self) -> Iterator["Body"]:
+    def holding(self) -> Iterator["RequestBody"]:
         """A body that counts until the end of the block, or until it is dropped."""
-        body = Body(self)
+        body = RequestBody(self)
         try:
             yield body
         finally:
             body.drop()
 
 
-class Body:
+class RequestBody:
     """The body of one request."""
 
-    def __init__(self, bodies: Bodies) -> None:
+    def __init__(self, bodies: BodyBudget) -> None:
         self._bodies = bodies
         self._counted = 0
         self.data = b""
@@ -57,7 +57,7 @@ class Body:
         """Fill ``data``.
 
         Raises:
-            Refusal: It is too large, too slow, or there are too many.
+            ApiError: It is too large, too slow, or there are too many.
             ClientGone: The client did not send all of it.
         """
         self._check_announced(scope)
@@ -68,7 +68,7 @@ class Body:
                 async with asyncio.timeout(self._bodies.timeout_s):
                     message = await receive()
             except TimeoutError:
-                raise Refusal(
+                raise ApiError(
                     408,
                     "request_timeout",
                     f"Nothing of the body came for {self._bodies.timeout_s:g} s.",
@@ -92,7 +92,7 @@ class Body:
         if self._counted > self._bodies.largest:
             raise self._too_large()
         if self._bodies.held > self._bodies.together:
-            raise Refusal(
+            raise ApiError(
                 429,
                 "too_many_bodies",
                 f"Requests of {self._bodies.together / MIB:g} MiB in all are being "
@@ -100,8 +100,8 @@ class Body:
                 retry_after_s=1,
             )
 
-    def _too_large(self) -> Refusal:
-        return Refusal(
+    def _too_large(self) -> ApiError:
+        return ApiError(
             413,
             "request_too_large",
             f"The body is larger than {self._bodies.largest / MIB:g} MiB, the most "

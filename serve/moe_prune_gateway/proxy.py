@@ -13,13 +13,19 @@ from urllib.parse import unquote
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
-from .backends import Backend, Backends
-from .body import Bodies, Body, ClientGone
+from .api_error import (
+    ApiError,
+    backend_broken,
+    backend_timeout,
+    backend_unreachable,
+    shutting_down,
+)
+from .backends import Backend, BackendPool
 from .metrics import Metrics, path_label
-from .refusals import Refusal, broken, draining, silent, unreachable
+from .page_routes import PREFIX
+from .request_body import BodyBudget, ClientGone, RequestBody
+from .response_body import EventStream, PlainBody
 from .settings import GatewaySettings
-from .site import PREFIX
-from .stream import Events, Whole
 from .upstream import NO_BODY, Broken, Connection, Header, Unreachable
 
 log = logging.getLogger(__name__)
@@ -36,41 +42,41 @@ PLUGIN_DATA = {f"{PREFIX}/{name}" for name in ("load", "remap", "provenance", "r
 WITH_BODY = {"POST", "PUT"}
 
 
-class Relay:
+class ReverseProxy:
     """An ASGI application for ``/v1/…`` and ``/backends/NAME/…``."""
 
     def __init__(
-        self, settings: GatewaySettings, backends: Backends, metrics: Metrics
+        self, settings: GatewaySettings, backends: BackendPool, metrics: Metrics
     ) -> None:
         self.settings = settings
         self.backends = backends
         self.metrics = metrics
-        self.bodies = Bodies(
+        self.bodies = BodyBudget(
             settings.max_body_bytes, settings.max_held_bytes, settings.client_timeout_s
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Carry out one request, or say why not."""
-        exchange = Exchange(self, scope, send)
+        exchange = ProxiedRequest(self, scope, send)
         try:
             with self.bodies.holding() as body:
                 await exchange.run(receive, body)
         except ClientGone:
             exchange.failed("client_gone")
-        except Refusal as refusal:
+        except ApiError as refusal:
             exchange.failed(refusal.code)
             await exchange.refuse(refusal)
         except asyncio.CancelledError:  # the gateway was asked to end a while ago
             exchange.failed("shutting_down")
-            await exchange.refuse(draining())
+            await exchange.refuse(shutting_down())
         finally:
             exchange.count()
 
 
-class Exchange:
+class ProxiedRequest:
     """One request and its answer."""
 
-    def __init__(self, relay: Relay, scope: Scope, send: Send) -> None:
+    def __init__(self, relay: ReverseProxy, scope: Scope, send: Send) -> None:
         self.relay = relay
         self.scope = scope
         self.send = send
@@ -82,11 +88,11 @@ class Exchange:
         self.told_all = False
         """The client may leave: nothing it wants is still to come."""
 
-    async def run(self, receive: Receive, body: Body) -> None:
+    async def run(self, receive: Receive, body: RequestBody) -> None:
         """Read the request, choose a backend, pass on what it answers.
 
         Raises:
-            Refusal: The gateway has to answer by itself.
+            ApiError: The gateway has to answer by itself.
             ClientGone: Nobody waits for the answer any more.
         """
         name, self.path = target(self.scope)
@@ -116,7 +122,7 @@ class Exchange:
             return known
         headers = dict(self.scope["headers"])
         if b"json" not in headers.get(b"content-type", b""):
-            raise Refusal(
+            raise ApiError(
                 400,
                 "model_required",
                 "There are several backends and no JSON body that names a model; ask "
@@ -124,7 +130,7 @@ class Exchange:
             )
         return self.relay.backends.serving(model_of(data))
 
-    async def _answer(self, candidates: Sequence[Backend], body: Body) -> None:
+    async def _answer(self, candidates: Sequence[Backend], body: RequestBody) -> None:
         """Ask one backend after the other until one accepts a connection.
 
         That it did not is known to leave nothing sent, so asking again is safe.
@@ -133,7 +139,7 @@ class Exchange:
         free = [backend for backend in candidates if backend.in_flight < limit]
         if not free:
             self.backend = candidates[0]
-            raise Refusal(
+            raise ApiError(
                 429,
                 "too_many_requests",
                 f"{limit} requests are on their way; try again.",
@@ -148,13 +154,13 @@ class Exchange:
                 await self._ask(backend, body)
                 return
             except Unreachable:
-                self.relay.backends.lost(backend)
+                self.relay.backends.mark_down(backend)
             finally:
                 backend.in_flight -= 1
                 in_flight.dec()
-        raise unreachable(free[-1].name)
+        raise backend_unreachable(free[-1].name)
 
-    async def _ask(self, backend: Backend, body: Body) -> None:
+    async def _ask(self, backend: Backend, body: RequestBody) -> None:
         """Send the request to a backend and its answer to the client."""
         path = self.path
         if query := self.scope["query_string"]:
@@ -175,10 +181,10 @@ class Exchange:
             finally:
                 answer.release()
         except TimeoutError:
-            raise silent(backend.name, silence_s) from None
+            raise backend_timeout(backend.name, silence_s) from None
         except Broken as error:
             log.warning("backend %s: %s", backend.name, error)
-            raise broken(backend.name) from error
+            raise backend_broken(backend.name) from error
 
     async def _pass_on(self, answer: Connection) -> None:
         told = dict(answer.headers)
@@ -188,9 +194,9 @@ class Exchange:
         is_json = b"json" in kind and not encoded
         length = told.get(b"content-length")
         pieces = (
-            Events()
+            EventStream()
             if self.streaming
-            else Whole(is_json, int(length) if length else None)
+            else PlainBody(is_json, int(length) if length else None)
         )
         self.status = answer.status
         start: Message = {
@@ -225,7 +231,7 @@ class Exchange:
         sent = [header for header in self.scope["headers"] if header[0] not in dropped]
         return own + sent
 
-    async def refuse(self, refusal: Refusal) -> None:
+    async def refuse(self, refusal: ApiError) -> None:
         """Answer in place of a backend, or end its answer so that this is seen."""
         if self.status == 0:
             self.status = refusal.status
@@ -264,7 +270,7 @@ def target(scope: Scope) -> tuple[str | None, bytes]:
     """The backend an address names, if it does, and the path there, as it was sent.
 
     Raises:
-        Refusal: The path is none that goes to backends.
+        ApiError: The path is none that goes to backends.
     """
     raw: bytes = scope["raw_path"]
     name = None
@@ -275,7 +281,7 @@ def target(scope: Scope) -> tuple[str | None, bytes]:
     segments = unquote(raw).split("/")
     inside = raw.startswith(b"/v1/") and not {".", ".."} & set(segments)
     if not inside and raw.decode("ascii") not in PLUGIN_DATA:
-        raise Refusal(404, "not_found", "There is nothing at this address.")
+        raise ApiError(404, "not_found", "There is nothing at this address.")
     return name, raw
 
 
@@ -294,19 +300,19 @@ def model_of(data: bytes) -> str:
     Nothing else is built of the body: that could take twenty times its bytes.
 
     Raises:
-        Refusal: It is no JSON, or names no model.
+        ApiError: It is no JSON, or names no model.
     """
     try:
         return _READ(data).model
     except msgspec.ValidationError:
-        raise Refusal(
+        raise ApiError(
             400,
             "model_required",
             "There are several backends: 'model' must name a model; GET /v1/models "
             "lists them.",
         ) from None
     except (msgspec.DecodeError, ValueError, RecursionError):
-        raise Refusal(
+        raise ApiError(
             400, "invalid_json", "The body is not valid JSON; it was not sent on."
         ) from None
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from pydantic import SecretStr
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .refusals import Refusal
+from .api_error import ApiError
 
 OPEN = {"/health", "/ready", "/metrics", "/openapi.json"}
 
 
-class Guard:
+class AccessGuard:
     """Lets requests pass that bring a key; everything is closed unless listed.
 
     Args:
@@ -38,7 +38,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check, then pass on."""
         if scope["type"] == "http" and self.digests and not self._may_pass(scope):
-            refusal = Refusal(
+            refusal = ApiError(
                 401,
                 "invalid_api_key",
                 "A key of this gateway is needed: Authorization: Bearer KEY.",

@@ -13,7 +13,7 @@ USAGE = re.compile(rb'"usage":\s*\{')
 END = re.compile(rb"\r?\n\r?\n")
 
 
-class Events:
+class EventStream:
     """Cuts a stream of bytes where events end, losing and adding none.
 
     A backend that dies inside an event then leaves the client with whole ones, after
@@ -54,11 +54,11 @@ class Events:
         for piece in self.usages:
             for line in piece.splitlines():
                 if line.startswith(b"data:") and USAGE.search(line):
-                    found |= tokens_of(line[5:])
+                    found |= token_counts(line[5:])
         return found
 
 
-class Whole:
+class PlainBody:
     """An answer that is no stream: passed as it comes, and read once for tokens."""
 
     def __init__(self, is_json: bool, length: int | None = None) -> None:
@@ -88,10 +88,10 @@ class Whole:
     def tokens(self) -> dict[str, int]:
         """Prompt and completion tokens that the answer tells, if it does."""
         data = b"".join(self._kept or ())
-        return tokens_of(data) if USAGE.search(data) else {}
+        return token_counts(data) if USAGE.search(data) else {}
 
 
-def tokens_of(data: bytes) -> dict[str, int]:
+def token_counts(data: bytes) -> dict[str, int]:
     """Token counts of one JSON answer; all APIs' names for them are known."""
     try:
         answer: Any = json.loads(data)

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 
 @dataclass(eq=False)
-class Refusal(Exception):
+class ApiError(Exception):
     """A request that is not carried out; raised anywhere, answered in one place.
 
     Attributes:
@@ -52,9 +52,9 @@ class Refusal(Exception):
         return Response(self.body, self.status, more, "application/json")
 
 
-def unreachable(name: str) -> Refusal:
+def backend_unreachable(name: str) -> ApiError:
     """Nothing was sent to the backend: it does not accept connections."""
-    return Refusal(
+    return ApiError(
         503,
         "backend_unreachable",
         f"Backend {name!r} does not answer; try again when it is up.",
@@ -62,24 +62,24 @@ def unreachable(name: str) -> Refusal:
     )
 
 
-def broken(name: str) -> Refusal:
+def backend_broken(name: str) -> ApiError:
     """The backend went away after it was sent the request."""
-    return Refusal(
+    return ApiError(
         502,
         "backend_broken",
         f"Backend {name!r} ended the connection before its answer was complete.",
     )
 
 
-def silent(name: str, seconds: float) -> Refusal:
+def backend_timeout(name: str, seconds: float) -> ApiError:
     """The backend sends nothing for too long."""
-    return Refusal(
+    return ApiError(
         504,
         "backend_timeout",
         f"Backend {name!r} sent nothing for {seconds:g} s.",
     )
 
 
-def draining() -> Refusal:
+def shutting_down() -> ApiError:
     """The gateway is being stopped and waited as long as it was told to."""
-    return Refusal(503, "shutting_down", "The gateway is being stopped; try again.", 5)
+    return ApiError(503, "shutting_down", "The gateway is being stopped; try again.", 5)
