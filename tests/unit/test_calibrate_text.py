@@ -105,7 +105,10 @@ CONVERSATIONS = {
     "messages": {"messages": TURNS},
     "content parts": {
         "messages": [
-            {"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]}
+            {
+                "role": turn["role"],
+                "content": [{"type": "text", "text": turn["content"]}],
+            }
             for turn in TURNS
         ]
     },
@@ -124,7 +127,12 @@ CONVERSATIONS = {
     },
     "text is null": {"text": None, "messages": TURNS},
     "Alpaca": {"instruction": QUESTION, "input": "", "output": ANSWER},
-    "Dolly": {"instruction": QUESTION, "context": "", "response": ANSWER, "category": "x"},
+    "Dolly": {
+        "instruction": QUESTION,
+        "context": "",
+        "response": ANSWER,
+        "category": "x",
+    },
     "GSM8K": {"question": QUESTION, "answer": ANSWER},
     "prompt and completion": {"prompt": QUESTION, "completion": ANSWER},
     "prompt and messages": {"prompt": TURNS[:1], "completion": TURNS[1:]},
@@ -151,7 +159,9 @@ def test_an_instruction_comes_with_its_input_and_its_system_prompt(
         "output": "3",
     }
     (found,) = read(tmp_path / "a.jsonl", as_lines([record]), tokenizer)
-    assert found.text == "<s>[system] Be brief.</s>[user] Add.\n\n1 2</s>[assistant] 3</s>"
+    assert (
+        found.text == "<s>[system] Be brief.</s>[user] Add.\n\n1 2</s>[assistant] 3</s>"
+    )
     plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     (found,) = read(tmp_path / "a.jsonl", as_lines([record]), plain)
     assert found == Document("Be brief.\n\nAdd.\n\n1 2\n\n3", ends=True)
@@ -172,55 +182,51 @@ def test_tools_reach_the_template(tmp_path: Path, tokenizer: Any) -> None:
 
 
 STRINGS = json.dumps(["one", "two"]).encode()
-REFUSED = {
-    "null text": ("a.jsonl", b'{"text": null, "url": "x"}', "'text' (null), 'url' (text)"),
-    "null text, array": ("a.json", b'[{"text": null}]', "record 0", "'text' (null)"),
-    "no text": ("a.json", b'[{"body": "x", "id": 1}]', "'body' (text), 'id' (a number)"),
-    "no field": ("a.jsonl", b"{}", "no field at all"),
-    "a list": ("a.jsonl", b'["x"]', "is a list"),
-    "columns": ("a.parquet", as_parquet([{"body": "x", "id": 1}]), "'body'", "'id' (int64)"),
-    "a row": ("a.parquet", as_parquet([{"text": None, "input": "x"}]), "row 0", "(null)"),
-    "not Parquet": ("a.parquet", b"text", "no Parquet"),
-    "damaged Parquet": ("a.parquet", b"PAR1" + bytes(99), "damaged Parquet"),
-    "an open array": ("a.json", b'[{"text": "x"}', "does not end"),
-    "a comma missing": ("a.json", b'[{"text": "x"} {"text": "y"}]', "','"),
-    "after the array": ("a.json", b'["x"] ["y"]', "follows the array"),
-    "half a record": ("a.json", b'[{"text": "x"}, {"tex', "record 1: not valid JSON"),
-    "nested": ("a.json", b"[" * 10**6, "not valid JSON"),
-    "nested lines": ("a.jsonl", b'{"text":' * 10**5, "line 1: not valid JSON"),
-    "not gzip": ("a.txt.gz", b"text", "not compressed by gzip"),
-    "half of gzip": ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "damaged or truncated gzip"),
-    "damaged gzip": ("a.json.gz", gzip.compress(os.urandom(999))[:500] + bytes(500), "gzip|UTF-8"),
-    "zip": ("a.txt", b"PK\3\4", "zip archive"),
-    "zstd": ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "zstd"),
-    "xz": ("a.txt.xz", b"\xfd7zXZ\0", "xz"),
-    "Arrow": ("a.arrow", b"ARROW1\0\0", "Arrow"),
-    "an image": (
-        "a.json",
-        as_json([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}]),
-        "message 0",
-        "'image'",
-    ),
-    "a stranger": (
-        "a.json",
-        as_json([{"conversations": [{"from": "oracle", "value": "x"}]}]),
-        "'oracle'",
-    ),
-    "null content": ("a.json", as_json([{"messages": [{"role": "user", "content": None}]}]), "no 'content'"),
-    "null value": ("a.json", as_json([{"conversations": [{"from": "gpt"}]}]), "no 'value'"),
-    "no speaker": ("a.json", as_json([{"messages": [{"body": "x"}]}]), "'body' (text)"),
-    "messages as text": ("a.json", as_json([{"messages": "[]"}]), "is text, not a list"),
-    "tools as text": ("a.json", as_json([{"messages": TURNS, "tools": "x"}]), "tools are text"),
-    "a lone message": ("a.json", as_json(TURNS), "record 0", "'role' (text)"),
-    "an answer that is a number": (
-        "a.json",
-        as_json([{"question": "x", "answer": 3}]),
-        "its answer is a number",
-    ),
-}  # fmt: skip
+IMAGE = [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}]
+SILENT = [{"messages": [{"role": "user", "content": None}]}]
+ORACLE = [{"conversations": [{"from": "oracle", "value": "x"}]}]
+NAMELESS = [{"messages": [{"body": "x"}]}]
+COLUMNS = as_parquet([{"body": "x", "id": 1}])
+HALF = gzip.compress(b"text" * 99)[:-9]
+DAMAGED = gzip.compress(b'["x"]')[:-8] + bytes(8)
+REFUSED = [
+    ("null.jsonl", b'{"text": null, "url": "x"}', "'text' (null), 'url' (text)"),
+    ("null.json", b'[{"text": null}]', "record 0", "'text' (null)"),
+    ("others.json", b'[{"body": "x", "id": 1}]', "'body' (text), 'id' (a number)"),
+    ("empty.jsonl", b"{}", "no field at all"),
+    ("list.jsonl", b'[["x"]]', "is a list"),
+    ("columns.parquet", COLUMNS, "'body'", "'id' (int64)"),
+    ("row.parquet", as_parquet([{"text": None, "input": "x"}]), "row 0", "(null)"),
+    ("text.parquet", b"text", "no Parquet"),
+    ("damaged.parquet", b"PAR1" + bytes(99), "damaged Parquet"),
+    ("open.json", b'[{"text": "x"}', "does not end"),
+    ("comma.json", b'[{"text": "x"} {"text": "y"}]', "','"),
+    ("two.json", b'["x"] ["y"]', "follows the array"),
+    ("half.json", b'[{"text": "x"}, {"tex', "record 1: not valid JSON"),
+    ("nested.json", b"[" * 10**6, "not valid JSON"),
+    ("nested.jsonl", b'{"text":' * 10**5, "line 1: not valid JSON"),
+    ("plain.txt.gz", b"text", "not compressed by gzip"),
+    ("half.txt.gz", HALF, "damaged or truncated gzip"),
+    ("damaged.json.gz", DAMAGED, "damaged or truncated gzip"),
+    ("a.txt", b"PK\3\4", "zip archive"),
+    ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "zstd"),
+    ("a.txt.xz", b"\xfd7zXZ\0", "xz"),
+    ("a.arrow", b"ARROW1\0\0", "Arrow"),
+    ("image.json", as_json(IMAGE), "message 0", "'image'"),
+    ("stranger.json", as_json(ORACLE), "'oracle'"),
+    ("silent.json", as_json(SILENT), "no 'content'"),
+    ("silent.json", as_json([{"conversations": [{"from": "gpt"}]}]), "no 'value'"),
+    ("nameless.json", as_json(NAMELESS), "'body' (text)"),
+    ("written.json", as_json([{"messages": "[]"}]), "is text, not a list"),
+    ("tools.json", as_json([{"messages": TURNS, "tools": "x"}]), "tools are text"),
+    ("turns.json", as_json(TURNS), "record 0", "'role' (text)"),
+    ("three.json", as_json([{"question": "x", "answer": 3}]), "answer is a number"),
+]
 
 
-@pytest.mark.parametrize(("name", "data", "says"), [(n, d, s) for n, d, *s in REFUSED.values()], ids=REFUSED)  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "data", "says"), [(name, data, says) for name, data, *says in REFUSED]
+)
 def test_what_is_not_understood_is_refused_with_what_was_found(
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerFast,
@@ -232,9 +238,9 @@ def test_what_is_not_understood_is_refused_with_what_was_found(
         read(tmp_path / name, data, tokenizer)
     message = str(caught.value)
     assert name in message
-    assert len(message) < 700 and "\n" not in message
-    for part in says:
-        assert any(word in message for word in part.split("|"))
+    assert len(message) < 700
+    assert "\n" not in message
+    assert all(part in message for part in says)
 
 
 def test_records_without_end_are_refused_before_memory_is_full(
@@ -268,5 +274,7 @@ def test_only_regular_files_are_read(
         path.symlink_to("/dev/zero")
     else:
         path = Path("/dev/zero")
-    with pytest.raises(CalibrationError, match="is a (pipe|folder|device), not a text"):
+    with pytest.raises(
+        CalibrationError, match=r"is a (pipe|folder|device), not a text"
+    ):
         list(read_documents(str(path), tokenizer))

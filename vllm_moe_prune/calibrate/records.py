@@ -27,8 +27,8 @@ ROLES = {
 }
 """What data sets call speakers, and what chat templates do."""
 FORMS = (
-    "neither 'text' nor 'messages' (or 'conversations'), nor 'instruction' (or 'prompt', "
-    "'question') with 'output' (or 'response', 'completion', 'answer')"
+    "neither 'text' nor 'messages' (or 'conversations'), nor 'instruction' (or "
+    "'prompt', 'question') with 'output' (or 'response', 'completion', 'answer')"
 )
 MAX_NAMED = 12
 
@@ -79,9 +79,7 @@ def found_in(where: str, fields: Iterable[Any], kinds: Mapping[str, str]) -> str
     told = [f"{name[:40]!r} ({kinds[name]})" for name in named[:MAX_NAMED]]
     if len(named) > MAX_NAMED:
         told.append(f"{len(named) - MAX_NAMED} more")
-    return (
-        f"{where}: has {FORMS}, but {', '.join(told) or 'no field at all'}."
-    )
+    return f"{where}: has {FORMS}, but {', '.join(told) or 'no field at all'}."
 
 
 def kind_of(value: Any) -> str:
@@ -128,7 +126,9 @@ def _answered(
         {"role": "assistant", "content": answer},
     ]
     if system:
-        messages.insert(0, {"role": "system", "content": _text(system, "system", where)})
+        messages.insert(
+            0, {"role": "system", "content": _text(system, "system", where)}
+        )
     return Document(_render(messages, record, where, tokenizer), ends=False)
 
 
@@ -168,11 +168,11 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     others = {key: value for key, value in message.items() if key not in names}
     content = _said(said, where)
     missing = names[1] not in message
-    if content is None and not (names[0] == "role" and missing):
-        if not others.get("tool_calls"):
-            raise CalibrationError(f"{where}: has no {names[1]!r}.")
+    # A template may know messages that lack content, and names unknown here.
+    allowed = names[0] == "role" and (missing or others.get("tool_calls"))
+    if content is None and not allowed:
+        raise CalibrationError(f"{where}: has no {names[1]!r}.")
     if names[0] == "role":
-        # A template may know names that are unknown here, and messages without content.
         whole = {} if missing else {"content": content}
         return {"role": ROLES.get(speaker, speaker), **whole, **others}
     if speaker.lower() not in ROLES:
@@ -192,7 +192,9 @@ def _said(content: Any, where: str) -> str | None:
     for part in content:
         text = part.get("text") if isinstance(part, dict) else part
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+        if kind not in ("text", "input_text", "output_text") or not isinstance(
+            text, str
+        ):
             found = f"of type {str(kind)[:40]!r}" if kind != "text" else kind_of(part)
             raise CalibrationError(
                 f"{where}: a part of its content is {found}; only text is read."

@@ -34,8 +34,9 @@ def read_documents(source: str, tokenizer: Any) -> Iterator[Document]:
     Raises:
         CalibrationError: While reading, when the source turns out unusable.
     """
+    pieces: Iterator[str] = iter(())
     if source.startswith(HUB):
-        pieces, records = iter(()), _hub_records(source)
+        records = _hub_records(source)
     else:
         pieces, records = read_file(Path(source))
     for piece in pieces:

@@ -28,7 +28,11 @@ Budget = Annotated[str | None, flag("global (uneven layers) or per-layer (unifor
 Slim = Annotated[str | None, flag("wanda, magnitude or none, inside the survivors.")]
 Routing = Annotated[str | None, flag("drop (router rows go) or redirect (they stay).")]
 Text = Annotated[
-    str | None, flag("Text or .jsonl file, or hub:NAME[/CONFIG], to calibrate on.")
+    str | None,
+    flag(
+        "Text to calibrate on: a .txt, .json, .jsonl (each also .gz) or .parquet file, "
+        "or hub:NAME[/CONFIG]."
+    ),
 ]
 Samples = Annotated[int | None, flag("Calibration windows.")]
 Length = Annotated[int | None, flag("Tokens per calibration window.")]

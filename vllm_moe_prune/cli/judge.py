@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 Texts = Annotated[
     list[str] | None,
     flag(
-        "Held-out text or .jsonl file, or hub:NAME[/CONFIG], for perplexity; "
-        "repeatable.",
+        "Held-out text for perplexity: a .txt, .json, .jsonl (each also .gz) or "
+        ".parquet file, or hub:NAME[/CONFIG]; repeatable.",
         "--text",
     ),
 ]
