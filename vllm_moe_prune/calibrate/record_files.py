@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, require_extra
 from .records import READ_FIELDS, found_in
 
 READ = (
@@ -245,14 +245,10 @@ def _listed(value: Any, path: Path) -> Iterator[Record]:
 
 
 def _parquet_records(path: Path) -> Iterator[Record]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise CalibrationError(
-            f"{path}: reading Parquet needs the pyarrow package: "
-            "pip install 'vllm-moe-prune[datasets]'."
-        ) from error
+    require_extra("datasets", ("pyarrow",), f"{path}: Parquet files")
+    import pyarrow
+    from pyarrow import parquet
+
     number = 0
     try:
         with _opened(path) as file, parquet.ParquetFile(file) as table:
