@@ -9,7 +9,7 @@ from typing import Literal
 GIB, MIB = 2**30, 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """How far a stage has come."""
 

@@ -27,7 +27,10 @@ ARCH = find_arch("mixtral", "test")
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
 ROUTER = "model.layers.{}.block_sparse_moe.gate.weight"
 Tensors = dict[str, Tensor]
-LAYERS = (ServedLayer(0, 2, 2, 2), ServedLayer(1, 0, 2, 0))
+LAYERS = (
+    ServedLayer(index=0, experts=2, top_k=2, router_rows=2),
+    ServedLayer(index=1, experts=0, top_k=2, router_rows=0),
+)
 
 
 def every_weight() -> Tensors:
@@ -101,7 +104,11 @@ def test_tally_names_what_is_missing(name: str, message: str) -> None:
 def test_flags_that_need_equal_layers_are_refused(
     flags: dict[str, Any], message: str
 ) -> None:
-    layers = [ServedLayer(0, 5, 2, 5), ServedLayer(1, 2, 2, 2), ServedLayer(2, 0, 2, 0)]
+    layers = [
+        ServedLayer(index=0, experts=5, top_k=2, router_rows=5),
+        ServedLayer(index=1, experts=2, top_k=2, router_rows=2),
+        ServedLayer(index=2, experts=0, top_k=2, router_rows=0),
+    ]
     allowed = {
         "enable_eplb": False,
         "enable_ep_weight_filter": False,
@@ -117,16 +124,32 @@ def test_flags_that_need_equal_layers_are_refused(
 
 def test_balancing_experts_needs_rows_that_are_experts() -> None:
     flags = SimpleNamespace(enable_eplb=True, enable_expert_parallel=False)
-    check_parallel(flags, [ServedLayer(0, 2, 2, 2)], local_ids=False)
-    redirected = ServedLayer(1, 2, 2, 4, redirect=(0, 1, 0, 1))
-    uneven = ServedLayer(1, 2, 2, 2, groups=2, row_groups=(0, 0))
+    check_parallel(
+        flags,
+        [ServedLayer(index=0, experts=2, top_k=2, router_rows=2)],
+        local_ids=False,
+    )
+    redirected = ServedLayer(
+        index=1, experts=2, top_k=2, router_rows=4, redirect=(0, 1, 0, 1)
+    )
+    uneven = ServedLayer(
+        index=1, experts=2, top_k=2, router_rows=2, groups=2, row_groups=(0, 0)
+    )
     for layer in (redirected, uneven):
         with pytest.raises(ServeError, match=r"--enable-eplb .* in layer 1"):
-            check_parallel(flags, [ServedLayer(0, 2, 2, 2), layer], local_ids=False)
+            check_parallel(
+                flags,
+                [ServedLayer(index=0, experts=2, top_k=2, router_rows=2), layer],
+                local_ids=False,
+            )
 
 
 def test_rows_are_ranked_before_they_become_experts() -> None:
-    table = RowTable(ServedLayer(0, 2, 2, 4, redirect=(0, 1, 0, None)))
+    table = RowTable(
+        ServedLayer(
+            index=0, experts=2, top_k=2, router_rows=4, redirect=(0, 1, 0, None)
+        )
+    )
     logits_TR = torch.tensor([[2.0, 0.0, 1.0, -9.0], [0.0, 1.0, -9.0, 2.0]])
     weights_TK, experts_TK = route_rows(logits_TR, table, top_k=2, renormalize=True)
     share = torch.softmax(torch.tensor([2.0, 1.0]), dim=0)
@@ -157,7 +180,11 @@ def test_even_groups_in_any_order_route_as_the_original_does(biased: bool) -> No
     )
     order = torch.randperm(12, generator=draw)
     groups = tuple((order // 3).tolist())
-    table = RowTable(ServedLayer(0, 12, 4, 12, groups=4, row_groups=groups))
+    table = RowTable(
+        ServedLayer(
+            index=0, experts=12, top_k=4, router_rows=12, groups=4, row_groups=groups
+        )
+    )
     weights_TK, experts_TK = route_rows(
         logits_TR[:, order],
         table,
@@ -175,7 +202,11 @@ def test_even_groups_in_any_order_route_as_the_original_does(biased: bool) -> No
 
 def test_groups_that_ran_dry_are_left_alone() -> None:
     """Group 0 has one row, group 1 none; the second slot of the choice stays empty."""
-    table = RowTable(ServedLayer(0, 3, 2, 3, groups=3, row_groups=(0, 2, 2)))
+    table = RowTable(
+        ServedLayer(
+            index=0, experts=3, top_k=2, router_rows=3, groups=3, row_groups=(0, 2, 2)
+        )
+    )
     logits_TR = torch.tensor([[9.0, 0.0, 0.0]])
     bias_R = torch.tensor([0.0, -3.0, -3.0])
     weights_TK, experts_TK = route_rows(
@@ -194,13 +225,53 @@ def test_groups_that_ran_dry_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("layer", "answer"),
     [
-        (ServedLayer(0, 4, 2, 4), True),
-        (ServedLayer(0, 2, 2, 4, redirect=(0, 0, 1, 1)), False),
-        (ServedLayer(0, 4, 2, 4, groups=2, row_groups=(0, 0, 1, 1)), True),
-        (ServedLayer(0, 4, 2, 4, groups=2, row_groups=(0, 1, 0, 1)), False),
-        (ServedLayer(0, 5, 2, 5, groups=2, row_groups=(0, 0, 0, 1, 1)), False),
+        (ServedLayer(index=0, experts=4, top_k=2, router_rows=4), True),
+        (
+            ServedLayer(
+                index=0, experts=2, top_k=2, router_rows=4, redirect=(0, 0, 1, 1)
+            ),
+            False,
+        ),
+        (
+            ServedLayer(
+                index=0,
+                experts=4,
+                top_k=2,
+                router_rows=4,
+                groups=2,
+                row_groups=(0, 0, 1, 1),
+            ),
+            True,
+        ),
+        (
+            ServedLayer(
+                index=0,
+                experts=4,
+                top_k=2,
+                router_rows=4,
+                groups=2,
+                row_groups=(0, 1, 0, 1),
+            ),
+            False,
+        ),
+        (
+            ServedLayer(
+                index=0,
+                experts=5,
+                top_k=2,
+                router_rows=5,
+                groups=2,
+                row_groups=(0, 0, 0, 1, 1),
+            ),
+            False,
+        ),
         # vLLM forgets about groups where there are as many as experts.
-        (ServedLayer(0, 2, 2, 2, groups=2, row_groups=(0, 1)), False),
+        (
+            ServedLayer(
+                index=0, experts=2, top_k=2, router_rows=2, groups=2, row_groups=(0, 1)
+            ),
+            False,
+        ),
     ],
 )
 def test_stock_routers_get_only_what_they_understand(

@@ -58,7 +58,12 @@ def make_cut(original: Path, out: Path, cuts: Cuts, stage: dict[str, Any]) -> Pa
     plan = load_plan(path).model_copy(update={"quantize": quantize})
     seeded = torch.Generator().manual_seed(0)
     ids_ST = torch.randint(3, VOCAB, (8, 64), generator=seeded)
-    execute_plan(source, plan, out, tokens=Tokens(ids_ST, "random", sha256_of(ids_ST)))
+    execute_plan(
+        source,
+        plan,
+        out,
+        tokens=Tokens(ids_ST=ids_ST, source="random", sha256=sha256_of(ids_ST)),
+    )
     return out
 
 

@@ -294,7 +294,9 @@ def test_the_same_cut_gives_the_same_bytes_and_leaves_its_input_alone(
             checkpoint,
             with_prediction(checkpoint, plan, 4_000),
             tmp_path / name,
-            tokens=Tokens(ids_ST, "counting", "0" * 64) if slim == "wanda" else None,
+            tokens=Tokens(ids_ST=ids_ST, source="counting", sha256="0" * 64)
+            if slim == "wanda"
+            else None,
             max_shard_bytes=4_000,
         )
         outs.append(folder_bytes(tmp_path / name))

@@ -81,7 +81,11 @@ def slimmed(
     plan_file = out.with_name(out.name + "-plan.json")
     write_plan(plan_file, checkpoint, cuts, routing=routing, slim=slim)
     plan = with_prediction(checkpoint, load_plan(plan_file))
-    tokens = Tokens(ids_ST, "random", "0" * 64) if slim == "wanda" else None
+    tokens = (
+        Tokens(ids_ST=ids_ST, source="random", sha256="0" * 64)
+        if slim == "wanda"
+        else None
+    )
     return execute_plan(checkpoint, plan, out, tokens=tokens)
 
 

@@ -183,7 +183,7 @@ def test_a_criterion_chooses_the_highest_score_of_each_cluster(
 ) -> None:
     layer = toy_layer(np.random.default_rng(3), 9)
     stage = ExpertStage(keep=4, representative=criterion, seed=5)
-    stats = Stats("f", {0: layer.stats})
+    stats = Stats(fingerprint="f", layers={0: layer.stats})
     (plan,), _ = decide_experts(stats, toy_facts(9).layers, Recipe(experts=stage))
     score_E = expert_scores(layer.stats, criterion, layer=0, experts=9, seed=5)
     assert plan.clusters is not None
@@ -205,7 +205,7 @@ def test_frequency_weights_are_the_shares_of_tokens(
     keep = min(keep, experts)
     stage = ExpertStage(keep=keep, reconstruct="always", merge="frequency")
     facts = toy_facts(experts)
-    stats = Stats(facts.model.fingerprint, {0: layer.stats})
+    stats = Stats(fingerprint=facts.model.fingerprint, layers={0: layer.stats})
     (plan,), _ = decide_experts(stats, facts.layers, Recipe(experts=stage))
     assert plan.reconstruct == (keep < experts)
     assert (plan.merge_weights is None) == (keep == experts)

@@ -45,7 +45,7 @@ def stats_of(seed: int) -> Stats:
         )
         for layer in range(LAYERS)
     }
-    return Stats("fingerprint", layers)
+    return Stats(fingerprint="fingerprint", layers=layers)
 
 
 def decide(seed: int, **stage: object) -> list[LayerPlan]:

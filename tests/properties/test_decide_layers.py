@@ -21,8 +21,8 @@ def random_hidden(seed: int, blocks: int) -> np.ndarray:
 
 def block_stats(hidden_HTD: np.ndarray) -> Stats:
     return Stats(
-        "f",
-        {},
+        fingerprint="f",
+        layers={},
         block_cosine_HH=hidden_cosines(hidden_HTD),
         block_tokens=np.array(float(hidden_HTD.shape[1])),
     )
@@ -89,7 +89,9 @@ def test_layer_drop_takes_the_most_similar_sublayers_ties_by_index(
     }
     stage = LayerStage.model_validate({"moe_count": count, "moe_norm": norm})
     facts = toy_facts(0, *[4] * len(cosines))
-    actions = decide_layers(Stats("f", layers), facts.layers, Recipe(layers=stage))
+    actions = decide_layers(
+        Stats(fingerprint="f", layers=layers), facts.layers, Recipe(layers=stage)
+    )
     ranked = sorted(range(len(cosines)), key=lambda at: (-cosines[at], at))
     expected = {at + 1 for at in ranked[:count]}
     action = "drop-moe" if norm == "drop" else "drop-moe-keep-norm"

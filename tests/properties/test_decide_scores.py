@@ -232,8 +232,10 @@ def test_permuting_experts_permutes_the_dropped_ones(
         return  # a tie, which the index decides
     stage = ExpertStage(method="score", criterion=criterion, keep=experts - count)
     recipe, shapes = Recipe(experts=stage), toy_facts(experts).layers
-    before, _ = decide_experts(Stats("f", {0: stats}), shapes, recipe)
-    after, _ = decide_experts(Stats("f", {0: moved}), shapes, recipe)
+    before, _ = decide_experts(
+        Stats(fingerprint="f", layers={0: stats}), shapes, recipe
+    )
+    after, _ = decide_experts(Stats(fingerprint="f", layers={0: moved}), shapes, recipe)
     assert {order[expert] for expert in after[0].keep} == set(before[0].keep)
 
 

@@ -240,7 +240,8 @@ def test_plans_meet_the_budget_within_every_limit(
     drop = target / sum(experts)
     stage = ExpertStage(drop=drop, max_removed=cap)
     stats = Stats(
-        "f", {at: random_stats(rng, count) for at, count in enumerate(experts)}
+        fingerprint="f",
+        layers={at: random_stats(rng, count) for at, count in enumerate(experts)},
     )
     layers, threshold = decide_experts(stats, shapes, Recipe(experts=stage))
     removed = [layer.experts - len(layer.keep) for layer in layers]
@@ -280,8 +281,12 @@ def test_permuting_experts_permutes_the_answer(
     )
     recipe = Recipe(experts=ExpertStage(keep=experts - count))
     shapes = [Shape(experts, 2)]
-    before, height = decide_experts(Stats("f", {0: stats}), shapes, recipe)
-    after, moved_height = decide_experts(Stats("f", {0: moved}), shapes, recipe)
+    before, height = decide_experts(
+        Stats(fingerprint="f", layers={0: stats}), shapes, recipe
+    )
+    after, moved_height = decide_experts(
+        Stats(fingerprint="f", layers={0: moved}), shapes, recipe
+    )
     assert before[0].clusters is not None
     assert after[0].clusters is not None
     heights = [

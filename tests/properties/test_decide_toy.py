@@ -113,7 +113,15 @@ def toy_facts(*experts: int, top_k: int = 2) -> ModelFacts:
         if not count:
             dense = Matrix("mlp.up_proj.weight", "mlp", ROWS, COLS)
             total = COLS * (COLS + ROWS) + 2 * COLS
-            layers.append(LayerFacts(0, top_k, False, total, others=(attention, dense)))
+            layers.append(
+                LayerFacts(
+                    num_experts=0,
+                    top_k=top_k,
+                    has_moe=False,
+                    parameters=total,
+                    others=(attention, dense),
+                )
+            )
             continue
         shared = Matrix("mlp.shared.up_proj.weight", "shared", ROWS, COLS)
         moe = count * (3 * ROWS * COLS + COLS) + ROWS * COLS + COLS
@@ -164,7 +172,7 @@ def hidden_cosines(hidden_HTD: Array) -> Array:
 def test_statistics_of_parts_add_up(seed: int, experts: int, parts: int) -> None:
     """Measured on two machines, or on one: the same sums."""
     layer = toy_layer(np.random.default_rng(seed), experts)
-    whole = Stats("f", {0: layer.stats}, block_tokens=np.array(20.0))
+    whole = Stats(fingerprint="f", layers={0: layer.stats}, block_tokens=np.array(20.0))
 
     def part(tokens: slice) -> Stats:
         some = ToyLayer(
@@ -176,7 +184,7 @@ def test_statistics_of_parts_add_up(seed: int, experts: int, parts: int) -> None
             layer.gates_TE[tokens],
         )
         count = np.array(float(len(some.x_TD)))
-        return Stats("f", {0: some.stats}, block_tokens=count)
+        return Stats(fingerprint="f", layers={0: some.stats}, block_tokens=count)
 
     added = part(slice(parts)) + part(slice(parts, None))
     for name, value in vars(whole.layers[0]).items():

@@ -1,7 +1,7 @@
 """From text to windows of tokens, and every way in which a text can be unusable."""
 
-import builtins
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from vllm_moe_prune.calibrate import text as text_module
 from vllm_moe_prune.calibrate.data import READ_MULTIPLE, TokenReader, load_tokens
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.errors import CalibrationError
+from vllm_moe_prune.errors import CalibrationError, MissingExtra
 from vllm_moe_prune.recipes.schema import Calibration
 
 
@@ -158,17 +158,10 @@ def test_an_unreachable_data_set_is_one_line(
 
 
 def test_without_the_datasets_package_its_name_is_given(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "datasets":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(CalibrationError, match=r"vllm-moe-prune\[datasets\]"):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtra, match=r"vllm-moe-prune\[datasets\]"):
         list(text_module.read_documents("hub:a/b", None))
 
 

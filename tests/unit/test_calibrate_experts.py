@@ -70,7 +70,14 @@ def test_experts_sum_as_the_definition_says(
         count = max(1, rows // 2)
         redirect = tuple(None if row % 5 == 4 else row % count for row in range(rows))
     experts = random_experts(count)
-    layer = Layer(0, count, top_k, 12, has_moe=True, redirect=redirect)
+    layer = Layer(
+        index=0,
+        num_experts=count,
+        top_k=top_k,
+        width=12,
+        has_moe=True,
+        redirect=redirect,
+    )
     out_ND = run_experts(x_ND, routing, layer, experts.__getitem__)
     expected_ND = naive_moe(x_ND, routing, experts, redirect)
     torch.testing.assert_close(out_ND, expected_ND, rtol=1e-4, atol=1e-5)
@@ -155,7 +162,7 @@ def test_experts_without_tokens_are_not_read() -> None:
         read.append(expert)
         return experts[expert]
 
-    layer = Layer(0, 4, 1, 12, has_moe=True)
+    layer = Layer(index=0, num_experts=4, top_k=1, width=12, has_moe=True)
     run_experts(torch.ones(2, 8), routing, layer, reading)
     assert read == [2]
 

@@ -143,7 +143,7 @@ def test_an_mtp_layer_is_measured_in_the_same_pass(tmp_path: Path) -> None:
     ids_ST = torch.randint(3, 512, (4, 32))
     stats = measure(
         open_checkpoint(folder),
-        tokens=Tokens(ids_ST, "random", "0" * 64),
+        tokens=Tokens(ids_ST=ids_ST, source="random", sha256="0" * 64),
         fields=frozenset({"weighted_norm_sum_E", "block_cosine_HH", "block_tokens"}),
     )
     assert stats.forward_passes == 1

@@ -31,7 +31,7 @@ LAYOUTS = [layout.name for layout in find_arch("mixtral", "test").layouts]
 def some_tokens(samples: int = 4, length: int = 48, seed: int = 1) -> Tokens:
     generator = torch.Generator().manual_seed(seed)
     ids_ST = torch.randint(3, 512, (samples, length), generator=generator)
-    return Tokens(ids_ST, "random", sha256_of(ids_ST))
+    return Tokens(ids_ST=ids_ST, source="random", sha256=sha256_of(ids_ST))
 
 
 @pytest.fixture(scope="module")

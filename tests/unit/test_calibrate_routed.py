@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def tokens() -> Tokens:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(4, 500, (3, 11), generator=generator)
-    return Tokens(ids, "random", sha256_of(ids))
+    return Tokens(ids_ST=ids, source="random", sha256=sha256_of(ids))
 
 
 @pytest.fixture(scope="module")

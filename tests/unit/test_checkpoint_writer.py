@@ -88,7 +88,7 @@ def write_all(
     step: int = 7,
 ) -> ShardWriter:
     """Write every tensor in pieces; the last tensor first, to be difficult."""
-    writer = ShardWriter(folder, shards, finished)
+    writer = ShardWriter(folder=folder, shards=shards, finished=finished)
     for name, tensor in reversed(tensors.items()):
         data = raw_bytes(tensor)
         for start in range(0, len(data), step):
@@ -194,7 +194,7 @@ def test_finished_shards_are_left_alone(tmp_path: Path) -> None:
 
 def test_a_shard_counts_only_when_it_is_complete(tmp_path: Path) -> None:
     tensors, shards = two_shards()
-    writer = ShardWriter(tmp_path, shards)
+    writer = ShardWriter(folder=tmp_path, shards=shards)
     data = memoryview(raw_bytes(tensors["a"]))
     writer.write("a", data[:39])
     assert writer.journalled() == set()
@@ -205,7 +205,7 @@ def test_a_shard_counts_only_when_it_is_complete(tmp_path: Path) -> None:
 
 def test_a_tensor_that_nobody_wrote_is_our_bug(tmp_path: Path) -> None:
     tensors, shards = two_shards()
-    writer = ShardWriter(tmp_path, shards)
+    writer = ShardWriter(folder=tmp_path, shards=shards)
     writer.write("a", memoryview(raw_bytes(tensors["a"]))[:8])
     with pytest.raises(AssertionError, match="unfinished"):
         writer.close()
@@ -214,7 +214,7 @@ def test_a_tensor_that_nobody_wrote_is_our_bug(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_says_how_to_go_on(tmp_path: Path) -> None:
     tensors, shards = two_shards()
-    writer = ShardWriter(tmp_path / "gone", shards)
+    writer = ShardWriter(folder=tmp_path / "gone", shards=shards)
     with pytest.raises(OutputError, match=r"model-00001.*No such file.*--resume"):
         writer.write("a", memoryview(raw_bytes(tensors["a"])))
     writer.abort()
@@ -228,7 +228,7 @@ def test_what_cannot_be_written_says_how_to_go_on(tmp_path: Path) -> None:
 
 def test_a_rename_that_fails_in_the_background_is_told(tmp_path: Path) -> None:
     tensors, shards = two_shards()
-    writer = ShardWriter(tmp_path, shards)
+    writer = ShardWriter(folder=tmp_path, shards=shards)
     (tmp_path / shards[0].file_name).mkdir()
     (tmp_path / shards[0].file_name / "in the way").touch()
     with pytest.raises(OutputError, match="model-00001"):  # noqa: PT012

@@ -67,7 +67,15 @@ def test_progress_shows_the_last_step_of_every_stage(
     with watching() as report:
         for stage in ("measure", "cut"):
             for layer in range(1, 5):
-                report(Progress(stage, layer, 4, layer * GIB, 4 * GIB))
+                report(
+                    Progress(
+                        stage=stage,
+                        layer=layer,
+                        layers=4,
+                        bytes_done=layer * GIB,
+                        bytes_total=4 * GIB,
+                    )
+                )
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.count("layer 4 of 4, 4.00 of 4.00 GiB") == 2
@@ -76,7 +84,7 @@ def test_progress_shows_the_last_step_of_every_stage(
 
 def test_progress_is_silent_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     with watching(quiet=True) as report:
-        report(Progress("cut", 1, 1, 1, 1))
+        report(Progress(stage="cut", layer=1, layers=1, bytes_done=1, bytes_total=1))
     assert capsys.readouterr() == ("", "")
 
 

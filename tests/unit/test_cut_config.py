@@ -174,7 +174,9 @@ def test_a_layer_that_never_had_experts_stays_so(tmp_path: Path, slim: str) -> N
     checkpoint = open_checkpoint(model)
     cuts = {0: LayerCut(keep=(0, 1, 2), sparsity=0.5), 2: DROP_BLOCK}
     plan = hand_plan(tmp_path, checkpoint, cuts, slim=slim)
-    tokens = Tokens(torch.arange(32).reshape(2, 16), "counting", "0" * 64)
+    tokens = Tokens(
+        ids_ST=torch.arange(32).reshape(2, 16), source="counting", sha256="0" * 64
+    )
     execute_plan(checkpoint, plan, out, tokens=tokens)
     config = read_json(out / "config.json")
     assert config["per_layer_config"] == {"0": {"num_local_experts": 3}, "1": NO_MOE}

@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="module")
 def tokens() -> Tokens:
     ids = torch.randint(4, 500, (4, 16), generator=torch.Generator().manual_seed(2))
-    return Tokens(ids, "random", sha256_of(ids))
+    return Tokens(ids_ST=ids, source="random", sha256=sha256_of(ids))
 
 
 def plan_for(checkpoint: Checkpoint, first: LayerPlan, **fields: object) -> CutPlan:

@@ -51,7 +51,7 @@ def scored(*layers: list[float]) -> Stats:
         for at, scores in enumerate(layers)
         if scores
     }
-    return Stats(FINGERPRINT, found)
+    return Stats(fingerprint=FINGERPRINT, layers=found)
 
 
 def dropping(**values: Any) -> Recipe:
@@ -77,7 +77,7 @@ def test_defect_4_a_kept_norm_is_kept_in_the_output_too() -> None:
             moe_only_cosine_sum=np.array(0.2),
         ),
     }
-    stats, model = Stats(FINGERPRINT, layers), shapes(4, 4)
+    stats, model = Stats(fingerprint=FINGERPRINT, layers=layers), shapes(4, 4)
     with_norm = Recipe(layers=LayerStage(moe_count=1))
     assert decide_layers(stats, model, with_norm) == ["drop-moe", "keep"]
     without = Recipe(layers=LayerStage(moe_count=1, moe_norm="keep"))
@@ -113,7 +113,7 @@ def test_defect_5_a_run_of_blocks_is_not_compared_one_step_too_far() -> None:
     cosine_HH = np.full((5, 5), 0.5)
     cosine_HH[0, 2] = 0.9  # the run of blocks 0 and 1
     cosine_HH[1, 4] = 1.0  # three blocks, which the reference would read for 1 and 2
-    stats = Stats(FINGERPRINT, {}, block_cosine_HH=cosine_HH)
+    stats = Stats(fingerprint=FINGERPRINT, layers={}, block_cosine_HH=cosine_HH)
     stage = LayerStage(block_count=2, block_mode="consecutive")
     actions = decide_layers(stats, shapes(4, 4, 4, 4), Recipe(layers=stage))
     assert actions == ["drop-block", "drop-block", "keep", "keep"]
@@ -165,7 +165,7 @@ def test_defect_11_layer_drop_works_on_a_model_that_lost_layers_before() -> None
         at: LayerStats(tokens=np.array(1.0), moe_cosine_sum=np.array(value))
         for at, value in {0: 0.3, 2: 0.9, 3: 0.5}.items()
     }
-    stats = Stats(FINGERPRINT, layers)
+    stats = Stats(fingerprint=FINGERPRINT, layers=layers)
     recipe = Recipe(layers=LayerStage(moe_count=2))
     actions = decide_layers(stats, shapes(4, 0, 4, 4), recipe)
     assert actions == ["keep", "keep", "drop-moe", "drop-moe"]
@@ -193,7 +193,14 @@ def test_defect_2_the_router_is_no_part_that_can_be_slimmed() -> None:
         SlimStage.model_validate({"scope": ("experts", "router")})
     attention = Matrix("self_attn.q_proj.weight", "attention", 4, 4)
     layer = LayerFacts(
-        2, 1, True, 500, 400, ((4, 8),), others=(attention,), expert_names=("w1",)
+        num_experts=2,
+        top_k=1,
+        has_moe=True,
+        parameters=500,
+        moe_parameters=400,
+        expert_shapes=((4, 8),),
+        others=(attention,),
+        expert_names=("w1",),
     )
     plan = LayerPlan(layer=0, experts=2, keep=(0, 1))
     every = Recipe.model_validate(
@@ -257,7 +264,15 @@ def test_trap_9_weights_are_never_zeroed_instead_of_removed() -> None:
     """A removed expert leaves with its router row, or its row leads nowhere."""
     stats = scored([3, 1, 2])
     model = ModelId(model_type="mixtral", fingerprint=FINGERPRINT, source="toy")
-    layer = LayerFacts(3, 1, True, 400, 300, ((4, 8),), 8)
+    layer = LayerFacts(
+        num_experts=3,
+        top_k=1,
+        has_moe=True,
+        parameters=400,
+        moe_parameters=300,
+        expert_shapes=((4, 8),),
+        router_parameters_per_expert=8,
+    )
     facts = ModelFacts(model, (layer,), 500)
     for routing in ("drop", "preserve"):
         recipe = Recipe.model_validate(
@@ -328,7 +343,11 @@ def test_statistics_that_do_not_fit_are_refused() -> None:
         kept(stats, shapes(5), dropping(drop=0.2))
     layer = replace(stats.layers[0], weighted_norm_sum_E=np.full(4, np.nan))
     with pytest.raises(PlanError, match="contain NaN"):
-        kept(Stats(FINGERPRINT, {0: layer}), shapes(4), dropping(drop=0.25))
+        kept(
+            Stats(fingerprint=FINGERPRINT, layers={0: layer}),
+            shapes(4),
+            dropping(drop=0.25),
+        )
     exhaustive = dropping(
         drop=0.25, criterion="removal-loss", search="exhaustive", budget="per-layer"
     )
@@ -336,13 +355,13 @@ def test_statistics_that_do_not_fit_are_refused() -> None:
         kept(stats, shapes(4), exhaustive)
     gram = replace(stats.layers[0], contribution_gram_EE=np.eye(3))
     with pytest.raises(PlanError, match="contribution_gram_EE is of 3 experts"):
-        kept(Stats(FINGERPRINT, {0: gram}), shapes(4), exhaustive)
+        kept(Stats(fingerprint=FINGERPRINT, layers={0: gram}), shapes(4), exhaustive)
     wide = replace(stats.layers[0], contribution_gram_EE=np.eye(64))
     half = dropping(
         drop=0.5, criterion="removal-loss", search="exhaustive", budget="per-layer"
     )
     with pytest.raises(RecipeError, match=r"32 of 64 experts has 1\.83e\+18 sets"):
-        kept(Stats(FINGERPRINT, {0: wide}), shapes(64), half)
+        kept(Stats(fingerprint=FINGERPRINT, layers={0: wide}), shapes(64), half)
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,17 @@ def layer_stats(*places: float) -> LayerStats:
 def layer_facts(experts: int) -> LayerFacts:
     shapes = ((ROWS, COLS), (ROWS, COLS), (COLS, ROWS))
     if not experts:
-        return LayerFacts(0, 2, has_moe=False, parameters=500)
+        return LayerFacts(num_experts=0, top_k=2, has_moe=False, parameters=500)
     moe = experts * (PER_EXPERT + COLS) + COLS
-    return LayerFacts(experts, 2, True, moe + 300, moe, shapes, COLS)
+    return LayerFacts(
+        num_experts=experts,
+        top_k=2,
+        has_moe=True,
+        parameters=moe + 300,
+        moe_parameters=moe,
+        expert_shapes=shapes,
+        router_parameters_per_expert=COLS,
+    )
 
 
 def model_facts(*experts: int) -> ModelFacts:
@@ -53,8 +61,8 @@ def model_facts(*experts: int) -> ModelFacts:
 # layer 2 is wider apart.
 FACTS = model_facts(0, 6, 6)
 STATS = Stats(
-    MODEL.fingerprint,
-    {
+    fingerprint=MODEL.fingerprint,
+    layers={
         1: layer_stats(2.1, 9.0, 2.4, 2.0, 30.0, 9.05),
         2: layer_stats(1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
     },
@@ -89,7 +97,9 @@ def test_near_experts_merge_and_the_middle_one_stays() -> None:
 
 def test_survivors_come_in_the_order_of_their_clusters() -> None:
     """By smallest member, not by the id of the member that stays."""
-    stats = Stats(MODEL.fingerprint, {0: layer_stats(1.0, 9.0, 1.2, 1.1)})
+    stats = Stats(
+        fingerprint=MODEL.fingerprint, layers={0: layer_stats(1.0, 9.0, 1.2, 1.1)}
+    )
     recipe = Recipe(experts=stun(drop=0.5))
     layers, _ = decide_experts(stats, model_facts(4).layers, recipe)
     assert layers[0].clusters == ((0, 2, 3), (1,))
@@ -150,7 +160,10 @@ def test_reconstruction_by_clusters_in_the_layer(
 
 def test_few_experts_without_a_merge_are_not_reconstructed() -> None:
     facts = model_facts(2, 6)
-    stats = Stats(MODEL.fingerprint, {0: layer_stats(0.0, 99.0), 1: STATS.layers[1]})
+    stats = Stats(
+        fingerprint=MODEL.fingerprint,
+        layers={0: layer_stats(0.0, 99.0), 1: STATS.layers[1]},
+    )
     recipe = Recipe(experts=stun(drop=0.125))
     layers, _ = decide_experts(stats, facts.layers, recipe)
     assert len(layers[0].keep) == 2

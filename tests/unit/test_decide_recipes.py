@@ -53,7 +53,9 @@ def only(stats: Stats, names: frozenset[str]) -> Stats:
     }
     whole = {name: getattr(stats, name) for name in names & set(MODEL_ARRAYS)}
     sensitivity = stats.sensitivity if "sensitivity_P2" in names else {}
-    return Stats(stats.fingerprint, layers, sensitivity=sensitivity, **whole)
+    return Stats(
+        fingerprint=stats.fingerprint, layers=layers, sensitivity=sensitivity, **whole
+    )
 
 
 LAYER_FIELDS = {item.name for item in fields(LayerStats)}

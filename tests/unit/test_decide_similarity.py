@@ -59,7 +59,9 @@ def test_rounding_error_below_zero_is_zero() -> None:
 
 def test_one_expert_has_no_distances() -> None:
     stats = LayerStats(
-        np.zeros((1, 1)), np.array(1.0), coactivation_EE=np.zeros((1, 1))
+        router_sqdist_EE=np.zeros((1, 1)),
+        router_norm=np.array(1.0),
+        coactivation_EE=np.zeros((1, 1)),
     )
     assert expert_distance(stats, ExpertStage(), layer=0).tolist() == [[0.0]]
 

@@ -88,7 +88,9 @@ def test_the_plugin_s_tally_knows_the_names(tmp_path: Path) -> None:
 
     make(tmp_path / "model", "gptq")
     source = open_checkpoint(tmp_path / "model")
-    layers = [ServedLayer(at, 6, 2, 6) for at in range(4)]
+    layers = [
+        ServedLayer(index=at, experts=6, top_k=2, router_rows=6) for at in range(4)
+    ]
     load_check = LoadCheck(source.arch, layers, "model")
     assert len(list(load_check.watch(read_tensors(source.folder).items()))) > 0
     load_check.finish()

@@ -59,7 +59,7 @@ RECIPE = {
 def score(
     value: float, stderr: float | None, task: str = "t", samples: int = 1
 ) -> Score:
-    return Score(task, "acc", value, stderr, samples)
+    return Score(task=task, metric="acc", value=value, stderr=stderr, samples=samples)
 
 
 # Standard errors
@@ -148,10 +148,16 @@ LM_EVAL: dict[str, Any] = {
 @pytest.mark.parametrize(
     "expected",
     [
-        Score("arc", "acc_norm", 0.5, 0.2, 3),
-        Score("gsm8k", "exact_match,flexible-extract", 0.3, 0.02, 4),
-        Score("mmlu", "acc", 0.6, 0.004, 11),
-        Score("odd", "f1", 0.7, None, 7),
+        Score(task="arc", metric="acc_norm", value=0.5, stderr=0.2, samples=3),
+        Score(
+            task="gsm8k",
+            metric="exact_match,flexible-extract",
+            value=0.3,
+            stderr=0.02,
+            samples=4,
+        ),
+        Score(task="mmlu", metric="acc", value=0.6, stderr=0.004, samples=11),
+        Score(task="odd", metric="f1", value=0.7, stderr=None, samples=7),
     ],
     ids=lambda one: one.task,
 )

@@ -54,7 +54,9 @@ def mixtral_8x7b(folder: Path) -> Checkpoint:
         count = shape[0] * (shape[1] if len(shape) > 1 else 1)
         size = count * ITEM_BYTES["BF16"]
         file = folder / "model.safetensors"
-        tensors[name] = TensorInfo(name, "BF16", shape, file, 0, size)
+        tensors[name] = TensorInfo(
+            name=name, dtype="BF16", shape=shape, file=file, offset=0, nbytes=size
+        )
     config = {
         "model_type": "mixtral",
         "architectures": ["MixtralForCausalLM"],

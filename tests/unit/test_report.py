@@ -229,7 +229,7 @@ def test_further_statistics_fill_in_what_the_output_lacks(
     folder: Path, copy: Path, tmp_path: Path
 ) -> None:
     kept = load_stats(folder / "out" / STATS_FILE)
-    more = Stats(kept.fingerprint, {}, block_tokens=np.array(4.0))
+    more = Stats(fingerprint=kept.fingerprint, layers={}, block_tokens=np.array(4.0))
     object.__setattr__(more, "block_cosine_HH", np.full((3, 3), 2.0))
     save_stats(more, tmp_path / "more.safetensors")
     assert read_numbers(copy).block_cosine_HH is None
@@ -240,7 +240,7 @@ def test_further_statistics_fill_in_what_the_output_lacks(
 
 def test_statistics_of_another_model_are_refused(copy: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
-    save_stats(Stats("0" * 64, {}), other)
+    save_stats(Stats(fingerprint="0" * 64, layers={}), other)
     with pytest.raises(PlanError, match=r"other\.safetensors: .* of another model"):
         read_numbers(copy, [other])
 

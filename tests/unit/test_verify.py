@@ -50,7 +50,7 @@ def make_pair(folder: Path, layout: str = PER_EXPERT, slim: str = "magnitude") -
     checkpoint = open_checkpoint(model)
     plan = load_plan(write_plan(folder / "plan.json", checkpoint, CUTS, slim=slim))
     ids_ST = torch.arange(64).remainder(32).reshape(4, 16)
-    tokens = Tokens(ids_ST, "counting", "0" * 64)
+    tokens = Tokens(ids_ST=ids_ST, source="counting", sha256="0" * 64)
     execute_plan(checkpoint, plan, folder / "out", tokens=tokens)
     return folder
 

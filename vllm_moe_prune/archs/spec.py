@@ -98,7 +98,7 @@ class Key:
         return self.default if value is None else value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ConfigKeys:
     """The real attribute names of the family's configuration class (not aliases)."""
 
@@ -179,7 +179,7 @@ class MoePattern:
         return {name: value for name, value in values.items() if name is not None}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RouterKeys:
     """How routers of the family decide; the keys are of config.json."""
 
@@ -204,7 +204,7 @@ class RouterKeys:
     """Whether logits are computed in fp32 rather than in the stored dtype."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RouterRule:
     """How the routers of one checkpoint decide: ``RouterKeys`` read from its config."""
 
@@ -255,7 +255,7 @@ class Residual:
     """Whether the checkpoint has it; without it experts read what attention gives."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MtpNames:
     """What a layer that predicts further tokens has beside a decoder layer's tensors.
 
@@ -278,7 +278,7 @@ class MtpNames:
         return tuple(f"{part}.weight" for part in (*parts, self.final_norm, self.head))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MoeArch:
     """A family as data; class paths are strings so that a table imports nothing."""
 

@@ -65,7 +65,14 @@ def measure(
             "(routing: redirect), so router rows and experts do not match. Measure and "
             "cut the original instead."
         )
-    run = _Measure(checkpoint, router, weights, tokens, fields, device)
+    run = _Measure(
+        checkpoint=checkpoint,
+        router=router,
+        weights=weights,
+        tokens=tokens,
+        fields=fields,
+        device=device,
+    )
     # Block similarity needs every hidden state, so it cannot start in the middle.
     if work is None or fields & routed.BLOCKS:
         return run.all_layers(None, report)
@@ -75,7 +82,7 @@ def measure(
     return stats
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Measure:
     """One run of ``measure``: what its steps share."""
 
@@ -109,7 +116,7 @@ class _Measure:
         blocks = routed.BlockSamples()
         model = StreamingModel(self.checkpoint, self.device) if self.tokens else None
         hidden = torch.empty(0)
-        start, stats = 0, Stats(self.checkpoint.fingerprint, {})
+        start, stats = 0, Stats(fingerprint=self.checkpoint.fingerprint, layers={})
         if store and (saved := store.load()):
             start, hidden = saved
             stats = store.load_stats(start) or stats
@@ -242,5 +249,11 @@ class _Meter:
         done = index + 1
         total = sum(self._bytes)
         self._report(
-            Progress("measure", done, self._layers, sum(self._bytes[:done]), total)
+            Progress(
+                stage="measure",
+                layer=done,
+                layers=self._layers,
+                bytes_done=sum(self._bytes[:done]),
+                bytes_total=total,
+            )
         )

@@ -33,7 +33,7 @@ ENCODE_CHARACTERS = 1 << 18
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tokens:
     """Calibration tokens and where they came from."""
 
@@ -115,12 +115,14 @@ def _chosen(
     rows = ids[: windows * payload].reshape(windows, payload)[chosen]
     ids_ST = text.with_bos(rows)
     return Tokens(
-        ids_ST,
-        name_of(source),
-        sha256_of(ids_ST),
-        calibration.seed,
-        None if length == calibration.sequence_length else calibration.sequence_length,
-        windows,
+        ids_ST=ids_ST,
+        source=name_of(source),
+        sha256=sha256_of(ids_ST),
+        seed=calibration.seed,
+        length_asked=None
+        if length == calibration.sequence_length
+        else calibration.sequence_length,
+        windows=windows,
     )
 
 

@@ -181,9 +181,9 @@ def _progress(checkpoint: Checkpoint, index: int, batch: int, batches: int) -> P
     layers = len(checkpoint.decoder_layers)
     done = batch * layers + index + 1
     return Progress(
-        "evaluate",
-        done,
-        layers * batches,
-        checkpoint.tensor_bytes * done // layers,
-        checkpoint.tensor_bytes * batches,
+        stage="evaluate",
+        layer=done,
+        layers=layers * batches,
+        bytes_done=checkpoint.tensor_bytes * done // layers,
+        bytes_total=checkpoint.tensor_bytes * batches,
     )

@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 FORMAT_VERSION = "1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerStats:
     """Statistics of one MoE layer; E experts. Absent ones were not measured.
 
@@ -87,7 +87,7 @@ MODEL_ARRAYS = ("block_cosine_HH", "block_tokens")
 """Fields of ``Stats`` that are arrays."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stats:
     """Statistics of one checkpoint."""
 

@@ -126,7 +126,7 @@ def dense_config(config: dict[str, Any], storage: Storage) -> dict[str, Any]:
     return changed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CompressedTensor(TensorInfo):
     """A tensor stored in parts; name, shape, dtype and bytes are the dense one's."""
 

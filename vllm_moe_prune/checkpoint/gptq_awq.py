@@ -110,7 +110,7 @@ def read_auto_form(config: Mapping[str, Any], where: str) -> AutoForm | None:
     return AutoForm(found.quant_method, size, less)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AutoTensor(PartedTensor):
     """A matrix in one of these layouts."""
 

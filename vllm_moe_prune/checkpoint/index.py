@@ -38,7 +38,7 @@ ITEM_BYTES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorInfo:
     """Where one tensor's bytes are."""
 
@@ -219,12 +219,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 f"Supported: {', '.join(ITEM_BYTES)}."
             )
         tensors[name] = TensorInfo(
-            name,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            path,
-            start + first,
-            last - first,
+            name=name,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            file=path,
+            offset=start + first,
+            nbytes=last - first,
         )
     return tensors
 

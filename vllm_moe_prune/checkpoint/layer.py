@@ -12,7 +12,7 @@ from .index import TensorInfo
 from .remap import ExpertRemap, RemapLayer, check_against_shapes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """One decoder layer as the checkpoint holds it."""
 
@@ -36,7 +36,7 @@ class Layer:
     """Behind the last layer of the model, predicting further tokens ahead."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerReader:
     """What building the layers of one checkpoint has in common."""
 
@@ -71,7 +71,16 @@ class LayerReader:
                 self._check_dense(index)
             dropped = entry is not None and entry.moe_dropped
             norm_only = entry is not None and entry.norm_kept
-            return Layer(index, 0, top_k, width, False, dropped, norm_only, mtp=mtp)
+            return Layer(
+                index=index,
+                num_experts=0,
+                top_k=top_k,
+                width=width,
+                has_moe=False,
+                dropped=dropped,
+                norm_only=norm_only,
+                mtp=mtp,
+            )
         rows = self._check_router(index, view, experts)
         self._check_experts(index, view, experts)
         if entry is not None:
@@ -90,10 +99,10 @@ class LayerReader:
                 f"has only {rows} rows."
             )
         return Layer(
-            index,
-            experts,
-            top_k,
-            width,
+            index=index,
+            num_experts=experts,
+            top_k=top_k,
+            width=width,
             has_moe=True,
             redirect=entry.redirect if entry is not None else None,
             groups=self._groups(index, rows, entry),

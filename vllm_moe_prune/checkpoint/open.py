@@ -45,7 +45,7 @@ class Origin:
     revision: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """An opened checkpoint; nothing but headers and routers has been read."""
 
@@ -206,7 +206,16 @@ def build_checkpoint(
     layout = _find_layout(arch, tensors, total, folder)
     rule = router_rule(arch, config, where)
     held = _held_experts(layout, tensors, folder)
-    reader = LayerReader(folder, arch, layout, tensors, held, remap, rule, blocks)
+    reader = LayerReader(
+        folder=folder,
+        arch=arch,
+        layout=layout,
+        tensors=tensors,
+        held=held,
+        remap=remap,
+        rule=rule,
+        blocks=blocks,
+    )
     layers = tuple(
         reader.build(
             index,
@@ -226,19 +235,19 @@ def build_checkpoint(
         )
     _check_beyond(arch, tensors, total, folder)
     return Checkpoint(
-        folder,
-        config,
-        tensors,
-        origin,
-        arch,
-        layout,
-        layers,
-        remap,
-        rule,
-        blocks,
-        storage,
-        form,
-        parts,
+        folder=folder,
+        config=config,
+        tensors=tensors,
+        origin=origin,
+        arch=arch,
+        layout=layout,
+        layers=layers,
+        remap=remap,
+        rule=rule,
+        blocks=blocks,
+        storage=storage,
+        form=form,
+        parts=parts,
     )
 
 

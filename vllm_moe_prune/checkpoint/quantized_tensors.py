@@ -136,7 +136,7 @@ def _form_of(scheme: Any, stored: Any) -> Form | None:
     return form if size != 0 and blocks and same and stored == form.format else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PartedTensor(TensorInfo, ABC):
     """A matrix stored in parts; name, shape, dtype and bytes are the dense one's."""
 
@@ -180,7 +180,7 @@ class PartedTensor(TensorInfo, ABC):
         return parts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizedTensor(PartedTensor):
     """A matrix in a form of compressed-tensors."""
 

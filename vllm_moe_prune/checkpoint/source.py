@@ -159,12 +159,12 @@ def _look(repo_id: str, revision: str | None) -> Checkpoint:
                 )
             first, last = info.data_offsets
             tensors[name] = TensorInfo(
-                name,
-                str(info.dtype),
-                tuple(info.shape),
-                folder / file_name,
-                first,
-                last - first,
+                name=name,
+                dtype=str(info.dtype),
+                shape=tuple(info.shape),
+                file=folder / file_name,
+                offset=first,
+                nbytes=last - first,
             )
     return build_checkpoint(folder, config, tensors, Origin(repo_id, commit))
 

@@ -114,7 +114,7 @@ class _OpenShard:
     left: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ShardWriter:
     """Writes planned shards into a folder; a finished shard is journalled and kept.
 

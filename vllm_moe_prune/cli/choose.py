@@ -131,7 +131,7 @@ def tune(
     work = output.with_name(output.name + ".work")
     with resumable(REPEAT), watching(as_json) as report:
         options = pipeline.RunOptions(
-            device, max_shard_bytes=parse_size(shard_size), report=report
+            device=device, max_shard_bytes=parse_size(shard_size), report=report
         )
         tuned = pipeline.tune(checkpoint, asked, options, max_bytes=limit, work=work)
     pipeline.save_plan(tuned.best.plan, output)

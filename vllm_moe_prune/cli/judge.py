@@ -258,7 +258,7 @@ def speed(
     with tempfile.TemporaryDirectory(prefix="moe-prune-speed-") as temporary:
         folder = work or Path(temporary)
         with watching(as_json) as report:
-            options = RunOptions(device, report=report)
+            options = RunOptions(device=device, report=report)
             made = make_roles(roles, plans, folder, options, calibration)
 
         def tell(line: str) -> None:

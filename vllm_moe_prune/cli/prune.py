@@ -182,7 +182,12 @@ def cut(
     checkpoint = open_checkpoint(source, revision)
     with resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(
-            device, resume, overwrite, max_shard_bytes, report, stored
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
+            report=report,
+            storage=stored,
         )
         result = pipeline.cut(
             checkpoint, decided, output, options, text=calibration, where=str(plan)
@@ -218,7 +223,12 @@ def convert(
     checkpoint = open_checkpoint(source, revision)
     with resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(
-            "cpu", resume, overwrite, max_shard_bytes, report, stored
+            device="cpu",
+            resume=resume,
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
+            report=report,
+            storage=stored,
         )
         result = pipeline.convert(checkpoint, output, options)
     show_converted(result, as_json)
@@ -301,7 +311,12 @@ def run(
     checkpoint = open_checkpoint(source, revision)
     with resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(
-            device, resume, overwrite, max_shard_bytes, report, stored
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
+            report=report,
+            storage=stored,
         )
         decided, result, _ = pipeline.run(checkpoint, asked, output, options, stats)
     if not as_json:

@@ -100,6 +100,8 @@ def recover(
     }
     text = with_overrides(Recipe(), flags).calibration
     with resumable(RESUME), watching(as_json) as report:
-        options = pipeline.RunOptions(device, resume, overwrite, report=report)
+        options = pipeline.RunOptions(
+            device=device, resume=resume, overwrite=overwrite, report=report
+        )
         result = pipeline.recover(checkpoint, original, output, asked, text, options)
     show_recovered(result, time.monotonic() - started, as_json)

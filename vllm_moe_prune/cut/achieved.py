@@ -10,7 +10,7 @@ from .slice import output_tensors
 from .slim_layer import LayerRecord
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerAchieved:
     """One input layer, counted in expert parameters."""
 
@@ -102,18 +102,18 @@ def achieved(
             for tensor in tensors
             if tensor.layer == layer.index and tensor.is_expert
         )
-        record = by_layer.get(layer.index, LayerRecord(layer.index))
+        record = by_layer.get(layer.index, LayerRecord(layer=layer.index))
         layers.append(
             LayerAchieved(
-                layer.index,
-                layer_plan.action,
-                layer.num_experts,
-                len(layer_plan.keep),
-                before,
-                after,
-                record.zeros,
-                record.dense_zeros,
-                tuple(record.unseen),
+                layer=layer.index,
+                action=layer_plan.action,
+                experts_before=layer.num_experts,
+                experts_after=len(layer_plan.keep),
+                parameters_before=before,
+                parameters_after=after,
+                zeros=record.zeros,
+                dense_zeros=record.dense_zeros,
+                unseen=tuple(record.unseen),
             )
         )
     after_all = sum(

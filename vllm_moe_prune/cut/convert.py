@@ -87,7 +87,7 @@ class Stored:
         return len(self.parts) > 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Converted:
     """What a conversion wrote."""
 
@@ -142,7 +142,7 @@ def convert(
         digest.update(shard.header)
     key = digest.hexdigest()
     space = open_workspace(out, key, shards, resume=resume, overwrite=overwrite)
-    writer = ShardWriter(space.partial, shards, space.finished)
+    writer = ShardWriter(folder=space.partial, shards=shards, finished=space.finished)
     try:
         for done, item in enumerate(plan, 1):
             _write(item, writer)
@@ -166,12 +166,12 @@ def convert(
     finally:
         space.release()
     return Converted(
-        out,
-        storage,
-        checkpoint.tensor_bytes,
-        sum(sum(shard.sizes.values()) for shard in shards),
-        sum(shard.file_bytes for shard in shards),
-        dense_layers,
+        out=out,
+        storage=storage,
+        dense_bytes=checkpoint.tensor_bytes,
+        stored_bytes=sum(sum(shard.sizes.values()) for shard in shards),
+        file_bytes=sum(shard.file_bytes for shard in shards),
+        dense_layers=dense_layers,
     )
 
 
@@ -303,4 +303,12 @@ def _write_card(checkpoint: Checkpoint, folder: Path, storage: StorageName) -> N
 
 def _tell(report: Report, stage: str, checkpoint: Checkpoint, layers_done: int) -> None:
     total, count = checkpoint.tensor_bytes, len(checkpoint.layers)
-    report(Progress(stage, layers_done, count, total * layers_done // count, total))
+    report(
+        Progress(
+            stage=stage,
+            layer=layers_done,
+            layers=count,
+            bytes_done=total * layers_done // count,
+            bytes_total=total,
+        )
+    )

@@ -44,7 +44,7 @@ from .slim_layer import LayerRecord, SlimContext, slim_layer, trimmed_routing
 from .trimmed import survivor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CutResult:
     """What a cut did."""
 
@@ -102,7 +102,7 @@ def execute_plan(
     shards = plan_shards(tensors, max_shard_bytes)
     key = _run_key(plan, shards, tokens)
     space = open_workspace(out, key, shards, resume=resume, overwrite=overwrite)
-    writer = ShardWriter(space.partial, shards, space.finished)
+    writer = ShardWriter(folder=space.partial, shards=shards, finished=space.finished)
     run = _Cut(checkpoint, plan, tensors, writer, space, report)
     passes = 1 if plan.needs_activations else 0
     try:
@@ -173,7 +173,7 @@ class _Cut:
         for cut in self._cuts:
             self._write(cut.index)
             if self._changes(cut):
-                record = LayerRecord(cut.index)
+                record = LayerRecord(layer=cut.index)
                 dense = DenseSlimmer(cut, self.writer)
                 dense.by_magnitude()
                 record.dense_zeros = dense.zeros
@@ -197,7 +197,10 @@ class _Cut:
             if not cut.drops_block:
                 if cut.layer.mtp:
                     hidden = model.further(cut.index, hidden, tokens.ids_ST)
-                record, dense = LayerRecord(cut.index), DenseSlimmer(cut, self.writer)
+                record, dense = (
+                    LayerRecord(layer=cut.index),
+                    DenseSlimmer(cut, self.writer),
+                )
                 with model.shown_to(dense):
                     hidden = self._slim_and_run(
                         context, model, cut, record, hidden, is_last=cut.index == last
@@ -302,11 +305,11 @@ class _Cut:
         release_freed()
         self._report(
             Progress(
-                "cut",
-                layers_done,
-                len(self.checkpoint.layers),
-                self.writer.bytes_written,
-                self._bytes_total,
+                stage="cut",
+                layer=layers_done,
+                layers=len(self.checkpoint.layers),
+                bytes_done=self.writer.bytes_written,
+                bytes_total=self._bytes_total,
             )
         )
 

@@ -11,7 +11,7 @@ Members = tuple[tuple[int, float | None], ...]
 """Input experts and their weights in a mean; None in a plain mean."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerCut:
     """What happens to one layer, and everything that follows from it."""
 
@@ -122,6 +122,14 @@ def layer_cuts(checkpoint: Checkpoint, plan: CutPlan) -> tuple[LayerCut, ...]:
     cuts: list[LayerCut] = []
     new_index = 0
     for layer, layer_plan in zip(checkpoint.layers, plan.layers, strict=True):
-        cuts.append(LayerCut(checkpoint, plan, layer, layer_plan, new_index))
+        cuts.append(
+            LayerCut(
+                checkpoint=checkpoint,
+                plan=plan,
+                layer=layer,
+                layer_plan=layer_plan,
+                new_index=new_index,
+            )
+        )
         new_index += not cuts[-1].drops_block
     return tuple(cuts)

@@ -55,7 +55,15 @@ def with_outliers(
         release_freed()
         done = layer.index + 1
         share = total * done // len(layers)
-        report(Progress("outliers", done, len(layers), share, total))
+        report(
+            Progress(
+                stage="outliers",
+                layer=done,
+                layers=len(layers),
+                bytes_done=share,
+                bytes_total=total,
+            )
+        )
     return replace(
         stats,
         layers=found,

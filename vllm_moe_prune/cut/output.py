@@ -48,7 +48,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".gguf"
 MAX_COPIED_BYTES = 1 << 30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Workspace:
     """An output folder under construction."""
 
@@ -137,7 +137,14 @@ def open_workspace(
         if fresh:
             shutil.rmtree(partial)
         raise
-    return Workspace(out, partial, journal, finished, lock, overwrite)
+    return Workspace(
+        out=out,
+        partial=partial,
+        journal=journal,
+        finished=finished,
+        lock=lock,
+        overwrite=overwrite,
+    )
 
 
 def _lock(partial: Path) -> int:

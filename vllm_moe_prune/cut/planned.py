@@ -303,10 +303,10 @@ class _Sweep:
         done = self._sweep * count + layers
         self._report(
             Progress(
-                self._stage,
-                done,
-                count * self._sweeps,
-                total * done // count,
-                total * self._sweeps,
+                stage=self._stage,
+                layer=done,
+                layers=count * self._sweeps,
+                bytes_done=total * done // count,
+                bytes_total=total * self._sweeps,
             )
         )

@@ -35,7 +35,12 @@ def _layer_facts(checkpoint: Checkpoint, layer: Layer) -> LayerFacts:
     others = dense_matrices(checkpoint, layer)
     if not layer.has_moe:
         return LayerFacts(
-            0, layer.top_k, False, parameters, others=others, mtp=layer.mtp
+            num_experts=0,
+            top_k=layer.top_k,
+            has_moe=False,
+            parameters=parameters,
+            others=others,
+            mtp=layer.mtp,
         )
     moe = [name for name in names if arch.is_moe_member(name, layer.index)]
     hidden = checkpoint.config[arch.config.hidden]

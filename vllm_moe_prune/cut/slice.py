@@ -35,7 +35,7 @@ class Piece:
 Group = tuple[Piece, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OutputTensor:
     """One tensor of the output checkpoint."""
 
@@ -119,7 +119,13 @@ def _split_names(
 
 
 def _copy(info: TensorInfo, name: str, layer: int | None = None) -> OutputTensor:
-    return OutputTensor(name, info.dtype, info.shape, ((Piece(info.name),),), layer)
+    return OutputTensor(
+        name=name,
+        dtype=info.dtype,
+        shape=info.shape,
+        groups=((Piece(info.name),),),
+        layer=layer,
+    )
 
 
 def _copies(
@@ -179,7 +185,14 @@ def _router(cut: LayerCut, rule: TensorRule) -> OutputTensor:
         for members in cut.survivors
     )
     shape = (len(groups), *info.shape[1:])
-    return OutputTensor(name, info.dtype, shape, groups, cut.index, rule.role)
+    return OutputTensor(
+        name=name,
+        dtype=info.dtype,
+        shape=shape,
+        groups=groups,
+        layer=cut.index,
+        role=rule.role,
+    )
 
 
 def _experts(cut: LayerCut) -> Iterator[OutputTensor]:
@@ -195,7 +208,15 @@ def _experts(cut: LayerCut) -> Iterator[OutputTensor]:
         shape = one.shape if rule.per_expert else (len(groups), *one.shape[1:])
         name = rule.name(new_index, new)
         share = sparsity if rule.role in slimmed else 0.0
-        return OutputTensor(name, one.dtype, shape, groups, index, rule.role, share)
+        return OutputTensor(
+            name=name,
+            dtype=one.dtype,
+            shape=shape,
+            groups=groups,
+            layer=index,
+            role=rule.role,
+            sparsity=share,
+        )
 
     for new, members in enumerate(cut.survivors):
         for rule in rules:

@@ -26,7 +26,7 @@ from .slim_expert import slim_by_data, slim_by_magnitude
 from .trimmed import survivor, trimmed_router
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LayerRecord:
     """What slimming did to one layer; one journal line."""
 

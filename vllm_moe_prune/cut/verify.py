@@ -29,7 +29,7 @@ from .slice import OutputTensor, output_tensors
 from .verify_quantized import check_quantized, check_scaled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verified:
     """What was checked and found right."""
 
@@ -63,7 +63,16 @@ def verify(
     experts = sum(layer.num_experts for layer in output.moe_layers)
     if source is None:
         check_compressed(output)
-        return Verified(folder, len(output.layers), experts, 0, 0, 0, None, None)
+        return Verified(
+            folder=folder,
+            layers=len(output.layers),
+            experts=experts,
+            tensors_compared=0,
+            bytes_compared=0,
+            zeros=0,
+            expert_sparsity=None,
+            total_sparsity=None,
+        )
     history = folder / "provenance.json"
     if history.is_file() and read_json(history).get(RECOVERED):
         raise CheckpointError(
@@ -92,18 +101,26 @@ def verify(
         if tensor.layer is not None:
             at = max(at, tensor.layer)  # those of no layer come first and last
         layers = len(source.layers)
-        report(Progress("verify", at, layers, done, total))
+        report(
+            Progress(
+                stage="verify",
+                layer=at,
+                layers=layers,
+                bytes_done=done,
+                bytes_total=total,
+            )
+        )
     removed = source.expert_parameters - output.expert_parameters
     removed_all = source.parameters - output.parameters
     return Verified(
-        folder,
-        len(output.layers),
-        experts,
-        len(tensors),
-        done,
-        zeros,
-        (removed + zeros) / source.expert_parameters,
-        (removed_all + zeros + dense_zeros) / source.parameters,
+        folder=folder,
+        layers=len(output.layers),
+        experts=experts,
+        tensors_compared=len(tensors),
+        bytes_compared=done,
+        zeros=zeros,
+        expert_sparsity=(removed + zeros) / source.expert_parameters,
+        total_sparsity=(removed_all + zeros + dense_zeros) / source.parameters,
     )
 
 

@@ -26,7 +26,7 @@ class Matrix:
     cols: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerFacts:
     """One decoder layer; is a ``LayerShape``. All counts are of parameters."""
 
@@ -118,7 +118,7 @@ class Slimming:
         return +groups
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SparsityCount:
     """Parameters before, removed and zeroed; experts of dropped layers are removed."""
 

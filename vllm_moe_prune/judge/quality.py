@@ -26,7 +26,7 @@ class Quality:
     scores: tuple[Score, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Questions:
     """What models are judged by."""
 

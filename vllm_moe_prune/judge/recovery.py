@@ -7,7 +7,7 @@ from dataclasses import dataclass
 MEAN = "mean"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Score:
     """What a model scored in a task."""
 

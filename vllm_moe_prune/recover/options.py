@@ -14,7 +14,7 @@ NOT_FOR_LORA = ("norms", "embeddings")
 RATES: dict[Method, float] = {"router": 3e-3, "lora": 5e-4, "full": 1e-5}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """How to train."""
 
@@ -91,7 +91,16 @@ def training(
     if not 0 < rate < 1:
         raise RecipeError(f"--learning-rate is {rate}, but must be between 0 and 1.")
     chosen = _targets(arch, known, targets)
-    return Training(known, chosen, steps, batch_size, rate, warmup, rank, seed)
+    return Training(
+        method=known,
+        targets=chosen,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=rate,
+        warmup=warmup,
+        rank=rank,
+        seed=seed,
+    )
 
 
 def _targets(arch: MoeArch, method: Method, asked: str | None) -> tuple[str, ...]:

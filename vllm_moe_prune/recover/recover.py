@@ -41,7 +41,7 @@ from .write import (
 TRAINED = "trained.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recovered:
     """What a recovery did."""
 
@@ -154,7 +154,7 @@ def recover(
     space = open_workspace(
         out, digest.hexdigest(), shards, resume=resume, overwrite=overwrite
     )
-    writer = ShardWriter(space.partial, shards, space.finished)
+    writer = ShardWriter(folder=space.partial, shards=shards, finished=space.finished)
     try:
         loss_before = _mean_loss(before, heldout, report, "before")
         changed, layers = _train(
@@ -168,14 +168,14 @@ def recover(
         loss_after = _mean_loss(written, heldout, report, "after")
         counts = [int(torch.count_nonzero(tensor)) for tensor in changed.values()]
         result = Recovered(
-            out,
-            training,
-            loss_before,
-            loss_after,
-            len(changed),
-            sum(counts),
-            layers,
-            sum(shard.file_bytes for shard in shards),
+            out=out,
+            training=training,
+            loss_before=loss_before,
+            loss_after=loss_after,
+            tensors=len(changed),
+            parameters=sum(counts),
+            layers=layers,
+            file_bytes=sum(shard.file_bytes for shard in shards),
         )
         with writing(space.partial):
             record = as_record(checkpoint, result, tokens, heldout)
@@ -294,6 +294,15 @@ def _steps_of(total: int, report: Report) -> Callable[[int], None]:
     def tell(steps: int) -> None:
         nonlocal done
         done += steps
-        report(Progress("distil", 0, 0, done, total, counted="steps"))
+        report(
+            Progress(
+                stage="distil",
+                layer=0,
+                layers=0,
+                bytes_done=done,
+                bytes_total=total,
+                counted="steps",
+            )
+        )
 
     return tell

@@ -119,8 +119,16 @@ class _ProgressCallback(TrainerCallback):
         self.on_step_end(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        steps = state.global_step, state.max_steps
-        self.report(Progress("train", 0, 0, *steps, counted="steps"))
+        self.report(
+            Progress(
+                stage="train",
+                layer=0,
+                layers=0,
+                bytes_done=state.global_step,
+                bytes_total=state.max_steps,
+                counted="steps",
+            )
+        )
 
 
 def _run(

@@ -40,7 +40,7 @@ class Kurtosis:
     """Of the survivors as they were written."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerNumbers:
     """One decoder layer of the input; what is None was not measured."""
 
@@ -65,7 +65,7 @@ class LayerNumbers:
     """Mean cosine of the hidden state before and after norm, MoE and residual."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Numbers:
     """Everything a report shows."""
 
@@ -158,7 +158,12 @@ def _check(plan: CutPlan, record: Provenance, folder: Path) -> None:
     """Refuse a plan and a provenance that are not of the same cut."""
     found = record.sparsity_achieved.layers
     shapes = [
-        LayerFacts(item.experts_before, 1, item.experts_before > 0, parameters=0)
+        LayerFacts(
+            num_experts=item.experts_before,
+            top_k=1,
+            has_moe=item.experts_before > 0,
+            parameters=0,
+        )
         for item in found
     ]
     where = f"{folder / 'plan.json'} (against provenance.json)"

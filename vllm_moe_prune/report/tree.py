@@ -11,7 +11,7 @@ from ..decide.clusters import Merge
 Clusters = Sequence[Sequence[int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fork:
     """One merge as drawn: from (x, base) up to ``height`` on either side."""
 

@@ -99,7 +99,9 @@ def collect(
         return resumed_stats(kept, tokens)
     if needed & LATER and not needed - LATER and tokens is not None:
         calibration = tokens.describe()
-        return Stats(checkpoint.fingerprint, {}, calibration=calibration)
+        return Stats(
+            fingerprint=checkpoint.fingerprint, layers={}, calibration=calibration
+        )
     stats = measure_checkpoint(
         checkpoint,
         router=clusters or bool(needed & ROUTER_FIELDS),

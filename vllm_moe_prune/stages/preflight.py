@@ -19,7 +19,7 @@ from ..progress import Report, ignore
 from ..recipes.schema import Recipe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """How to run, as opposed to what to do (that is the recipe's)."""
 

@@ -9,7 +9,7 @@ from ...checkpoint.remap import ExpertRemap, RemapLayer
 from ...errors import RemapError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServedLayer:
     """One decoder layer: how many experts, and how its router reaches them."""
 
@@ -91,11 +91,11 @@ def _layer(
             f"{at}: {arch.config.top_k} is {top_k}, but the router has {rows} rows."
         )
     return ServedLayer(
-        entry.layer,
-        len(entry.kept),
-        top_k,
-        rows,
-        entry.redirect,
+        index=entry.layer,
+        experts=len(entry.kept),
+        top_k=top_k,
+        router_rows=rows,
+        redirect=entry.redirect,
         norm_only=entry.norm_kept,
         dense=dense,
         groups=rule.groups,

@@ -216,8 +216,8 @@ def original_layers(config: Any) -> tuple[ServedLayer, ...]:
     """Every layer of an unpruned Arctic."""
     experts, top_k = config.num_local_experts, config.num_experts_per_tok
     return tuple(
-        ServedLayer(index, experts, top_k, experts)
+        ServedLayer(index=index, experts=experts, top_k=top_k, router_rows=experts)
         if (index + 1) % config.moe_layer_frequency == 0
-        else ServedLayer(index, 0, top_k, 0, dense=True)
+        else ServedLayer(index=index, experts=0, top_k=top_k, router_rows=0, dense=True)
         for index in range(config.num_hidden_layers)
     )

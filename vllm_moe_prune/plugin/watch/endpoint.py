@@ -38,7 +38,7 @@ PREFIX = "/plugins/moe-prune"
 PAGES_PACKAGE = "moe_prune_gateway"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ServedModel:
     """What one server serves."""
 
@@ -94,7 +94,14 @@ async def _open(engine: Any) -> ServedModel:
     in_memory = config.load_config.load_format == LOAD_FORMAT
     checkpoint, remap = await run_in_threadpool(_read, config, in_memory)
     top_k = getattr(config.model_config.hf_text_config, "num_experts_per_tok", 1)
-    return ServedModel(engine, checkpoint, remap, in_memory, top_k, since)
+    return ServedModel(
+        engine=engine,
+        checkpoint=checkpoint,
+        remap=remap,
+        in_memory=in_memory,
+        top_k=top_k,
+        since=since,
+    )
 
 
 def _read(config: Any, in_memory: bool) -> tuple[Checkpoint | None, ExpertRemap | None]:
