@@ -22,31 +22,36 @@ def flag(help_text: str, *names: str) -> Any:
 def gateway(
     backend: Annotated[
         list[str] | None,
-        flag("NAME=URL of a vLLM server; repeatable. Or MOE_PRUNE_BACKENDS."),
+        flag("NAME=URL of a vLLM server; repeatable. Variable: MOE_PRUNE_BACKENDS."),
     ] = None,
-    host: Annotated[str | None, flag("Address to listen on; 127.0.0.1.")] = None,
-    port: Annotated[int | None, flag("Port to listen on; 8080.")] = None,
+    host: Annotated[
+        str | None, flag("Address to listen on. Default: 127.0.0.1.")
+    ] = None,
+    port: Annotated[int | None, flag("Port to listen on. Default: 8080.")] = None,
     api_key_file: Annotated[
         Path | None,
-        flag("Keys that open the gateway, one per line. Or MOE_PRUNE_API_KEYS."),
+        flag("File of accepted API keys, one per line. Variable: MOE_PRUNE_API_KEYS."),
     ] = None,
-    max_body_mib: Annotated[int | None, flag("Largest request body; 32.")] = None,
+    max_body_mib: Annotated[
+        int | None, flag("Maximum request body in MiB. Default: 32.")
+    ] = None,
     max_concurrent: Annotated[
-        int | None, flag("In-flight requests per backend; 1024.")
+        int | None, flag("In-flight requests per backend. Default: 1024.")
     ] = None,
     read_timeout_s: Annotated[
-        float | None, flag("Longest silence of a backend; 600.")
+        float | None, flag("Read timeout of a backend in seconds. Default: 600.")
     ] = None,
     drain_s: Annotated[
-        int | None, flag("Time for in-flight requests after SIGTERM; 30.")
+        int | None,
+        flag("Seconds for in-flight requests to end after SIGTERM. Default: 30."),
     ] = None,
     dry_run: Annotated[
-        bool, flag("Print the settings as JSON, start nothing.", "--dry-run")
+        bool, flag("Print the settings as JSON and exit.", "--dry-run")
     ] = False,
 ) -> None:
-    """One address for several vLLM servers: original and pruned side by side.
+    """Put several vLLM servers behind one address, e.g. original and pruned.
 
-    Options are variables too (MOE_PRUNE_PORT); docs/serving/gateway.md lists them all.
+    Each option is also a variable (MOE_PRUNE_PORT); see docs/serving/gateway.md.
 
     Example: `vllm-moe-prune gateway --backend full=http://a --backend pruned=http://b`
     """

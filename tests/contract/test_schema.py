@@ -55,6 +55,14 @@ def test_a_published_schema_is_that_of_the_code(name: str) -> None:
     assert fresh[path] == path.read_text("utf-8"), "run scripts/generate_docs"
 
 
+@pytest.mark.parametrize("page", ["reference/recipe", "contributing/architecture"])
+def test_generated_pages_are_fresh(page: str) -> None:
+    path = ROOT / "docs" / f"{page}.md"
+    assert load_generator().generated()[path] == path.read_text("utf-8"), (
+        "run scripts/generate_docs"
+    )
+
+
 def test_there_is_a_schema_for_each_file_and_no_other() -> None:
     found = sorted(path.name for path in SCHEMAS.iterdir())
     assert found == sorted(f"{name}.schema.json" for name in [*FILES, BLOCK])
@@ -118,6 +126,9 @@ def test_the_generator_says_what_is_stale(
 ) -> None:
     generator = load_generator()
     monkeypatch.setattr(generator, "DOCS", tmp_path)
+    page = tmp_path / "contributing" / "architecture.md"
+    page.parent.mkdir()
+    page.write_text(f"Before.\n{generator.IMPORTS}\n{generator.IMPORTS_END}\n", "utf-8")
     for arguments, word, status in (
         (["--check"], "stale", 1),
         ([], "wrote", 0),
@@ -128,5 +139,5 @@ def test_the_generator_says_what_is_stale(
             generator.main()
         lines = capsys.readouterr().out.splitlines()
         assert done.value.code == status
-        assert len(lines) == (len(FILES) + 2 if word else 0)
+        assert len(lines) == (len(FILES) + 4 if word else 0)
         assert all(line.startswith(word) for line in lines)

@@ -255,7 +255,7 @@ def test_without_the_gateway_its_command_says_how_to_install_it(
     monkeypatch.setattr(gateway, "PACKAGE", "no_such_package")
     app = typer.Typer()
     app.callback()(lambda: None)
-    gateway.add_gateway(app)
+    gateway.add_gateway(app, panel="Serve")
     monkeypatch.setattr(cli, "app", app)
     line = "vllm-moe-prune gateway --backend a=http://b --port 1"
     monkeypatch.setattr(sys, "argv", line.split())

@@ -34,7 +34,9 @@ def _version(value: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print it."),
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
     debug: Annotated[bool, flag("Show tracebacks of errors.", "--debug")] = False,
 ) -> None:
@@ -42,21 +44,39 @@ def _root(
         os.environ["MOE_PRUNE_DEBUG"] = "1"
 
 
-for command in (
-    *(prune.inspect, prune.measure, prune.plan, prune.cut, prune.convert),
-    *(prune.verify, prune.run, recover.recover),
-    *(choose.recipes, choose.recommend, choose.tune),
-):
-    app.command()(command)
+PANELS: dict[str, dict[str, Any]] = {
+    "Prune": {
+        "inspect": prune.inspect,
+        "run": prune.run,
+        "measure": prune.measure,
+        "plan": prune.plan,
+        "cut": prune.cut,
+        "convert": prune.convert,
+        "recover": recover.recover,
+    },
+    "Choose": {
+        "recipes": choose.recipes,
+        "recommend": choose.recommend,
+        "tune": choose.tune,
+    },
+    "Check": {
+        "verify": prune.verify,
+        "report": serve.report,
+        "eval": judge.evaluate,
+        "compare": judge.compare,
+        "speed": judge.speed,
+    },
+    "Serve": {"serve": serve.serve},
+}
+"""The commands as ``--help`` groups them; ``add_gateway`` adds the last one."""
 # What serve does not know goes on to vLLM.
-app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)(serve.serve)
-app.command("eval")(judge.evaluate)
-app.command()(judge.compare)
-app.command()(judge.speed)
-app.command()(serve.report)
-gateway.add_gateway(app)
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+for panel, commands in PANELS.items():
+    for name, command in commands.items():
+        settings = PASS_ON if name == "serve" else None
+        app.command(name, rich_help_panel=panel, context_settings=settings)(command)
+gateway.add_gateway(app, panel="Serve")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from .flags import (
 
 
 def recipes(as_json: Json = False) -> None:
-    """List the recipes that come with the tool, and what each is for.
+    """List the shipped recipes and what each is for.
 
     Example: `vllm-moe-prune recipes`
     """
@@ -36,17 +36,17 @@ def recommend(
     source: Source,
     revision: Revision = None,
     memory: Annotated[
-        str | None, flag("Largest size of the weights, e.g. 24GiB.")
+        str | None, flag("Maximum size of the weights, e.g. 24GiB.")
     ] = None,
     speed: Annotated[
-        str | None, flag("How many times less a token has to read, e.g. 2x.")
+        str | None, flag("Minimum reduction of the bytes read per token, e.g. 2x.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the recipes that fit a memory or a speed; reads headers only.
+    """List the recipes that meet a memory or speed limit; reads headers only.
 
-    Speed is told by the bytes of weights read for a token at batch 1, which bound
-    decoding; nothing is measured.
+    Speed is estimated from the bytes of weights read per token at batch 1, which
+    bound decoding. Nothing is measured.
 
     Example: `vllm-moe-prune recommend mistralai/Mixtral-8x7B-v0.1 --memory 24GiB`
 
@@ -70,32 +70,33 @@ def recommend(
 
 def tune(
     source: Source,
-    output: Annotated[Path, flag("The winning plan.", "--output", "-o")],
+    output: Annotated[Path, flag("Plan file to write.", "--output", "-o")],
     revision: Revision = None,
     recipe: RecipeName = "best",
     total: Total = None,
     max_bytes: Annotated[
-        str | None, flag("Instead of a sparsity: largest size, e.g. 24GiB.", "--bytes")
+        str | None,
+        flag("Maximum size of the files, e.g. 24GiB; replaces --total.", "--bytes"),
     ] = None,
     calibration: Text = None,
     samples: Samples = None,
     sequence_length: Length = None,
     seed: Seed = None,
     heldout: Annotated[
-        int | None, flag("Windows kept apart, to judge the candidates on.")
+        int | None, flag("Number of held-out windows for judging candidates.")
     ] = None,
     judge_on: Annotated[
         str | None,
-        flag("Take them from this text instead, of what the model is to be good at."),
+        flag("Text to take the held-out windows from, e.g. of the served domain."),
     ] = None,
     plot: Annotated[
-        Path | None, flag("Draw size against perplexity into this .png or .svg.")
+        Path | None, flag("Plot size against perplexity into this .png or .svg file.")
     ] = None,
     device: Device = "cpu",
     shard_size: ShardSize = "5GB",
     as_json: Json = False,
 ) -> None:
-    """Find the best plan for a size by the held-out loss of many; writes no weights.
+    """Search for the plan with the least held-out loss at a size; writes no weights.
 
     Example: `vllm-moe-prune tune CKPT --total 0.5 --calibration c4.txt -o plan.json`
 

@@ -18,38 +18,52 @@ def flag(help_text: str, *names: str) -> Any:
 Source = Annotated[str, typer.Argument(help="Checkpoint folder, or Hub id owner/name.")]
 Revision = Annotated[str | None, flag("Branch, tag or commit of a Hub id.")]
 Json = Annotated[bool, flag("Print JSON instead of tables.", "--json")]
-RecipeName = Annotated[str, flag("A shipped recipe, or the path of a YAML file.")]
+RecipeName = Annotated[str, flag("Shipped recipe, or path of a YAML file.")]
 Total = Annotated[
-    float | None, flag("Total sparsity of the expert parameters, 0 to 1.")
+    float | None, flag("Share of the expert parameters to remove or zero, 0 to 1.")
 ]
 Drop = Annotated[float | None, flag("Share of the experts to remove, 0 to 1.")]
-Keep = Annotated[int | None, flag("Experts to keep per layer (a mean if global).")]
-Budget = Annotated[str | None, flag("global (uneven layers) or per-layer (uniform).")]
-Slim = Annotated[str | None, flag("wanda, magnitude or none, inside the survivors.")]
-Routing = Annotated[str | None, flag("drop (router rows go) or redirect (they stay).")]
+Keep = Annotated[int | None, flag("Experts to keep per layer (the mean if global).")]
+Budget = Annotated[
+    str | None,
+    flag("Split over layers: global, per-layer (all equal) or sensitivity (measured)."),
+]
+Slim = Annotated[
+    str | None,
+    flag(
+        "Zeros in kept experts by: wanda, wanda-variant, magnitude, sparsegpt or none."
+    ),
+]
+Routing = Annotated[
+    str | None,
+    flag(
+        "Router rows of removed experts: drop (delete), or redirect (send their tokens "
+        "to the kept expert of the cluster)."
+    ),
+]
 Text = Annotated[
     str | None,
     flag(
-        "Text to calibrate on: a .txt, .json, .jsonl (each also .gz) or .parquet file, "
+        "Calibration text: a .txt, .json, .jsonl (each also .gz) or .parquet file, "
         "or hub:NAME[/CONFIG]."
     ),
 ]
-Samples = Annotated[int | None, flag("Calibration windows.")]
+Samples = Annotated[int | None, flag("Number of calibration windows.")]
 Length = Annotated[int | None, flag("Tokens per calibration window.")]
-Seed = Annotated[int | None, flag("Chooses the calibration windows.")]
-Device = Annotated[str, flag("Where the forward pass runs: cpu, cuda.")]
+Seed = Annotated[int | None, flag("Seed for choosing the calibration windows.")]
+Device = Annotated[str, flag("Device of the forward pass: cpu or cuda.")]
 Resume = Annotated[bool, flag("Continue an interrupted run.", "--resume")]
 Overwrite = Annotated[
     bool,
     flag("Replace an existing output once the new one is complete.", "--overwrite"),
 ]
 ShardSize = Annotated[
-    str, flag("Largest output file, e.g. 5GB (decimal, as on the Hub).")
+    str, flag("Maximum size of a shard, e.g. 5GB (decimal, as on the Hub).")
 ]
 StoredAs = Annotated[
     str,
     flag(
-        "How expert weights are stored: dense, or bitmask (without zeros).",
+        "Storage of expert weights: dense, or bitmask (zeros are not stored).",
         "--storage",
         "--layout",
     ),

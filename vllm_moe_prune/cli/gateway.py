@@ -15,11 +15,13 @@ INSTALL = (
 )
 
 
-def add_gateway(app: typer.Typer) -> None:
+def add_gateway(app: typer.Typer, panel: str) -> None:
     """Add the command of moe-prune-gateway, or one that says how to install it."""
     if importlib.util.find_spec(PACKAGE) is None:
         anything = {"allow_extra_args": True, "ignore_unknown_options": True}
-        app.command("gateway", context_settings=anything)(_not_installed)
+        app.command("gateway", context_settings=anything, rich_help_panel=panel)(
+            _not_installed
+        )
         return
     from moe_prune_gateway.cli import gateway
     from moe_prune_gateway.gateway_error import GatewayError
@@ -31,11 +33,11 @@ def add_gateway(app: typer.Typer) -> None:
         except GatewayError as error:
             raise ServeError(str(error)) from error
 
-    app.command("gateway")(command)
+    app.command("gateway", rich_help_panel=panel)(command)
 
 
 def _not_installed() -> None:
-    """One address for several vLLM servers: pip install moe-prune-gateway.
+    """Put several vLLM servers behind one address: pip install moe-prune-gateway.
 
     Example: `vllm-moe-prune gateway --backend full=http://a --backend pruned=http://b`
     """

@@ -21,22 +21,22 @@ Texts = Annotated[
 Tasks = Annotated[
     list[str] | None,
     flag(
-        "Tasks of lm-eval, comma-separated; zero-shot and paper name several.",
+        "lm-eval tasks, comma-separated; or a group: zero-shot, paper.",
         "--tasks",
     ),
 ]
 TaskDir = Annotated[
     Path | None,
-    flag("Folder of task files of your own, for lm-eval. They can run code."),
+    flag("Folder of your own lm-eval task files. They can run code."),
 ]
 Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 MaxTokens = Annotated[
     int | None,
-    typer.Option(min=2, help="Judge on at most this many tokens per text."),
+    typer.Option(min=2, help="Evaluate at most this many tokens per text."),
 ]
 VllmFlags = Annotated[
     str | None,
-    flag("Flags for the vLLM servers it starts, in one string.", "--vllm-flags"),
+    flag("Flags for the vLLM servers it starts, as one string.", "--vllm-flags"),
 ]
 NEW_TOKENS, REPEATS = 32, 5
 
@@ -51,24 +51,25 @@ def evaluate(
     tasks: Tasks = None,
     task_dir: TaskDir = None,
     server: Annotated[
-        str | None, flag("Put tasks to this running server, not to one of its own.")
+        str | None,
+        flag("URL of a running server for the tasks; otherwise one is started."),
     ] = None,
     model: Annotated[
-        str | None, flag("What the server calls the model, if it serves several.")
+        str | None, flag("Name of the model on the server, if it serves several.")
     ] = None,
     against: Annotated[
         str | None,
-        flag("The original, or what `eval --json` printed of it: adds recovery."),
+        flag("Original checkpoint, or its `eval --json` output: adds recovery."),
     ] = None,
     vllm_flags: VllmFlags = None,
     as_json: Json = False,
 ) -> None:
-    """Judge a model by held-out perplexity, and by tasks of lm-eval.
+    """Evaluate a model: held-out perplexity and lm-eval tasks.
 
-    Perplexity comes from the streaming forward: the model need not fit in memory.
-    Tasks are put to a vLLM server, started for them unless --server names one.
-    `zero-shot` are the eight tasks of UNIFIED, `paper` adds GSM8K. --against says how
-    much of the original's scores is left, in per cent, with standard errors.
+    Perplexity comes from the streaming forward; the model need not fit in memory.
+    Tasks run against a vLLM server, which is started unless --server names one.
+    `zero-shot` are UNIFIED's eight tasks, `paper` adds GSM8K. --against adds recovery:
+    scores in per cent of the original's, with standard errors.
 
     Example: `vllm-moe-prune eval OUT --text heldout.txt`
 
@@ -128,18 +129,18 @@ def compare(
     tasks: Tasks = None,
     task_dir: TaskDir = None,
     speed: Annotated[
-        bool, flag("Serve and time each, as `speed` does.", "--speed")
+        bool, flag("Serve and time each checkpoint, as `speed` does.", "--speed")
     ] = False,
     speed_from: Annotated[
-        Path | None, flag("Take speeds from what `speed --json` printed.")
+        Path | None, flag("Read speeds from the output of `speed --json`.")
     ] = None,
     vllm_flags: VllmFlags = None,
     as_json: Json = False,
 ) -> None:
-    """Put checkpoints side by side: size, FLOPs, quality, speed.
+    """Compare checkpoints: size, FLOPs, quality and speed in one table.
 
-    Sizes and FLOPs come from headers; the rest is measured if asked for. What is in
-    brackets, and what was recovered, is of the first checkpoint.
+    Sizes and FLOPs come from headers. Quality and speed are measured on request.
+    Values in brackets and recovery are relative to the first checkpoint.
 
     Example: `vllm-moe-prune compare CKPT OUT --text heldout.txt`
 
@@ -184,22 +185,26 @@ def compare(
 
 def speed(
     source: Annotated[
-        str, typer.Argument(help="The original: checkpoint folder or Hub id.")
+        str, typer.Argument(help="Original checkpoint: folder or Hub id.")
     ],
     pruned: Annotated[
         list[str],
-        typer.Argument(help="What was made of it; one that is trimmed and slimmed."),
+        typer.Argument(help="Checkpoints cut from it; one trimmed and slimmed."),
     ],
     calibration: Annotated[
         str | None,
-        flag("Text that PRUNED was calibrated on, if slim-only is made and needs it."),
+        flag("Calibration text, if cutting the slim-only checkpoint needs it."),
     ] = None,
     work: Annotated[
-        Path | None, flag("Keep what is made in this folder; a temporary one if not.")
+        Path | None,
+        flag("Folder for the checkpoints it cuts. Default: a temporary one."),
     ] = None,
     contexts: Annotated[
         str | None,
-        flag("Prompt lengths, comma-separated; 128,512,1024,2048 as far as they go."),
+        flag(
+            "Prompt lengths, comma-separated. Default: 128,512,1024,2048, as far as "
+            "the model's context allows."
+        ),
     ] = None,
     new_tokens: Annotated[
         int, typer.Option(min=2, help="Tokens to generate after each prompt.")
@@ -209,16 +214,16 @@ def speed(
     ] = REPEATS,
     device: Device = "cpu",
     plot: Annotated[
-        Path | None, flag("Draw speed over context into this .png or .svg.")
+        Path | None, flag("Plot speed over context length into this .png or .svg file.")
     ] = None,
     vllm_flags: VllmFlags = None,
     as_json: Json = False,
 ) -> None:
-    """Time baseline, trim-only, slim-only and both, one after the other in one runtime.
+    """Time baseline, trim-only, slim-only and both, in turn in one runtime.
 
-    Roles are read off the checkpoints. Of one that is trimmed and slimmed, the two in
-    between are cut from its own plan if they are not given. `vllm bench serve` does the
-    timing: one request at a time, prefill and decode apart.
+    Each checkpoint's role is read from its metadata. Missing trim-only and slim-only
+    checkpoints are cut from the plan of the one that is both. `vllm bench serve` takes
+    the times: one request at a time, prefill and decode separately.
 
     Example: `vllm-moe-prune speed CKPT OUT --calibration TEXT --json > speed.json`
 

@@ -34,7 +34,7 @@ from .flags import (
 
 
 def inspect(source: Source, revision: Revision = None, as_json: Json = False) -> None:
-    """Show what a checkpoint is and what can be done with it; reads headers only.
+    """Show family, sizes and experts of a checkpoint; reads headers only.
 
     Example: `vllm-moe-prune inspect mistralai/Mixtral-8x7B-v0.1`
     """
@@ -46,7 +46,7 @@ def inspect(source: Source, revision: Revision = None, as_json: Json = False) ->
 
 def measure(
     source: Source,
-    output: Annotated[Path, flag("Statistics file.", "--output", "-o")],
+    output: Annotated[Path, flag("Statistics file to write.", "--output", "-o")],
     revision: Revision = None,
     recipe: RecipeName = "stun40",
     calibration: Text = None,
@@ -56,7 +56,9 @@ def measure(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Collect the statistics that a recipe's decisions need: 0 or 1 forward pass.
+    """Collect the statistics that `plan` needs for a recipe.
+
+    Recipes that use router rows only need no text and no forward pass.
 
     Example: `vllm-moe-prune measure CKPT -o stats.safetensors --calibration c4.txt`
     """
@@ -88,8 +90,10 @@ def measure(
 
 def plan(
     source: Source,
-    output: Annotated[Path, flag("Plan file.", "--output", "-o")],
-    stats: Annotated[Path | None, flag("Statistics, where experts are to go.")] = None,
+    output: Annotated[Path, flag("Plan file to write.", "--output", "-o")],
+    stats: Annotated[
+        Path | None, flag("Statistics of `measure`; needed to remove experts.")
+    ] = None,
     revision: Revision = None,
     recipe: RecipeName = "stun40",
     total: Total = None,
@@ -104,15 +108,19 @@ def plan(
     seed: Seed = None,
     shard_size: ShardSize = "5GB",
     sweep: Annotated[
-        str | None, flag("KEY=FIRST:LAST:STEP, e.g. total=0.2:0.7:0.1; -o is a folder.")
+        str | None,
+        flag(
+            "One plan per value, KEY=FIRST:LAST:STEP, e.g. total=0.2:0.7:0.1; -o is a "
+            "folder then."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Decide everything and predict the size to the byte; writes no weights.
+    """Decide what to remove and predict the size to the byte; writes no weights.
 
     Example: `vllm-moe-prune plan CKPT --stats stats.safetensors --total 0.5 -o p.json`
 
-    With `--sweep total=0.2:0.7:0.1` all of them from one measurement, into a folder.
+    `--sweep total=0.2:0.7:0.1` writes one plan per value, all from one measurement.
     """
     from .. import pipeline
     from ..calibrate.stats import load_stats
@@ -153,7 +161,7 @@ def plan(
 
 def cut(
     source: Source,
-    plan: Annotated[Path, flag("The plan to execute.")],
+    plan: Annotated[Path, flag("Plan file to execute.")],
     output: Annotated[Path, flag("Output folder.", "--output", "-o")],
     revision: Revision = None,
     calibration: Text = None,
@@ -164,7 +172,7 @@ def cut(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Execute a plan in one streaming pass; memory holds a layer, never the model.
+    """Execute a plan in one streaming pass; holds one layer in memory.
 
     Example: `vllm-moe-prune cut CKPT --plan plan.json -o OUT`
     """
@@ -208,7 +216,7 @@ def convert(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Store a checkpoint's expert weights without their zeros, or dense again.
+    """Store expert weights as bitmask (zeros are not stored) or dense, bit for bit.
 
     Example: `vllm-moe-prune convert DENSE OUT --storage bitmask`
     """
@@ -242,7 +250,7 @@ def verify(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Check a pruned checkpoint: shapes, remap table, and weights against the source.
+    """Check a pruned checkpoint: shapes, remap table and, with --source, all tensors.
 
     Example: `vllm-moe-prune verify OUT --source CKPT`
     """
@@ -273,7 +281,7 @@ def run(
     sequence_length: Length = None,
     seed: Seed = None,
     stats: Annotated[
-        Path | None, flag("Use this statistics file, or keep it here.")
+        Path | None, flag("Statistics file: read if it exists, otherwise written.")
     ] = None,
     device: Device = "cpu",
     storage: StoredAs = "dense",
@@ -282,9 +290,9 @@ def run(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Measure, plan, cut and verify in one go; after a kill, add --resume.
+    """Measure, plan, cut and verify; --resume continues an interrupted run.
 
-    Example: `vllm-moe-prune run mistralai/Mixtral-8x7B-v0.1 ./mixtral-stun40`
+    Example: `vllm-moe-prune run CKPT OUT --recipe stun40 --calibration c4.txt`
     """
     from .. import pipeline
     from ..checkpoint.source import open_checkpoint

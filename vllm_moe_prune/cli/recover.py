@@ -23,46 +23,45 @@ from .flags import (
 def recover(
     pruned: Annotated[str, typer.Argument(help="A pruned checkpoint folder.")],
     output: Annotated[Path, typer.Argument(help="Output folder.")],
-    method: Annotated[
-        str, flag("router (needs --source), lora, or full; the last two train on text.")
-    ],
+    method: Annotated[str, flag("router (needs --source), lora or full.")],
     source: Annotated[
-        str | None, flag("For router: the original that was cut, folder or Hub id.")
+        str | None, flag("Original checkpoint, for method router: folder or Hub id.")
     ] = None,
     revision: Revision = None,
     targets: Annotated[
         str | None,
         flag(
-            "What to train, with commas: attention, experts, dense, router, norms, "
-            "embeddings. lora: attention if not given; full: all."
+            "Parts to train, comma-separated: attention, experts, dense, router, "
+            "norms, embeddings. Default: attention for lora, all for full."
         ),
     ] = None,
-    steps: Annotated[int, flag("Optimizer steps; of router per layer.")] = 200,
+    steps: Annotated[int, flag("Optimizer steps; per layer for router.")] = 200,
     batch_size: Annotated[int, flag("Windows of text per step.")] = 8,
     learning_rate: Annotated[
-        float | None, flag("Highest; router 3e-3, lora 5e-4, full 1e-5 if not given.")
+        float | None,
+        flag("Peak value. Default: 3e-3 for router, 5e-4 for lora, 1e-5 for full."),
     ] = None,
     warmup: Annotated[
-        float, flag("Share of the steps in which it rises; then a cosine to 0.")
+        float, flag("Share of steps with a rising learning rate; cosine decay follows.")
     ] = 0.03,
-    rank: Annotated[int, flag("Of lora's adapters.")] = 16,
+    rank: Annotated[int, flag("Rank of the LoRA adapters.")] = 16,
     calibration: Text = None,
     samples: Samples = None,
     sequence_length: Length = None,
     heldout: Annotated[
-        int | None, flag("Windows kept apart, on which the loss is told.")
+        int | None, flag("Number of held-out windows for the loss before and after.")
     ] = None,
-    seed: Annotated[int, flag("Chooses the windows and their order.")] = 0,
+    seed: Annotated[int, flag("Seed for choosing and ordering the windows.")] = 0,
     device: Device = "cpu",
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Train a pruned checkpoint: routers alone, adapters (merged), or everything.
+    """Train a pruned checkpoint: routers, LoRA adapters (merged), or all weights.
 
-    Weights that are zero stay zero, files keep their storage, and what is not trained
-    is copied byte for byte. Routers are trained layer by layer in bounded memory;
-    for lora and full the model has to fit.
+    Zeros stay zero, the storage stays the same, and weights that are not trained are
+    copied byte for byte. Method router trains layer by layer in bounded memory; lora
+    and full train on text and hold the model in memory.
 
     Example: `vllm-moe-prune recover OUT REC --method lora --calibration c4.txt`
 

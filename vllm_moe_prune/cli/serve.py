@@ -13,16 +13,16 @@ def serve(
     source: Source,
     revision: Revision = None,
     plan: Annotated[
-        Path | None, flag("Prune the original while loading; nothing is written.")
+        Path | None, flag("Prune the original by this plan while it loads.")
     ] = None,
     watch: Annotated[
-        bool, flag("Add /plugins/moe-prune/: report, tables, live routing load.")
+        bool, flag("Add /plugins/moe-prune/: report, remap table, live routing load.")
     ] = False,
     dry_run: Annotated[
-        bool, flag("Print the command, don't run it.", "--dry-run")
+        bool, flag("Print the vLLM command and exit.", "--dry-run")
     ] = False,
 ) -> None:
-    """Check a checkpoint and become `vllm serve` for it; other flags go to vLLM.
+    """Check a checkpoint, then run `vllm serve` on it; other flags go to vLLM.
 
     Example: `vllm-moe-prune serve ./mixtral-stun40 --port 8000 --max-model-len 4096`
     """
@@ -43,17 +43,17 @@ def report(
     output: Annotated[Path, typer.Argument(help="A pruned checkpoint folder.")],
     stats: Annotated[
         list[Path] | None,
-        flag("Statistics of the source, for what OUTPUT does not keep; repeatable."),
+        flag("Statistics of the source, if OUTPUT has none; repeatable."),
     ] = None,
     html: Annotated[
-        Path | None, flag("The page; OUTPUT.report.html beside it if not given.")
+        Path | None, flag("Page to write. Default: OUTPUT.report.html beside OUTPUT.")
     ] = None,
     png: Annotated[
-        Path | None, flag("A folder for PNG files too; needs matplotlib.")
+        Path | None, flag("Folder for PNG files as well; needs matplotlib.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw what a run did: one HTML page, self-contained; with --png pictures too.
+    """Report on a pruned checkpoint: one self-contained HTML page, PNGs with --png.
 
     Example: `vllm-moe-prune report OUT`
     """

@@ -1,0 +1,1 @@
+"""Decisions: statistics and a recipe in, a plan out. Pure functions, no files."""

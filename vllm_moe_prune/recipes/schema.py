@@ -52,52 +52,52 @@ def refuse(*problems: str | Literal[False]) -> None:
 
 
 class ExpertStage(Strict):
-    """Stage 1: which experts go (``docs/methods.md``)."""
+    """Stage 1: which experts are removed."""
 
     method: Literal["stun", "score", "none"] = "stun"
     """``stun`` keeps one expert of each cluster, ``score`` drops the lowest scores."""
     criterion: Criterion = "total-output"
     """The score of method ``score``."""
     reverse: bool = False
-    """Drop the highest scores instead: a control."""
+    """Drop the highest scores instead; a control."""
     search: Literal["greedy", "exhaustive"] = "greedy"
-    """``exhaustive`` tries every set of experts (Lu et al.); small layers only."""
+    """``exhaustive`` tries every set of experts (Lu et al.), up to 200,000 sets."""
     drop: Share | None = None
-    """Share of all experts to remove, met exactly after rounding to whole experts."""
+    """Share of the experts to remove, rounded to whole experts."""
     keep: int | None = Field(default=None, ge=1)
-    """Instead of ``drop``: mean number of experts kept per MoE layer."""
+    """Experts kept per MoE layer, on average; replaces ``drop``."""
     budget: Budget = "global"
-    """Where experts go: the lowest of the model, the same everywhere, or split by the
-    measured loss of each layer."""
+    """Split over layers: lowest scores of the model, equal, or by measured loss."""
     protected: dict[Index, tuple[Index, ...]] = {}
-    """Layer -> experts that always stay."""
+    """Layer -> experts that are always kept."""
     seed: Index = 0
-    """Of criterion ``random``."""
+    """Seed of criterion ``random``."""
     cluster_by: Literal["behavior", "outputs"] = "behavior"
-    """Distance of STUN's clusters: Eq. 7, or between outputs on the same tokens."""
+    """Distance of experts: STUN's Eq. 7, or of their outputs on the same tokens."""
     linkage: Literal["complete", "reference"] = "complete"
-    """``reference`` follows the rule of STUN's published code, for comparison."""
+    """``reference`` follows STUN's published code, for comparison."""
     representative: Literal["nearest-mean"] | Criterion = "nearest-mean"
-    """Which member of a cluster stays; a criterion keeps the highest score."""
+    """The expert kept of a cluster: nearest to the mean, or the highest score."""
     merge: Literal["mean", "frequency"] = "mean"
-    """How clusters are averaged where they are: plainly, or by tokens routed."""
+    """Weights of the mean where clusters are averaged: equal, or tokens routed."""
     router_weight: float = Field(default=1.0, ge=0.0)
-    """Lambda 1, weight of the distance between router rows (STUN Eq. 7)."""
+    """Lambda 1 of STUN's Eq. 7: weight of the distance between router rows."""
     coactivation_weight: float = Field(default=1.0, ge=0.0)
-    """Lambda 2, weight of the co-activation counts (STUN Eq. 7)."""
+    """Lambda 2 of STUN's Eq. 7: weight of the co-activation counts."""
     divide_by_router_norm: bool = True
+    """Divide router distances by the norm of the layer's router."""
     min_experts: int | None = Field(default=None, ge=0)
-    """Fewest experts any layer keeps; the model's top-k where not given. With 0 and
-    method ``score`` a layer may lose all: its MoE goes, the norm before it stays."""
+    """Minimum of experts per layer; default: the model's top-k. With 0 and method
+    ``score`` a layer may lose all experts: its MoE is dropped, its norm kept."""
     groups: Literal["equal", "uneven"] = "equal"
-    """Where routers choose among groups of experts (DeepSeek-V2 and V3): every group
-    loses equally many, which stock routers understand; or the lowest of the layer go,
-    and the remap table keeps the group of each survivor, which needs the plugin."""
+    """Expert groups (DeepSeek-V2, V3): ``equal`` removes as many from each, as stock
+    routers need; ``uneven`` removes the lowest of the layer and needs the plugin."""
     max_removed: int | None = Field(default=None, ge=0)
-    """Most experts removed from one layer (the paper's per-layer cap)."""
+    """Maximum of experts removed from one layer."""
     reconstruct: Literal["selective", "never", "always"] = "selective"
+    """Replace kept experts by the mean of their cluster (STUN, Algorithm 2)."""
     reconstruct_below: int = Field(default=3, ge=1)
-    """Kappa: ``selective`` averages clusters in layers with fewer clusters."""
+    """Kappa: ``selective`` averages in layers with fewer clusters than this."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "ExpertStage":
@@ -127,24 +127,26 @@ class ExpertStage(Strict):
 
 
 class SlimStage(Strict):
-    """Stage 2: zeros inside what survives."""
+    """Stage 2: zeros in the kept experts and other matrices."""
 
     method: SlimMethod = "wanda"
+    """How the weights to zero are chosen."""
     sparsity: Share | None = None
-    """Zeros among surviving weights; else from ``total_sparsity``."""
+    """Share of zeros among the kept weights; default: from ``total_sparsity``."""
     pattern: str = "unstructured"
-    """Or ``n:m``: of m neighbors in a row n stay, as in 2:4 and 4:8."""
+    """``unstructured``, or ``n:m``: keep n of every m neighbors in a row, as in 2:4."""
     allocation: Literal["uniform", "owl"] = "uniform"
-    """``owl`` spares layers with many outliers, at the same total."""
+    """``owl`` gives layers with many outliers fewer zeros, at the same total."""
     owl_m: float = Field(default=3.0, gt=0.0)
-    """A score above this many times its layer's mean is an outlier."""
+    """An outlier's score exceeds this many times the mean of its layer."""
     owl_lambda: float = Field(default=0.08, ge=0.0, lt=0.5)
-    """How far a layer's sparsity may be from the mean."""
+    """Maximum distance of a layer's sparsity from the mean."""
     router_weighted: bool = False
-    """Wanda with inputs weighted by the router (MoE-Pruner)."""
+    """Weight Wanda's inputs by the router's weight for the expert (MoE-Pruner)."""
     scope: tuple[Part, ...] = ("experts",)
+    """What is slimmed. ``mlp``: dense layers and Arctic's residual MLP."""
     exclude: tuple[str, ...] = ()
-    """Matrices whose name contains one of these stay dense."""
+    """Matrices whose name contains one of these strings stay dense."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "SlimStage":
@@ -179,20 +181,19 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
 
 
 class QuantizeStage(Strict):
-    """Fewer bits for the routed experts that survive; routers, norms, embeddings and
-    everything else stay as they are. Written in the formats of compressed-tensors."""
+    """Fewer bits for the kept routed experts, in the formats of compressed-tensors. All
+    other tensors keep their dtype."""
 
     method: QuantMethod = "none"
-    """Rounding to nearest, which needs no data; or GPTQ, or AWQ, which do."""
+    """``rtn`` rounds to nearest without data; ``gptq`` and ``awq`` need calibration."""
     weights: Literal["int4", "int8", "fp8"] = "int4"
-    """int8 has a scale for each row, fp8 for blocks of 128 x 128, or else for rows."""
+    """int8 has one scale per row, fp8 one per 128 x 128 block, else per row."""
     group_size: Literal[32, 64, 128] | None = None
-    """Of int4: neighbors in a row that share a scale; of fp8: 128, blocks and nothing
-    else. None: the largest that fits; in a plan: a scale for each row."""
+    """int4: neighbors that share a scale; default: the largest that fits."""
     zero_point: bool = False
-    """Of int4: ranges that need not be symmetric, at a zero point for each group."""
+    """int4: asymmetric ranges, with a zero point per group."""
     act_order: bool = False
-    """Of GPTQ: columns with the largest inputs first."""
+    """gptq: columns with the largest inputs first."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "QuantizeStage":
@@ -217,42 +218,44 @@ class QuantizeStage(Strict):
 
 
 class Calibration(Strict):
-    """Which text the statistics come from."""
+    """The calibration text and how much of it is used."""
 
     source: str | None = None
-    """A text or JSONL file, or ``hub:NAME[/CONFIG]``; required once data is needed."""
+    """Text or JSONL file, or ``hub:NAME[/CONFIG]``; required where data is needed."""
     samples: int = Field(default=128, ge=1)
+    """Number of windows."""
     sequence_length: int = Field(default=2048, ge=2)
+    """Tokens per window."""
     seed: int = 0
+    """Seed for choosing the windows."""
     heldout: int = Field(default=16, ge=1)
-    """Further windows, kept apart, on which candidates are judged (``tune``, and
-    ``experts.budget: sensitivity``)."""
+    """Held-out windows for judging candidates: ``tune``, ``budget: sensitivity``."""
     heldout_source: str | None = None
-    """Where those windows come from instead: text of what the model is to be good at,
-    in the same forms as ``source``."""
+    """Text for the held-out windows, e.g. of the served domain; default: ``source``."""
 
 
 class LayerStage(Strict):
-    """Whole sublayers or blocks to remove, by index or by how little they do."""
+    """Whole MoE sublayers or blocks to remove, by index or by similarity."""
 
     drop_moe: tuple[int, ...] = ()
+    """Layers whose MoE sublayer is removed."""
     drop_blocks: tuple[int, ...] = ()
+    """Layers that are removed whole."""
     moe_count: int | None = Field(default=None, ge=0)
-    """Instead of ``drop_moe``: how many, those that change their input least."""
+    """Number of MoE sublayers to remove, those that change their input least."""
     block_count: int | None = Field(default=None, ge=0)
-    """Instead of ``drop_blocks``; chosen before ``moe_count``."""
+    """Number of blocks to remove, likewise; chosen before MoE sublayers."""
     moe_share: Share | None = None
-    """Instead of a count: what part of the MoE sublayers, to the nearest, at least one
-    unless it is 0."""
+    """Share of the MoE sublayers to remove, to the nearest, at least one unless 0."""
     block_share: Share | None = None
-    """Instead of a count, likewise."""
+    """Share of the blocks to remove, to the nearest, at least one unless 0."""
     moe_norm: Literal["drop", "keep"] = "drop"
-    """Whether the norm before a MoE leaves with it, in the metric (Eq. 9, Eq. 8) and
-    in the output alike."""
+    """Whether the norm before a dropped MoE is dropped too, in the similarity
+    (UNIFIED Eq. 9; Eq. 8 keeps it) and in the output."""
     block_mode: Literal["discrete", "consecutive"] = "discrete"
+    """``consecutive`` removes the most similar run of blocks."""
     mtp: Literal["prune", "drop"] = "prune"
-    """Layers behind the last one that predict further tokens: pruned like the others,
-    or removed."""
+    """MTP layers, which predict further tokens: pruned like the others, or removed."""
 
     @model_validator(mode="after")
     def _one_way(self) -> "LayerStage":
@@ -270,27 +273,22 @@ def _several(listed: tuple[int, ...], count: int | None, share: float | None) ->
 
 
 class TuneStage(Strict):
-    """What ``tune`` tries out to find the best plan for a size."""
+    """The candidates of `tune`."""
 
     experts: tuple[Chooser, ...] = ("total-output", "reap", "routing-score", "stun")
-    """By which rules experts leave; the first is tried along with dropped layers."""
+    """Rules for removing experts; the first is also tried with dropped layers."""
     budgets: tuple[Budget, ...] = ("sensitivity", "global", "per-layer")
-    shares: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = (
-        0,
-        0.25,
-        0.5,
-        0.75,
-        1,
-    )
-    """Shares of the size that whole experts take; zeros take the rest."""
+    """Values of ``experts.budget``."""
+    shares: tuple[Part01, ...] = (0, 0.25, 0.5, 0.75, 1)
+    """Shares of the sparsity taken by whole experts; zeros take the rest."""
     layers: tuple[Part01, ...] = (0.1, 0.25, 0.5)
-    """Shares of the MoE sublayers, or of the blocks, that leave whole: at least one."""
+    """Shares of the MoE sublayers or blocks removed whole, at least one."""
     slims: tuple[SlimMethod, ...] = ("wanda", "sparsegpt")
-    """How zeros are written: by the first, and in the end by the others too."""
+    """Methods for zeros: the first for all candidates, the others for finalists."""
     owl: bool = True
-    """Whether zeros are in the end also spread by OWL."""
+    """Whether finalists are also tried with ``allocation: owl``."""
     finalists: int = Field(default=4, ge=1)
-    """How many are left in the end at least."""
+    """Minimum number of finalists."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "TuneStage":
@@ -307,24 +305,26 @@ class Recipe(Strict):
     """Everything a run needs to know besides the checkpoint."""
 
     name: str = "custom"
+    """Name, in plans and provenance."""
     description: str = ""
+    """One line for `vllm-moe-prune recipes`."""
     total_sparsity: Share | None = None
-    """Removed and zeroed parameters over all parameters in ``sparsity_of``."""
+    """Removed and zeroed parameters over all parameters of ``sparsity_of``."""
     sparsity_of: Literal["experts", "all"] = "experts"
+    """Parameters that ``total_sparsity`` counts."""
     experts: ExpertStage = ExpertStage()
     slim: SlimStage = SlimStage()
     quantize: QuantizeStage = QuantizeStage()
     layers: LayerStage = LayerStage()
     routing: Literal["drop", "redirect", "preserve"] = "drop"
-    """A removed expert's router row goes; or leads to its cluster's survivor; or stays,
-    and what it is chosen for is lost (a control)."""
+    """Router rows of removed experts: deleted, redirected, or preserved (a control)."""
     structured_share: float | None = Field(default=None, ge=0.0, le=1.0)
-    """Instead of ``experts.drop``: share of ``total_sparsity`` taken by experts."""
+    """Share of ``total_sparsity`` taken by whole experts; replaces ``experts.drop``."""
     order: Literal["structured-first", "unstructured-first"] = "structured-first"
-    """``unstructured-first`` slims before experts are chosen: a control, two cuts."""
+    """``unstructured-first`` slims before experts are chosen; a control, two cuts."""
     calibration: Calibration = Calibration()
     tune: TuneStage | None = None
-    """Search for the best plan of ``total_sparsity`` instead of following one way."""
+    """Search for the best plan of ``total_sparsity``."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":

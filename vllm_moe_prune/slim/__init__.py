@@ -1,0 +1,1 @@
+"""Weight methods: zeroing and rounding, tensor in and tensor out. No files."""
