@@ -17,6 +17,7 @@ class Progress:
     layer: int
     """Layers finished."""
     layers: int
+    """0: it does not go by layers."""
     bytes_done: int
     bytes_total: int
     counted: Literal["bytes", "steps"] = "bytes"

@@ -46,7 +46,7 @@ RUNS = {
     "compare": "compare ckpt out --text text.txt --max-tokens 300",
 }
 PROGRESS = re.compile(
-    r"\w+: (layer \d+ of \d+, [\d.]+ of [\d.]+ [GM]iB|step \d+ of \d+)"
+    r"\w+: ((layer \d+ of \d+, )?[\d.]+ of [\d.]+ [GM]iB|step \d+ of \d+)"
     r"(, [\d.]+ ([GM]iB|steps)/s, .+ left)?\n"
 )
 COLOR = re.compile(r"\x1b\[[\d;]*\b(3|4|9|10)[0-9]\b[\d;]*m")

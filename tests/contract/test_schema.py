@@ -20,6 +20,7 @@ FILES = {
     "recipe": "moe_prune.yaml",
     "plan": "plan.json",
     "expert_remap": "expert_remap.json",
+    "tensor_hashes": "tensor_hashes.json",
 }
 # A block inside config.json, not a file of its own.
 BLOCK = "quantization_config"
@@ -113,6 +114,7 @@ def test_shipped_recipes_are_what_the_schema_promises(name: str) -> None:
         ("recipe", {"expert": {}}),
         ("plan", {"format_version": 2}),
         ("expert_remap", {"layers": [{"kept": [-1]}]}),
+        ("tensor_hashes", {"tensors": {"a": {"dtype": "BF16", "shape": [1]}}}),
         (BLOCK, {"quant_method": "moe_prune", "format_version": 2}),
     ],
 )

@@ -1,5 +1,6 @@
 """Shards written by hand: the safetensors library reads back what was put in."""
 
+import hashlib
 import json
 import struct
 from collections.abc import Sequence
@@ -21,7 +22,6 @@ from vllm_moe_prune.checkpoint.writer import (
     ShardPlan,
     ShardWriter,
     append_journal,
-    file_sha256,
     finished_shards,
     index_json,
     index_needed,
@@ -43,6 +43,10 @@ class Spec:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
 def specs_of(tensors: dict[str, Tensor]) -> list[Spec]:
@@ -84,11 +88,11 @@ def write_all(
     shards: Sequence[ShardPlan],
     tensors: dict[str, Tensor],
     *,
-    finished: frozenset[str] = frozenset(),
+    finished: dict[str, dict[str, str]] | None = None,
     step: int = 7,
 ) -> ShardWriter:
     """Write every tensor in pieces; the last tensor first, to be difficult."""
-    writer = ShardWriter(folder=folder, shards=shards, finished=finished)
+    writer = ShardWriter(folder=folder, shards=shards, finished=finished or {})
     for name, tensor in reversed(tensors.items()):
         data = raw_bytes(tensor)
         for start in range(0, len(data), step):
@@ -111,8 +115,13 @@ def test_the_library_reads_what_was_written(
 ) -> None:
     folder = tmp_path_factory.mktemp("written")
     shards = plan_shards(specs_of(tensors), size)
-    write_all(folder, shards, tensors)
+    writer = write_all(folder, shards, tensors)
     assert_same(read_tensors(folder), tensors)
+    hashes = {name: digest(tensor) for name, tensor in tensors.items()}
+    assert writer.hashes() == hashes
+    journal = read_journal(folder)
+    again = finished_shards(folder, shards, journal)
+    assert ShardWriter(folder=folder, shards=shards, finished=again).hashes() == hashes
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [JOURNAL_NAME, *(shard.file_name for shard in shards)]
     )
@@ -183,9 +192,10 @@ def test_finished_shards_are_left_alone(tmp_path: Path) -> None:
     tensors, shards = two_shards()
     first = shards[0].file_name
     (tmp_path / first).write_bytes(b"as it was")
-    writer = write_all(tmp_path, shards, tensors, finished=frozenset({first}))
+    writer = write_all(tmp_path, shards, tensors, finished={first: {"a": "0" * 64}})
     assert (tmp_path / first).read_bytes() == b"as it was"
     assert writer.bytes_written == 40
+    assert writer.hashes() == {"a": "0" * 64, "b": digest(tensors["b"])}
     assert not writer.needs("a")
     assert writer.needs("b")
     assert writer.journalled() == {shard.file_name for shard in shards}
@@ -272,18 +282,22 @@ def test_only_shards_with_their_recorded_bytes_count_as_finished(
     write_all(tmp_path, shards, tensors)
     journal = read_journal(tmp_path)
     names = {shard.file_name for shard in shards}
-    assert finished_shards(tmp_path, shards, journal) == names
+    assert finished_shards(tmp_path, shards, journal).keys() == names
     first = tmp_path / shards[0].file_name
     recorded = {entry["shard"]: entry["sha256"] for entry in journal}
-    assert recorded[first.name] == file_sha256(first)
+    assert recorded[first.name] == {"a": digest(tensors["a"])}
     data = first.read_bytes()
-    for spoilt in (data[:-1], data + b"\0", data[:-1] + b"\xff"):
+    header = data.replace(b"F32", b"I32")
+    for spoilt in (data[:-1], data + b"\0", data[:-1] + b"\xff", header):
         first.write_bytes(spoilt)
-        assert finished_shards(tmp_path, shards, journal) == {shards[1].file_name}
+        left = finished_shards(tmp_path, shards, journal)
+        assert left == {shards[1].file_name: {"b": digest(tensors["b"])}}
     first.unlink()
-    assert finished_shards(tmp_path, shards, journal) == {shards[1].file_name}
-    strange: list[dict[str, object]] = [{"shard": 7}, {"shard": "../x"}, {}]
-    assert finished_shards(tmp_path, shards, strange) == frozenset()
+    left = finished_shards(tmp_path, shards, journal)
+    assert left.keys() == {shards[1].file_name}
+    whole: dict[str, object] = {"shard": shards[1].file_name, "sha256": "0" * 64}
+    strange: list[dict[str, object]] = [{"shard": 7}, {"shard": "../x"}, {}, whole]
+    assert finished_shards(tmp_path, shards, strange) == {}
 
 
 def test_an_empty_tensor_alone_in_a_shard_is_written(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.reference import LayerCut, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.compressed import CompressedTensor
+from vllm_moe_prune.checkpoint.index import read_index
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_row, read_tensor
 from vllm_moe_prune.checkpoint.source import open_checkpoint
@@ -93,6 +94,9 @@ def test_there_and_back_is_the_same_folder_to_the_byte(
             assert (found.offsets is None) == (pattern == "2:4")
     checked = [verify(folder, source) for folder in (dense, packed)]
     assert checked[0].zeros == checked[1].zeros > 0
+    assert [one.tensors_hashed for one in checked] == [
+        len(read_index(folder)) for folder in (dense, packed)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,13 @@ def test_other_copies_of_the_weights_stay_behind(model: Path, tmp_path: Path) ->
         "moe_prune.yaml",
         "plan.json",
         "provenance.json",
+        "tensor_hashes.json",
     ]
 
 
-@pytest.mark.parametrize("name", ["journal.jsonl", "work", "run.json", "plan.json"])
+@pytest.mark.parametrize(
+    "name", ["journal.jsonl", "work", "run.json", "plan.json", "tensor_hashes.json"]
+)
 def test_a_file_of_the_input_named_like_one_of_ours_does_no_harm(
     model: Path, tmp_path: Path, name: str
 ) -> None:

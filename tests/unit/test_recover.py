@@ -47,6 +47,9 @@ LESSONS = {
 }
 
 
+OTHERS = ("provenance.json", "README.md", "run.json", "tensor_hashes.json")
+
+
 def check_same_but(pruned: Path, out: Path, targets: str) -> int:
     """Files, names and zeros are the same; only tensors of ``targets`` changed."""
     before, after = read_tensors(pruned), read_tensors(out)
@@ -65,7 +68,7 @@ def check_same_but(pruned: Path, out: Path, targets: str) -> int:
             assert path.stat().st_size == other.stat().st_size
             with safe_open(path, "pt") as one, safe_open(other, "pt") as two:
                 assert one.metadata() == two.metadata()
-        elif path.name not in ("provenance.json", "README.md", "run.json"):
+        elif path.name not in OTHERS:
             assert path.read_bytes() == other.read_bytes(), path.name
     return changed
 
@@ -91,7 +94,8 @@ def test_only_targets_change_and_zeros_stay(family: str, tmp_path: Path) -> None
     changed = check_same_but(pruned, tmp_path / "out", holds)
     # An expert that no window reached has no gradient.
     assert 0.6 * record["tensors"] <= changed <= record["tensors"]
-    verify(tmp_path / "out")
+    hashed = verify(tmp_path / "out").tensors_hashed
+    assert hashed == len(read_tensors(pruned))
     assert record["method"] == method
     assert record["steps"] == 2
     assert record["calibration"]["source"] == "text.txt"

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor
 from tests.reference import DROP_MOE, LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.data import Tokens
+from vllm_moe_prune.checkpoint.index import read_index
 from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.checkpoint.tensor_hashes import FILE_NAME as HASHES
+from vllm_moe_prune.cli.output.show import show_verified
 from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.cut.verify import verify
 from vllm_moe_prune.decide.cut_plan import load_plan
@@ -187,6 +191,7 @@ def test_nan_that_was_there_before_is_no_difference(pair: Path) -> None:
         tensors = load_file(path)
         tensors["lm_head.weight"][0, 0] = float("nan")
         save_file(tensors, path, metadata={"format": "pt"})
+    (pair / "out" / HASHES).unlink()
     check(pair)
 
 
@@ -277,12 +282,87 @@ def test_another_source_is_refused(pair: Path, tmp_path: Path) -> None:
         verify(pair / "out", open_checkpoint(other))
 
 
-def test_without_a_source_only_what_the_headers_tell_is_checked(pair: Path) -> None:
+def test_an_older_output_without_hashes_is_checked_by_its_headers(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     change(pair, COPIED, negated)
+    (pair / "out" / HASHES).unlink()
     verified = verify(pair / "out")
+    show_verified(verified, as_json=False)
+    assert "hashes       none kept" in capsys.readouterr().out
     assert (verified.layers, verified.experts) == (3, 5)
+    assert verified.tensors_hashed is None
     assert verified.tensors_compared == verified.bytes_compared == 0
     assert verified.expert_sparsity is verified.total_sparsity is None
+
+
+def swapped(folder: Path, *pairs: tuple[str, str], both: bool = True) -> None:
+    """Put some tensors into the place of others; into each other's, if both."""
+    path = folder / "out" / "model.safetensors"
+    tensors = load_file(path)
+    for one, two in pairs:
+        first = tensors[one].clone()
+        tensors[one] = tensors[two].clone()
+        if both:
+            tensors[two] = first
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def experts(*ids: int) -> list[tuple[str, ...]]:
+    names = [MOE.format(0) + f"experts.{{}}.w{number}.weight" for number in (1, 2, 3)]
+    return [tuple(name.format(each) for each in ids) for name in names]
+
+
+@pytest.mark.parametrize(("both", "count"), [(True, 6), (False, 3)])
+def test_experts_that_changed_places_are_found_without_a_source(
+    pair: Path, both: bool, count: int
+) -> None:
+    """Each fits by shape and type: only the hashes know."""
+    assert verify(pair / "out").tensors_hashed == len(read_index(pair / "out"))
+    swapped(pair, *experts(0, 2), both=both)
+    one, two = experts(0, 2)[0]
+    said = rf"'{one}' holds what '{two}' held; .*\({count} such tensors\)"
+    with pytest.raises(CheckpointError, match=said):
+        verify(pair / "out")
+
+
+def test_one_changed_bit_is_found_without_a_source(pair: Path) -> None:
+    change(pair, COPIED, with_one_bit_flipped)
+    with pytest.raises(CheckpointError, match=rf"'{COPIED}' has other values \(1 "):
+        verify(pair / "out")
+
+
+def test_the_same_bytes_of_another_type_are_found(pair: Path) -> None:
+    change(pair, COPIED, lambda tensor: tensor.view(torch.float16))
+    said = rf"'{COPIED}' is F16 \[16, 16\], was BF16 \[16, 16\]"
+    with pytest.raises(CheckpointError, match=said):
+        verify(pair / "out")
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda data: data["tensors"].pop(COPIED), f"'{COPIED}' is in the weights"),
+        (
+            lambda data: data["tensors"].update(new=data["tensors"][COPIED]),
+            "'new' is in tensor_hashes.json",
+        ),
+        (lambda data: data.pop("format_version"), "format_version is missing"),
+        (lambda data: data.update(format_version=2), "format_version"),
+        (lambda data: data["tensors"][COPIED].pop("sha256"), "sha256"),
+        (lambda data: data["tensors"][COPIED].update(shape=[-1, 1]), "shape"),
+        (lambda data: data["tensors"][COPIED].update(sha256="0" * 63), "sha256"),
+    ],
+)
+def test_hashes_that_do_not_fit_are_refused(
+    pair: Path, edit: Callable[[dict[str, Any]], object], said: str
+) -> None:
+    path = pair / "out" / HASHES
+    data = read_json(path)
+    edit(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=said):
+        verify(pair / "out")
 
 
 def test_what_was_never_cut_is_refused(pair: Path) -> None:

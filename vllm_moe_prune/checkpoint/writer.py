@@ -2,23 +2,27 @@
 
 The safetensors library can only write a shard that is in memory whole; a shard may be
 larger than a layer, so the header is written here and the tensors stream in after it.
+Each is hashed on its way: the journal knows a shard by the hashes of its tensors, and
+the finished folder carries them (see ``tensor_hashes``).
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from ..errors import OutputError
 from .index import INDEX_NAME, ITEM_BYTES
 
 MAX_SHARD_BYTES = 5_000_000_000
 JOURNAL_NAME = "journal.jsonl"
+CHUNK_BYTES = 16 << 20
+"""What is read and written at a time."""
 
 
 class TensorSpec(Protocol):
@@ -112,27 +116,39 @@ class _OpenShard:
     path: Path
     fd: int
     left: int
+    at: dict[str, int] = field(default_factory=dict)
+    """Bytes written of each tensor so far."""
+    digests: "dict[str, hashlib._Hash]" = field(default_factory=dict)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every tensor; one without elements was never written."""
+        empty = hashlib.sha256()
+        names = self.plan.offsets
+        return {name: self.digests.get(name, empty).hexdigest() for name in names}
 
 
 @dataclass(kw_only=True)
 class ShardWriter:
     """Writes planned shards into a folder; a finished shard is journalled and kept.
 
-    ``finished`` are shards an interrupted run completed: writes to them are skipped.
+    ``finished`` are shards an interrupted run completed, with the SHA-256 of each of
+    their tensors: writes to them are skipped.
     """
 
     folder: Path
     shards: Sequence[ShardPlan]
-    finished: frozenset[str] = frozenset()
+    finished: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     bytes_written: int = 0
     _open: dict[str, _OpenShard] = field(default_factory=dict)
-    _done: set[str] = field(default_factory=set)
+    _done: dict[str, Mapping[str, str]] = field(default_factory=dict)
     _closing: list[Future[None]] = field(default_factory=list)
+    _hashing: Future[None] | None = None
 
     def __post_init__(self) -> None:
         self._where = {name: plan for plan in self.shards for name in plan.offsets}
-        # Hashing a finished shard overlaps with filling the next one.
+        # Waiting for the disk, and hashing, overlap with reading what comes next.
         self._pool = ThreadPoolExecutor(max_workers=1)
+        self._hasher = ThreadPoolExecutor(max_workers=1)
 
     def needs(self, name: str) -> bool:
         """Whether a tensor still has to be written."""
@@ -144,25 +160,45 @@ class ShardWriter:
 
     def journalled(self) -> set[str]:
         """Shards that are complete and recorded, by this run or an earlier one."""
-        return self._done | self.finished
+        return self._done.keys() | self.finished.keys()
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every tensor in the shards that are complete."""
+        done = {**self.finished, **self._done}
+        return {name: each for shard in done.values() for name, each in shard.items()}
 
     def write(self, name: str, data: memoryview, at: int = 0) -> None:
-        """Write ``data`` at byte ``at`` of a tensor; every byte exactly once."""
+        """Write ``data`` at byte ``at`` of a tensor; every byte once, and in order.
+
+        The data must not change before the next call: it is hashed meanwhile.
+        """
         plan = self._where[name]
         if plan.file_name in self.finished:
             return
         shard = self._open.get(plan.file_name) or self._start(plan)
         offset, view = plan.offsets[name] + at, data.cast("B")
+        assert at == shard.at.get(name, 0), f"{name}: written out of order"
+        self._hashed()
+        digest = shard.digests.setdefault(name, hashlib.sha256())
+        self._hashing = self._hasher.submit(digest.update, view)
         done = 0
         with writing(shard.path):
             while done < len(view):
                 done += os.pwrite(shard.fd, view[done:], offset + done)
         self.bytes_written += done
+        shard.at[name] = at + done
         shard.left -= done
         if shard.left == 0:
             del self._open[plan.file_name]
+            self._hashed()
             self._closing.append(self._pool.submit(self._finish, shard))
         self._raise_failures()
+
+    def _hashed(self) -> None:
+        """Wait until what was written last is hashed."""
+        if self._hashing is not None:
+            self._hashing.result()
+            self._hashing = None
 
     def _start(self, plan: ShardPlan) -> _OpenShard:
         path = self.folder / (plan.file_name + ".tmp")
@@ -175,20 +211,13 @@ class ShardWriter:
         return shard
 
     def _finish(self, shard: _OpenShard) -> None:
+        hashes = shard.hashes()
         with writing(shard.path):
             os.fsync(shard.fd)
             os.close(shard.fd)
-            digest = file_sha256(shard.path)
             shard.path.rename(self.folder / shard.plan.file_name)
-        append_journal(
-            self.folder,
-            {
-                "shard": shard.plan.file_name,
-                "bytes": shard.plan.file_bytes,
-                "sha256": digest,
-            },
-        )
-        self._done.add(shard.plan.file_name)
+        append_journal(self.folder, {"shard": shard.plan.file_name, "sha256": hashes})
+        self._done[shard.plan.file_name] = hashes
 
     def _raise_failures(self) -> None:
         for future in [item for item in self._closing if item.done()]:
@@ -205,11 +234,13 @@ class ShardWriter:
         for future in self._closing:
             future.result()
         self._pool.shutdown()
+        self._hasher.shutdown()
         assert not self._open, f"unfinished shards: {sorted(self._open)}"
 
     def abort(self) -> None:
         """Let go of everything after an error; finished shards stay for a resume."""
         self._pool.shutdown()
+        self._hasher.shutdown()
         for shard in self._open.values():
             os.close(shard.fd)
 
@@ -228,12 +259,6 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written: {error.strerror or error}. "
             "Free space or mend the disk, then run the same command with --resume."
         ) from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def append_journal(folder: Path, entry: dict[str, object]) -> None:
@@ -272,22 +297,47 @@ def read_journal(folder: Path) -> list[dict[str, object]]:
 
 def finished_shards(
     folder: Path, shards: Sequence[ShardPlan], journal: Sequence[dict[str, object]]
-) -> frozenset[str]:
-    """Shards an interrupted run finished and that still have their recorded hash."""
-    planned = {shard.file_name: shard.file_bytes for shard in shards}
-    finished = set()
+) -> dict[str, dict[str, str]]:
+    """Shards an interrupted run finished, and the SHA-256 of each of their tensors.
+
+    Only those count whose bytes still are what the journal says.
+    """
+    planned = {shard.file_name: shard for shard in shards}
+    finished = {}
     for entry in journal:
-        name = entry.get("shard")
-        if not isinstance(name, str) or name not in planned:
-            continue
-        path = folder / name
-        if (
-            path.is_file()
-            and path.stat().st_size == planned[name]
-            and file_sha256(path) == entry.get("sha256")
-        ):
-            finished.add(name)
-    return frozenset(finished)
+        name, recorded = entry.get("shard"), entry.get("sha256")
+        if isinstance(name, str) and name in planned:
+            found = _read_again(folder / name, planned[name])
+            if found is not None and found == recorded:
+                finished[name] = found
+    return finished
+
+
+def _read_again(path: Path, plan: ShardPlan) -> dict[str, str] | None:
+    """SHA-256 of each tensor of a shard; None: it is gone, or not the planned one."""
+    if not path.is_file() or path.stat().st_size != plan.file_bytes:
+        return None
+    with path.open("rb") as file:
+        if file.read(len(plan.header)) != plan.header:
+            return None
+        return {
+            name: sha256_of(_pieces(file, plan.sizes[name])) for name in plan.offsets
+        }
+
+
+def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """The next ``size`` bytes of a file."""
+    while size > 0 and (piece := file.read(min(size, CHUNK_BYTES))):
+        size -= len(piece)
+        yield piece
+
+
+def sha256_of(pieces: Iterable[bytes | bytearray]) -> str:
+    """SHA-256 of bytes that come in pieces."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def index_needed(shards: Sequence[ShardPlan]) -> str | None:

@@ -250,7 +250,10 @@ def verify(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Check a pruned checkpoint: shapes, remap table and, with --source, all tensors.
+    """Check a pruned checkpoint: shapes, remap table, hashes of all weights, source.
+
+    All weights are read, and compared with the hashes taken when they were written;
+    with --source also with the original, tensor by tensor.
 
     Example: `vllm-moe-prune verify OUT --source CKPT`
     """

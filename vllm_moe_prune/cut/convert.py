@@ -20,7 +20,9 @@ from ..checkpoint.compressed import DENSE, DTYPES, compressed_config
 from ..checkpoint.index import ITEM_BYTES, TensorInfo, read_bytes
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import read_row, read_tensor
+from ..checkpoint.tensor_hashes import write_hashes
 from ..checkpoint.writer import (
+    CHUNK_BYTES,
     MAX_SHARD_BYTES,
     ShardWriter,
     index_json,
@@ -35,7 +37,7 @@ from ..kernels.bitmask import INTEGERS, fits, pack
 from ..progress import Progress, Report, ignore
 from ..recipes.schema import parse_pattern
 from .card import source_card
-from .copy import CHUNK_BYTES, tensor_view
+from .copy import tensor_view
 from .output import companions, copy_companions, copy_records, open_workspace, publish
 from .slice import names_in_order
 
@@ -154,6 +156,7 @@ def convert(
             if name := index_needed(shards):
                 index = index_json(shards, checkpoint.parameters)
                 (space.partial / name).write_bytes(index)
+            write_hashes(space.partial, writer)
             copy_companions(checkpoint, space.partial)
             copy_records(checkpoint, space.partial)
             _write_card(checkpoint, space.partial, storage)

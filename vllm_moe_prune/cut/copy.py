@@ -6,11 +6,9 @@ from ..checkpoint.block_fp8 import DTYPE as FP8
 from ..checkpoint.index import TensorInfo, read_bytes
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.reader import read_row, read_tensor
-from ..checkpoint.writer import ShardWriter
+from ..checkpoint.writer import CHUNK_BYTES, ShardWriter
 from .slice import Group, OutputTensor, Piece
 from .trimmed import mean_of
-
-CHUNK_BYTES = 16 << 20
 
 
 def write_tensor(

@@ -21,6 +21,7 @@ from ..calibrate.forward import StreamingModel
 from ..calibrate.memory import release_freed
 from ..calibrate.stats import Stats
 from ..checkpoint.open import Checkpoint
+from ..checkpoint.tensor_hashes import write_hashes
 from ..checkpoint.writer import (
     MAX_SHARD_BYTES,
     ShardPlan,
@@ -113,6 +114,7 @@ def execute_plan(
         writer.close()
         records = tuple(run.records[index] for index in sorted(run.records))
         with writing(space.partial):
+            write_hashes(space.partial, writer)
             done = write_companions(
                 checkpoint, plan, space.partial, shards, records, tokens, passes, stats
             )

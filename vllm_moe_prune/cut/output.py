@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..checkpoint.index import is_inside
 from ..checkpoint.open import Checkpoint
+from ..checkpoint.tensor_hashes import FILE_NAME as HASHES
 from ..checkpoint.writer import (
     JOURNAL_NAME,
     ShardPlan,
@@ -42,7 +43,7 @@ RECORDS = {
     STATS_FILE.as_posix(),
 }
 # Written anew for the output of a cut, so never copied from its input.
-OWN_FILES = {"config.json", "README.md", JOURNAL_NAME, WORK_NAME} | RECORDS
+OWN_FILES = {"config.json", "README.md", HASHES, JOURNAL_NAME, WORK_NAME} | RECORDS
 WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".gguf")
 # Tokenizers and templates are megabytes; anything larger is not metadata.
 MAX_COPIED_BYTES = 1 << 30
@@ -55,7 +56,8 @@ class Workspace:
     out: Path
     partial: Path
     journal: list[dict[str, object]]
-    finished: frozenset[str]
+    finished: dict[str, dict[str, str]]
+    """Shards an earlier run completed: SHA-256 of each of their tensors."""
     lock: int
     """File descriptor; a second run in this folder is refused while it is open."""
     overwrite: bool
@@ -167,7 +169,7 @@ def _lock(partial: Path) -> int:
 
 def _continue(
     partial: Path, key: str, shards: Sequence[ShardPlan], *, resume: bool
-) -> tuple[list[dict[str, object]], frozenset[str]]:
+) -> tuple[list[dict[str, object]], dict[str, dict[str, str]]]:
     """What is left of an unfinished run: its journal, and the shards it finished."""
     journal = read_journal(partial) if resume else []
     begun = [entry["key"] for entry in journal if "key" in entry]

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.compressed import CompressedTensor
-from ..checkpoint.index import TensorInfo, read_json
+from ..checkpoint.index import TensorInfo, read_index, read_json
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.quantized_tensors import PartedTensor
 from ..checkpoint.reader import read_row, read_tensor
 from ..checkpoint.source import open_checkpoint
+from ..checkpoint.tensor_hashes import check_hashes
 from ..decide.cut_plan import CutPlan, check_plan, load_plan
 from ..errors import CheckpointError, RemapError
 from ..progress import Progress, Report, ignore
@@ -43,12 +44,17 @@ class Verified:
     expert_sparsity: float | None
     """Recounted from the weights; None if there was no source to compare with."""
     total_sparsity: float | None
+    tensors_hashed: int | None
+    """Tensors whose bytes are those that were written; None: the folder is older than
+    the hashes of tensors, so nothing is known."""
 
 
 def verify(
     folder: Path, source: Checkpoint | None = None, report: Report = ignore
 ) -> Verified:
     """Check a pruned checkpoint, and compare it with its source if that is given.
+
+    Without a source its weights are read too, and compared with their hashes.
 
     Raises:
         CheckpointError: A tensor is missing, misshapen or differs from its source.
@@ -72,6 +78,7 @@ def verify(
             zeros=0,
             expert_sparsity=None,
             total_sparsity=None,
+            tensors_hashed=check_hashes(folder, read_index(folder), report),
         )
     history = folder / "provenance.json"
     if history.is_file() and read_json(history).get(RECOVERED):
@@ -121,6 +128,7 @@ def verify(
         zeros=zeros,
         expert_sparsity=(removed + zeros) / source.expert_parameters,
         total_sparsity=(removed_all + zeros + dense_zeros) / source.parameters,
+        tensors_hashed=check_hashes(folder, read_index(folder), report),
     )
 
 

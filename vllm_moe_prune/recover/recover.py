@@ -22,6 +22,7 @@ from ..calibrate.perplexity import summed_loss
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.reader import DTYPES
 from ..checkpoint.source import open_checkpoint
+from ..checkpoint.tensor_hashes import write_hashes
 from ..checkpoint.writer import ShardWriter, append_journal, writing
 from ..cut.output import Workspace, companions, open_workspace, publish
 from ..errors import CheckpointError, RecipeError, RemapError, require_extra
@@ -163,6 +164,7 @@ def recover(
         write_weights(writer, stored, changed)
         writer.close()
         with writing(space.partial):
+            write_hashes(space.partial, writer)
             write_rest(checkpoint, space.partial)
         written = StreamingModel(open_checkpoint(space.partial), device)
         loss_after = _mean_loss(written, heldout, report, "after")

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from ..checkpoint.index import INDEX_NAME, TensorInfo, read_bytes, read_index, read_json
 from ..checkpoint.open import Checkpoint
-from ..checkpoint.writer import ShardPlan, ShardWriter, writing
+from ..checkpoint.writer import CHUNK_BYTES, ShardPlan, ShardWriter, writing
 from ..cut.card import source_card
-from ..cut.copy import CHUNK_BYTES, tensor_view
+from ..cut.copy import tensor_view
 from ..cut.output import RECOVERED, copy_companions, copy_records
 
 NOTE_START = "\n## Recovered\n"

@@ -118,10 +118,8 @@ def _detail(progress: Progress, elapsed_s: float) -> str:
         return f"step {progress.bytes_done} of {progress.bytes_total}{speed}"
     name, unit = unit_of(progress.bytes_total)
     done, total = progress.bytes_done / unit, progress.bytes_total / unit
-    return (
-        f"layer {progress.layer} of {progress.layers}, {done:.2f} of {total:.2f} "
-        f"{name}{speed}"
-    )
+    at = f"layer {progress.layer} of {progress.layers}, " if progress.layers else ""
+    return f"{at}{done:.2f} of {total:.2f} {name}{speed}"
 
 
 def _is_done(progress: Progress) -> bool:

@@ -345,6 +345,7 @@ def show_verified(verified: "Verified", as_json: bool) -> None:
         "zeros": verified.zeros,
         "expert_sparsity": verified.expert_sparsity,
         "total_sparsity": verified.total_sparsity,
+        "tensors_hashed": verified.tensors_hashed,
     }
     if as_json:
         print_json(data)
@@ -360,6 +361,13 @@ def show_verified(verified: "Verified", as_json: bool) -> None:
             ("sparsity of experts", f"{verified.expert_sparsity:.2%}, recounted"),
             ("of all parameters", f"{verified.total_sparsity:.2%}, recounted"),
         ]
+    if verified.tensors_hashed is not None:
+        known = f"{verified.tensors_hashed} tensors are what was written"
+    else:
+        known = "none kept: this folder was written before they were"
+    checked.append(("hashes", known))
     facts(f"Verified {verified.folder}", checked)
+    if verified.tensors_hashed is None and verified.expert_sparsity is None:
+        hint("What the weights hold is not known; only headers were checked.")
     if verified.expert_sparsity is None:
         hint("Pass --source CKPT to compare the weights too.")
