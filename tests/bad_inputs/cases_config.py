@@ -77,7 +77,7 @@ CASES = [
     values(("per_layer_config", "'-1'"), per_layer_config={"-1": {}}),
     values(("per_layer_config", "'1'"), per_layer_config={"1": [3]}),
     values(("num_local_experts",), per_layer_config={"1": {"num_local_experts": -1}}),
-    values(("no layer has experts",), per_layer_config={
+    values(("layer 0", "expert 0", "no experts"), per_layer_config={
         "0": {"num_local_experts": 0}, "1": {"num_local_experts": 0}
     }),
     values(("layer_types", "1", "2"), layer_types=["full_attention"]),

@@ -30,7 +30,6 @@ from vllm_moe_prune.checkpoint.reader import read_expert, read_weight
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.cut.verify import verify
-from vllm_moe_prune.errors import PlanError
 from vllm_moe_prune.kernels.quantized import Form, dequantize, pack
 from vllm_moe_prune.recipes.loading import load_recipe, with_overrides
 from vllm_moe_prune.recipes.schema import Calibration
@@ -344,10 +343,19 @@ def test_layers_named_in_the_config_keep_their_meaning(tmp_path: Path) -> None:
     quantized(whole, tmp_path / "out", UNEVEN, {})
     found = read_json(tmp_path / "out" / "config.json")["quantization_config"]
     assert found["ignore"] == ignored[:4]
-    config["quantization_config"]["ignore"] = ["re:model.layers.3.*"]
-    path.write_text(json.dumps(config))
-    with pytest.raises(PlanError, match=r"names layers by number"):
-        quantized(open_checkpoint(tmp_path / "whole"), tmp_path / "no", UNEVEN, {})
+    # Layer 3 is layer 2 now; a pattern that no other number can be written into
+    # becomes the list of what it meant.
+    for pattern, expected in (
+        (r"re:model\.layers\.3\..*", [r"re:model\.layers\.2\..*"]),
+        (r"re:.*\.[13]\.self_attn.q_proj", [*ignored[2:4]]),
+    ):
+        config["quantization_config"]["ignore"] = [pattern]
+        path.write_text(json.dumps(config))
+        out = tmp_path / f"out-{len(expected)}"
+        quantized(open_checkpoint(tmp_path / "whole"), out, UNEVEN, {})
+        found = read_json(out / "config.json")["quantization_config"]
+        assert found["ignore"] == expected
+        verify(out, open_checkpoint(tmp_path / "whole"))
 
 
 def test_the_config_is_what_the_library_reads_and_leaves_the_rest_alone(

@@ -64,4 +64,5 @@ ARCH = MoeArch(
     hf_layer="transformers.models.mixtral.modeling_mixtral:MixtralDecoderLayer",
     hf_rotary="transformers.models.mixtral.modeling_mixtral:MixtralRotaryEmbedding",
     hf_norm="transformers.models.mixtral.modeling_mixtral:MixtralRMSNorm",
+    vllm_names=((".mlp.", ".block_sparse_moe."),),
 )

@@ -319,6 +319,8 @@ class MoeArch:
     head: str = "lm_head.weight"
     stock_vllm: bool = True
     """Whether unmodified vLLM has the family."""
+    vllm_names: tuple[tuple[str, str], ...] = ()
+    """Parts of names that vLLM spells differently, and how."""
 
     def layer_of(self, name: str) -> int | None:
         """The decoder layer a tensor belongs to, or None for embeddings and head."""

@@ -22,8 +22,8 @@ from ..kernels.bitmask import DTYPES as DTYPES
 from ..kernels.bitmask import Bitmask, check, check_shapes, unpack
 from ..recipes.schema import Strict, first_problem
 from .index import ITEM_BYTES, TensorInfo, read_bytes
+from .module_names import CONFIG_KEY
 
-CONFIG_KEY = "quantization_config"
 METHOD: Literal["moe_prune"] = "moe_prune"
 FORMAT_VERSION: Literal[1] = 1
 PARTS = ("mask", "values", "offsets")

@@ -19,8 +19,8 @@ from ..errors import CheckpointError
 from ..kernels.quantized import PLAIN
 from ..recipes.schema import first_problem
 from .index import ITEM_BYTES, TensorInfo
+from .module_names import CONFIG_KEY
 from .quantized_tensors import (
-    CONFIG_KEY,
     FLOATS,
     TYPES,
     PartedTensor,

@@ -8,6 +8,7 @@ from ..archs.spec import Layout, MoeArch, RouterRule, TensorRule
 from ..errors import CheckpointError, RemapError
 from .block_fp8 import DTYPE, ScaleBlocks
 from .config_values import FLOATS, positive
+from .expert_tensors import ExpertTensors
 from .index import TensorInfo
 from .remap import ExpertRemap, RemapLayer, check_against_shapes
 
@@ -44,8 +45,7 @@ class LayerReader:
     arch: MoeArch
     layout: Layout
     tensors: dict[str, TensorInfo]
-    held: dict[tuple[int, str], set[int]]
-    """Expert ids per (layer, role) as the tensor names tell."""
+    experts: ExpertTensors
     remap: ExpertRemap | None
     rule: RouterRule
     blocks: ScaleBlocks | None
@@ -66,9 +66,11 @@ class LayerReader:
         top_k = positive(view, keys.top_k, where)
         width = positive(view, keys.width, where)
         self._check_beside(index, view)
-        if experts == 0 or dense:
+        has_moe = experts > 0 and not dense
+        if not has_moe:
             if dense:
                 self._check_dense(index)
+            self.experts.check(index, 0, keys.experts, str(self.folder))
             dropped = entry is not None and entry.moe_dropped
             norm_only = entry is not None and entry.norm_kept
             return Layer(
@@ -170,20 +172,17 @@ class LayerReader:
         return rows or 0
 
     def _check_experts(self, index: int, view: dict[str, Any], experts: int) -> None:
+        key = self.arch.config.experts
+        self.experts.check(index, experts, key, str(self.folder))
         for rule in self.layout.experts:
             if rule.per_expert:
-                found = self.held.get((index, rule.role), set())
+                found = self.experts.held.get((index, rule.role), set())
                 if missing := sorted(set(range(experts)) - found):
                     name = rule.name(index, missing[0])
                     raise CheckpointError(
                         f"{self.folder}: layer {index}: config.json says {experts} "
                         f"experts, but {name!r} is missing ({len(missing)} such "
                         "tensors)."
-                    )
-                if extra := sorted(found - set(range(experts))):
-                    raise CheckpointError(
-                        f"{self.folder}: layer {index}: expert {extra[0]} found, but "
-                        f"config.json says {self.arch.config.experts} is {experts}."
                     )
             self._check_shapes(rule, index, experts, view)
 

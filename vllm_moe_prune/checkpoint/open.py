@@ -16,6 +16,7 @@ from ..kernels.quantized import Form
 from .block_fp8 import SUFFIX, ScaleBlocks, check_scales, read_blocks
 from .compressed import Storage, dense_view
 from .config_values import check_dense, check_pattern, positive, router_rule
+from .expert_tensors import ExpertTensors, Extra, expert_tensors
 from .gptq_awq import AutoForm, fold_auto, read_auto_form
 from .index import TensorInfo, fingerprint
 from .layer import Layer, LayerReader
@@ -69,6 +70,8 @@ class Checkpoint:
     and ``config`` says what the files do."""
     parts: dict[str, TensorInfo] = field(default_factory=dict)
     """What quantized weights are stored in, by name."""
+    experts: ExpertTensors = field(default_factory=ExpertTensors)
+    """Which tensors are of which expert."""
 
     @property
     def decoder_layers(self) -> list[Layer]:
@@ -128,12 +131,11 @@ class Checkpoint:
 
     def is_scale(self, name: str) -> bool:
         """Whether there is a tensor of this name that holds the scales of another."""
-        return (
-            self.blocks is not None
-            and name.endswith(SUFFIX)
-            and name in self.tensors
-            and name.removesuffix(SUFFIX) in self.tensors
-        )
+        return _is_scale(name, self.tensors, self.blocks is not None)
+
+    def extras(self, layer: Layer) -> list[Extra]:
+        """What every expert of a layer has beside its matrices."""
+        return sorted(self.experts.extras.get(layer.index, {}))
 
     def expert_names(self, layer: Layer) -> list[str]:
         """Names of every expert tensor of a layer."""
@@ -154,6 +156,15 @@ class Checkpoint:
         for name in self.tensors:
             found.setdefault(self.arch.layer_of(name), []).append(name)
         return found
+
+
+def _is_scale(name: str, tensors: dict[str, TensorInfo], scaled: bool) -> bool:
+    return (
+        scaled
+        and name.endswith(SUFFIX)
+        and name in tensors
+        and name.removesuffix(SUFFIX) in tensors
+    )
 
 
 def build_checkpoint(
@@ -205,13 +216,16 @@ def build_checkpoint(
         check_scales(tensors, blocks)
     layout = _find_layout(arch, tensors, total, folder)
     rule = router_rule(arch, config, where)
-    held = _held_experts(layout, tensors, folder)
+    scales = frozenset(
+        name for name in tensors if _is_scale(name, tensors, blocks is not None)
+    )
+    experts = expert_tensors(arch, layout, tensors, scales)
     reader = LayerReader(
         folder=folder,
         arch=arch,
         layout=layout,
         tensors=tensors,
-        held=held,
+        experts=experts,
         remap=remap,
         rule=rule,
         blocks=blocks,
@@ -248,6 +262,7 @@ def build_checkpoint(
         storage=storage,
         form=form,
         parts=parts,
+        experts=experts,
     )
 
 
@@ -379,17 +394,3 @@ def _find_layout(
         f"{folder}: no router and experts found under the names of a "
         f"{arch.model_type} checkpoint (tried {tried})."
     )
-
-
-def _held_experts(
-    layout: Layout, tensors: dict[str, TensorInfo], folder: Path
-) -> dict[tuple[int, str], set[int]]:
-    """Expert ids per (layer, role) as the tensor names tell, for per-expert layouts."""
-    held: dict[tuple[int, str], set[int]] = {}
-    patterns = [(rule.role, rule.pattern) for rule in layout.experts if rule.per_expert]
-    for name in tensors:
-        for role, pattern in patterns:
-            if match := pattern.match(name):
-                key = int(match["layer"]), role
-                held.setdefault(key, set()).add(int(match["expert"]))
-    return held

@@ -29,8 +29,8 @@ from ..kernels.quantized import (
     unpack,
 )
 from .index import ITEM_BYTES, TensorInfo, read_bytes
+from .module_names import CONFIG_KEY
 
-CONFIG_KEY = "quantization_config"
 METHOD = "compressed-tensors"
 SUPPORTED = (
     "int4 in groups or rows (pack-quantized), int8 in rows (int-quantized), and fp8 in "
@@ -264,15 +264,26 @@ def fold_parts(
     Raises:
         CheckpointError: A part belongs to nothing.
     """
+    matrices = {
+        name: fold(name.rpartition(".")[0], info)
+        for name, info in tensors.items()
+        if name.rpartition(".")[2] == first
+    }
+    taken = {
+        stored.name
+        for info in matrices.values()
+        if isinstance(info, PartedTensor)
+        for stored in info.parts.values()
+    }
     folded: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         base, _, part = name.rpartition(".")
-        if part == first:
-            folded[f"{base}.{PLAIN}"] = fold(base, info)
-        elif part not in parts:
-            folded[name] = info
-        elif f"{base}.{first}" not in tensors:
+        if name in matrices:
+            folded[f"{base}.{PLAIN}"] = matrices[name]
+        elif part in parts and f"{base}.{first}" not in tensors:
             raise CheckpointError(f"{info.file}: {name!r} belongs to no weight.")
+        elif name not in taken:
+            folded[name] = info
     return folded
 
 

@@ -4,8 +4,8 @@ import copy
 import hashlib
 from typing import Any
 
+from ..checkpoint.module_names import CONFIG_KEY
 from ..checkpoint.open import MTP_OVERRIDES, OVERRIDES, Checkpoint
-from ..checkpoint.quantized_tensors import CONFIG_KEY
 from ..checkpoint.remap import (
     CONFIG_BLOCK,
     FILE_NAME,
@@ -67,7 +67,7 @@ def pruned_config(
     ]
     if plan.is_quantized:
         config[CONFIG_KEY] = quantization_config(checkpoint, plan)
-    elif checkpoint.form is not None:
+    elif isinstance(config.get(CONFIG_KEY), dict):
         config[CONFIG_KEY] = renumbered(checkpoint, plan)
     config[CONFIG_BLOCK] = {
         "format_version": FORMAT_VERSION,

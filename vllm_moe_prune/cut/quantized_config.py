@@ -3,10 +3,10 @@
 import re
 from typing import Any
 
+from ..checkpoint.module_names import PATTERN
 from ..checkpoint.open import Checkpoint
 from ..decide.cut_plan import CutPlan
 from ..decide.quantize import form_of
-from .renumbered_config import PATTERN
 from .slice import output_tensors
 
 

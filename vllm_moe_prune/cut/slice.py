@@ -148,6 +148,11 @@ def _layer_tensors(cut: LayerCut, names: list[str]) -> Iterator[OutputTensor]:
     routed = {rule.name(layer.index) for rule in layout.router_parts}
     routed |= {*checkpoint.expert_names(layer)}
     routed |= {name + SUFFIX for name in routed if checkpoint.is_scale(name + SUFFIX)}
+    routed |= {
+        cut.old_prefix + extra.name(expert)
+        for extra in checkpoint.extras(layer)
+        for expert in range(layer.num_experts)
+    }
     dropped = layer_plan.drops_moe
     dense = slimmed_dense(cut)
     scales = cut.plan.quantize.method == "awq" and layer.has_moe and not dropped
@@ -237,6 +242,10 @@ def _experts(cut: LayerCut) -> Iterator[OutputTensor]:
                 if checkpoint.is_scale(scale):
                     name = rule.name(new_index, new) + SUFFIX
                     yield _copy(checkpoint.tensors[scale], name, index)
+        for extra in checkpoint.extras(cut.layer):
+            old = cut.old_prefix + extra.name(members[0][0])
+            name = cut.new_prefix + extra.name(new)
+            yield from _copies(checkpoint.tensors[old], name, index)
     for rule in rules:
         if not rule.per_expert:
             name = rule.name(index)

@@ -1,10 +1,11 @@
 """What a cut refuses: plans that its input could not survive as they mean it."""
 
-from ..checkpoint.open import Checkpoint
+from ..archs.spec import MOE_NORM
+from ..checkpoint.expert_tensors import EXPERT
+from ..checkpoint.open import Checkpoint, Layer
 from ..decide.cut_plan import CutPlan
 from ..decide.quantize import form_of
 from ..errors import PlanError
-from .renumbered_config import renumbered
 
 
 def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
@@ -24,10 +25,12 @@ def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
         _check_fp8(plan)
     if checkpoint.form is not None:
         _check_means(plan, "quantized")
-        renumbered(checkpoint, plan)
     check_stored(checkpoint, zeros=plan.is_slimmed, quantizes=plan.is_quantized)
     if plan.is_quantized:
         _check_form(checkpoint, plan)
+    for layer in checkpoint.moe_layers:
+        _check_unknown(checkpoint, layer, plan)
+    _check_beside(checkpoint, plan)
     for layer in checkpoint.layers:
         if layer.redirect not in (None, tuple(range(layer.num_experts))):
             raise PlanError(
@@ -88,6 +91,59 @@ def _check_means(plan: CutPlan, kind: str) -> None:
                 f"layer {layer_plan.layer}: reconstruct averages experts, which {kind} "
                 "weights do not survive exactly. Set experts.reconstruct: never, or "
                 "start from bf16 weights."
+            )
+
+
+def _check_unknown(checkpoint: Checkpoint, layer: Layer, plan: CutPlan) -> None:
+    """Refuse changes to experts that tensors unknown to the table would not follow."""
+    layer_plan, arch = plan.layers[layer.index], checkpoint.arch
+    if not layer_plan.keep:
+        return
+    if extras := checkpoint.extras(layer):
+        what = f"{checkpoint.folder}: layer {layer.index}: {extras[0].name(0)!r}"
+        if layer_plan.reconstruct and any(
+            len(cluster) > 1 for cluster in layer_plan.clusters or ()
+        ):
+            raise PlanError(
+                f"{what} is not known of this family, so experts with it cannot be "
+                "averaged. Set experts.reconstruct: never."
+            )
+        if plan.is_quantized:
+            raise PlanError(
+                f"{what} is not known of this family, so experts with it cannot be "
+                "quantized. Set quantize.method: none, or save the model without it."
+            )
+    if layer_plan.keep == tuple(range(layer.num_experts)):
+        return
+    prefix = arch.layer_prefix.format(layer=layer.index)
+    beside = [part.prefix for part in (arch.shared,) if part is not None]
+    known = tuple(prefix + part for part in (*beside, f"{MOE_NORM}."))
+    routed = {rule.name(layer.index) for rule in checkpoint.layout.rules}
+    for name in checkpoint.layer_names(layer.index):
+        if (
+            arch.is_moe_member(name, layer.index)
+            and not name.startswith(known)
+            and name not in routed
+            and not EXPERT.match(name)
+        ):
+            raise PlanError(
+                f"{checkpoint.folder}: {name!r} is not known of this family and may "
+                f"name experts, of which layer {layer.index} loses some or whose order "
+                "changes. Keep all experts of the layer in their order, or save the "
+                "model without it."
+            )
+
+
+def _check_beside(checkpoint: Checkpoint, plan: CutPlan) -> None:
+    """Refuse to drop blocks where other names than those of layers may count them."""
+    if all(layer.action != "drop-block" for layer in plan.layers):
+        return
+    for name in checkpoint.layer_names(None):
+        if any(part.isdecimal() for part in name.split(".")):
+            raise PlanError(
+                f"{checkpoint.folder}: {name!r} is not known of this family and may "
+                "count layers, of which the plan drops some. Drop no blocks, or save "
+                "the model without it."
             )
 
 

@@ -46,7 +46,7 @@ from .moe_parts import connect_rows, count_experts, row_table
 from .routing import route_rows
 
 # vLLM reads the Hub's per-expert names; these add the other spellings of the table.
-MAPPER = WeightsMapper(orig_to_new_substr={".mlp.": ".block_sparse_moe."})
+MAPPER = WeightsMapper(orig_to_new_substr=dict(ARCH.vllm_names))
 
 
 class MoePruneMixtralMoE(MixtralMoE):

@@ -21,7 +21,8 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.platforms import current_platform
 
-from ...checkpoint.quantized_tensors import CONFIG_KEY, read_form
+from ...checkpoint.module_names import CONFIG_KEY
+from ...checkpoint.quantized_tensors import read_form
 from ...errors import ServeError
 from ..compat import chosen_experts
 from . import integer_moe

@@ -28,7 +28,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from ...checkpoint.block_fp8 import SUFFIX, ScaleBlocks, read_blocks
-from ...checkpoint.compressed import CONFIG_KEY, METHOD, PARTS, parse_storage
+from ...checkpoint.compressed import METHOD, PARTS, parse_storage
+from ...checkpoint.module_names import CONFIG_KEY
 from ...errors import ServeError
 from ...kernels.blocks import Blocks, decode
 from ..compat import chosen_experts
