@@ -28,7 +28,7 @@ from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
     fused_experts_cpu,
 )
 
-from vllm_moe_prune.kernels import blocks, cpu_library
+from vllm_moe_prune.kernels import blocks, cpu_encode, cpu_library
 from vllm_moe_prune.kernels.blocks import FP8, Blocks
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256)
@@ -103,7 +103,7 @@ def ours(weights: Tensor, scales: Tensor, count: int) -> Blocks:
     wide = scales.repeat_interleave(rows, 1).repeat_interleave(cols, 2)
     return blocks.join(
         [
-            cpu_library.encode(list(weight.chunk(count)), list(scale.chunk(count)))
+            cpu_encode.encode(list(weight.chunk(count)), list(scale.chunk(count)))
             for weight, scale in zip(weights, wide, strict=True)
         ]
     )

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
-from vllm_moe_prune.kernels import cpu_library
+from vllm_moe_prune.kernels import cpu_encode, cpu_library
 from vllm_moe_prune.kernels.blocks import Blocks, join
 
 
@@ -176,8 +176,8 @@ def build(
     for expert in range(shape.experts):
         w13[expert] = matrix(2 * shape.width, shape.hidden, zeros)
         w2[expert] = matrix(shape.hidden, shape.width, zeros)
-        ups.append(cpu_library.encode(w13[expert].chunk(2)))
-        downs.append(cpu_library.encode([w2[expert]]))
+        ups.append(cpu_encode.encode(w13[expert].chunk(2)))
+        downs.append(cpu_encode.encode([w2[expert]]))
     dense: dict[str, Call] = {}
     if zen := zentorch():
         dense["zentorch"] = lambda x, weights, ids: zen(x, w13, w2, weights, ids)

@@ -36,6 +36,14 @@ struct MoePruneLayer {
 int32_t moe_prune_level();
 void moe_prune_encode(const void* const*, int64_t, int64_t, int64_t, int32_t, uint32_t*,
                       int64_t*, void*);
+struct MoePruneStored {
+  const uint8_t* mask;
+  const void* values;
+  const int64_t* starts;
+  int64_t cols, first_row, first_col;
+};
+void moe_prune_encode_stored(const MoePruneStored*, int64_t, int64_t, int64_t, int32_t,
+                             uint32_t*, int64_t*, void*);
 void moe_prune_run(const MoePruneLayer*);
 }
 
@@ -96,12 +104,54 @@ struct Encoded {
     moe_prune_encode(pointers.data(), n, rows, cols, sizeof(T), more.data(),
                      begins.data(), found.data());
     if (begins[blocks] != stored) std::abort();
+    if (cols % 8 == 0) same_from_stored(sources, rows, cols, more, begins, found);
     for (int64_t i = 0; i < blocks * round_up(cols, STEP) / STEP; ++i)
       scales.push_back(0.2f + 0.1f * static_cast<float>(below(4)));
     for (int64_t& begin : begins) begin += static_cast<int64_t>(values.size());
     masks.insert(masks.end(), more.begin(), more.end());
     starts.insert(starts.end(), begins.begin(), begins.end());
     values.insert(values.end(), found.begin(), found.end());
+  }
+
+  // Matrices stored without their zeros, as the middle of larger ones: the same blocks.
+  static void same_from_stored(const std::vector<std::vector<T>>& sources, int64_t rows,
+                               int64_t cols, const std::vector<uint32_t>& masks,
+                               const std::vector<int64_t>& begins,
+                               const std::vector<T>& values) {
+    static const T zero = of<T>(0.0f), other = of<T>(1.0f);
+    const int64_t row = below(3), col = 8 * below(3), wide = cols + col + 8 * below(2);
+    std::vector<std::vector<uint8_t>> bits;
+    std::vector<std::vector<T>> kept;
+    std::vector<std::vector<int64_t>> starts;
+    std::vector<MoePruneStored> stored;
+    for (auto& source : sources) {
+      bits.emplace_back((row + rows) * wide / 8);
+      kept.emplace_back();
+      starts.emplace_back(1, 0);
+      for (int64_t r = 0; r < row + rows; ++r) {
+        for (int64_t c = 0; c < wide; ++c) {
+          bool inside = r >= row && c >= col && c < col + cols;
+          T value = inside ? source[(r - row) * cols + c - col] : other;
+          // Fixed rates store some zeros, too.
+          bool store = std::memcmp(&value, &zero, sizeof value) != 0 || rng() % 8 == 0;
+          if (!store) continue;
+          bits.back()[(r * wide + c) / 8] |= static_cast<uint8_t>(1 << c % 8);
+          kept.back().push_back(value);
+        }
+        starts.back().push_back(static_cast<int64_t>(kept.back().size()));
+      }
+      kept.back().shrink_to_fit();
+    }
+    for (size_t i = 0; i < sources.size(); ++i)
+      stored.push_back({bits[i].data(), kept[i].data(), starts[i].data(), wide, row, col});
+    std::vector<uint32_t> more(masks.size());
+    std::vector<int64_t> counts(begins.size());
+    std::vector<T> found(values.size());
+    moe_prune_encode_stored(stored.data(), static_cast<int64_t>(stored.size()), rows, cols,
+                            sizeof(T), more.data(), counts.data(), found.data());
+    const size_t bytes = found.size() * sizeof(T);
+    const bool same = bytes == 0 || std::memcmp(found.data(), values.data(), bytes) == 0;
+    if (more != masks || counts != begins || !same) std::abort();
   }
 
   void finish() {

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_moe_prune.kernels import blocks, cpu_library
+from vllm_moe_prune.kernels import blocks, cpu_encode, cpu_library
 from vllm_moe_prune.kernels.bitmask import pack
 from vllm_moe_prune.kernels.blocks import Blocks
 from vllm_moe_prune.kernels.cpu_library import COUNTS, Borders, fastest
@@ -105,8 +105,8 @@ def as_fp8(matrix_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def encoded(experts: list[Matrices]) -> tuple[Blocks, Blocks]:
     return (
-        blocks.join([cpu_library.encode([gate, up]) for gate, up, _ in experts]),
-        blocks.join([cpu_library.encode([down]) for *_, down in experts]),
+        blocks.join([cpu_encode.encode([gate, up]) for gate, up, _ in experts]),
+        blocks.join([cpu_encode.encode([down]) for *_, down in experts]),
     )
 
 
@@ -202,7 +202,7 @@ def test_fp8_weights_are_multiplied_by_their_scales(
     )
     made = [tuple(as_fp8(matrix) for matrix in expert) for expert in given_.experts]
     given_.experts[:] = [(gate[2], up[2], down[2]) for gate, up, down in made]
-    for encode in (blocks.encode, cpu_library.encode):
+    for encode in (blocks.encode, cpu_encode.encode):
         w13 = blocks.join(
             [encode([gate[0], up[0]], [gate[1], up[1]]) for gate, up, _ in made]
         )
@@ -229,8 +229,8 @@ def test_every_fp8_pattern_is_what_pytorch_says_it_is() -> None:
         if number:
             up[7, 0] = nans[number - 1]
         gates, ups, downs = (part.view(blocks.FP8) for part in (gate, up, down))
-        w13 = cpu_library.encode([gates, ups], [ones, halves])
-        w2 = cpu_library.encode([downs], [ones])
+        w13 = cpu_encode.encode([gates, ups], [ones, halves])
+        w2 = cpu_encode.encode([downs], [ones])
         expected_D = (32 * 0.5 * ups[:, 0].float()).bfloat16()
         for name, how in ways():
             for count in (1, 13, 40):
@@ -268,7 +268,7 @@ def test_native_encoding_is_the_definition_to_the_bit(dtype: torch.dtype) -> Non
         gate_FD, up_FD, down_DF = given_.experts[0]
         gate_FD[0, 0], up_FD[0, 1] = -0.0, float("nan")
         for sources in ([gate_FD, up_FD], [down_DF]):
-            native, plain = cpu_library.encode(sources), blocks.encode(sources)
+            native, plain = cpu_encode.encode(sources), blocks.encode(sources)
             assert torch.equal(native.masks_EBS, plain.masks_EBS)
             assert torch.equal(native.starts_EB1, plain.starts_EB1)
             integer = blocks.BITS[dtype.itemsize]
@@ -293,19 +293,52 @@ def test_native_unpacking_gives_back_every_bit(
 ) -> None:
     matrix_RC = torch.randn(rows, cols).to(dtype)
     matrix_RC[torch.rand(rows, cols) < sparsity] = 0
-    found = cpu_library.unpack_matrix(pack(matrix_RC))
+    found = cpu_encode.unpack_matrix(pack(matrix_RC))
     assert torch.equal(found, matrix_RC)
     fixed = matrix_RC.clone()
     fixed.view(-1, 4)[:, 1:3] = 0
-    assert torch.equal(cpu_library.unpack_matrix(pack(fixed, (2, 4))), fixed)
+    assert torch.equal(cpu_encode.unpack_matrix(pack(fixed, (2, 4))), fixed)
+
+
+@given(
+    rows=st.integers(1, 40),
+    cols=st.sampled_from([8, 40, 96]),
+    first=st.tuples(st.integers(0, 3), st.sampled_from([0, 8, 16])),
+    sparsity=st.sampled_from([0.0, 0.5, 1.0]),
+    dtype=TYPES,
+    fixed=st.booleans(),
+)
+def test_stored_matrices_become_the_blocks_of_the_dense_ones(
+    rows: int,
+    cols: int,
+    first: tuple[int, int],
+    sparsity: float,
+    dtype: torch.dtype,
+    fixed: bool,
+) -> None:
+    row, col = first
+    whole = [torch.randn(rows + row + 1, cols + col + 8).to(dtype) for _ in range(2)]
+    for matrix_RC in whole:
+        matrix_RC[torch.rand(matrix_RC.shape) < sparsity] = 0
+        if fixed:
+            matrix_RC.view(-1, 4)[:, 1:3] = 0
+    stored = [pack(one, (2, 4) if fixed else None) for one in whole]
+    dense = [one[row : row + rows, col : col + cols].contiguous() for one in whole]
+    found = cpu_encode.encode_stored(stored, first, (rows, cols))
+    expected = blocks.encode(dense)
+    assert torch.equal(found.masks_EBS, expected.masks_EBS)
+    assert torch.equal(found.starts_EB1, expected.starts_EB1)
+    assert torch.equal(
+        found.values.view(torch.uint8), expected.values.view(torch.uint8)
+    )
 
 
 def test_elements_of_unknown_size_never_reach_native_code() -> None:
     packed = pack(torch.eye(8))
     with pytest.raises(AssertionError):
-        cpu_library.unpack_matrix(replace(packed, values=packed.values.double()))
+        cpu_encode.unpack_matrix(replace(packed, values=packed.values.double()))
     with pytest.raises(AssertionError):
-        cpu_library.encode([torch.eye(8).double()])
+        cpu_encode.encode([torch.eye(8).double()])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -6,7 +6,6 @@ Everything is checked here, in Python: the library trusts its arguments.
 import ctypes
 import logging
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -19,8 +18,7 @@ import torch
 from torch import Tensor
 
 from . import blocks, int_blocks
-from .bitmask import Bitmask, unpack
-from .blocks import BLOCK, FP8, PAIR, STEP, TAIL, Blocks, round_up
+from .blocks import BLOCK, FP8, PAIR, STEP, Blocks, round_up
 from .int_blocks import IntBlocks, Integers
 
 log = logging.getLogger(__name__)
@@ -108,68 +106,6 @@ def level() -> int:
             LEVELS[best],
         )
     return best
-
-
-def unpack_matrix(packed: Bitmask) -> Tensor:
-    """Like ``bitmask.unpack``, in native code; ``packed`` has passed ``check``."""
-    found = library()
-    if found is None:
-        return unpack(packed)
-    rows, cols = packed.shape
-    values = packed.values.contiguous()
-    assert values.element_size() in blocks.BITS
-    mask_RB, starts_R1 = packed.mask_RB.contiguous(), packed.starts_R1.contiguous()
-    dense_RC = torch.empty(rows, cols, dtype=values.dtype)
-    found.moe_prune_unpack(
-        ctypes.c_void_p(mask_RB.data_ptr()),
-        ctypes.c_void_p(values.data_ptr()),
-        ctypes.c_void_p(starts_R1.data_ptr()),
-        ctypes.c_int64(rows),
-        ctypes.c_int64(cols),
-        ctypes.c_int32(values.element_size()),
-        ctypes.c_void_p(dense_RC.data_ptr()),
-    )
-    return dense_RC
-
-
-def encode(sources: Sequence[Tensor], scales: Sequence[Tensor] | None = None) -> Blocks:
-    """Like ``blocks.encode``, in native code."""
-    found = library()
-    if found is None:
-        return blocks.encode(sources, scales)
-    sources = [source.contiguous() for source in sources]
-    outputs, inputs = sources[0].shape
-    assert all(
-        source.shape == (outputs, inputs) and source.dtype == sources[0].dtype
-        for source in sources
-    )
-    count = round_up(len(sources) * (round_up(outputs, BLOCK) // BLOCK), 2)
-    masks_BS = torch.empty(count, round_up(inputs, STEP) // 2, dtype=torch.int32)
-    starts_B1 = torch.empty(count + 1, dtype=torch.int64)
-    size = sources[0].element_size()
-    assert size in blocks.BITS
-    stored = sum(
-        int(torch.count_nonzero(source.view(blocks.BITS[size]))) for source in sources
-    )
-    values = torch.empty(stored + TAIL, dtype=blocks.BITS[size])
-    values[stored:] = 0
-    pointers = (ctypes.c_void_p * len(sources))(*(s.data_ptr() for s in sources))
-    found.moe_prune_encode(
-        pointers,
-        ctypes.c_int64(len(sources)),
-        ctypes.c_int64(outputs),
-        ctypes.c_int64(inputs),
-        ctypes.c_int32(size),
-        ctypes.c_void_p(masks_BS.data_ptr()),
-        ctypes.c_void_p(starts_B1.data_ptr()),
-        ctypes.c_void_p(values.data_ptr()),
-    )
-    return Blocks(
-        masks_BS[None],
-        starts_B1[None],
-        values.view(sources[0].dtype),
-        None if scales is None else blocks.alternate(scales)[None],
-    )
 
 
 def fused_moe(

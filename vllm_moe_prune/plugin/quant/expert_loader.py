@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ...checkpoint.block_fp8 import SUFFIX, ScaleBlocks
 from ...errors import CheckpointError, ServeError
-from ...kernels import cpu_library
+from ...kernels import cpu_encode
 from ...kernels.bitmask import Bitmask, check
 from ...kernels.blocks import BLOCK, FP8, STEP, Blocks, join
 from ..load.packed import is_complete
 from .expert_loader_base import ExpertLoaderBase
 
+Matrix = Tensor | Bitmask
 KINDS = {"w1": "w13", "w3": "w13", "w2": "w2"}
 """vLLM's gate, up and down, and which of them are encoded together."""
 
@@ -61,7 +62,7 @@ class ExpertLoader(ExpertLoaderBase):
                 f"{scaled.cols} weights cannot be split into parts {width} wide; the "
                 f"sizes must divide by {BLOCK}, {STEP} and {STEP}. Use fewer ranks."
             )
-        self._dense: dict[int, dict[str, Tensor]] = {}
+        self._held: dict[int, dict[str, Matrix]] = {}
         self._scales: dict[int, dict[str, Tensor]] = {}
         self._w13: dict[int, Blocks] = {}
         self._w2: dict[int, Blocks] = {}
@@ -96,25 +97,34 @@ class ExpertLoader(ExpertLoaderBase):
             del self._parts[local, shard_id]
             packed = Bitmask(parts["mask"], parts["values"], parts.get("offsets"))
             check(packed, self.whole_shape(shard_id), where)
-            self._add(local, shard_id, cpu_library.unpack_matrix(packed), name)
+            self._add(local, shard_id, packed, name)
 
-    def _add(self, local: int, shard_id: str, dense: Tensor, name: str) -> None:
+    def _add(self, local: int, shard_id: str, matrix: Matrix, name: str) -> None:
         expected = self.whole_shape(shard_id)
-        if tuple(dense.shape) != expected:
+        if tuple(matrix.shape) != expected:
             raise CheckpointError(
-                f"{name}: expert matrix {shard_id} has shape {list(dense.shape)}, "
+                f"{name}: expert matrix {shard_id} has shape {list(matrix.shape)}, "
                 f"expected {list(expected)}."
             )
-        if self._scaled is not None and dense.dtype != FP8:
+        stored = matrix.values if isinstance(matrix, Bitmask) else matrix
+        if self._scaled is not None and stored.dtype != FP8:
             raise CheckpointError(
-                f"{name}: expert matrix {shard_id} is {dense.dtype}; config.json "
+                f"{name}: expert matrix {shard_id} is {stored.dtype}; config.json "
                 f"says that weights are {FP8}."
             )
-        held = self._dense.setdefault(local, {})
-        held[shard_id] = self.own(shard_id, dense).to(device="cpu", dtype=self._dtype)
+        held = self._held.setdefault(local, {})
+        if isinstance(matrix, Bitmask) and stored.dtype == self._dtype:
+            held[shard_id] = matrix
+        else:
+            dense = matrix
+            if isinstance(dense, Bitmask):
+                dense = cpu_encode.unpack_matrix(dense)
+            own = self.own(shard_id, dense)
+            held[shard_id] = own.to(device="cpu", dtype=self._dtype)
         self._encode(local, KINDS[shard_id])
-        if shard_id in held:  # waits for another one; see above
-            held[shard_id] = held[shard_id].clone()
+        waiting = held.get(shard_id)
+        if isinstance(waiting, Tensor):  # for another one; see above
+            held[shard_id] = waiting.clone()
 
     def _grid(self, shard_id: str, scales: Tensor, name: str) -> Tensor:
         """The scale of each BLOCK outputs and STEP inputs, of this process."""
@@ -138,18 +148,38 @@ class ExpertLoader(ExpertLoaderBase):
     def _encode(self, local: int, kind: str) -> None:
         """Gate with up, or down, once everything of it is there."""
         shards = [shard for shard, each in KINDS.items() if each == kind]
-        held, scales = self._dense.get(local, {}), self._scales.get(local, {})
+        held, scales = self._held.get(local, {}), self._scales.get(local, {})
         scaled = self._scaled is not None
         if not all(s in held and (s in scales or not scaled) for s in shards):
             return
         found = self._w13 if kind == "w13" else self._w2
-        found[local] = cpu_library.encode(
+        found[local] = self._blocks(
+            shards[-1],
             [held.pop(shard) for shard in shards],
             [scales.pop(shard) for shard in shards] if scaled else None,
         )
         if len(found) == self._experts:
             self._joined[kind] = join([found[e] for e in range(self._experts)])
             found.clear()
+
+    def _blocks(
+        self, shard_id: str, matrices: list[Matrix], scales: list[Tensor] | None
+    ) -> Blocks:
+        """Of gate and up, or of down; straight from stored ones if all of them are."""
+        stored = [one for one in matrices if isinstance(one, Bitmask)]
+        if len(stored) == len(matrices):
+            start = self._parallel.tp_rank * self.width
+            down = shard_id == "w2"
+            first = (0, start) if down else (start, 0)
+            shape = (self.hidden, self.width) if down else (self.width, self.hidden)
+            return cpu_encode.encode_stored(stored, first, shape, scales)
+        dense = [
+            self.own(shard_id, cpu_encode.unpack_matrix(one))
+            if isinstance(one, Bitmask)
+            else one
+            for one in matrices
+        ]
+        return cpu_encode.encode(dense, scales)
 
     def finished(self) -> tuple[Blocks, Blocks]:
         """Gate with up, and down, of all experts of this process; asked for once.
