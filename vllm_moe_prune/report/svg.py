@@ -1,13 +1,16 @@
-"""The drawings of the page as inline SVG, colored by the page's style sheet.
+"""The numbers of the page's drawings; ``drawings.html`` makes inline SVG of them.
 
 Lengths across are shares of the width, so that text keeps its size on any screen.
-Everything that is not a number goes through ``Markup.format``, which escapes it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
 
 import numpy as np
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..calibrate.stats import Array
@@ -59,21 +62,8 @@ def heat_map(
     share_YX = (matrix_YX - scale.low) / ((scale.high - scale.low) or 1.0)
     share_YX = 0.04 + 0.96 * (1.0 - share_YX if near_is_low else share_YX)
     np.fill_diagonal(share_YX, 0.0)
-    rects = Markup("").join(
-        Markup('<rect class="cluster" x="{}" y="{}" width="{}" height="{}"/>').format(
-            *rect
-        )
-        for rect in outlined
-    )
-    return Markup(
-        '<svg class="map" viewBox="0 0 {size} {size}" role="img" aria-label="{label}">'
-        '<image href="{uri}" width="{size}" height="{size}"/>{rects}</svg>'
-    ).format(
-        size=len(matrix_YX),
-        label=label,
-        uri=data_uri(opacity_png(share_YX)),
-        rects=rects,
-    )
+    uri = data_uri(opacity_png(share_YX))
+    return _draw("heat_map", len(matrix_YX), label, uri, outlined)
 
 
 def cluster_map(layer: LayerNumbers, scale: Scale) -> Markup:
@@ -106,24 +96,15 @@ def merge_tree(layer: LayerNumbers, scale: Scale, threshold: float | None) -> Ma
             f"M{fork.left + 0.5:g} {y(fork.left_base)}V{y(fork.height)}"
             f"H{fork.right + 0.5:g}V{y(fork.right_base)}"
         )
-    line = Markup("")
-    if threshold is not None:
-        line = Markup(
-            '<line class="threshold" x1="0" x2="100%" y1="{0}" y2="{0}"/>'
-        ).format(y(threshold))
-    return Markup(
-        '<svg class="tree" height="{height}" role="img" aria-label="{label}">'
-        '<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" '
-        'width="100%" height="{height}"><path class="later" d="{later}"/>'
-        '<path class="within" d="{within}"/></svg>{line}</svg>'
-    ).format(
-        height=TREE_PX,
-        width=layer.experts,
-        label=f"Merge tree of layer {layer.layer}: {len(paths[True])} of "
+    return _draw(
+        "merge_tree",
+        TREE_PX,
+        layer.experts,
+        f"Merge tree of layer {layer.layer}: {len(paths[True])} of "
         f"{len(layer.merges)} merges carried out.",
-        later="".join(paths[False]),
-        within="".join(paths[True]),
-        line=line,
+        "".join(paths[False]),
+        "".join(paths[True]),
+        None if threshold is None else y(threshold),
     )
 
 
@@ -131,25 +112,11 @@ def leaves(layer: LayerNumbers) -> Markup:
     """Below a map: which experts stay (filled) and go (open), with their numbers."""
     order = leaf_order(layer.merges, layer.experts)
     kept = set(layer.keep)
-    labeled = layer.experts <= MOST_LABELS
-    marks = Markup("").join(
-        Markup('<circle class="{}" cx="{:.3f}%" cy="7" r="{}"/>{}').format(
-            "kept" if expert in kept else "gone",
-            100 * (at + 0.5) / layer.experts,
-            4 if labeled else 1.8,
-            Markup('<text x="{:.3f}%" y="25" class="{}">{}</text>').format(
-                100 * (at + 0.5) / layer.experts,
-                "id" if expert in kept else "id off",
-                expert,
-            )
-            if labeled
-            else "",
-        )
+    marks = [
+        (expert, expert in kept, 100 * (at + 0.5) / layer.experts)
         for at, expert in enumerate(order)
-    )
-    return Markup('<svg class="leaves" height="{}" aria-hidden="true">{}</svg>').format(
-        30 if labeled else 14, marks
-    )
+    ]
+    return _draw("leaves", marks, layer.experts <= MOST_LABELS)
 
 
 def strip(
@@ -159,22 +126,13 @@ def strip(
     kept = set(layer.keep)
     # Those that go are drawn last: there are fewer, and they are what one looks for.
     experts = sorted(range(layer.experts), key=lambda expert: expert not in kept)
-    dots = Markup("").join(
-        Markup(
-            '<circle class="{}" cx="{:.2f}%" cy="13" r="5"><title>{}</title></circle>'
-        ).format(
-            "kept" if expert in kept else "gone",
-            _inset(scale.share(float(value_E[expert]))),
-            f"expert {expert}: {value_E[expert]:.4g} {unit}, "
-            f"{'kept' if expert in kept else 'removed'}",
-        )
-        for expert in experts
-    )
-    return Markup(
-        '<svg class="strip" height="26" role="img" aria-label="{}">'
-        '<line class="rail" x1="0" x2="100%" y1="13" y2="13"/>'
-        '<line class="even" x1="{even:.2f}%" x2="{even:.2f}%" y1="2" y2="24"/>{}</svg>'
-    ).format(_said(layer, value_E, unit), dots, even=_inset(scale.share(even)))
+    dots = []
+    for expert in experts:
+        kind, fate = ("kept", "kept") if expert in kept else ("gone", "removed")
+        said = f"expert {expert}: {value_E[expert]:.4g} {unit}, {fate}"
+        dots.append((kind, _inset(scale.share(float(value_E[expert]))), 5, said))
+    said = _said(layer, value_E, unit)
+    return _draw("strip", said, dots, _inset(scale.share(even)))
 
 
 def _said(layer: LayerNumbers, value_E: Array, unit: str) -> str:
@@ -192,30 +150,31 @@ def _said(layer: LayerNumbers, value_E: Array, unit: str) -> str:
 def three_marks(values: Sequence[float | None], scale: Scale, label: str) -> Markup:
     """Before, trimmed, slimmed on one line."""
     kinds = ("before", "trimmed", "slimmed")
-    shown = [
-        (kind, _inset(scale.share(value)))
+    dots = [
+        (kind, _inset(scale.share(value)), 6 if kind == "before" else 4.5, None)
         for kind, value in zip(kinds, values, strict=True)
         if value is not None
     ]
-    marks = Markup("").join(
-        Markup('<circle class="{}" cx="{:.2f}%" cy="13" r="{}"/>').format(
-            kind, at, 6 if kind == "before" else 4.5
-        )
-        for kind, at in shown
-    )
-    return Markup(
-        '<svg class="strip" height="26" role="img" aria-label="{}">'
-        '<line class="rail" x1="0" x2="100%" y1="13" y2="13"/>{}</svg>'
-    ).format(label, marks)
+    return _draw("strip", label, dots, None)
 
 
 def one_mark(value: float, scale: Scale, label: str, kind: str = "kept") -> Markup:
     """A single dot on a line."""
-    return Markup(
-        '<svg class="strip" height="26" role="img" aria-label="{}">'
-        '<line class="rail" x1="0" x2="100%" y1="13" y2="13"/>'
-        '<circle class="{}" cx="{:.2f}%" cy="13" r="5"/></svg>'
-    ).format(label, kind, _inset(scale.share(value)))
+    return _draw("strip", label, [(kind, _inset(scale.share(value)), 5, None)], None)
+
+
+@cache
+def _drawings() -> Any:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    source = (resources.files(__package__) / "drawings.html").read_text("utf-8")
+    return environment.from_string(source).module
+
+
+def _draw(name: str, *values: object) -> Markup:
+    """A drawing of the template; every text in it is escaped."""
+    return Markup(getattr(_drawings(), name)(*values))
 
 
 def _inset(share: float) -> float:
