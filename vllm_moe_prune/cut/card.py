@@ -1,5 +1,6 @@
 """The model card of the output: front matter, what was removed, how to serve it."""
 
+from importlib import resources
 from typing import Any
 
 import yaml
@@ -17,7 +18,7 @@ def model_card(
     checkpoint: Checkpoint, plan: CutPlan, result: Achieved, architecture: str
 ) -> str:
     """README.md of the output."""
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
     name = checkpoint.origin.name
     fields: dict[str, Any] = {
@@ -28,72 +29,44 @@ def model_card(
     # base_model must be a Hub id; a local folder's name is none.
     if checkpoint.origin.revision is not None:
         fields["base_model"] = name
-    data = ModelCardData(**fields, **_inherited(checkpoint))
-    plugin = architecture == checkpoint.arch.pruned_architecture
-    if plugin:
-        needs = (
+    how = ""
+    if plan.is_quantized:
+        how = f"{plan.quantize.method.upper()}: {form_of(plan.quantize).words}"
+    template = resources.files(__package__) / "model_card.md"
+    card = ModelCard.from_template(
+        ModelCardData(**fields, **_inherited(checkpoint)),
+        template_str=template.read_text("utf-8"),
+        name=name,
+        recipe=plan.recipe.name,
+        done=result,
+        quantized=how,
+        fingerprint=plan.model.fingerprint[:16],
+        revision=plan.model.revision or "local",
+        serving=_serving(checkpoint, plan, architecture),
+    )
+    return f"{str(card).rstrip()}\n"
+
+
+def _serving(checkpoint: Checkpoint, plan: CutPlan, architecture: str) -> str:
+    """What a server needs to load the output."""
+    if architecture == checkpoint.arch.pruned_architecture:
+        return (
             "Its layers differ, so vLLM needs the plugin (`pip install "
             "vllm-moe-prune`), which it picks up by itself. Without the plugin loading "
             "fails on purpose."
         )
-    elif not checkpoint.arch.stock_vllm:
-        needs = (
+    if not checkpoint.arch.stock_vllm:
+        return (
             "vLLM has dropped this family; the plugin (`pip install vllm-moe-prune`) "
             "brings it back, and vLLM picks it up by itself."
         )
-    elif plan.is_quantized or checkpoint.form is not None:
-        needs = (
+    if plan.is_quantized or checkpoint.form is not None:
+        return (
             "Its layers are uniform: unmodified vLLM loads it where it has a kernel "
             "for experts so quantized. Elsewhere on CPUs the plugin (`pip install "
             "vllm-moe-prune`) dequantizes them while they load."
         )
-    else:
-        needs = "Its layers are uniform: unmodified vLLM and transformers load it."
-    quantized = ""
-    if plan.is_quantized:
-        how = f"{plan.quantize.method.upper()}: {form_of(plan.quantize).words}"
-        quantized = f"\nExperts are quantized by {how}."
-    rows = "\n".join(
-        f"| {layer.layer} | {layer.experts_before} | {layer.experts_after} "
-        f"| {layer.action} | {layer.sparsity:.1%} |"
-        for layer in result.layers
-    )
-    return f"""---
-{data.to_yaml()}
----
-
-# {name}, pruned with vllm-moe-prune
-
-Recipe `{plan.recipe.name}`: {result.expert_sparsity:.1%} of the expert parameters and
-{result.total_sparsity:.1%} of all parameters of `{name}` removed or zeroed
-({result.parameters_before:,} parameters before, {result.parameters_after:,} after,
-{result.zeros:,} of them zero).{quantized}
-Source fingerprint `{plan.model.fingerprint[:16]}`,
-revision `{plan.model.revision or "local"}`.
-
-## Serve
-
-{needs}
-
-```
-vllm serve <this folder>
-```
-
-## Made by
-
-```
-vllm-moe-prune cut {name} --plan plan.json -o <this folder>
-```
-
-`plan.json` holds every decision, `moe_prune.yaml` the recipe, `expert_remap.json` what
-became of every expert, `provenance.json` the calibration text's hash and the counts.
-
-## What was removed
-
-| layer | experts before | after | action | sparsity of its experts |
-|---|---|---|---|---|
-{rows}
-"""
+    return "Its layers are uniform: unmodified vLLM and transformers load it."
 
 
 def source_card(checkpoint: Checkpoint) -> str | None:
