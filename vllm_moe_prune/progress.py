@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .files.regular import read_bounded
+
 GIB, MIB = 2**30, 2**20
 
 
@@ -35,7 +37,7 @@ def peak_rss_bytes() -> int:
     """Of this process; ``ru_maxrss`` starts at what its parent had when it forked."""
     status = Path("/proc/self/status")
     if status.is_file():
-        for line in status.read_text().splitlines():
+        for line in read_bounded(status, MIB).decode().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

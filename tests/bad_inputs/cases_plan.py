@@ -80,7 +80,7 @@ PLANS = [
     plan("not text", ("not valid JSON",), holding(PLAN, b"\xff\xfe")),
     plan("nested", ("not valid JSON",), holding(PLAN, "[" * 10**5)),
     plan("a long number", ("not valid JSON",), holding(PLAN, "1" + "0" * 6000)),
-    plan("a list", ("dictionary",), holding(PLAN, "[]")),
+    plan("a list", ("JSON object",), holding(PLAN, "[]")),
     plan("empty", ("not valid JSON",), holding(PLAN, "")),
     plan("of another model", ("another model", "measure"), of_another_model),
     plan("of the future", ("format 2", "Install"), with_keys(PLAN, format_version=2)),
@@ -106,7 +106,7 @@ PLANS = [
     plan("a negative expert", ("layers.1.keep",), layer(keep=[0, -1])),
     plan("an expert of text", ("layers.1.keep",), layer(keep=["zero"])),
     plan("an expert as a fraction", ("layers.1.keep",), layer(keep=[0.5])),
-    plan("an expert of 400 digits", ("layer",), layer(keep=[10**400])),
+    plan("an expert of 400 digits", ("401 digits",), layer(keep=[10**400])),
     plan("keep a number", ("layers.1.keep",), layer(keep=3)),
     plan("an unknown action", ("action", "melt"), layer(action="melt")),
     plan("dropped, but keeps", ("layer 1", "drop-moe"), layer(action="drop-moe")),
@@ -121,8 +121,8 @@ PLANS = [
         plan(f"sparsity {value}", ("layers.1.sparsity",), layer(sparsity=value))
         for value in (1.0, -0.1, 1.5, "half", None, True)
     ),
-    plan("sparsity NaN", ("1.sparsity", "finite"), layer(sparsity=float("nan"))),
-    plan("sparsity infinite", ("1.sparsity", "finite"), layer(sparsity=float("inf"))),
+    plan("sparsity NaN", ("holds NaN",), layer(sparsity=float("nan"))),
+    plan("sparsity infinite", ("holds Infinity",), layer(sparsity=float("inf"))),
     plan("clusters too few", ("layer 1", "1 clusters"), layer(clusters=[[0, 1, 2, 3]])),
     plan("clusters leave one out", ("layer 1", "leave out"), layer(
         keep=[0, 1], clusters=[[0, 2], [1]]

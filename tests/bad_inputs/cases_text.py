@@ -160,7 +160,7 @@ OPTIONS = [
          ("'0'", "positive")),
     Case("run: shard size 0", f"{RUN} --shard-size 0", ("'0'", "positive")),
     Case("run: samples 0", f"{RUN} --samples 0", ("samples",)),
-    Case("run: samples huge", f"{RUN} --samples {10**15}", ("text.txt", "windows")),
+    Case("run: samples huge", f"{RUN} --samples {10**15}", ("samples", "16777216")),
     Case("run: sequence of 1", f"{RUN} --sequence-length 1", ("sequence_length",)),
     Case("run: seed of text", f"{RUN} --seed best", ("'--seed'", "run --help")),
     eval_flags("sequence of 1", "--sequence-length 1", "'--sequence-length'", "2"),

@@ -28,6 +28,7 @@ MAX_LINES = 400
 # Each unit (file or folder of the package) may import its own row and those below.
 ROWS = (
     {"errors"},
+    {"files"},
     {"progress", "recipes"},
     {"archs", "checkpoint", "configs", "kernels"},
     {"calibrate", "cut", "decide", "recover", "report", "slim"},

@@ -300,21 +300,21 @@ def test_a_redirecting_checkpoint_is_refused(checkpoint: Checkpoint) -> None:
 
 def test_boundaries_load_the_newest_that_is_not_too_new(tmp_path: Path) -> None:
     store = BoundaryStore(tmp_path / "work", "key", overhead=float("inf"))
-    assert store.load() is None
+    assert store.load((2, 3, 4)) is None
     hidden = {layer: torch.randn(2, 3, 4).bfloat16() for layer in (1, 2, 4)}
     for layer, hidden_STD in hidden.items():
         store.save(layer, hidden_STD)
     for limit, expected in ((None, 4), (3, 2), (2, 2), (1, 1)):
-        found = store.load(limit)
+        found = store.load((2, 3, 4), limit)
         assert found is not None
         assert found[0] == expected
         assert torch.equal(found[1], hidden[expected])
-    assert store.load(0) is None
+    assert store.load((2, 3, 4), 0) is None
     store.keep_from(3)
-    assert store.load(1) is None
-    assert store.load(3) is not None
+    assert store.load((2, 3, 4), 1) is None
+    assert store.load((2, 3, 4), 3) is not None
     store.keep_from(0)
-    assert store.load(3) is not None
+    assert store.load((2, 3, 4), 3) is not None
     store.clear()
     assert not store.folder.exists()
     store.clear()
@@ -339,7 +339,27 @@ def test_a_damaged_boundary_is_refused(tmp_path: Path, size: int) -> None:
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(OutputError, match="damaged"):
-        store.load()
+        store.load((1, 2, 200))
+
+
+@pytest.mark.parametrize(
+    ("hidden_STD", "says"),
+    [
+        (torch.ones(2, 2, 4), r"have shape \[2, 2, 4\], those of this run \[1, 2, 4\]"),
+        (torch.ones(1, 3, 4), "have shape"),
+        (torch.ones(1, 2), "have shape"),
+        (torch.full((1, 2, 4), float("nan")), "not finite"),
+        (torch.full((1, 2, 4), float("inf")).bfloat16(), "not finite"),
+        (torch.ones(1, 2, 4).int(), "no hidden states"),
+    ],
+)
+def test_hidden_states_of_something_else_are_refused(
+    tmp_path: Path, hidden_STD: torch.Tensor, says: str
+) -> None:
+    store = BoundaryStore(tmp_path, "key")
+    store.save(3, hidden_STD)
+    with pytest.raises(OutputError, match=says):
+        store.load((1, 2, 4))
 
 
 def test_a_full_disk_is_reported(

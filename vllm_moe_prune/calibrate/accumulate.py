@@ -106,6 +106,11 @@ class _Measure:
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
+    def _shape_STD(self, tokens: Tokens) -> tuple[int, ...]:
+        """Of the hidden states."""
+        width = self.checkpoint.config[self.checkpoint.arch.config.hidden]
+        return (*tokens.ids_ST.shape, int(width))
+
     @torch.no_grad()
     def all_layers(self, store: BoundaryStore | None, report: Report) -> Stats:
         # Behind the last router there is nothing to measure, but for blocks.
@@ -117,7 +122,8 @@ class _Measure:
         model = StreamingModel(self.checkpoint, self.device) if self.tokens else None
         hidden = torch.empty(0)
         start, stats = 0, Stats(fingerprint=self.checkpoint.fingerprint, layers={})
-        if store and (saved := store.load()):
+        shape_STD = (0,) if self.tokens is None else self._shape_STD(self.tokens)
+        if store and (saved := store.load(shape_STD, not_after=last)):
             start, hidden = saved
             stats = store.load_stats(start) or stats
         elif model and self.tokens:

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from ..checkpoint.index import read_header
+from ..checkpoint.config_values import FLOATS
+from ..checkpoint.index import TensorInfo, read_header
 from ..checkpoint.reader import DTYPES, read_tensor
 from ..errors import CheckpointError, OutputError
 from .container import TensorBytes, write_safetensors
@@ -68,10 +68,13 @@ class BoundaryStore:
         now = time.monotonic()
         self._not_before = now + (now - start) / self._overhead
 
-    def load(self, not_after: int | None = None) -> tuple[int, torch.Tensor] | None:
+    def load(
+        self, shape_STD: tuple[int, ...], not_after: int | None = None
+    ) -> tuple[int, torch.Tensor] | None:
         """The newest saved boundary, as (layer, hidden states on the CPU).
 
         Args:
+            shape_STD: What it should have; [0] where no text runs through the model.
             not_after: Only boundaries up to this layer.
 
         Raises:
@@ -82,14 +85,13 @@ class BoundaryStore:
             return None
         path = self._path(layer)
         try:
-            with safe_open(path, framework="pt") as file:
-                found = (file.metadata() or {}).get("key")
-            hidden = (
-                read_tensor(read_header(path)[HIDDEN]) if found == self.key else None
-            )
-        except (SafetensorError, CheckpointError, KeyError, OSError) as error:
+            header = read_header(path)
+            hidden = None
+            if header.metadata.get("key") == self.key:
+                hidden = _hidden(header.tensors.get(HIDDEN), shape_STD)
+        except (CheckpointError, ValueError, OSError) as error:
             raise OutputError(
-                f"{path}: damaged: {error}. Delete {self.folder} and start again."
+                f"{path}: damaged: {error} Delete {self.folder} and start again."
             ) from error
         if hidden is None:
             raise OutputError(
@@ -146,3 +148,26 @@ class BoundaryStore:
         view = data.flatten().view(torch.uint8).numpy().data
         part = TensorBytes(NAMES[data.dtype], tuple(data.shape), view)
         write_safetensors(path, {HIDDEN: part}, {"key": self.key})
+
+
+def _hidden(info: TensorInfo | None, shape_STD: tuple[int, ...]) -> torch.Tensor:
+    """Hidden states as a file has them.
+
+    Raises:
+        ValueError: There are none, or they cannot be of this run.
+    """
+    if info is None or info.dtype not in FLOATS:
+        raise ValueError("it holds no hidden states.")
+    # Layers that predict further tokens are entered by fewer of them.
+    wanted = (*shape_STD[:1], *info.shape[1:2], *shape_STD[2:])
+    if info.shape != wanted or any(
+        found > most for found, most in zip(info.shape, shape_STD, strict=True)
+    ):
+        raise ValueError(
+            f"its hidden states have shape {list(info.shape)}, those of this run "
+            f"{list(shape_STD)}."
+        )
+    hidden_STD = read_tensor(info)
+    if not bool(hidden_STD.isfinite().all()):
+        raise ValueError("its hidden states are not finite numbers.")
+    return hidden_STD

@@ -5,20 +5,24 @@ tokens in float64, so that parts measured on different machines can be added.
 """
 
 import json
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
-from ..errors import PlanError
+from ..checkpoint.index import TensorInfo, read_bytes, read_header
+from ..errors import CheckpointError, PlanError
+from ..files.json_file import parse_json
+from ..recipes.numbers import MOST
 from .container import TensorBytes, write_safetensors
+from .stats_ranges import Array as Array
+from .stats_ranges import check_blocks, check_numbers, check_shapes
 
-Array = NDArray[np.float64]
 FORMAT_VERSION = "1"
+MAX_BYTES = 2 << 30
+"""Of all arrays together; those of 61 layers of 512 experts are a third of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,7 @@ SUMS = (
 )
 
 
+QUANTITIES = frozenset(item.name for item in fields(LayerStats))
 MODEL_ARRAYS = ("block_cosine_HH", "block_tokens")
 """Fields of ``Stats`` that are arrays."""
 
@@ -177,31 +182,24 @@ def save_stats(stats: Stats, path: Path) -> None:
 
 
 def load_stats(path: Path) -> Stats:
-    """Read a statistics file; refuse one that this version did not write."""
+    """Read a statistics file; refuse one that this version did not write.
+
+    Raises:
+        PlanError: It is missing or damaged, or holds what no measurement gives.
+    """
     try:
-        with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            if header.get("moe_prune_stats") != FORMAT_VERSION:
-                raise PlanError(
-                    f"{path}: not a statistics file of format {FORMAT_VERSION}; "
-                    "make it with `vllm-moe-prune measure`."
-                )
-            values: dict[int, dict[str, Array]] = {
-                int(index): {} for index in json.loads(header["layers"])
-            }
-            whole: dict[str, Array] = {}
-            names: list[str] = file.keys()  # safe_open itself is not iterable
-            for name in names:
-                if name.removeprefix("model.") in MODEL_ARRAYS:
-                    whole[name.removeprefix("model.")] = file.get_tensor(name)
-                    continue
-                _, index, quantity = name.split(".")
-                values[int(index)][quantity] = file.get_tensor(name)
-        _check_shapes(values)
+        found = read_header(path)
+        header = found.metadata
+        if header.get("moe_prune_stats") != FORMAT_VERSION:
+            raise PlanError(
+                f"{path}: not a statistics file of format {FORMAT_VERSION}; "
+                "make it with `vllm-moe-prune measure`."
+            )
+        layers, whole = _read_arrays(header, found.tensors)
         return Stats(
             fingerprint=header["fingerprint"],
-            layers={index: LayerStats(**items) for index, items in values.items()},
-            forward_passes=int(header["forward_passes"]),
+            layers={index: LayerStats(**items) for index, items in layers.items()},
+            forward_passes=_passes(header["forward_passes"]),
             calibration=_object(header["calibration"]),
             sensitivity=_object(header.get("sensitivity", "{}")),
             trimming=header.get("trimming", ""),
@@ -209,35 +207,68 @@ def load_stats(path: Path) -> Stats:
         )
     except FileNotFoundError as error:
         raise PlanError(f"{path}: no such statistics file.") from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError) as error:
+        said = str(error).removeprefix(f"{path}: ").removesuffix(".")
         raise PlanError(
-            f"{path}: damaged statistics file: {error}. Make it again with "
+            f"{path}: damaged statistics file: {said}. Make it again with "
             "`vllm-moe-prune measure`."
         ) from error
 
 
-def _object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, found {text[:40]!r}")
+def _read_arrays(
+    header: Mapping[str, str], tensors: Mapping[str, TensorInfo]
+) -> tuple[dict[int, dict[str, Array]], dict[str, Array]]:
+    """The arrays of every layer, and those of the whole model."""
+    layers: dict[int, dict[str, TensorInfo]] = {
+        _index(index): {} for index in parse_json(header["layers"])
+    }
+    whole: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        if info.dtype != "F64":
+            raise ValueError(f"{name} is {info.dtype}, not F64")
+        if name.removeprefix("model.") in MODEL_ARRAYS:
+            whole[name.removeprefix("model.")] = info
+            continue
+        _, index, quantity = name.split(".")
+        if quantity not in QUANTITIES:
+            raise ValueError(f"{quantity} is no statistic")
+        layers[int(index)][quantity] = info
+    for layer, infos in layers.items():
+        shapes = {quantity: info.shape for quantity, info in infos.items()}
+        check_shapes(shapes, f"layer {layer}")
+    check_shapes({name: info.shape for name, info in whole.items()}, "model")
+    if sum(info.nbytes for info in tensors.values()) > MAX_BYTES:
+        raise ValueError(f"it holds more than {MAX_BYTES} bytes of numbers")
+    arrays = {
+        layer: {quantity: _array(info) for quantity, info in infos.items()}
+        for layer, infos in layers.items()
+    }
+    for layer, found in arrays.items():
+        check_numbers(found, f"layer {layer}")
+    blocks = {name: _array(info) for name, info in whole.items()}
+    check_blocks(blocks)
+    return arrays, blocks
+
+
+def _array(info: TensorInfo) -> Array:
+    return np.frombuffer(read_bytes(info), np.dtype("<f8")).reshape(info.shape)
+
+
+def _index(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < MOST:
+        raise ValueError(f"{value!r} is no layer")
     return value
 
 
-def _check_shapes(layers: dict[int, dict[str, Array]]) -> None:
-    """Compare arrays with the axis letters their names end in."""
-    for index, arrays in layers.items():
-        experts: int | None = None
-        for name, array in arrays.items():
-            suffix = re.search(r"(?<=_)[A-Z][A-Z0-9]*$", name)
-            axes = suffix[0] if suffix else ""
-            if array.ndim == len(axes) and axes.startswith("E") and experts is None:
-                experts = len(array)
-            sizes = [{"E": experts, "5": 5, "2": 2}.get(axis) for axis in axes]
-            if array.ndim != len(axes) or any(
-                size not in (None, found)
-                for size, found in zip(sizes, array.shape, strict=True)
-            ):
-                raise ValueError(
-                    f"layer {index}: {name} has shape {list(array.shape)}, but the "
-                    f"layer has {experts} experts"
-                )
+def _passes(text: str) -> int:
+    passes = parse_json(text)
+    if type(passes) is not int or not 0 <= passes < MOST:
+        raise ValueError(f"{text!r} forward passes")
+    return passes
+
+
+def _object(text: str) -> dict[str, Any]:
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, found {text[:40]!r}")
+    return value

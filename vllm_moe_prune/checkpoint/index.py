@@ -17,11 +17,32 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from ..files.json_file import parse_json, read_json
+from ..files.regular import MIB, Kind, open_regular
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+CONFIG = Kind(
+    "config.json of a checkpoint",
+    16 * MIB,
+    CheckpointError,
+    absent="missing. A checkpoint folder needs it.",
+    remedy="Download it again.",
+)
+INDEX = Kind(
+    "safetensors index",
+    128 * MIB,
+    CheckpointError,
+    remedy="Download the checkpoint again.",
+)
 # The limit of the safetensors library itself; a larger header is refused unread.
 MAX_HEADER_BYTES = 100_000_000
+# Of one checkpoint; models of a trillion parameters have 210,000. In a header each has
+# up to ten values: its type, its shape, where it begins and ends.
+MAX_TENSORS = 400_000
+MAX_HEADER_VALUES = 10 * MAX_TENSORS
+# A header is small beside its tensors, and may be this much larger than they are.
+HEADER_SLACK = MIB
 ITEM_BYTES = {
     "F64": 8,
     "F32": 4,
@@ -69,43 +90,11 @@ class TensorInfo:
     def read(self, start: int, stop: int) -> bytearray:
         """Bytes ``start`` to ``stop``; see ``read_bytes``."""
         buffer = bytearray(stop - start)
-        with self.file.open("rb", buffering=0) as file:
+        with open_regular(self.file) as file:
             _read_into(
                 file.fileno(), memoryview(buffer), self.offset + start, self.file
             )
         return buffer
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint, or a one-line error."""
-    try:
-        data = json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path}: missing. A checkpoint folder needs it."
-        ) from error
-    # Also what is no text, and a whole number of more digits than Python reads.
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: not valid JSON: {error}. Download it again."
-        ) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(
-            f"{path}: expected a JSON object, found a {type(data).__name__}."
-        )
-    return data
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are all different; of two, each reader would pick one."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("it holds a name twice")
-    return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"it holds {name}")
 
 
 def read_index(folder: Path) -> dict[str, TensorInfo]:
@@ -120,7 +109,7 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
         weight_map = _weight_map(index_path)
         tensors: dict[str, TensorInfo] = {}
         for file_name in sorted(set(weight_map.values())):
-            found = read_header(_inside(folder, file_name, index_path))
+            found = read_header(_inside(folder, file_name, index_path)).tensors
             listed = {name for name, at in weight_map.items() if at == file_name}
             if absent := sorted(listed - found.keys()):
                 raise CheckpointError(
@@ -137,7 +126,7 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
             tensors |= found
         return tensors
     if (folder / SINGLE_NAME).is_file():
-        return read_header(_inside(folder, SINGLE_NAME, folder))
+        return read_header(_inside(folder, SINGLE_NAME, folder)).tensors
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
     hint = f"; {len(shards)} shards are there without it" if shards else ""
     raise CheckpointError(
@@ -147,7 +136,8 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = read_json(path).get("weight_map")
+    found = read_json(path, INDEX, max_values=2 * MAX_TENSORS)
+    weight_map = found.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{path}: has no weight_map. Download the checkpoint again."
@@ -190,28 +180,43 @@ def _inside(folder: Path, file_name: str, named_by: Path) -> Path:
     return path
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, after the library has checked its header."""
+@dataclass(frozen=True)
+class Header:
+    """What one safetensors file says it holds."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, TensorInfo]
+
+
+def read_header(path: Path) -> Header:
+    """The header of one safetensors file, after the library has checked it.
+
+    Raises:
+        CheckpointError: It is no such file, damaged, truncated, or larger than what it
+            is about would need.
+    """
     try:
-        # The library refuses oversized headers, overlaps, holes and truncation.
-        with safe_open(path, framework="numpy"):
-            pass
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(MAX_HEADER_BYTES, path.stat().st_size):
-                raise CheckpointError(f"{path}: header claims {length} bytes.")
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
-    except (SafetensorError, OSError, ValueError, struct.error) as error:
-        said = str(error).removeprefix("Error while deserializing header: ")
+        head = read_head(path)
+        # The library refuses overlaps, holes and truncation.
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+        header = parse_json(head, MAX_HEADER_VALUES)
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        said = str(getattr(error, "strerror", None) or error)
+        said = said.removeprefix("Error while deserializing header: ")
         raise CheckpointError(
             f"{path}: damaged or truncated safetensors file ({_sizes(path)}): {said}. "
             "Download it again."
         ) from error
-    start = 8 + length
+    start = 8 + len(head)
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        if not isinstance(entry, dict):
+            raise CheckpointError(f"{path}: {name}: its entry is no object.")
         first, last = entry["data_offsets"]
         if entry["dtype"] not in ITEM_BYTES:
             raise CheckpointError(
@@ -226,20 +231,43 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             offset=start + first,
             nbytes=last - first,
         )
-    return tensors
+    return Header(metadata, tensors)
+
+
+def read_head(path: Path) -> bytes:
+    """The JSON text of a header.
+
+    Raises:
+        OSError: There is no such file, or it cannot be read.
+        ValueError: It is no safetensors file, or one that is mostly header.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        if len(start) < 8:
+            raise ValueError("it ends before its header begins")
+        (length,) = struct.unpack("<Q", start)
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"its header claims {length} bytes")
+        if length > HEADER_SLACK + (size - 8 - length):
+            raise ValueError(
+                f"its header takes {length} bytes, its tensors {size - 8 - length}"
+            )
+        head = file.read(length)
+        if len(head) < length:
+            raise ValueError("it ended while its header was being read")
+        return head
 
 
 def _sizes(path: Path) -> str:
     """How long a damaged file is, and how long its header says it is."""
     found = f"{path.stat().st_size} bytes"
-    guesses = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
-    with suppress(*guesses, OSError, struct.error):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+    with suppress(ValueError, TypeError, LookupError, AttributeError, OSError):
+        head = read_head(path)
+        header = parse_json(head)
         header.pop("__metadata__", None)
         last = max(entry["data_offsets"][1] for entry in header.values())
-        return f"{found}, by its header {8 + length + last}"
+        return f"{found}, by its header {8 + len(head) + last}"
     return found
 
 

@@ -12,12 +12,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from ..errors import RemapError
+from ..files.json_file import parse_json
+from ..files.regular import MIB, Kind, read_file
+from ..recipes.numbers import MOST, repeated
 from ..recipes.schema import Strict, first_problem
 
 FILE_NAME = "expert_remap.json"
 CONFIG_BLOCK = "moe_prune"
 FORMAT_VERSION: Literal[1] = 1
-Index = Annotated[int, Field(ge=0, strict=True)]
+Index = Annotated[int, Field(ge=0, lt=MOST, strict=True)]
+Indices = Annotated[tuple[Index, ...], Field(fail_fast=True)]
+REMAP = Kind(
+    "remap table",
+    64 * MIB,
+    RemapError,
+    absent="missing; a pruned checkpoint cannot be used without it. Copy the whole "
+    "folder again.",
+    remedy="Copy the folder again, or repeat the cut.",
+)
 
 
 class RemapSource(Strict):
@@ -41,17 +53,17 @@ class RemapLayer(Strict):
     """The norm before a dropped MoE sublayer stayed, and the block adds its normed
     input to itself."""
     experts_before: Index
-    kept: tuple[Index, ...]
+    kept: Indices
     """``kept[new] = original id``."""
-    router_rows: tuple[Index, ...]
+    router_rows: Indices
     """The original expert each router row stands for (equals ``kept`` unless
     redirecting)."""
-    redirect: tuple[Index | None, ...] | None = None
+    redirect: Annotated[tuple[Index | None, ...], Field(fail_fast=True)] | None = None
     """For each router row the new expert that serves it; None: nothing serves it."""
-    groups: tuple[Index, ...] | None = None
+    groups: Indices | None = None
     """For each router row its routing group in the original; None where the family's
     routers know no groups. Equal, contiguous groups are what stock routers assume."""
-    clusters: tuple[tuple[Index, ...], ...] | None = None
+    clusters: Annotated[tuple[Indices, ...], Field(fail_fast=True)] | None = None
     """``clusters[new]``: the original experts that ``kept[new]`` stands for."""
     reconstructed: bool = False
 
@@ -65,10 +77,10 @@ class ExpertRemap(Strict):
     source: RemapSource
     routing: Literal["drop", "redirect"]
     original_layers: Index
-    dropped_blocks: tuple[Index, ...] = ()
-    layers: tuple[RemapLayer, ...]
+    dropped_blocks: Indices = ()
+    layers: Annotated[tuple[RemapLayer, ...], Field(fail_fast=True)]
     original_mtp_layers: Index = 0
-    mtp_layers: tuple[RemapLayer, ...] = ()
+    mtp_layers: Annotated[tuple[RemapLayer, ...], Field(fail_fast=True)] = ()
     """Layers behind the last one that predict further tokens, in the same terms;
     their indices go on from those of ``layers``."""
 
@@ -110,13 +122,7 @@ def load_remap(folder: Path, config: dict[str, Any]) -> ExpertRemap | None:
             f"{where}: remap table is {block['remap']!r}, expected {FILE_NAME!r}."
         )
     path = folder / FILE_NAME
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise RemapError(
-            f"{path}: missing; a pruned checkpoint cannot be used without it. "
-            "Copy the whole folder again."
-        ) from error
+    data = read_file(path, REMAP)
     digest = hashlib.sha256(data).hexdigest()
     if digest != block["remap_sha256"]:
         raise RemapError(
@@ -130,9 +136,11 @@ def load_remap(folder: Path, config: dict[str, Any]) -> ExpertRemap | None:
 def parse_remap(data: bytes, where: Path) -> ExpertRemap:
     """Validate the table's bytes and its inner consistency."""
     try:
-        remap = ExpertRemap.model_validate_json(data)
+        remap = ExpertRemap.model_validate(parse_json(data))
     except ValidationError as error:
         raise RemapError(f"{where}: {first_problem(error)}") from error
+    except ValueError as error:
+        raise RemapError(f"{where}: not valid JSON: {error}. {REMAP.remedy}") from error
     if "format_version" not in remap.model_fields_set:
         raise RemapError(f"{where}: format_version is missing.")
     for position, layer in enumerate(remap.all_layers):
@@ -161,8 +169,7 @@ def _check_layer(layer: RemapLayer, routing: str, at: str) -> None:
                 f"{at}: {name} names experts {outside}, out of range for "
                 f"{layer.experts_before} experts."
             )
-        twice = sorted({expert for expert in ids if ids.count(expert) > 1})
-        if twice:
+        if twice := repeated(ids):
             raise RemapError(f"{at}: {name} names experts {twice} more than once.")
     if layer.clusters is not None:
         _check_clusters(layer, layer.clusters, at)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, MoePruneError
-from .index import ITEM_BYTES, TensorInfo, read_index, read_json
+from ..files.json_file import read_json
+from .index import CONFIG, ITEM_BYTES, TensorInfo, read_index
 from .open import Checkpoint, Origin, build_checkpoint
 from .remap import CONFIG_BLOCK, FILE_NAME
 
@@ -29,7 +30,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     """
     local = _find(source, revision)
     origin = Origin(local.name, local.revision)
-    config = read_json(local.folder / "config.json")
+    config = read_json(local.folder / "config.json", CONFIG)
     return build_checkpoint(local.folder, config, read_index(local.folder), origin)
 
 
@@ -140,7 +141,7 @@ def _look(repo_id: str, revision: str | None) -> Checkpoint:
     config_file = Path(hf_hub_download(repo_id, "config.json", revision=revision))
     # Cached files lie in a folder named after their commit.
     folder, commit = config_file.parent, config_file.parent.name
-    config = read_json(config_file)
+    config = read_json(config_file, CONFIG)
     if CONFIG_BLOCK in config:
         hf_hub_download(repo_id, FILE_NAME, revision=commit)
     try:

@@ -14,13 +14,16 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from ..errors import CheckpointError
+from ..files.json_file import parse_json, read_json
+from ..files.regular import MIB, Kind
 from ..progress import Progress, Report, ignore
 from ..recipes.schema import Strict, first_problem
-from .index import TensorInfo, read_bytes, read_json
+from .index import MAX_HEADER_VALUES, TensorInfo, read_bytes
 from .writer import CHUNK_BYTES, ShardPlan, ShardWriter, sha256_of
 
 FILE_NAME = "tensor_hashes.json"
 FORMAT_VERSION: Literal[1] = 1
+HASHES = Kind(FILE_NAME, 128 * MIB, CheckpointError)
 MAX_THREADS = 4
 TOLD_BYTES = 64 << 20
 NAMED = 3
@@ -56,7 +59,7 @@ def dump_hashes(shards: Sequence[ShardPlan], hashes: Mapping[str, str]) -> bytes
     entries = {
         name: entry
         for shard in shards
-        for name, entry in json.loads(shard.header[8:]).items()
+        for name, entry in parse_json(shard.header[8:], MAX_HEADER_VALUES).items()
         if name in shard.offsets
     }
     lines = [
@@ -89,7 +92,7 @@ def load_hashes(folder: Path) -> TensorHashes | None:
     if not path.exists():
         return None
     try:
-        found = TensorHashes.model_validate(read_json(path))
+        found = TensorHashes.model_validate(read_json(path, HASHES, MAX_HEADER_VALUES))
     except ValidationError as error:
         raise CheckpointError(f"{path}: {first_problem(error)}") from error
     if "format_version" not in found.model_fields_set:

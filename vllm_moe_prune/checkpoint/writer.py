@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from ..errors import OutputError
+from ..files.json_file import parse_json
+from ..files.regular import MIB, Kind, open_regular, read_file
 from .index import INDEX_NAME, ITEM_BYTES
 
 MAX_SHARD_BYTES = 5_000_000_000
 JOURNAL_NAME = "journal.jsonl"
 CHUNK_BYTES = 16 << 20
 """What is read and written at a time."""
+JOURNAL = Kind("journal of a run", 256 * MIB, OutputError)
 
 
 class TensorSpec(Protocol):
@@ -284,10 +287,10 @@ def read_journal(folder: Path) -> list[dict[str, object]]:
     if not path.is_file():
         return []
     entries = []
-    for line in path.read_text("utf-8", errors="replace").split("\n")[:-1]:
+    for line in read_file(path, JOURNAL).split(b"\n")[:-1]:
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
+            entry = parse_json(line)
+        except ValueError:
             break
         if not isinstance(entry, dict):
             break
@@ -317,7 +320,7 @@ def _read_again(path: Path, plan: ShardPlan) -> dict[str, str] | None:
     """SHA-256 of each tensor of a shard; None: it is gone, or not the planned one."""
     if not path.is_file() or path.stat().st_size != plan.file_bytes:
         return None
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.read(len(plan.header)) != plan.header:
             return None
         return {

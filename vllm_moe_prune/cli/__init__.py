@@ -14,6 +14,7 @@ from .flags import flag
 # Typer keeps click's exceptions to itself; this one is for wrong command lines.
 UsageError: Any = typer.BadParameter.__base__
 NAME = "vllm-moe-prune"
+MAX_LINE = 4000
 
 app = typer.Typer(
     name=NAME,
@@ -95,13 +96,40 @@ def main() -> None:
         interrupted = isinstance(error, Interrupted)
         label, status = ("interrupted", 130) if interrupted else ("error", 2)
         _fail(label, said_by(error), status)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of Rust code is no Exception
+        if os.environ.get("MOE_PRUNE_DEBUG"):
+            raise
+        _fail("error", _unexpected(error), 2)
     if status == 130:  # Typer's word for a Ctrl-C that nobody caught
         _fail("interrupted", "nothing was changed.", status)
     sys.exit(status)
 
 
+def _unexpected(error: BaseException) -> str:
+    """What is said of an error that nobody foresaw: a fault of ours, or no memory."""
+    if isinstance(error, MemoryError):
+        return "out of memory. What is finished is kept; free some, then try again."
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    where = (
+        ""
+        if step is None
+        else f" ({step.tb_frame.f_code.co_filename}:{step.tb_lineno})"
+    )
+    said = " ".join(str(error).split())[:300]
+    return (
+        f"internal error, {type(error).__name__}: {said}{where}. This is a fault of "
+        f"{NAME}: please report it with what `{NAME} --debug ...` shows."
+    )
+
+
 def _fail(label: str, message: str, status: int) -> NoReturn:
     """One line on stderr; what a hostile file had printed stays harmless."""
+    if len(message) > MAX_LINE:
+        message = f"{message[: MAX_LINE // 2]} ... {message[-MAX_LINE // 2 :]}"
     line = "".join(sign if sign.isprintable() else " " for sign in message)
     sys.stderr.write(f"{label}: {line}\n")
     sys.exit(status)

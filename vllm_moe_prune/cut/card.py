@@ -1,16 +1,22 @@
 """The model card of the output: front matter, what was removed, how to serve it."""
 
+import re
 from importlib import resources
 from typing import Any
-
-import yaml
 
 from ..checkpoint.index import is_inside
 from ..checkpoint.open import Checkpoint
 from ..decide.cut_plan import CutPlan
 from ..decide.quantize import form_of
+from ..errors import CheckpointError
+from ..files.regular import KIB, MIB, Kind, read_file
+from ..files.yaml_file import parse_yaml
 from .achieved import Achieved
 
+CARD = Kind("model card", 16 * MIB, CheckpointError)
+FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\n---\s*?(?:\n|\Z)", re.DOTALL)
+MAX_FRONT_MATTER = 64 * KIB
+MAX_WORD = 200
 INHERITED = ("license", "license_name", "license_link", "language")
 
 
@@ -74,19 +80,27 @@ def source_card(checkpoint: Checkpoint) -> str | None:
     path = checkpoint.folder / "README.md"
     if not path.is_file() or not is_inside(checkpoint.folder, path):
         return None
-    return path.read_text("utf-8", errors="replace")
+    return read_file(path, CARD).decode("utf-8", "replace")
 
 
 def _inherited(checkpoint: Checkpoint) -> dict[str, Any]:
     """Licence and language of the source's own card, if it has a readable one."""
-    from huggingface_hub import ModelCard
-
-    text = source_card(checkpoint)
-    if text is None:
+    front = FRONT_MATTER.match(source_card(checkpoint) or "")
+    if front is None or len(front[1]) > MAX_FRONT_MATTER:
         return {}
     try:
-        source: dict[str, Any] = ModelCard(text).data.to_dict()  # type: ignore[no-untyped-call]
-    except (ValueError, RecursionError, yaml.YAMLError):
-        # Front matter that is no YAML, or no mapping; there is nothing to inherit.
+        source = parse_yaml(front[1])
+    except ValueError:
+        # Front matter that is no YAML; there is nothing to inherit.
         return {}
-    return {key: source[key] for key in INHERITED if source.get(key)}
+    if not isinstance(source, dict):
+        return {}
+    return {key: source[key] for key in INHERITED if _is_plain(source.get(key))}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a word, or a list of some, as licences and languages are."""
+    words = value if isinstance(value, list) else [value]
+    return bool(words) and all(
+        isinstance(word, str) and 0 < len(word) <= MAX_WORD for word in words
+    )

@@ -6,13 +6,13 @@ the slimmed layer to feed the next one, write. Data-free plans only copy bytes.
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from ..calibrate.boundary import BoundaryStore
 from ..calibrate.data import Tokens
@@ -23,6 +23,7 @@ from ..calibrate.stats import Stats
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.tensor_hashes import write_hashes
 from ..checkpoint.writer import (
+    JOURNAL_NAME,
     MAX_SHARD_BYTES,
     ShardPlan,
     ShardWriter,
@@ -31,8 +32,9 @@ from ..checkpoint.writer import (
     writing,
 )
 from ..decide.cut_plan import CutPlan, check_plan, dump_plan
-from ..errors import CalibrationError
+from ..errors import CalibrationError, OutputError
 from ..progress import Progress, Report, ignore
+from ..recipes.schema import first_problem
 from .achieved import Achieved
 from .copy import write_tensor
 from .finish import write_companions
@@ -43,6 +45,8 @@ from .slice import OutputTensor, output_tensors
 from .slim_dense import DenseSlimmer
 from .slim_layer import LayerRecord, SlimContext, slim_layer, trimmed_routing
 from .trimmed import survivor
+
+RECORD = TypeAdapter(LayerRecord)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +195,9 @@ class _Cut:
         context = SlimContext(self.writer, model)
         store = BoundaryStore(self.space.work, key)
         self._write(None)
-        saved = store.load(not_after=self._first_unfinished())
+        width = self.checkpoint.config[self.checkpoint.arch.config.hidden]
+        shape_STD = (*tokens.ids_ST.shape, int(width))
+        saved = store.load(shape_STD, not_after=self._first_unfinished())
         start, hidden = saved or (0, model.embed(tokens.ids_ST))
         hidden = hidden.to(model.device)
         last = max(cut.index for cut in self._cuts if not cut.drops_block)
@@ -321,6 +327,12 @@ def _journalled(journal: Sequence[dict[str, object]]) -> dict[int, LayerRecord]:
     records = {}
     for entry in journal:
         if isinstance(fields := entry.get("layer"), dict):
-            record = LayerRecord(**json.loads(json.dumps(fields)))
+            try:
+                record = RECORD.validate_python(fields)
+            except ValidationError as error:
+                raise OutputError(
+                    f"{JOURNAL_NAME}: a line does not describe a layer: "
+                    f"{first_problem(error)}. Pass --overwrite to start again."
+                ) from error
             records[record.layer] = record
     return records

@@ -13,11 +13,13 @@ import yaml
 
 from ..calibrate.data import Tokens
 from ..calibrate.stats import Stats, save_stats
-from ..checkpoint.index import read_json
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.remap import FILE_NAME, dump_remap
 from ..checkpoint.writer import ShardPlan, index_json, index_needed
 from ..decide.cut_plan import CutPlan, dump_plan
+from ..errors import CheckpointError
+from ..files.json_file import read_json
+from ..files.regular import MIB, Kind
 from ..progress import peak_rss_bytes
 from .achieved import Achieved, achieved
 from .build_remap import build_remap
@@ -25,6 +27,14 @@ from .card import model_card
 from .config import pruned_config
 from .output import STATS_FILE, copy_companions
 from .slim_layer import LayerRecord
+
+PROVENANCE = Kind(
+    "provenance.json",
+    64 * MIB,
+    CheckpointError,
+    absent="missing. A pruned checkpoint has one; copy the folder again.",
+    remedy="Copy the folder again, or repeat the cut.",
+)
 
 
 def write_companions(
@@ -105,7 +115,7 @@ def provenance(
         }
     earlier = checkpoint.folder / "provenance.json"
     if checkpoint.remap is not None and earlier.is_file():
-        data["earlier"] = read_json(earlier)
+        data["earlier"] = read_json(earlier, PROVENANCE)
     return data
 
 

@@ -26,6 +26,7 @@ from ..checkpoint.writer import (
     writing,
 )
 from ..errors import CheckpointError, OutputError
+from ..files.regular import copy_regular
 
 log = logging.getLogger(__name__)
 
@@ -258,14 +259,15 @@ def copy_records(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _copy(path: Path, to: Path) -> None:
+    to.parent.mkdir(exist_ok=True)
     try:
-        data = path.read_bytes()
+        copy_regular(path, to)
     except OSError as error:
+        if error.filename != str(path):
+            raise
         raise CheckpointError(
             f"{path}: cannot be read: {error.strerror or error}."
         ) from error
-    to.parent.mkdir(exist_ok=True)
-    to.write_bytes(data)
 
 
 def publish(workspace: Workspace) -> None:

@@ -12,10 +12,12 @@ import json
 import math
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, Field
 
 from ..calibrate.data import sha256_of
 from ..calibrate.expert_forward import add_expert, expert_tokens, place
@@ -24,7 +26,9 @@ from ..calibrate.memory import release_freed
 from ..checkpoint.open import Layer
 from ..checkpoint.writer import writing
 from ..decide.cut_plan import CutPlan
-from ..errors import CalibrationError, CheckpointError, RecipeError
+from ..errors import CalibrationError, CheckpointError, OutputError, RecipeError
+from ..files.json_file import parse_json
+from ..files.regular import MIB, Kind, read_file
 from ..progress import Progress, Report, ignore
 from .layer_cut import LayerCut, layer_cuts
 from .slim_layer import slimmed_experts, trimmed_routing
@@ -32,6 +36,7 @@ from .trimmed import survivor
 
 STATE_BYTES = 1 << 30
 """Of hidden states held at once; more plans than fit take further sweeps."""
+LOSSES = Kind("journal of losses", 256 * MIB, OutputError)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,20 @@ class _Branch:
     """Hidden states [S, T, D] of each text, then of the calibration if any slims."""
 
 
+class _Line(BaseModel):
+    """A line of the journal; a loss that is not finite is null there."""
+
+    key: str
+    losses: tuple[
+        tuple[
+            Annotated[float, Field(ge=0.0)] | None,
+            Annotated[int, Field(ge=1)],
+            Annotated[int, Field(ge=0)],
+        ],
+        ...,
+    ]
+
+
 class LossJournal:
     """Losses found so far, one line each, so that a killed search can continue."""
 
@@ -78,11 +97,13 @@ class LossJournal:
         """By what ``planned_losses`` knows a plan by."""
         if path is None or not path.is_file():
             return
-        for line in path.read_text("utf-8").splitlines():
-            with suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                found = [Loss(*values) for values in entry["losses"]]
-                self.losses[str(entry["key"])] = tuple(found)
+        for line in read_file(path, LOSSES).split(b"\n"):
+            with suppress(ValueError):  # of pydantic too
+                entry = _Line.model_validate(parse_json(line))
+                self.losses[entry.key] = tuple(
+                    Loss(math.inf if nll is None else nll, tokens, exact)
+                    for nll, tokens, exact in entry.losses
+                )
 
     def add(self, key: str, losses: tuple[Loss, ...]) -> None:
         """Keep what a plan loses on each text.
@@ -93,7 +114,11 @@ class LossJournal:
         self.losses[key] = losses
         if self._path is None:
             return
-        line = json.dumps({"key": key, "losses": [astuple(one) for one in losses]})
+        rows = [
+            (one.nll if math.isfinite(one.nll) else None, one.tokens, one.exact)
+            for one in losses
+        ]
+        line = json.dumps({"key": key, "losses": rows})
         with writing(self._path.parent):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:

@@ -9,15 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field, FiniteFloat
 
 from ..calibrate.expert_forward import Routing, add_expert, expert_tokens, place
 from ..calibrate.forward import StreamingModel
 from ..checkpoint.reader import Expert
 from ..checkpoint.writer import ShardWriter
 from ..errors import CalibrationError, CheckpointError
+from ..recipes.numbers import Count
 from ..slim.kurtosis import power_sums
 from .copy import stored_view
 from .layer_cut import LayerCut
@@ -25,24 +27,26 @@ from .matrices import taken
 from .slim_expert import slim_by_data, slim_by_magnitude
 from .trimmed import survivor, trimmed_router
 
+Powers = Annotated[list[FiniteFloat], Field(min_length=5, max_length=5)]
+
 
 @dataclass(kw_only=True)
 class LayerRecord:
     """What slimming did to one layer; one journal line."""
 
-    layer: int
-    expert_parameters: int = 0
-    zeros: int = 0
+    layer: Count
+    expert_parameters: Count = 0
+    zeros: Count = 0
     """Zeros among the layer's surviving expert weights, those there before included."""
-    dense_zeros: int = 0
+    dense_zeros: Count = 0
     """Zeros among its other matrices that were slimmed: attention, MLPs."""
-    unseen: list[int] = field(default_factory=list)
+    unseen: list[Count] = field(default_factory=list)
     """Input ids of experts no calibration token reached: pruned by magnitude, or
     rounded to nearest."""
-    trimmed_powers_5: list[float] = field(default_factory=lambda: [0.0] * 5)
+    trimmed_powers_5: Powers = field(default_factory=lambda: [0.0] * 5)
     """Sums of powers (``slim/kurtosis.py``) of the surviving experts' weights, before
     slimming."""
-    slimmed_powers_5: list[float] = field(default_factory=lambda: [0.0] * 5)
+    slimmed_powers_5: Powers = field(default_factory=lambda: [0.0] * 5)
     """The same of what was written."""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.compressed import CompressedTensor
-from ..checkpoint.index import TensorInfo, read_index, read_json
+from ..checkpoint.index import TensorInfo, read_index
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.quantized_tensors import PartedTensor
 from ..checkpoint.reader import read_row, read_tensor
@@ -20,11 +20,13 @@ from ..checkpoint.source import open_checkpoint
 from ..checkpoint.tensor_hashes import check_hashes
 from ..decide.cut_plan import CutPlan, check_plan, load_plan
 from ..errors import CheckpointError, RemapError
+from ..files.json_file import parse_json, read_json
 from ..progress import Progress, Report, ignore
 from ..slim.quota import zeros_in_matrix
 from .build_remap import build_remap
 from .config import pruned_config
 from .copy import group_mean
+from .finish import PROVENANCE
 from .output import RECOVERED
 from .slice import OutputTensor, output_tensors
 from .verify_quantized import check_quantized, check_scaled
@@ -81,7 +83,7 @@ def verify(
             tensors_hashed=check_hashes(folder, read_index(folder), report),
         )
     history = folder / "provenance.json"
-    if history.is_file() and read_json(history).get(RECOVERED):
+    if history.is_file() and read_json(history, PROVENANCE).get(RECOVERED):
         raise CheckpointError(
             f"{folder}: was trained after the cut (see its provenance.json), so "
             "its values differ from the source's. Verify it without --source."
@@ -156,7 +158,7 @@ def _check_names(output: Checkpoint, source: Checkpoint, plan: CutPlan) -> None:
         raise RemapError(
             f"{output.folder}: expert_remap.json is not the table of plan.json."
         )
-    if json.loads(json.dumps(pruned_config(source, plan, remap))) != output.config:
+    if parse_json(json.dumps(pruned_config(source, plan, remap))) != output.config:
         raise CheckpointError(
             f"{output.folder}: config.json is not the one plan.json leads to."
         )

@@ -15,10 +15,12 @@ from typing import Annotated, Literal, Protocol
 from pydantic import Field, JsonValue, ValidationError, field_validator
 
 from ..errors import OutputError, PlanError
+from ..files.json_file import read_json
+from ..files.regular import MIB, Kind
+from ..recipes.numbers import Count, Fraction, Fractions, Index, Indices, repeated
 from ..recipes.old_spelling import current_spelling
 from ..recipes.schema import (
     NEEDS_ACTIVATIONS,
-    Index,
     Part,
     QuantizeStage,
     Recipe,
@@ -29,6 +31,13 @@ from ..recipes.schema import (
 )
 
 FORMAT_VERSION: Literal[1] = 1
+PLAN = Kind(
+    "plan file",
+    64 * MIB,
+    PlanError,
+    absent="no such plan file.",
+    remedy="Make it again with `vllm-moe-prune plan`.",
+)
 Action = Literal["keep", "drop-moe", "drop-moe-keep-norm", "drop-block"]
 """What leaves: nothing whole; the MoE sublayer (shared experts included) with the norm
 before it; the MoE alone, so that the block adds its normed input; the whole block."""
@@ -68,12 +77,11 @@ class ModelId(Strict):
 class Measurement(Strict):
     """Where the statistics behind a plan came from."""
 
-    forward_passes: int = 0
+    forward_passes: Count = 0
     calibration: dict[str, JsonValue] = Field(default_factory=dict)
     """Source, SHA-256 of the token ids, samples, sequence length, seed."""
 
 
-Weight = Annotated[float, Field(ge=0.0, le=1.0)]
 WEIGHT_SLACK = 1e-6
 
 
@@ -84,16 +92,16 @@ class LayerPlan(Strict):
     action: Action = "keep"
     experts: Index
     """Experts in the input (0 for a dense layer or one whose MoE is gone)."""
-    keep: tuple[Index, ...]
+    keep: Indices
     """Surviving experts as input ids, in their new order."""
-    clusters: tuple[tuple[Index, ...], ...] | None = None
+    clusters: Annotated[tuple[Indices, ...], Field(fail_fast=True)] | None = None
     """``clusters[new]`` are the input experts that ``keep[new]`` stands for."""
-    unserved: tuple[Index, ...] = ()
+    unserved: Indices = ()
     """Removed experts whose router rows stay though nobody serves them: what they are
     chosen for is lost. Only with routing redirect; they are in no cluster."""
     reconstruct: bool = False
     """Replace each survivor and its router row by the mean of its cluster."""
-    merge_weights: tuple[tuple[Weight, ...], ...] | None = None
+    merge_weights: Annotated[tuple[Fractions, ...], Field(fail_fast=True)] | None = None
     """With ``reconstruct``: weights of that mean, as ``clusters`` lists the members;
     they add up to 1 in each cluster. Absent: a plain mean."""
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -109,16 +117,16 @@ class LayerPlan(Strict):
 class Predicted(Strict):
     """What the output will be, to the byte."""
 
-    tensor_bytes: int
-    file_bytes: int
-    shards: int
-    expert_parameters: int
-    parameters: int
-    zeros: int
+    tensor_bytes: Count
+    file_bytes: Count
+    shards: Count
+    expert_parameters: Count
+    parameters: Count
+    zeros: Count
     """Weights that will be zeroed in what survives."""
-    expert_sparsity: float
+    expert_sparsity: Fraction
     """Removed or zeroed expert parameters over expert parameters before."""
-    total_sparsity: float
+    total_sparsity: Fraction
     """Removed or zeroed parameters over all parameters before."""
 
 
@@ -145,7 +153,7 @@ class CutPlan(Strict):
     threshold: float | None = None
     """Merge height up to which clusters were formed (STUN's t), or score up to which
     experts were dropped, if one holds for the whole model."""
-    layers: tuple[LayerPlan, ...]
+    layers: Annotated[tuple[LayerPlan, ...], Field(fail_fast=True)]
     predicted: Predicted | None = None
 
     @property
@@ -188,14 +196,8 @@ class CutPlan(Strict):
 
 def load_plan(path: Path) -> CutPlan:
     """Read and validate a plan file (structure only; see ``check_plan``)."""
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise PlanError(f"{path}: no such plan file.") from error
-    # Also what is no text, and a whole number of more digits than Python reads.
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"{path}: not valid JSON: {error}") from error
-    found = data.get("format_version") if isinstance(data, dict) else FORMAT_VERSION
+    data = read_json(path, PLAN)
+    found = data.get("format_version")
     if found != FORMAT_VERSION:
         raise PlanError(
             f"{path}: plan format {found!r} is not {FORMAT_VERSION}. Install the "
@@ -347,6 +349,5 @@ def _check_ids(ids: tuple[int, ...], experts: int, at: str) -> None:
         raise PlanError(
             f"{at}: unknown experts {unknown}; the layer has 0 to {experts - 1}."
         )
-    twice = sorted({expert for expert in ids if ids.count(expert) > 1})
-    if twice:
+    if twice := repeated(ids):
         raise PlanError(f"{at}: experts {twice} appear more than once.")

@@ -5,9 +5,12 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..checkpoint.index import read_json
-from ..errors import CheckpointError, EvaluationError
+from ..errors import EvaluationError
+from ..files.json_file import read_json
+from ..files.regular import MIB, Kind
 from ..recipes.schema import first_problem
+
+RESULT = Kind("result of a command", 64 * MIB, EvaluationError)
 
 
 class Printed(BaseModel):
@@ -16,10 +19,10 @@ class Printed(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-Kind = TypeVar("Kind", bound=Printed)
+Found = TypeVar("Found", bound=Printed)
 
 
-def read_printed(path: Path, kind: type[Kind], command: str) -> Kind:
+def read_printed(path: Path, kind: type[Found], command: str) -> Found:
     """Read and check it.
 
     Args:
@@ -31,9 +34,7 @@ def read_printed(path: Path, kind: type[Kind], command: str) -> Kind:
         EvaluationError: It is no such file.
     """
     try:
-        return kind.model_validate(read_json(path))
-    except CheckpointError as error:
-        raise EvaluationError(str(error)) from error
+        return kind.model_validate(read_json(path, RESULT))
     except ValidationError as error:
         raise EvaluationError(
             f"{path}: {first_problem(error)}. Give what `vllm-moe-prune {command} "

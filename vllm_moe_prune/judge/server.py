@@ -17,6 +17,7 @@ from typing import IO
 import httpx
 
 from ..errors import ServeError
+from ..files.regular import MIB, read_bounded
 from ..plugin.launch import serve_command
 
 STOP_S = 30.0
@@ -176,15 +177,19 @@ def _of_group(group: int, line: str) -> Iterator[int]:
     """A size in bytes from the status of each process of a group."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            if int(stat.read_text().rpartition(")")[2].split()[2]) != group:
+            if int(_proc(stat).rpartition(")")[2].split()[2]) != group:
                 continue
-            status = (stat.parent / "status").read_text().splitlines()
+            status = _proc(stat.parent / "status").splitlines()
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended meanwhile
         # One that has ended and waits for its parent has no memory any more.
         yield from (
             int(row.split()[1]) * 1024 for row in status if row.startswith(line)
         )
+
+
+def _proc(path: Path) -> str:
+    return read_bounded(path, MIB).decode("utf-8", "replace")
 
 
 def free_port() -> int:

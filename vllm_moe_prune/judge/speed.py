@@ -1,6 +1,5 @@
 """Prefill and decode speed through ``vllm bench serve``, one request at a time."""
 
-import json
 import statistics
 import subprocess
 import tempfile
@@ -12,8 +11,10 @@ from typing import Any
 from ..checkpoint.config_values import positive
 from ..checkpoint.open import Checkpoint
 from ..errors import EvaluationError
+from ..files.json_file import read_json
 from ..plugin.launch import find_vllm
 from .quality import Subject
+from .saved_results import RESULT
 from .server import Server, peak_memory, served
 
 CONTEXTS = (128, 512, 1024, 2048)
@@ -186,7 +187,7 @@ def measure_context(
             raise EvaluationError(
                 f"vllm bench serve ended with status {done.returncode}: {said}"
             )
-        return at_context(context, json.loads(result.read_text("utf-8")))
+        return at_context(context, read_json(result, RESULT))
 
 
 def at_context(context: int, result: dict[str, Any]) -> AtContext:

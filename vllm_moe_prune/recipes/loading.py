@@ -6,11 +6,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import RecipeError
+from ..files.regular import KIB, Kind
+from ..files.yaml_file import parse_yaml, read_yaml
 from .old_spelling import current_spelling
 from .schema import Recipe, parse_recipe
+
+RECIPE = Kind("recipe", 256 * KIB, RecipeError, remedy="Mend that place.")
 
 
 def shipped_recipes() -> list[str]:
@@ -27,38 +29,15 @@ def load_recipe(name_or_path: str) -> Recipe:
     """Read a shipped recipe by name, or any YAML file."""
     path = Path(name_or_path)
     shipped = resources.files(__package__) / f"{name_or_path}.yaml"
-    if name_or_path not in shipped_recipes() and not path.is_file():
+    known = name_or_path in shipped_recipes()
+    if not known and (path.is_dir() or not path.exists()):
         raise RecipeError(
             f"recipe {name_or_path!r}: no such file, and no shipped recipe has "
             f"that name. Shipped: {', '.join(shipped_recipes())}."
         )
-    source = shipped if name_or_path in shipped_recipes() else path
-    try:
-        data = yaml.load(source.read_bytes(), _NoAliasLoader)
-    # ValueError: a date or a number that there is not.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        why = _yaml_problem(error)
-        raise RecipeError(f"recipe {name_or_path}: not valid YAML: {why}") from error
+    data = parse_yaml(shipped.read_bytes()) if known else read_yaml(path, RECIPE)
     where = f"recipe {name_or_path}"
     return parse_recipe(current_spelling(data, where), name_or_path)
-
-
-def _yaml_problem(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}."
-    return " ".join(str(error).split())
-
-
-class _NoAliasLoader(yaml.SafeLoader):
-    """Safe, and without aliases: ten lines of them can stand for gigabytes."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            said = "aliases are not read; write it out"
-            raise yaml.MarkedYAMLError(problem=said, problem_mark=mark)
-        return super().compose_node(parent, index)
 
 
 # Flag of the command line -> where it goes in the recipe.

@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import RecipeError
+from .numbers import MOST, MOST_TOKENS, Index, Indices, Seed
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Part01 = Annotated[float, Field(ge=0.0, le=1.0)]
-Index = Annotated[int, Field(ge=0)]
 Criterion = Literal[
     "routing-score",
     "routing-score-selected",
@@ -64,13 +64,13 @@ class ExpertStage(Strict):
     """``exhaustive`` tries every set of experts (Lu et al.), up to 200,000 sets."""
     drop: Share | None = None
     """Share of the experts to remove, rounded to whole experts."""
-    keep: int | None = Field(default=None, ge=1)
+    keep: int | None = Field(default=None, ge=1, lt=MOST)
     """Experts kept per MoE layer, on average; replaces ``drop``."""
     budget: Budget = "global"
     """Split over layers: lowest scores of the model, equal, or by measured loss."""
-    protected: dict[Index, tuple[Index, ...]] = {}
+    protected: dict[Index, Indices] = {}
     """Layer -> experts that are always kept."""
-    seed: Index = 0
+    seed: Seed = 0
     """Seed of criterion ``random``."""
     cluster_by: Literal["behavior", "outputs"] = "behavior"
     """Distance of experts: STUN's Eq. 7, or of their outputs on the same tokens."""
@@ -80,23 +80,23 @@ class ExpertStage(Strict):
     """The expert kept of a cluster: nearest to the mean, or the highest score."""
     merge: Literal["mean", "frequency"] = "mean"
     """Weights of the mean where clusters are averaged: equal, or tokens routed."""
-    router_weight: float = Field(default=1.0, ge=0.0)
+    router_weight: float = Field(default=1.0, ge=0.0, le=1e6)
     """Lambda 1 of STUN's Eq. 7: weight of the distance between router rows."""
-    coactivation_weight: float = Field(default=1.0, ge=0.0)
+    coactivation_weight: float = Field(default=1.0, ge=0.0, le=1e6)
     """Lambda 2 of STUN's Eq. 7: weight of the co-activation counts."""
     divide_by_router_norm: bool = True
     """Divide router distances by the norm of the layer's router."""
-    min_experts: int | None = Field(default=None, ge=0)
+    min_experts: int | None = Field(default=None, ge=0, lt=MOST)
     """Minimum of experts per layer; default: the model's top-k. With 0 and method
     ``score`` a layer may lose all experts: its MoE is dropped, its norm kept."""
     groups: Literal["equal", "uneven"] = "equal"
     """Expert groups (DeepSeek-V2, V3): ``equal`` removes as many from each, as stock
     routers need; ``uneven`` removes the lowest of the layer and needs the plugin."""
-    max_removed: int | None = Field(default=None, ge=0)
+    max_removed: int | None = Field(default=None, ge=0, lt=MOST)
     """Maximum of experts removed from one layer."""
     reconstruct: Literal["selective", "never", "always"] = "selective"
     """Replace kept experts by the mean of their cluster (STUN, Algorithm 2)."""
-    reconstruct_below: int = Field(default=3, ge=1)
+    reconstruct_below: int = Field(default=3, ge=1, lt=MOST)
     """Kappa: ``selective`` averages in layers with fewer clusters than this."""
 
     @model_validator(mode="after")
@@ -137,7 +137,7 @@ class SlimStage(Strict):
     """``unstructured``, or ``n:m``: keep n of every m neighbors in a row, as in 2:4."""
     allocation: Literal["uniform", "owl"] = "uniform"
     """``owl`` gives layers with many outliers fewer zeros, at the same total."""
-    owl_m: float = Field(default=3.0, gt=0.0)
+    owl_m: float = Field(default=3.0, gt=0.0, le=1e6)
     """An outlier's score exceeds this many times the mean of its layer."""
     owl_lambda: float = Field(default=0.08, ge=0.0, lt=0.5)
     """Maximum distance of a layer's sparsity from the mean."""
@@ -222,13 +222,13 @@ class Calibration(Strict):
 
     source: str | None = None
     """Text or JSONL file, or ``hub:NAME[/CONFIG]``; required where data is needed."""
-    samples: int = Field(default=128, ge=1)
+    samples: int = Field(default=128, ge=1, le=MOST_TOKENS)
     """Number of windows."""
-    sequence_length: int = Field(default=2048, ge=2)
+    sequence_length: int = Field(default=2048, ge=2, le=MOST_TOKENS)
     """Tokens per window."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed for choosing the windows."""
-    heldout: int = Field(default=16, ge=1)
+    heldout: int = Field(default=16, ge=1, le=MOST_TOKENS)
     """Held-out windows for judging candidates: ``tune``, ``budget: sensitivity``."""
     heldout_source: str | None = None
     """Text for the held-out windows, e.g. of the served domain; default: ``source``."""
@@ -237,13 +237,13 @@ class Calibration(Strict):
 class LayerStage(Strict):
     """Whole MoE sublayers or blocks to remove, by index or by similarity."""
 
-    drop_moe: tuple[int, ...] = ()
+    drop_moe: Indices = ()
     """Layers whose MoE sublayer is removed."""
-    drop_blocks: tuple[int, ...] = ()
+    drop_blocks: Indices = ()
     """Layers that are removed whole."""
-    moe_count: int | None = Field(default=None, ge=0)
+    moe_count: int | None = Field(default=None, ge=0, lt=MOST)
     """Number of MoE sublayers to remove, those that change their input least."""
-    block_count: int | None = Field(default=None, ge=0)
+    block_count: int | None = Field(default=None, ge=0, lt=MOST)
     """Number of blocks to remove, likewise; chosen before MoE sublayers."""
     moe_share: Share | None = None
     """Share of the MoE sublayers to remove, to the nearest, at least one unless 0."""
@@ -287,7 +287,7 @@ class TuneStage(Strict):
     """Methods for zeros: the first for all candidates, the others for finalists."""
     owl: bool = True
     """Whether finalists are also tried with ``allocation: owl``."""
-    finalists: int = Field(default=4, ge=1)
+    finalists: int = Field(default=4, ge=1, lt=MOST)
     """Minimum number of finalists."""
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from pydantic import TypeAdapter, ValidationError
 
 from ..calibrate.data import Tokens, load_heldout, load_tokens
 from ..calibrate.forward import StreamingModel
@@ -23,14 +23,21 @@ from ..checkpoint.open import Checkpoint
 from ..checkpoint.reader import DTYPES
 from ..checkpoint.source import open_checkpoint
 from ..checkpoint.tensor_hashes import write_hashes
-from ..checkpoint.writer import ShardWriter, append_journal, writing
+from ..checkpoint.writer import JOURNAL_NAME, ShardWriter, append_journal, writing
 from ..cut.output import Workspace, companions, open_workspace, publish
-from ..errors import CheckpointError, RecipeError, RemapError, require_extra
+from ..errors import (
+    CheckpointError,
+    OutputError,
+    RecipeError,
+    RemapError,
+    require_extra,
+)
 from ..progress import Progress, Report, ignore
-from ..recipes.schema import Calibration
+from ..recipes.schema import Calibration, first_problem
 from .options import Training
 from .router_distillation import Distillation, LayerError
 from .write import (
+    load_trained,
     read_history,
     same_shards,
     save_trained,
@@ -237,7 +244,7 @@ def _train(
         return _distil(checkpoint, lesson, training, space, report)
     kept = space.work / TRAINED
     if kept.is_file():
-        return load_file(kept), ()
+        return load_trained(kept, checkpoint), ()
     from .train import train
 
     changed = train(
@@ -263,7 +270,7 @@ def _distil(
         error.layer: error
         for line in space.journal
         if isinstance(fields := line.get("distilled"), dict)
-        for error in [LayerError(**fields)]
+        for error in [_layer_error(fields)]
     }
     layers = checkpoint.decoder_layers
     tell = _steps_of(sum(layer.has_moe for layer in layers) * training.steps, report)
@@ -273,7 +280,7 @@ def _distil(
         name = checkpoint.layout.router.name(layer.index)
         kept = space.work / f"router-{layer.index:05d}.safetensors"
         if layer.index in done:
-            changed |= load_file(kept)
+            changed |= load_trained(kept, checkpoint)
             lesson.layer(layer, changed[name])
             tell(training.steps)
             continue
@@ -287,6 +294,21 @@ def _distil(
         entry: dict[str, object] = {"distilled": dataclasses.asdict(error)}
         append_journal(space.partial, entry)
     return changed, tuple(done[index] for index in sorted(done))
+
+
+def _layer_error(fields: dict[str, object]) -> LayerError:
+    """A line of the journal.
+
+    Raises:
+        OutputError: It says something else.
+    """
+    try:
+        return TypeAdapter(LayerError).validate_python(fields)
+    except ValidationError as error:
+        raise OutputError(
+            f"{JOURNAL_NAME}: a line does not describe a layer: "
+            f"{first_problem(error)}. Pass --overwrite to start again."
+        ) from error
 
 
 def _steps_of(total: int, report: Report) -> Callable[[int], None]:

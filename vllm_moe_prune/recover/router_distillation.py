@@ -13,8 +13,10 @@ router rows.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field, FiniteFloat
 from torch.nn import functional
 
 from ..calibrate.expert_forward import Routing, expert_hidden, place, route, run_experts
@@ -24,6 +26,7 @@ from ..calibrate.perplexity import leave, routed
 from ..calibrate.router import router_of
 from ..checkpoint.open import Layer
 from ..checkpoint.reader import Expert, read_expert
+from ..recipes.numbers import Count
 from .model import keep_zeros, mixed
 from .options import Training
 
@@ -32,15 +35,18 @@ TINY = torch.finfo(torch.float32).tiny
 """Instead of zero, where experts give nothing that a distance could be a share of."""
 
 
+Ratio = Annotated[FiniteFloat, Field(ge=0.0)]
+
+
 @dataclass(frozen=True)
 class LayerError:
     """How far a pruned MoE sublayer is from the original one."""
 
-    layer: int
-    original_layer: int
-    before: float
+    layer: Count
+    original_layer: Count
+    before: Ratio
     """Squared distance of the outputs over the originals' squares, on held-out text."""
-    after: float
+    after: Ratio
 
 
 class Distillation:

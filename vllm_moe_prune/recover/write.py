@@ -13,12 +13,24 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..checkpoint.index import INDEX_NAME, TensorInfo, read_bytes, read_index, read_json
+from ..checkpoint.index import (
+    INDEX_NAME,
+    TensorInfo,
+    read_bytes,
+    read_head,
+    read_header,
+    read_index,
+)
 from ..checkpoint.open import Checkpoint
+from ..checkpoint.reader import read_tensor
 from ..checkpoint.writer import CHUNK_BYTES, ShardPlan, ShardWriter, writing
 from ..cut.card import source_card
 from ..cut.copy import tensor_view
+from ..cut.finish import PROVENANCE
 from ..cut.output import RECOVERED, copy_companions, copy_records
+from ..errors import CheckpointError, OutputError
+from ..files.json_file import read_json
+from ..files.regular import copy_regular
 
 NOTE_START = "\n## Recovered\n"
 
@@ -31,9 +43,8 @@ def same_shards(folder: Path) -> tuple[list[ShardPlan], dict[str, TensorInfo]]:
         by_file.setdefault(info.file, []).append(info)
     shards = []
     for path, infos in by_file.items():
-        with path.open("rb") as file:
-            size = file.read(8)
-            header = size + file.read(struct.unpack("<Q", size)[0])
+        head = read_head(path)
+        header = struct.pack("<Q", len(head)) + head
         infos.sort(key=lambda info: info.offset)
         shards.append(
             ShardPlan(
@@ -74,13 +85,13 @@ def write_rest(checkpoint: Checkpoint, folder: Path) -> None:
     for name in (INDEX_NAME, "config.json"):
         path = checkpoint.folder / name
         if path.is_file():
-            (folder / name).write_bytes(path.read_bytes())
+            copy_regular(path, folder / name)
 
 
 def read_history(checkpoint: Checkpoint) -> dict[str, Any]:
     """The provenance of the input; empty for one that was never cut."""
     path = checkpoint.folder / "provenance.json"
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, PROVENANCE) if path.is_file() else {}
 
 
 def write_record(
@@ -117,3 +128,23 @@ def save_trained(path: Path, changed: dict[str, torch.Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(changed, temporary)
         temporary.replace(path)
+
+
+def load_trained(path: Path, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """What an interrupted run trained.
+
+    Raises:
+        OutputError: It is damaged, or not of this checkpoint.
+    """
+    try:
+        found = read_header(path).tensors
+    except CheckpointError as error:
+        raise OutputError(str(error)) from error
+    for name, info in found.items():
+        ours = checkpoint.tensors.get(name)
+        if ours is None or (ours.shape, ours.dtype) != (info.shape, info.dtype):
+            raise OutputError(
+                f"{path}: {name} is no tensor of {checkpoint.folder}. Pass --overwrite "
+                "to start again."
+            )
+    return {name: read_tensor(info) for name, info in found.items()}

@@ -5,8 +5,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from ..checkpoint.index import read_json
+from ..cut.finish import PROVENANCE
 from ..errors import CheckpointError
+from ..files.json_file import read_json
 from ..recipes.schema import first_problem
 
 Count = Annotated[int, Field(ge=0)]
@@ -59,7 +60,7 @@ def read_provenance(path: Path) -> Provenance:
         CheckpointError: It is missing or damaged.
     """
     try:
-        return Provenance.model_validate(read_json(path))
+        return Provenance.model_validate(read_json(path, PROVENANCE))
     except ValidationError as error:
         raise CheckpointError(
             f"{path}: {first_problem(error)} Copy the folder again, or repeat the cut."

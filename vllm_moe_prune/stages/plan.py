@@ -12,6 +12,7 @@ from ..cut.predict import model_facts, with_prediction
 from ..decide.build_plan import make_plan
 from ..decide.cut_plan import CutPlan, Measurement, save_plan, trimming
 from ..errors import PlanError, RecipeError
+from ..files.json_file import parse_json
 from ..recipes.schema import Recipe
 
 
@@ -38,7 +39,7 @@ def plan(
         _check_trimming(decided, stats)
         # Ordered as a statistics file gives it back, so that a resumed run, which
         # reads one, makes the same plan to the byte.
-        calibration = json.loads(json.dumps(stats.calibration, sort_keys=True))
+        calibration = parse_json(json.dumps(stats.calibration, sort_keys=True))
         measurement = Measurement(
             forward_passes=stats.forward_passes, calibration=calibration
         )

@@ -24,7 +24,9 @@ from ...checkpoint.open import Checkpoint
 from ...checkpoint.remap import FILE_NAME, ExpertRemap, dump_remap
 from ...checkpoint.source import open_checkpoint
 from ...cut.build_remap import build_remap
-from ...errors import MoePruneError, ServeError
+from ...cut.finish import PROVENANCE
+from ...errors import CheckpointError, MoePruneError, ServeError
+from ...files.regular import read_file
 from ...report.page import page
 from ...report.read import read_numbers
 from .. import LOAD_FORMAT
@@ -152,9 +154,9 @@ def make_router() -> APIRouter:
         """Where the checkpoint comes from, as ``cut`` wrote it down."""
         path = _pruned_folder(request) / "provenance.json"
         try:
-            return Response(path.read_bytes(), media_type=JSON)
-        except OSError as error:
-            raise HTTPException(404, f"{path.name}: {error.strerror}.") from error
+            return Response(read_file(path, PROVENANCE), media_type=JSON)
+        except CheckpointError as error:
+            raise HTTPException(404, str(error)) from error
 
     @router.get("/report", response_class=HTMLResponse)
     async def report(request: Request) -> HTMLResponse:
