@@ -12,7 +12,7 @@ PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast lint clean
+.PHONY: help install demo test fast lint docs wheels clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,12 @@ lint: install ## Formatting, lint, types, spelling
 	$(PY) -m ruff check
 	$(PY) -m mypy
 	$(PY) -m codespell_lib
+
+docs: install ## The documentation at http://127.0.0.1:8001
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve --strict --dev-addr 127.0.0.1:8001
+
+wheels: install ## Wheels and sdists of both distributions in dist/, checked
+	@scripts/wheels
 
 clean: ## Remove .venv, caches and build output
 	rm -rf .venv build dist *.egg-info serve/build serve/*.egg-info patches/*/build patches/*/*.egg-info

@@ -1,4 +1,4 @@
-"""Several plans from one measurement, the smallest of them cut: examples/api.py [OUT]."""
+"""Several plans from one measurement, one of them cut: examples/api.py [OUT]."""
 
 import sys
 from pathlib import Path
