@@ -72,7 +72,8 @@ def page_at(
 def complaint(message: ConsoleMessage, faults: bool) -> Iterator[str]:
     """What the browser itself finds wrong."""
     expected = "Blocked script execution in 'blob:" in message.text or (
-        faults and "Failed to load resource" in message.text
+        faults
+        and ("Failed to load resource" in message.text or "CORS policy" in message.text)
     )
     if message.type in {"error", "warning"} and not expected:
         yield f"console: {message.text}"

@@ -22,8 +22,8 @@ import uvicorn
 PORT, MODEL = int(sys.argv[1]), sys.argv[2]
 PLUGIN = Path(sys.argv[3]) if len(sys.argv) > 3 else None
 PAGES = Path(__file__).resolve().parents[1] / "serve" / "moe_prune_gateway" / "pages"
-# vLLM's own default lets pages from everywhere in.
 RAW = "surrogateescape"  # not every header is UTF-8
+# As of a server that lets every page in; vLLM's own default lets none.
 CORS = [(b"access-control-allow-origin", b"*"), (b"access-control-allow-headers", b"*")]
 USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
 
@@ -119,8 +119,10 @@ async def converse(
         await leaving
         entry["ended"] = "cancelled"
         return
-    # To a client that is gone uvicorn sends without ever waiting: let `leaving` run.
-    await asyncio.sleep(0)
+    # To a client that is gone uvicorn sends without ever waiting: let the failed write,
+    # what it wakes, and then `leaving` run.
+    for _ in range(3):
+        await asyncio.sleep(0)
     if leaving.done():
         entry["ended"] = "cancelled"
         return

@@ -1,10 +1,10 @@
-"""The gateway that stands before vLLM servers, and the pages both of them show.
+"""The gateway in front of vLLM servers, and the pages that both of them show.
 
-One pass through the code, in reading order: ``settings`` (what the user asked for),
-``app`` (our own routes), ``relay`` (the pass-through of ``/v1``) and what it uses:
-``body`` (a request comes in), ``backends`` (where it can go), ``stream`` (the answer
-goes out), ``refusals`` (what the gateway itself answers), ``metrics``; ``http`` bounds
-what uvicorn accepts, ``run`` starts and drains it.
+In reading order: ``settings``; ``app``, the gateway's own routes; ``proxy``, which
+passes ``/v1`` on, with ``request_body``, ``backends`` (which are up, and which models
+they serve), ``backend_client`` (requests to one) and ``response_body``; ``api_error``,
+what the gateway answers by itself; ``access``, who may use it; ``http_protocol``, what
+uvicorn is bounded by; ``run``, its start and its end.
 """
 
 from importlib.metadata import version

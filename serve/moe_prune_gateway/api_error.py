@@ -1,26 +1,29 @@
-"""What the gateway itself answers, in the words and form of the OpenAI API."""
+"""Errors that the gateway itself answers with, in the form of the OpenAI API."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from starlette.responses import Response
 
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """A request that is not carried out; raised anywhere, answered in one place.
+    """A request that fails in the gateway; raised anywhere, answered in one place.
 
     Attributes:
         status: HTTP status.
         code: What went wrong, for programs; also the label in the metrics.
         message: The same for people, with what to do about it.
-        retry_after_s: Told to the client where trying again may help.
+        headers: Of the answer.
+        retry_after_s: For the client, where trying again may help.
     """
 
     status: int
     code: str
     message: str
     retry_after_s: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def body(self) -> bytes:
@@ -36,13 +39,13 @@ class ApiError(Exception):
         return json.dumps({"error": error}).encode()
 
     @property
-    def event(self) -> bytes:
+    def sse_event(self) -> bytes:
         """The same for a stream that has begun: its last server-sent event."""
         return b"data: " + self.body + b"\n\n"
 
-    def response(self, headers: dict[str, str] | None = None) -> Response:
+    def response(self) -> Response:
         """The whole answer."""
-        more = dict(headers or {})
+        more = dict(self.headers)
         if self.retry_after_s is not None:
             more["Retry-After"] = str(self.retry_after_s)
         if self.status == 401:
@@ -80,6 +83,15 @@ def backend_timeout(name: str, seconds: float) -> ApiError:
     )
 
 
+def request_timeout(seconds: float) -> ApiError:
+    """The backend is still answering after the longest time for one request."""
+    return ApiError(
+        504,
+        "request_too_long",
+        f"The answer was not complete after {seconds:g} s.",
+    )
+
+
 def shutting_down() -> ApiError:
-    """The gateway is being stopped and waited as long as it was told to."""
+    """The gateway is being stopped, and the time to drain is over."""
     return ApiError(503, "shutting_down", "The gateway is being stopped; try again.", 5)

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -18,7 +19,7 @@ from .api_error import ApiError
 from .backends import BackendPool
 from .metrics import Metrics
 from .page_routes import INDEX, page_files, sender
-from .proxy import ReverseProxy
+from .proxy import METHODS, ReverseProxy
 from .settings import GatewaySettings
 
 OTHER_METHODS = ["POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "QUERY"]
@@ -68,6 +69,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         metrics,
         settings.backend_api_key,
         settings.connect_timeout_s,
+        settings.read_timeout_s,
     )
 
     @asynccontextmanager
@@ -86,16 +88,24 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(Shortcut, relay=ReverseProxy(settings, backends, metrics))
+    app.add_middleware(Shortcut, proxy=ReverseProxy(settings, backends, metrics))
     pages = {f"/{path.name}": path for path in page_files()}
     pages["/"] = pages[f"/{INDEX}"]
     app.add_middleware(
         AccessGuard,
-        keys=settings.api_keys,
+        settings=settings,
         pages=pages,
         refused=lambda code: metrics.errors.labels("", code).inc(),
     )
-    app.add_exception_handler(HTTPException, _as_refusal)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=METHODS,
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+    app.add_exception_handler(HTTPException, _http_error)
 
     @app.get("/health")
     async def health() -> Health:
@@ -143,7 +153,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         backend = backends.serving(model)[0]
         return _json(next(m.json for m in backend.models or () if m.id == model))
 
-    app.add_exception_handler(ApiError, _as_response)
+    app.add_exception_handler(ApiError, _api_error)
     app.router.routes += [
         Route("/v1/models", _only_get, methods=OTHER_METHODS),
         Route("/v1/models/{model:path}", _only_get, methods=OTHER_METHODS),
@@ -154,23 +164,23 @@ def create_app(settings: GatewaySettings) -> FastAPI:
 
 
 class Shortcut:
-    """Takes what backends answer past FastAPI, which would add a fifth to its cost.
+    """Takes what is passed on past FastAPI, which would add a fifth to its cost.
 
     Args:
         app: Answers everything else.
-        relay: Carries requests to backends.
+        proxy: Passes requests on to backends.
     """
 
-    def __init__(self, app: ASGIApp, relay: ReverseProxy) -> None:
+    def __init__(self, app: ASGIApp, proxy: ReverseProxy) -> None:
         self.app = app
-        self.relay = relay
+        self.proxy = proxy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Choose by the path."""
         path = scope.get("path", "")
         models = path == "/v1/models" or path.startswith("/v1/models/")
         if path.startswith(("/v1/", "/backends/")) and not models:
-            await self.relay(scope, receive, send)
+            await self.proxy(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -201,16 +211,18 @@ async def _only_get(request: Request) -> NoReturn:
     raise HTTPException(405, headers={"Allow": "GET"})
 
 
-async def _as_refusal(request: Request, error: Exception) -> Response:
-    """What Starlette raises for unknown paths and methods, in our words."""
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What Starlette raises for unknown paths and methods, as our other errors."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(
         error.status_code, "invalid_request"
     )
-    refusal = ApiError(error.status_code, code, f"{error.detail}.")
-    return refusal.response(dict(error.headers or {}))
+    headers = error.headers or {}
+    return ApiError(
+        error.status_code, code, f"{error.detail}.", headers=headers
+    ).response()
 
 
-async def _as_response(request: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()

@@ -9,6 +9,7 @@ from http import HTTPStatus
 from pydantic import SecretStr
 
 from .api_error import ApiError, backend_unreachable
+from .backend_client import BackendClient, Broken, Header, Unreachable
 from .backend_reports import (
     InvalidReport,
     ListedModel,
@@ -18,8 +19,8 @@ from .backend_reports import (
 )
 from .background import BackgroundTasks
 from .metrics import Metrics
-from .page_routes import PREFIX
-from .upstream import Broken, Header, Unreachable, Upstream
+from .one_line import one_line
+from .page_routes import PLUGIN_PATH
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,9 @@ FAILURES = (Unreachable, Broken, TimeoutError, InvalidReport)
 class Backend:
     """One vLLM server and what is known of it."""
 
-    def __init__(self, name: str, upstream: Upstream) -> None:
+    def __init__(self, name: str, client: BackendClient) -> None:
         self.name = name
-        self.upstream = upstream
+        self.client = client
         self.up = False
         self.models: tuple[ListedModel, ...] | None = None
         """Kept while it is down. None: it was never up."""
@@ -60,9 +61,10 @@ class BackendPool:
         metrics: Metrics,
         api_key: SecretStr | None,
         connect_timeout_s: float,
+        read_timeout_s: float,
     ) -> None:
         self.all = [
-            Backend(name, Upstream(url, connect_timeout_s))
+            Backend(name, BackendClient(url, connect_timeout_s, read_timeout_s))
             for name, url in addresses.items()
         ]
         self.metrics = metrics
@@ -78,6 +80,7 @@ class BackendPool:
         tasks = BackgroundTasks()
         try:
             for backend in self.all:
+                backend.client.open()
                 self._start_polling(tasks, backend, every_s)
             polled = [asyncio.create_task(one.polled.wait()) for one in self.all]
             _, pending = await asyncio.wait(polled, timeout=POLL_TIMEOUT_S)
@@ -87,7 +90,7 @@ class BackendPool:
         finally:
             await tasks.close()
             for backend in self.all:
-                backend.upstream.close()
+                await backend.client.close()
 
     def _start_polling(
         self, tasks: BackgroundTasks, backend: Backend, every_s: float
@@ -159,7 +162,7 @@ class BackendPool:
 
     async def _provenance(self, backend: Backend) -> Provenance | None:
         """What pruning did to the model; None: nothing that can be read says so."""
-        path = f"{PREFIX}/provenance"
+        path = f"{PLUGIN_PATH}/provenance"
         try:
             status, body = await self._fetch(backend, path, PROVENANCE_BYTES)
             return read_provenance(body) if status == HTTPStatus.OK else None
@@ -180,9 +183,7 @@ class BackendPool:
         return body
 
     async def _fetch(self, backend: Backend, path: str, most: int) -> tuple[int, bytes]:
-        return await backend.upstream.fetch(
-            path.encode(), self.authorization, POLL_TIMEOUT_S, most
-        )
+        return await backend.client.get(path, self.authorization, POLL_TIMEOUT_S, most)
 
     def _set_up(self, backend: Backend, up: bool, why: str) -> None:
         if backend.up != up:
@@ -190,9 +191,3 @@ class BackendPool:
             log.log(LEVEL[up], "backend %s is %s", backend.name, state)
         backend.up = up
         self.metrics.up.labels(backend.name).set(up)
-
-
-def one_line(said: object) -> str:
-    """Text for the log; a backend's words may be in it."""
-    text = str(said)[:300]
-    return "".join(sign if sign.isprintable() else " " for sign in text)

@@ -6,7 +6,7 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import FileResponse, Response
 
-PREFIX = "/plugins/moe-prune"
+PLUGIN_PATH = "/plugins/moe-prune"
 """The address of the data, and in vLLM's server of the pages, of one checkpoint."""
 PAGES = Path(__file__).parent / "pages"
 INDEX = "index.html"

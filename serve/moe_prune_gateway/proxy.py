@@ -1,7 +1,7 @@
 """The pass-through: a request goes to a backend, its answer comes back byte for byte.
 
-No schema of the OpenAI API is known here. Where there is a choice of backends, the one
-thing read of a request is its model's name.
+No schema of the OpenAI API is known here. Where there is a choice of backends, the
+request's ``model`` is read, and nothing else.
 """
 
 import asyncio
@@ -18,28 +18,47 @@ from .api_error import (
     backend_broken,
     backend_timeout,
     backend_unreachable,
+    request_timeout,
     shutting_down,
+)
+from .backend_client import (
+    BackendResponse,
+    Broken,
+    Header,
+    Unreachable,
+    UnsendableHeader,
 )
 from .backends import Backend, BackendPool
 from .metrics import Metrics, path_label
-from .page_routes import PREFIX
+from .one_line import one_line
+from .page_routes import PLUGIN_PATH
 from .request_body import BodyBudget, ClientGone, RequestBody
 from .response_body import EventStream, PlainBody
 from .settings import GatewaySettings
-from .upstream import NO_BODY, Broken, Connection, Header, Unreachable
 
 log = logging.getLogger(__name__)
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+"""What is passed on. TRACE echoes headers; OPTIONS is answered by the gateway."""
 # Of one connection, not of the message: RFC 9110, 7.6.1.
 HOP_BY_HOP = {
     *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization"),
     *(b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"),
 }
 NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
-NOT_RETURNED = HOP_BY_HOP | {b"date"}  # uvicorn writes its own
-PLUGIN_DATA = {f"{PREFIX}/{name}" for name in ("load", "remap", "provenance", "report")}
+# uvicorn writes its own date.
+NOT_RETURNED = HOP_BY_HOP | {b"date"}
+# Which web pages may read an answer is not for backends to say.
+CORS = b"access-control-"
+# What a backend sends runs no scripts under the gateway's address.
+SANDBOX = (b"content-security-policy", b"sandbox")
+PLUGIN_DATA = {
+    f"{PLUGIN_PATH}/{name}" for name in ("load", "remap", "provenance", "report")
+}
 # Without a body, these would lose the header that says so.
 WITH_BODY = {"POST", "PUT"}
+# Their answers have no body, whatever their headers announce.
+NO_BODY = {204, 304}
 
 
 class ReverseProxy:
@@ -52,32 +71,35 @@ class ReverseProxy:
         self.backends = backends
         self.metrics = metrics
         self.bodies = BodyBudget(
-            settings.max_body_bytes, settings.max_held_bytes, settings.client_timeout_s
+            settings.max_body_bytes,
+            settings.max_held_bytes,
+            settings.client_timeout_s,
+            settings.body_timeout_s,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Carry out one request, or say why not."""
-        exchange = ProxiedRequest(self, scope, send)
+        """Pass one request on, or answer with the error that prevents it."""
+        request = ProxiedRequest(self, scope, send)
         try:
-            with self.bodies.holding() as body:
-                await exchange.run(receive, body)
+            with self.bodies.admit() as body:
+                await request.run(receive, body)
         except ClientGone:
-            exchange.failed("client_gone")
-        except ApiError as refusal:
-            exchange.failed(refusal.code)
-            await exchange.refuse(refusal)
-        except asyncio.CancelledError:  # the gateway was asked to end a while ago
-            exchange.failed("shutting_down")
-            await exchange.refuse(shutting_down())
+            request.count_error("client_gone")
+        except ApiError as error:
+            request.count_error(error.code)
+            await request.send_error(error)
+        except asyncio.CancelledError:  # the time to drain is over
+            request.count_error("shutting_down")
+            await request.send_error(shutting_down())
         finally:
-            exchange.count()
+            request.count()
 
 
 class ProxiedRequest:
     """One request and its answer."""
 
-    def __init__(self, relay: ReverseProxy, scope: Scope, send: Send) -> None:
-        self.relay = relay
+    def __init__(self, proxy: ReverseProxy, scope: Scope, send: Send) -> None:
+        self.proxy = proxy
         self.scope = scope
         self.send = send
         self.started = time.monotonic()
@@ -85,39 +107,49 @@ class ProxiedRequest:
         self.path = b""
         self.status = 0
         self.streaming = False
-        self.told_all = False
-        """The client may leave: nothing it wants is still to come."""
+        self.complete = False
+        """The client has all it wants, and may leave."""
 
     async def run(self, receive: Receive, body: RequestBody) -> None:
-        """Read the request, choose a backend, pass on what it answers.
+        """Read the request, choose a backend, pass its answer on.
 
         Raises:
             ApiError: The gateway has to answer by itself.
-            ClientGone: Nobody waits for the answer any more.
+            ClientGone: The client closed its connection.
         """
-        name, self.path = target(self.scope)
+        name, self.path = backend_and_path(self.scope)
+        if self.scope["method"] not in METHODS:
+            raise ApiError(
+                *(405, "method_not_allowed", "This method is not passed on."),
+                headers={"Allow": ", ".join(METHODS)},
+            )
         await body.read(self.scope, receive)
-        candidates = self._choose(name, body.data)
-        answering = asyncio.create_task(self._answer(candidates, body))
+        candidates = self._candidates(name, body.data)
+        limit_s = self.proxy.settings.request_timeout_s
+        answering = asyncio.create_task(self._try_backends(candidates, body))
         leaving = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait(
-                (answering, leaving), return_when=asyncio.FIRST_COMPLETED
+                (answering, leaving),
+                timeout=limit_s,
+                return_when=asyncio.FIRST_COMPLETED,
             )
             if answering.done():
                 answering.result()
-            elif not self.told_all:
+            elif not leaving.done():
+                raise request_timeout(limit_s)
+            elif not self.complete:
                 raise ClientGone
         finally:
             leaving.cancel()
             answering.cancel()
             await asyncio.gather(answering, leaving, return_exceptions=True)
 
-    def _choose(self, name: str | None, data: bytes) -> Sequence[Backend]:
-        """Every backend that the request may go to, the best first."""
+    def _candidates(self, name: str | None, data: bytes) -> Sequence[Backend]:
+        """Backends that the request may go to, the best first."""
         if name is not None:
-            return [self.relay.backends.named(name)]
-        known = self.relay.backends.all
+            return [self.proxy.backends.named(name)]
+        known = self.proxy.backends.all
         if len(known) == 1:
             return known
         headers = dict(self.scope["headers"])
@@ -125,135 +157,139 @@ class ProxiedRequest:
             raise ApiError(
                 400,
                 "model_required",
-                "There are several backends and no JSON body that names a model; ask "
+                "There are several backends and no JSON body that names a model; use "
                 "/backends/NAME/v1/... instead.",
             )
-        return self.relay.backends.serving(model_of(data))
+        return self.proxy.backends.serving(model_of(data))
 
-    async def _answer(self, candidates: Sequence[Backend], body: RequestBody) -> None:
-        """Ask one backend after the other until one accepts a connection.
+    async def _try_backends(
+        self, candidates: Sequence[Backend], body: RequestBody
+    ) -> None:
+        """Try one backend after the other until one accepts a connection.
 
-        That it did not is known to leave nothing sent, so asking again is safe.
+        One that refuses it was sent nothing, so trying the next is safe.
         """
-        limit = self.relay.settings.max_concurrent
+        limit = self.proxy.settings.max_concurrent
         free = [backend for backend in candidates if backend.in_flight < limit]
         if not free:
             self.backend = candidates[0]
             raise ApiError(
                 429,
                 "too_many_requests",
-                f"{limit} requests are on their way; try again.",
+                f"{limit} requests are in flight; try again.",
                 retry_after_s=1,
             )
         for backend in free:
             self.backend = backend
-            in_flight = self.relay.metrics.in_flight.labels(backend.name)
+            in_flight = self.proxy.metrics.in_flight.labels(backend.name)
             backend.in_flight += 1
             in_flight.inc()
             try:
-                await self._ask(backend, body)
+                await self._forward(backend, body)
                 return
             except Unreachable:
-                self.relay.backends.mark_down(backend)
+                self.proxy.backends.mark_down(backend)
             finally:
                 backend.in_flight -= 1
                 in_flight.dec()
         raise backend_unreachable(free[-1].name)
 
-    async def _ask(self, backend: Backend, body: RequestBody) -> None:
+    async def _forward(self, backend: Backend, body: RequestBody) -> None:
         """Send the request to a backend and its answer to the client."""
         path = self.path
         if query := self.scope["query_string"]:
             path += b"?" + query
         method = self.scope["method"]
-        silence_s = self.relay.settings.read_timeout_s
+        data = body.data if body.data or method in WITH_BODY else None
         try:
-            answer = await backend.upstream.ask(
-                method,
-                path,
-                self._headers(),
-                body.data if body.data or method in WITH_BODY else None,
-                silence_s=silence_s,
+            response = await backend.client.request(
+                method, path, self._request_headers(), data
             )
+            del data
+            body.release()
             try:
-                body.drop()
-                await self._pass_on(answer)
+                await self._return(response)
             finally:
-                answer.release()
-        except TimeoutError:
-            raise backend_timeout(backend.name, silence_s) from None
+                response.close()
+        except UnsendableHeader as error:
+            raise ApiError(
+                400, "invalid_http", f"Header {error} is not UTF-8; nothing was sent."
+            ) from error
+        except TimeoutError as error:
+            raise backend_timeout(
+                backend.name, backend.client.read_timeout_s
+            ) from error
         except Broken as error:
-            log.warning("backend %s: %s", backend.name, error)
+            log.warning("backend %s: %s", backend.name, one_line(error))
             raise backend_broken(backend.name) from error
 
-    async def _pass_on(self, answer: Connection) -> None:
-        told = dict(answer.headers)
-        kind = told.get(b"content-type", b"")
-        encoded = b"content-encoding" in told
+    async def _return(self, response: BackendResponse) -> None:
+        headers = dict(response.headers)
+        kind = headers.get(b"content-type", b"")
+        encoded = b"content-encoding" in headers
         self.streaming = kind.startswith(b"text/event-stream") and not encoded
-        is_json = b"json" in kind and not encoded
-        length = told.get(b"content-length")
-        pieces = (
+        body: EventStream | PlainBody = (
             EventStream()
             if self.streaming
-            else PlainBody(is_json, int(length) if length else None)
+            else PlainBody(is_json=b"json" in kind and not encoded)
         )
-        self.status = answer.status
+        self.status = response.status
         start: Message = {
             "type": "http.response.start",
-            "status": answer.status,
-            "headers": _returned(answer),
+            "status": response.status,
+            "headers": _returned_headers(response),
         }
         await self.send(start)
         first, last = True, False
         try:
             while not last:
-                piece = pieces.feed(await answer.read())
-                self.told_all = pieces.ended
-                # The end comes with the last piece: one system call less per answer.
-                if last := answer.at_end:
-                    piece += pieces.finish()
+                piece = body.feed(await response.read())
+                last = response.at_end
+                self.complete = last or body.ended
+                # The end is sent with the last piece: one system call less.
+                if last:
+                    piece += body.finish()
                 if piece or last:
-                    await self.send(_body(piece, not last))
+                    await self.send(_body_message(piece, not last))
                 if piece and first:
                     first = False
-                    self._first_piece()
+                    self._observe_first_piece()
         finally:  # a client may leave as soon as it has read the end
-            for token_kind, count in pieces.tokens().items():
-                self.relay.metrics.tokens.labels(self.label, token_kind).inc(count)
+            for token_kind, count in body.tokens().items():
+                self.proxy.metrics.tokens.labels(self.label, token_kind).inc(count)
 
-    def _headers(self) -> list[Header]:
+    def _request_headers(self) -> list[Header]:
         """The client's headers that are meant for the backend."""
-        dropped = NOT_FORWARDED | _named_by_connection(self.scope["headers"])
-        own = self.relay.backends.authorization
-        if self.relay.settings.api_keys or own:
+        dropped = NOT_FORWARDED | _connection_options(self.scope["headers"])
+        own = self.proxy.backends.authorization
+        if self.proxy.settings.api_keys or own:
             dropped |= {b"authorization"}  # the key of this gateway goes no further
         sent = [header for header in self.scope["headers"] if header[0] not in dropped]
         return own + sent
 
-    async def refuse(self, refusal: ApiError) -> None:
+    async def send_error(self, error: ApiError) -> None:
         """Answer in place of a backend, or end its answer so that this is seen."""
         if self.status == 0:
-            self.status = refusal.status
-            await refusal.response()(self.scope, _nothing_more, self.send)
+            self.status = error.status
+            await error.response()(self.scope, _no_more_messages, self.send)
         elif self.streaming:
-            await self.send(_body(refusal.event, False))
-        # Else the connection is cut by uvicorn, as the answer is not complete.
+            await self.send(_body_message(error.sse_event, False))
+        # Else uvicorn cuts the connection, as the answer is not complete.
 
     @property
     def label(self) -> str:
-        """The backend in the metrics; none was chosen yet: empty."""
+        """The backend in the metrics; empty where none was chosen."""
         return self.backend.name if self.backend else ""
 
-    def _first_piece(self) -> None:
+    def _observe_first_piece(self) -> None:
         if not self.streaming:
             return
         elapsed = time.monotonic() - self.started
-        self.relay.metrics.first_token.labels(self.label).observe(elapsed)
+        self.proxy.metrics.first_token.labels(self.label).observe(elapsed)
 
-    def failed(self, code: str) -> None:
-        """Count and log what was not carried out."""
-        self.relay.metrics.errors.labels(self.label, code).inc()
+    def count_error(self, code: str) -> None:
+        """Count and log a request that failed here."""
+        self.proxy.metrics.errors.labels(self.label, code).inc()
         log.info("%s %r: %s", self.scope["method"], self.scope["path"], code)
 
     def count(self) -> None:
@@ -261,13 +297,13 @@ class ProxiedRequest:
         path = path_label(self.path.removeprefix(b"/v1/"))
         # 499 is what nginx logs for a client that left before an answer began.
         status = str(self.status or 499)
-        self.relay.metrics.requests.labels(self.label, path, status).inc()
+        self.proxy.metrics.requests.labels(self.label, path, status).inc()
         elapsed = time.monotonic() - self.started
-        self.relay.metrics.seconds.labels(self.label).observe(elapsed)
+        self.proxy.metrics.seconds.labels(self.label).observe(elapsed)
 
 
-def target(scope: Scope) -> tuple[str | None, bytes]:
-    """The backend an address names, if it does, and the path there, as it was sent.
+def backend_and_path(scope: Scope) -> tuple[str | None, bytes]:
+    """The backend that an address names, if it does, and the path there, as received.
 
     Raises:
         ApiError: The path is none that goes to backends.
@@ -277,7 +313,7 @@ def target(scope: Scope) -> tuple[str | None, bytes]:
     if raw.startswith(b"/backends/"):
         _, _, encoded, rest = (raw + b"/").split(b"/", 3)
         name, raw = unquote(encoded), b"/" + rest[:-1]
-    # Looked at as a server may read it, so that `..` leads nowhere else.
+    # Decoded as a server may decode it, so that `..` leads nowhere else.
     segments = unquote(raw).split("/")
     inside = raw.startswith(b"/v1/") and not {".", ".."} & set(segments)
     if not inside and raw.decode("ascii") not in PLUGIN_DATA:
@@ -285,25 +321,25 @@ def target(scope: Scope) -> tuple[str | None, bytes]:
     return name, raw
 
 
-class _Asked(msgspec.Struct):
+class _ModelField(msgspec.Struct):
     """What is read of a request; the rest is only checked to be JSON."""
 
     model: str
 
 
-_READ = msgspec.json.Decoder(_Asked).decode
+_decode_model = msgspec.json.Decoder(_ModelField).decode
 
 
 def model_of(data: bytes) -> str:
     """The model that a JSON request asks for.
 
-    Nothing else is built of the body: that could take twenty times its bytes.
+    Nothing else of the body is built: that could take twenty times its bytes.
 
     Raises:
         ApiError: It is no JSON, or names no model.
     """
     try:
-        return _READ(data).model
+        return _decode_model(data).model
     except msgspec.ValidationError:
         raise ApiError(
             400,
@@ -317,21 +353,28 @@ def model_of(data: bytes) -> str:
         ) from None
 
 
-def _named_by_connection(headers: Sequence[Header]) -> set[bytes]:
+def _connection_options(headers: Sequence[Header]) -> set[bytes]:
     """Headers that a Connection header declares to be for its two ends only."""
     values = [value for name, value in headers if name == b"connection"]
     return {name.strip().lower() for value in values for name in value.split(b",")}
 
 
-def _returned(answer: Connection) -> list[Header]:
+def _returned_headers(response: BackendResponse) -> list[Header]:
     """The headers of an answer that are meant for the client."""
-    dropped = NOT_RETURNED | _named_by_connection(answer.headers)
-    if answer.status in NO_BODY:  # uvicorn would wait for what is announced
+    names = {name for name, _ in response.headers}
+    dropped = NOT_RETURNED | _connection_options(response.headers)
+    # uvicorn would wait for the body that is announced, or cut off a longer one.
+    if response.status in NO_BODY or b"transfer-encoding" in names:
         dropped |= {b"content-length"}
-    return [header for header in answer.headers if header[0] not in dropped]
+    kept = [
+        header
+        for header in response.headers
+        if header[0] not in dropped and not header[0].startswith(CORS)
+    ]
+    return [*kept, SANDBOX]
 
 
-def _body(data: bytes, more: bool) -> Message:
+def _body_message(data: bytes, more: bool) -> Message:
     return {"type": "http.response.body", "body": data, "more_body": more}
 
 
@@ -341,5 +384,5 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def _nothing_more() -> Message:
+async def _no_more_messages() -> Message:
     return {"type": "http.disconnect"}

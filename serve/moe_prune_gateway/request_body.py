@@ -1,17 +1,17 @@
-"""A request comes in: its body, bounded in size, time and sum."""
+"""Request bodies, bounded in size, time and sum."""
 
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope
 
 from .api_error import ApiError
 from .settings import MIB
 
 
 class ClientGone(Exception):
-    """The client closed its connection; nobody is left to be answered."""
+    """The client closed its connection; no answer can reach it."""
 
 
 class BodyBudget:
@@ -19,37 +19,41 @@ class BodyBudget:
 
     Args:
         largest: Bytes of one body.
-        together: Bytes of all of them.
-        timeout_s: Longest silence of a client that is sending.
+        total: Bytes of all of them.
+        silence_s: Longest silence of a client that is sending.
+        whole_s: Longest time for one whole body.
     """
 
-    def __init__(self, largest: int, together: int, timeout_s: float) -> None:
+    def __init__(
+        self, largest: int, total: int, silence_s: float, whole_s: float
+    ) -> None:
         self.largest = largest
-        self.together = together
-        self.timeout_s = timeout_s
+        self.total = total
+        self.silence_s = silence_s
+        self.whole_s = whole_s
         self.held = 0
 
     @contextmanager
-    def holding(self) -> Iterator["RequestBody"]:
-        """A body that counts until the end of the block, or until it is dropped."""
+    def admit(self) -> Iterator["RequestBody"]:
+        """A body that counts until the end of the block, or until it is released."""
         body = RequestBody(self)
         try:
             yield body
         finally:
-            body.drop()
+            body.release()
 
 
 class RequestBody:
     """The body of one request."""
 
-    def __init__(self, bodies: BodyBudget) -> None:
-        self._bodies = bodies
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
         self._counted = 0
         self.data = b""
 
-    def drop(self) -> None:
+    def release(self) -> None:
         """Free the memory; what has been sent is not needed any more."""
-        self._bodies.held -= self._counted
+        self._budget.held -= self._counted
         self._counted = 0
         self.data = b""
 
@@ -61,41 +65,56 @@ class RequestBody:
             ClientGone: The client did not send all of it.
         """
         self._check_announced(scope)
-        parts: list[bytes] = []
+        whole_s = self._budget.whole_s
+        try:
+            async with asyncio.timeout(whole_s) as whole:
+                self.data = await self._received(receive)
+        except TimeoutError:
+            if not whole.expired():
+                raise
+            raise _too_slow(f"The body was not complete after {whole_s:g} s.") from None
+
+    async def _received(self, receive: Receive) -> bytes:
+        received = bytearray()  # a list of small pieces would take forty times as much
         more = True
         while more:
-            try:
-                async with asyncio.timeout(self._bodies.timeout_s):
-                    message = await receive()
-            except TimeoutError:
-                raise ApiError(
-                    408,
-                    "request_timeout",
-                    f"Nothing of the body came for {self._bodies.timeout_s:g} s.",
-                ) from None
+            message = await self._next_message(receive)
             if message["type"] == "http.disconnect":
                 raise ClientGone
-            parts.append(message.get("body", b""))
-            self._count(len(parts[-1]))
+            piece = message.get("body", b"")
             more = message.get("more_body", False)
-        self.data = parts[0] if len(parts) == 1 else b"".join(parts)
+            self._count(len(piece))
+            if not received and not more:
+                return bytes(piece)
+            received += piece
+        return bytes(received)
+
+    async def _next_message(self, receive: Receive) -> Message:
+        silence_s = self._budget.silence_s
+        try:
+            async with asyncio.timeout(silence_s) as silence:
+                return await receive()
+        except TimeoutError:
+            if not silence.expired():
+                raise
+            raise _too_slow(f"Nothing of the body came for {silence_s:g} s.") from None
 
     def _check_announced(self, scope: Scope) -> None:
         """Refuse by the header already, so that nothing of it is read."""
         for name, value in scope["headers"]:
-            if name == b"content-length" and int(value) > self._bodies.largest:
+            if name == b"content-length" and int(value) > self._budget.largest:
                 raise self._too_large()
 
     def _count(self, size: int) -> None:
         self._counted += size
-        self._bodies.held += size
-        if self._counted > self._bodies.largest:
+        self._budget.held += size
+        if self._counted > self._budget.largest:
             raise self._too_large()
-        if self._bodies.held > self._bodies.together:
+        if self._budget.held > self._budget.total:
             raise ApiError(
                 429,
                 "too_many_bodies",
-                f"Requests of {self._bodies.together / MIB:g} MiB in all are being "
+                f"Requests of {self._budget.total / MIB:g} MiB in all are being "
                 "read; try again.",
                 retry_after_s=1,
             )
@@ -104,6 +123,10 @@ class RequestBody:
         return ApiError(
             413,
             "request_too_large",
-            f"The body is larger than {self._bodies.largest / MIB:g} MiB, the most "
+            f"The body is larger than {self._budget.largest / MIB:g} MiB, the most "
             "this gateway takes.",
         )
+
+
+def _too_slow(message: str) -> ApiError:
+    return ApiError(408, "request_timeout", message)

@@ -1,55 +1,72 @@
-"""The answer goes out: server-sent events in whole, and what they say of tokens."""
+"""Answer bodies: server-sent events are cut where they end, token counts are read."""
 
 import json
 import re
 from typing import Any
 
-# Past this an event goes out in parts; nobody's tokens are that long.
+# Past this an event is sent in parts; one of tokens is never that long.
 LONGEST_EVENT = 1 << 20
 # Larger answers are not kept to be read for their token counts.
 LONGEST_KEPT = 1 << 20
+# Larger counts are impossible, and a float could not hold them.
+LARGEST_COUNT = 2**53
 # In JSON text a quote would have a backslash, so this is a key.
 USAGE = re.compile(rb'"usage":\s*\{')
 END = re.compile(rb"\r?\n\r?\n")
+LONGEST_END = 4
+ENDS = (b"\n\n", b"\r\n\r\n")
+DONE = b"data: [DONE]"
 
 
 class EventStream:
     """Cuts a stream of bytes where events end, losing and adding none.
 
     A backend that dies inside an event then leaves the client with whole ones, after
-    which an error can be told.
+    which an error can be sent. Each byte is looked at once, however it arrives.
     """
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._waiting = bytearray()
+        """An event that is not complete."""
         self.usages: list[bytes] = []
         """The first and the last piece that have token counts in them: Anthropic's API
-        tells those of the prompt first, and those of the answer last."""
+        reports those of the prompt first, and those of the answer last."""
         self.ended = False
-        """Whether the event has passed that says that no other will come."""
+        """Whether the event has passed after which no other comes."""
 
     def feed(self, data: bytes) -> bytes:
-        """What can go out now that these bytes have come."""
-        if self._rest:
-            data = self._rest + data
-        if data.endswith((b"\n\n", b"\r\n\r\n")) or len(data) > LONGEST_EVENT:
-            whole, self._rest = data, b""
-        else:
-            ends = [found.end() for found in END.finditer(data)]
-            cut = ends[-1] if ends else 0
-            whole, self._rest = data[:cut], data[cut:]
+        """What can be sent now that these bytes have come."""
+        whole = self._cut(data)
+        if not whole:
+            return whole
         if USAGE.search(whole):
             self.usages = [*self.usages[:1], whole]
-        self.ended = self.ended or whole.rstrip().endswith(b"data: [DONE]")
+        self.ended = self.ended or whole.rstrip().endswith(DONE)
+        return whole
+
+    def _cut(self, data: bytes) -> bytes:
+        # An end may have begun in what waits; nothing before that has one.
+        tail = bytes(self._waiting[1 - LONGEST_END :])
+        seen = tail + data
+        if seen.endswith(ENDS) or len(self._waiting) + len(data) > LONGEST_EVENT:
+            at = len(data)
+        else:
+            at = max(0, _last_end(seen) - len(tail))
+        if at == 0:
+            self._waiting += data
+            return b""
+        whole = self.finish() + data[:at]
+        self._waiting += data[at:]
         return whole
 
     def finish(self) -> bytes:
-        """What is left when the stream has ended as it should."""
-        rest, self._rest = self._rest, b""
+        """The rest, when the stream has ended as it should."""
+        rest = bytes(self._waiting)
+        self._waiting.clear()
         return rest
 
     def tokens(self) -> dict[str, int]:
-        """Prompt and completion tokens that the stream told; of each the last."""
+        """Prompt and completion tokens that the stream reported, of each the last."""
         found: dict[str, int] = {}
         for piece in self.usages:
             for line in piece.splitlines():
@@ -59,26 +76,19 @@ class EventStream:
 
 
 class PlainBody:
-    """An answer that is no stream: passed as it comes, and read once for tokens."""
+    """An answer that is no stream: passed as it comes, and read for token counts."""
 
-    def __init__(self, is_json: bool, length: int | None = None) -> None:
-        """Of an answer of so many bytes, if that is known."""
-        self._kept: list[bytes] | None = [] if is_json else None
-        self._size = 0
-        self._length = length
+    ended = False
 
-    @property
-    def ended(self) -> bool:
-        """Whether all bytes have passed."""
-        return self._size == self._length
+    def __init__(self, is_json: bool) -> None:
+        self._kept: bytearray | None = bytearray() if is_json else None
 
     def feed(self, data: bytes) -> bytes:
         """The same bytes."""
-        self._size += len(data)
-        if self._size > LONGEST_KEPT:
-            self._kept = None
         if self._kept is not None:
-            self._kept.append(data)
+            self._kept += data
+            if len(self._kept) > LONGEST_KEPT:
+                self._kept = None
         return data
 
     def finish(self) -> bytes:
@@ -86,13 +96,13 @@ class PlainBody:
         return b""
 
     def tokens(self) -> dict[str, int]:
-        """Prompt and completion tokens that the answer tells, if it does."""
-        data = b"".join(self._kept or ())
-        return token_counts(data) if USAGE.search(data) else {}
+        """Prompt and completion tokens that the answer reports, if it does."""
+        kept = self._kept or b""
+        return token_counts(bytes(kept)) if USAGE.search(kept) else {}
 
 
 def token_counts(data: bytes) -> dict[str, int]:
-    """Token counts of one JSON answer; all APIs' names for them are known."""
+    """Token counts of one JSON answer, under the names that any of the APIs gives."""
     try:
         answer: Any = json.loads(data)
     except (ValueError, RecursionError):
@@ -108,10 +118,17 @@ def token_counts(data: bytes) -> dict[str, int]:
     found: dict[str, int] = {}
     for kind, keys in names.items():
         for key in keys:
-            if isinstance(count := usage.get(key), int) and count >= 0:
+            count = usage.get(key)
+            if type(count) is int and 0 <= count <= LARGEST_COUNT:
                 found[kind] = count
                 break
     return found
+
+
+def _last_end(data: bytes) -> int:
+    """Where the last event that is complete ends; 0: none is."""
+    ends = [found.end() for found in END.finditer(data)]
+    return ends[-1] if ends else 0
 
 
 def _field(holder: Any, name: str) -> Any:

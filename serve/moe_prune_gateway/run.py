@@ -51,7 +51,7 @@ def run_gateway(settings: GatewaySettings) -> NoReturn:
     log.info(
         "gateway on http://%s:%d for %s", shown, port, ", ".join(settings.backends)
     )
-    if not settings.api_keys and not host.startswith("127."):
+    if not settings.api_keys and not settings.is_local:
         log.warning("no API key is set: whoever reaches this address can use it")
     # uvicorn repeats the signal once it has drained; that is a proper end, not a fault.
     for number in (signal.SIGTERM, signal.SIGINT):

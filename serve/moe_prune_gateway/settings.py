@@ -1,4 +1,4 @@
-"""What the gateway is told: flags, ``MOE_PRUNE_*`` variables, a file of keys."""
+"""Settings: flags, ``MOE_PRUNE_*`` variables, a file of keys."""
 
 import re
 import reprlib
@@ -15,8 +15,10 @@ from .gateway_error import GatewayError
 PREFIX = "MOE_PRUNE_"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MIB = 2**20
+ORIGIN = re.compile(r"https?://[^/?#@\s]+")
 
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600, allow_inf_nan=False)]
+LOCAL_NAMES = frozenset({"localhost"})
 
 
 class GatewaySettings(BaseSettings):
@@ -35,17 +37,28 @@ class GatewaySettings(BaseSettings):
     """One more key per line."""
     backend_api_key: SecretStr | None = None
     """What vLLM servers were given as ``--api-key``."""
-    max_body_mib: Annotated[int, Field(gt=0)] = 32
-    max_concurrent: Annotated[int, Field(gt=0)] = 1024
-    """Requests on their way at a backend; more are answered 429."""
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """Other servers whose pages may use this gateway, as ``https://host``; ``*``: any,
+    which needs keys. Pages of the gateway itself always may."""
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    """Names that requests may reach the gateway by. None: any, or on a loopback address
+    ``localhost``. Addresses are always allowed."""
+    max_body_mib: Annotated[int, Field(gt=0, le=4096)] = 32
+    max_concurrent: Annotated[int, Field(gt=0, le=1_000_000)] = 1024
+    """In-flight requests of a backend; more are answered 429."""
     connect_timeout_s: Seconds = 5
     read_timeout_s: Seconds = 600
-    """Longest silence of a backend, also before its first byte."""
+    """Longest time until a backend's status and headers are complete, and longest
+    silence after that."""
     client_timeout_s: Seconds = 60
     """Longest silence of a client while it sends, or while it does not read."""
+    body_timeout_s: Seconds = 300
+    """Longest time for a client to send a whole body."""
+    request_timeout_s: Seconds = 4 * 3600
+    """Longest time from a body's end to the end of the answer."""
     poll_s: Seconds = 2
-    drain_s: Annotated[int, Field(ge=0)] = 30
-    """After SIGTERM, time for what is on its way."""
+    drain_s: Annotated[int, Field(ge=0, le=86400)] = 30
+    """Time for in-flight requests after SIGTERM."""
 
     @field_validator("backends", mode="before")
     @classmethod
@@ -59,11 +72,19 @@ class GatewaySettings(BaseSettings):
     def _check_backends(cls, value: dict[str, str]) -> dict[str, str]:
         return {name: _checked_backend(name, url) for name, url in value.items()}
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "allowed_origins", "allowed_hosts", mode="before")
     @classmethod
-    def _split_keys(cls, value: object) -> object:
+    def _split_list(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is not http://host or https://host:port")
         return value
 
     @field_validator("backend_api_key", mode="before")
@@ -74,6 +95,23 @@ class GatewaySettings(BaseSettings):
             if value and not (value.isascii() and value.isprintable()):
                 raise ValueError("a key is one line of printable ASCII characters")
         return value
+
+    @property
+    def host_names(self) -> frozenset[str] | None:
+        """Names that a Host header may have, in lower case; None: any."""
+        names = {name.lower() for name in self.allowed_hosts}
+        if self.is_local:
+            return frozenset(names | LOCAL_NAMES)
+        return frozenset(names) if names else None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it listens for programs of this machine only."""
+        return (
+            self.host == "::1"
+            or self.host in LOCAL_NAMES
+            or self.host.startswith("127.")
+        )
 
     @property
     def max_body_bytes(self) -> int:
@@ -105,6 +143,16 @@ def load_settings(flags: Mapping[str, Any]) -> GatewaySettings:
             "gateway: no backend; give --backend NAME=URL for every vLLM server, or "
             f"set {PREFIX}BACKENDS."
         )
+    settings = _with_keys_of_file(settings)
+    if "*" in settings.allowed_origins and not settings.api_keys:
+        raise GatewayError(
+            f"gateway: {PREFIX}ALLOWED_ORIGINS=* lets every web page use the gateway; "
+            f"set {PREFIX}API_KEYS too, or name the origins."
+        )
+    return settings
+
+
+def _with_keys_of_file(settings: GatewaySettings) -> GatewaySettings:
     if settings.api_key_file is None:
         return settings
     try:

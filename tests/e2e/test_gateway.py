@@ -146,11 +146,11 @@ def test_headers_go_through_byte_by_byte(
     servers: tuple[Process, Process, Process],
 ) -> None:
     gateway, original, _ = servers
-    odd = [("x-a", b"\xff \xe9"), ("x-a", b"again"), ("x-b", b"a,  b")]
+    odd = [("x-a", "ü €".encode()), ("x-a", b"again"), ("x-b", b"a,  b")]
     httpx.post(f"{gateway.url}/backends/one/v1/echo", headers=odd)
-    told = [(name, value.decode(errors="surrogateescape")) for name, value in odd]
+    expected = [(name, value.decode()) for name, value in odd]
     sent = [(n, v) for n, v in last_seen(original)["headers"] if n.startswith("x-")]
-    assert sent == told
+    assert sent == expected
 
 
 def test_headers_of_one_connection_go_no_further(
@@ -175,7 +175,7 @@ def test_headers_of_one_connection_go_no_further(
 )
 def test_no_path_leads_out_of_what_is_passed_on(gateway: Process, path: str) -> None:
     # httpx would tidy the path up.
-    request = f"GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    request = f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as raw:
         raw.sendall(request.encode())
         head, _, body = b"".join(iter(lambda: raw.recv(65536), b"")).partition(
@@ -189,10 +189,11 @@ def test_what_could_not_be_passed_on_as_it_is_gets_refused(gateway: Process) -> 
     sent = [
         ("invalid_http", b"GET /backends/one/v1/\xff HTTP/1.1\r\n"),
         ("invalid_http", b"GET /backends/one/v1/x?\xff HTTP/1.1\r\n"),
+        ("invalid_http", b"GET /backends/one/v1/x HTTP/1.1\r\nx-a: \xff\r\n"),
     ]
     for code, line in sent:
         with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as raw:
-            raw.sendall(line + b"host: x\r\nconnection: close\r\n\r\n")
+            raw.sendall(line + b"host: localhost\r\nconnection: close\r\n\r\n")
             answer = b"".join(iter(lambda: raw.recv(65536), b""))
         assert answer.startswith(b"HTTP/1.1 400 "), answer
         assert f'"code": "{code}"'.encode() in answer

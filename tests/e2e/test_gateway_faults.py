@@ -300,7 +300,9 @@ def test_a_body_that_never_ends_and_a_reader_that_never_reads(
 ) -> None:
     backend = stub("m")
     front = gateway(backend, client_timeout_s=1)
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    )
     with connect(front, f"{head}content-length: 100\r\n\r\n{{".encode()) as connection:
         assert connection.recv(65536).startswith(b"HTTP/1.1 408 ")
     before = resident_mib(front)

@@ -312,3 +312,29 @@ def test_in_vllms_own_server_pages_lie_beside_their_data(
         for side in range(2):
             expect(page.locator(".answer").nth(side)).to_have_text("word word word")
         expect(page.locator("#verdict")).to_contain_text("Both answers are the same.")
+
+
+def test_another_server_has_to_allow_the_page(
+    browser: Browser, gateway: Process, tmp_path: Path
+) -> None:
+    """vLLM allows no page by default, and neither does a gateway."""
+    backend = start_stub(tmp_path, "m")
+    with running(backend):
+        closed = start_gateway(tmp_path, {"a": backend.url})
+        opened = start_gateway(
+            tmp_path, {"a": backend.url}, allowed_origins=gateway.url
+        )
+        url = f"{gateway.url}/compare.html"
+        with (
+            running(closed, opened),
+            page_at(browser, url, faults=True, also="http://127.0.0.1") as page,
+        ):
+            first, second = page.locator(".side").nth(0), page.locator(".side").nth(1)
+            for side, server in ((first, closed), (second, opened)):
+                side.locator("select").select_option("other")
+                side.get_by_label("Address").fill(server.url)
+            page.get_by_role("button", name="Send to both").click()
+            expect(first.locator(".answer")).to_contain_text(
+                f"--allowed-origins '[\"{gateway.url}\"]'"
+            )
+            expect(second.locator(".answer")).to_have_text("word word word")

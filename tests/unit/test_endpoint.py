@@ -13,8 +13,7 @@ pytest.importorskip("fastapi")
 from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
 
-from moe_prune_gateway.page_routes import PAGES, add_pages
-from moe_prune_gateway.page_routes import PREFIX as GATEWAY_PREFIX
+from moe_prune_gateway.page_routes import PAGES, PLUGIN_PATH, add_pages
 from tests.reference import DROP_MOE, LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
@@ -143,7 +142,7 @@ def test_pages_are_found_beside_the_data(tmp_path: Path) -> None:
 
 
 def test_pages_are_those_of_the_gateway_where_that_is_installed(pruned: Path) -> None:
-    assert GATEWAY_PREFIX == PREFIX
+    assert PLUGIN_PATH == PREFIX
     client = client_of(Engine(pruned))
     for name in ("", "compare.html", "common.js"):
         page = PAGES / (name or "index.html")

@@ -1,6 +1,7 @@
 """The gateway's parts that need no server."""
 
 import json
+import re
 import sys
 import tracemalloc
 from itertools import pairwise
@@ -70,6 +71,14 @@ def test_an_endless_event_is_not_collected() -> None:
     assert len(events.feed(b"x")) == LONGEST_EVENT + 1
 
 
+def test_an_event_in_single_bytes_costs_no_more_than_its_bytes() -> None:
+    # Looking at all of it again for each byte would take a quarter of an hour.
+    events = EventStream()
+    for _ in range(LONGEST_EVENT):
+        assert events.feed(b"x") == b""
+    assert len(events.feed(b"\n")) == LONGEST_EVENT + 1
+
+
 @pytest.mark.parametrize(
     ("usage", "found"),
     [
@@ -77,6 +86,8 @@ def test_an_endless_event_is_not_collected() -> None:
         ({"input_tokens": 5, "output_tokens": 6}, {"prompt": 5, "completion": 6}),
         ({"prompt_tokens": 5}, {"prompt": 5}),
         ({"prompt_tokens": -1, "completion_tokens": "4"}, {}),
+        ({"prompt_tokens": 10**400, "completion_tokens": True}, {}),
+        ({"prompt_tokens": 2**53, "completion_tokens": 2**53 + 1}, {"prompt": 2**53}),
         ({}, {}),
         (None, {}),
     ],
@@ -171,6 +182,43 @@ def test_a_key_is_what_stands_in_its_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
+    ("origins", "said"),
+    [
+        ("page.example", "'page.example' is not http://host"),
+        ("https://page.example/path", "is not http://host"),
+        ("*", "set MOE_PRUNE_API_KEYS too"),
+    ],
+)
+def test_origins_that_are_refused(
+    origins: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_PRUNE_ALLOWED_ORIGINS", origins)
+    with pytest.raises(GatewayError, match=re.escape(said)):
+        load_settings({"backends": {"a": "http://one"}})
+    if origins == "*":
+        monkeypatch.setenv("MOE_PRUNE_API_KEYS", "key")
+        assert load_settings({"backends": {"a": "http://one"}}).allowed_origins == (
+            "*",
+        )
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed", "names"),
+    [
+        ("127.0.0.1", (), {"localhost"}),
+        ("localhost", ("Mine",), {"localhost", "mine"}),
+        ("0.0.0.0", (), None),
+        ("0.0.0.0", ("localhost", "gateway"), {"localhost", "gateway"}),
+    ],
+)
+def test_names_by_which_the_gateway_is_reached(
+    host: str, allowed: tuple[str, ...], names: set[str] | None
+) -> None:
+    found = GatewaySettings(host=host, allowed_hosts=allowed).host_names
+    assert found == names
+
+
+@pytest.mark.parametrize(
     ("data", "model"),
     [
         (b'{"x": [{"model": "no"}, "\\"", "model"], "model": "m"}', "m"),
@@ -225,6 +273,7 @@ def test_reading_the_model_builds_nothing_of_the_rest() -> None:
         ("--backend a=http://x --backend a=http://y", "two backends are called 'a'"),
         ("--backend a=http://x --port 70000", "port: "),
         ("--backend a=http://x --max-body-mib 0", "max_body_mib: "),
+        ("--backend a=http://x --read-timeout-s inf", "read_timeout_s: "),
         ("--backend a=http://x --api-key-file none", "none: No such file"),
         ("--backend a=http://x --api-key-file empty", "empty: no key in it"),
         ("--backend a=http://x --api-key-file binary", "binary: byte 1 is not UTF-8"),
@@ -279,8 +328,8 @@ def test_refusals_are_errors_of_the_openai_api(status: int) -> None:
     refusal = ApiError(status, "some_code", "What, and why.", 5)
     error = json.loads(refusal.body)["error"]
     assert error.keys() == {"message", "type", "param", "code"}
-    assert refusal.event.startswith(b"data: {")
-    assert refusal.event.endswith(b"}\n\n")
+    assert refusal.sse_event.startswith(b"data: {")
+    assert refusal.sse_event.endswith(b"}\n\n")
     headers = refusal.response().headers
     assert headers["retry-after"] == "5"
     assert ("www-authenticate" in headers) == (status == 401)

@@ -37,7 +37,11 @@ export async function ask(url, options = {}) {
     answer = await fetch(url, { ...options, headers, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Failure(0, `No answer from ${new URL(url).host}. Is the server running?`);
+    const { host, origin } = new URL(url);
+    throw new Failure(0, origin === location.origin
+      ? `No answer from ${host}. Is the server running?`
+      : `No answer from ${host} that this page may read. Is the server running, and does it allow this page? `
+        + `vLLM: --allowed-origins '["${location.origin}"]'; gateway: MOE_PRUNE_ALLOWED_ORIGINS=${location.origin}`);
   }
   if (answer.ok) return answer;
   if (answer.status === 401) wantKey();
