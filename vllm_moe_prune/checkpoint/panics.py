@@ -1,0 +1,45 @@
+"""Rust's panics as errors of one line.
+
+The tokenizers library panics on some patterns and some texts. What reaches Python is no
+``Exception``, and Rust writes a report of its own to the process's stderr before.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PANIC = "PanicException"
+STDERR = 2
+
+
+class Panicked(Exception):
+    """Code of a library in Rust gave up; says why."""
+
+
+@contextmanager
+def panics_raised() -> Iterator[None]:
+    """Turn a panic into ``Panicked``, and keep its report to ourselves.
+
+    Everything else written to stderr meanwhile is shown at the end.
+    """
+    with tempfile.TemporaryFile() as said:
+        sys.stderr.flush()
+        kept = os.dup(STDERR)
+        os.dup2(said.fileno(), STDERR)
+        panicked = False
+        try:
+            yield
+        except BaseException as error:
+            panicked = type(error).__name__ == PANIC
+            if panicked:
+                raise Panicked(" ".join(str(error).split())) from error
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, STDERR)
+            os.close(kept)
+            said.seek(0)
+            if not panicked and (data := said.read()):
+                os.write(STDERR, data)

@@ -1,0 +1,313 @@
+"""The tokenizer of a checkpoint, as its files say, whatever class they name beside.
+
+``tokenizer.json`` says everything about a tokenizer. transformers goes by the class that
+tokenizer_config.json names, and by lists of model types; where that class builds a
+pipeline of its own, ids differ silently. So here the file decides, and what others would
+load can be compared with it and corrected.
+
+    tokenizer.json                 decides
+    tokenizer.model                else, if it is SentencePiece; see sentencepiece_model
+    code named in auto_map         else, if the user allows it to run
+    a class of transformers        else, if it is one that splits text by itself
+"""
+
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from ..errors import CalibrationError
+from .panics import panics_raised
+
+TOKENIZER = "tokenizer.json"
+MODEL = "tokenizer.model"
+SETTINGS = "tokenizer_config.json"
+VOCABULARIES = ("vocab.json", "vocab.txt", "tekken.json")
+FILES = (TOKENIZER, MODEL, SETTINGS)
+# What a tokenizer is loaded from, beside those.
+BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+TEMPLATES = "additional_chat_templates"
+GENERIC = "PreTrainedTokenizerFast"
+"""The class that takes tokenizer.json as it is; transformers 5 and 4 know this name."""
+GENERIC_NAMES = {GENERIC, "TokenizersBackend"}
+TRUST = "--trust-remote-code"
+# The largest published tokenizers have 20 MB; lists as long as the largest id are made.
+MAX_BYTES = 1 << 28
+MAX_ID = 1 << 24
+
+
+class Kind(Enum):
+    """What says how text is split."""
+
+    JSON = "tokenizer.json"
+    SENTENCEPIECE = "tokenizer.model"
+    CODE = "code"
+    CLASS = "class"
+
+
+def load_tokenizer(folder: Path, *, trust_code: bool = False) -> Any:
+    """A transformers tokenizer that gives the ids that the files say.
+
+    Args:
+        folder: The checkpoint.
+        trust_code: Whether code in it may be run, where nothing else says them.
+
+    Raises:
+        CalibrationError: There is none; it is damaged; only code can tokenize and may
+            not run.
+    """
+    kind = find_kind(folder)
+    if kind is Kind.CODE and not trust_code:
+        raise CalibrationError(
+            f"{folder}: only code in the checkpoint can tokenize ({_code(folder)}; there "
+            f"is no {TOKENIZER}). Read it, then allow it with {TRUST}."
+        )
+    with _one_line(folder):
+        if kind is Kind.JSON:
+            _check_ids(folder / TOKENIZER)
+            return _by_file(folder)
+        if kind is Kind.SENTENCEPIECE:
+            with _copied(folder, _converted(folder)) as copy:
+                tokenizer = _by_file(copy)
+            tokenizer.name_or_path = str(folder)
+            return tokenizer
+        tokenizer = _by_class(folder, trust_code=trust_code)
+    if kind is Kind.CLASS and type(tokenizer).__name__ in GENERIC_NAMES:
+        raise CalibrationError(
+            f"{folder}: nothing says how its tokenizer splits text: there is no "
+            f"{TOKENIZER}, and {SETTINGS} names no class that knows. Copy {TOKENIZER} "
+            "there."
+        )
+    return tokenizer
+
+
+def find_kind(folder: Path) -> Kind:
+    """What says how text is split.
+
+    Raises:
+        CalibrationError: There is no tokenizer, or nothing that says it.
+    """
+    if (folder / TOKENIZER).exists():
+        return Kind.JSON
+    model = folder / MODEL
+    if model.exists():
+        from .sentencepiece_model import is_sentencepiece
+
+        if is_sentencepiece(_read(model)):
+            return Kind.SENTENCEPIECE
+    if (folder / SETTINGS).exists() and _code(folder) is not None:
+        return Kind.CODE
+    ranks = [model, folder / "tiktoken.model", *sorted(folder.glob("*.tiktoken"))]
+    if found := [path for path in ranks if path.exists()]:
+        raise CalibrationError(
+            f"{found[0]}: holds pieces, but not how text is split before they are looked "
+            f"for, and no {TOKENIZER} or code beside it does. Copy {TOKENIZER} there."
+        )
+    if not any((folder / name).exists() for name in (*FILES, *VOCABULARIES)):
+        raise CalibrationError(
+            f"{folder}: has no tokenizer (none of {', '.join(FILES)}), which turning "
+            "text into tokens needs. Copy the model's tokenizer there."
+        )
+    return Kind.CLASS
+
+
+def corrections(folder: Path) -> dict[str, bytes]:
+    """Files with which everybody loads the tokenizer that ``load_tokenizer`` loads.
+
+    They are ``tokenizer.json`` where there is only SentencePiece, and
+    ``tokenizer_config.json`` where it names a class that gives other ids.
+
+    Returns:
+        Contents by name; empty where nothing is to be corrected, and where nothing can
+        be: no tokenizer, a damaged one, one that only code knows.
+    """
+    try:
+        kind = find_kind(folder)
+        settings = _settings(folder)
+        if kind not in (Kind.JSON, Kind.SENTENCEPIECE):
+            return {}
+        with _one_line(folder):
+            if kind is Kind.JSON:
+                named = settings.get("tokenizer_class", GENERIC)
+                if named in GENERIC_NAMES and _code(folder) is None:
+                    return {}
+                _check_ids(folder / TOKENIZER)
+                files = {}
+            else:
+                files = _converted(folder)
+            with _copied(folder, files) as copy:
+                if _loads_alike(copy):
+                    return files
+    except CalibrationError:
+        return {}
+    fixed = {**_settings_of(files, settings), "tokenizer_class": GENERIC}
+    fixed.pop("auto_map", None)
+    return files | {SETTINGS: _dump(fixed)}
+
+
+@contextmanager
+def tokenizer_folder(folder: Path) -> Iterator[Path]:
+    """A folder from which other programs load the right tokenizer: a copy if need be."""
+    files = corrections(folder)
+    if not files:
+        yield folder
+        return
+    with _copied(folder, files) as copy:
+        yield copy
+
+
+def _by_file(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def _by_class(folder: Path, *, trust_code: bool = False) -> Any:
+    """What transformers picks."""
+    from transformers import AutoTokenizer
+
+    from .. import configs
+
+    configs.register()
+    return AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_code
+    )
+
+
+def _loads_alike(folder: Path) -> bool:
+    """Whether transformers picks a tokenizer that works as the file says."""
+    ours = _by_file(folder).backend_tokenizer.to_str()
+    try:
+        theirs = _by_class(folder).backend_tokenizer.to_str()
+    except Exception:  # it has many ways to say that it cannot
+        return False
+    return bool(ours == theirs)
+
+
+@contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    try:
+        with panics_raised():
+            yield
+    except CalibrationError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CalibrationError(
+            f"{folder}: its tokenizer cannot be loaded: {reason}. "
+            "Download the tokenizer files again."
+        ) from error
+
+
+def _converted(folder: Path) -> dict[str, bytes]:
+    """tokenizer.json of a SentencePiece model, and settings that name its tokens."""
+    from .sentencepiece_model import build_tokenizer, special_tokens
+
+    data = _read(folder / MODEL)
+    settings = _settings(folder)
+    known = settings | _object(folder / BESIDE[0])
+    built = build_tokenizer(data, known, folder / MODEL)
+    files = {TOKENIZER: built.to_str(pretty=True).encode()}
+    named = {key: name for key, name in special_tokens(data).items() if key not in known}
+    if named:
+        files[SETTINGS] = _dump(settings | named)
+    return files
+
+
+def _settings_of(
+    files: Mapping[str, bytes], settings: dict[str, Any]
+) -> dict[str, Any]:
+    changed: dict[str, Any] = json.loads(files.get(SETTINGS, b"{}"))
+    return settings | changed
+
+
+@contextmanager
+def _copied(folder: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
+    """A folder with the tokenizer's files, some of them others."""
+    names = {TOKENIZER, SETTINGS, *BESIDE} | {
+        f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja")
+    }
+    with tempfile.TemporaryDirectory(prefix="moe-prune-tokenizer-") as temporary:
+        copy = Path(temporary)
+        for name in sorted(names):
+            path = copy / name
+            if name in files or (folder / name).is_file():
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(files.get(name) or _read(folder / name))
+        config = _object(folder / "config.json")
+        # Which class is picked depends on no more of it.
+        model_type = {key: config[key] for key in ("model_type",) if key in config}
+        (copy / "config.json").write_text(json.dumps(model_type), "utf-8")
+        yield copy
+
+
+def _check_ids(path: Path) -> None:
+    """Refuse ids of which a library would make lists as long as memory."""
+    content = _object(path)
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    for token in content.get("added_tokens") or ():
+        if isinstance(token, dict):
+            ids[str(token.get("content"))] = token.get("id")
+    for name, number in ids.items():
+        if not isinstance(number, int) or not 0 <= number < MAX_ID:
+            raise CalibrationError(
+                f"{path}: token {name[:40]!r} has id {str(number)[:20]}, which is none "
+                f"(0 to {MAX_ID - 1}). Download the tokenizer files again."
+            )
+
+
+def _code(folder: Path) -> str | None:
+    """The class of the checkpoint's own code that tokenizes, if one is named."""
+    named = _settings(folder).get("auto_map")
+    if isinstance(named, dict):
+        named = named.get("AutoTokenizer")
+    names = named if isinstance(named, list | tuple) else [named]
+    return next((name for name in names if isinstance(name, str)), None)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    return _object(folder / SETTINGS)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(
+            f"{path.parent}: its tokenizer cannot be loaded: {path.name} is not valid "
+            f"JSON: {str(error)[:200]}. Download the tokenizer files again."
+        ) from error
+    if not isinstance(found, dict):
+        raise CalibrationError(f"{path}: expected a JSON object.")
+    return found
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a regular file of a size that tokenizers have."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+                raise CalibrationError(
+                    f"{path}: is no regular file of at most {MAX_BYTES} bytes."
+                )
+            return file.read(MAX_BYTES)
+    except OSError as error:
+        raise CalibrationError(
+            f"{path}: cannot be read: {error.strerror or error}."
+        ) from error
+
+
+def _dump(settings: Mapping[str, Any]) -> bytes:
+    return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
