@@ -247,7 +247,8 @@ def _run_zeros_first(
     if not (options.resume and between.is_dir()):
         dense = dataclasses.replace(options, storage="dense")
         run(checkpoint, first, between, dense)
-    result = run(open_checkpoint(between), second, out, options)
+    between_opened = open_checkpoint(between, trust_code=checkpoint.trust_code)
+    result = run(between_opened, second, out, options)
     shutil.rmtree(between)
     return result
 

@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from ..checkpoint.open import Checkpoint
+from ..checkpoint.panics import Panicked, panics_raised
+from ..checkpoint.tokenizer import load_tokenizer
 from ..errors import CalibrationError
 from ..recipes.schema import Calibration
-from .stock import find_class
 from .text import EXAMPLE, Document, name_of, read_documents
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,6 @@ Ids = NDArray[np.int64]
 READ_MULTIPLE = 4
 # Handed to the tokenizer at once, which spreads the documents over the cores.
 ENCODE_CHARACTERS = 1 << 18
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,9 @@ class TokenReader:
         """Load the tokenizer; read no text yet."""
         self.source = source
         self.folder = checkpoint.folder
-        self.tokenizer = _load_tokenizer(checkpoint)
+        self.tokenizer = load_tokenizer(
+            checkpoint.folder, trust_code=checkpoint.trust_code
+        )
         self.bos = _added_bos(self.tokenizer)
         self.eos: int | None = self.tokenizer.eos_token_id
         self.max_length = checkpoint.config.get("max_position_embeddings")
@@ -210,12 +212,21 @@ class TokenReader:
             )
 
     def _encode(self, batch: list[Document]) -> Iterator[Ids]:
-        encoded = self.tokenizer(
-            [document.text for document in batch],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
-        )
+        texts = [document.text for document in batch]
+        try:
+            with panics_raised():
+                encoded = self.tokenizer(
+                    texts,
+                    add_special_tokens=False,
+                    return_attention_mask=False,
+                    verbose=False,
+                )
+        except (Panicked, ValueError, TypeError) as error:
+            raise CalibrationError(
+                f"{self.folder}: its tokenizer gives up on {self.source}: "
+                f"{' '.join(str(error).split())[:300]}. Check the patterns in its "
+                "tokenizer.json."
+            ) from error
         for document, ids in zip(batch, encoded["input_ids"], strict=True):
             end = [self.eos] if document.ends and self.eos is not None else []
             yield np.array(ids + end, dtype=np.int64)
@@ -232,31 +243,6 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> Any:
-    folder, arch = checkpoint.folder, checkpoint.arch
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise CalibrationError(
-            f"{folder}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)}), "
-            "which turning text into tokens needs. Copy the model's tokenizer there."
-        )
-    from transformers import AutoTokenizer
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    # Of a family that transformers lacks, the classes that stand in for it.
-    known = arch.model_type in CONFIG_MAPPING
-    config = None if known else find_class(arch.hf_config)()
-    try:
-        return AutoTokenizer.from_pretrained(
-            folder, config=config, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # the tokenizers library raises plain Exception
-        reason = " ".join(str(error).split())[:300]
-        raise CalibrationError(
-            f"{folder}: its tokenizer cannot be loaded: {reason}. "
-            "Download the tokenizer files again."
-        ) from error
 
 
 def _added_bos(tokenizer: Any) -> int | None:

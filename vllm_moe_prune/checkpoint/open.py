@@ -72,6 +72,8 @@ class Checkpoint:
     """What quantized weights are stored in, by name."""
     experts: ExpertTensors = field(default_factory=ExpertTensors)
     """Which tensors are of which expert."""
+    trust_code: bool = False
+    """Whether its own code may tokenize, where no file says how."""
 
     @property
     def decoder_layers(self) -> list[Layer]:

@@ -17,9 +17,9 @@ UNIGRAM, BPE, CHAR = 1, 2, 4
 PROBES = (
     "CamelCase HTTPServer getElementById",
     "  two spaces in front,  two within, two behind  ",
-    "一行中文，没有空格。 日本語 한국어",
+    "一行中文\uff0c没有空格。 日本語 한국어",
     "def f(x):\n\n    return {x: [1, 2.5]}\t# tab\r\n",
-    "Ünïcödé ﬁ Ａ ½ e\u0301 😀🏽 \u200d \u00a0 ▁ don't 1234567",
+    "Ünïcödé ﬁ \uff21 ½ e\u0301 😀🏽 \u200d \u00a0 ▁ don't 1234567",
     "",
     " ",
 )
@@ -85,16 +85,17 @@ def build_tokenizer(data: bytes, settings: Mapping[str, Any], path: Path) -> Any
 
 
 def _rename(model: Any, settings: Mapping[str, Any]) -> None:
-    """Give pieces the names that tokenizer_config.json has for them, as Arctic's does."""
+    """Give pieces the names that tokenizer_config.json has for them."""
     known = {piece.piece for piece in model.pieces}
     given = settings.get("added_tokens_decoder")
     for index, token in given.items() if isinstance(given, dict) else ():
         name = token.get("content") if isinstance(token, dict) else token
         place = int(index) if str(index).isdecimal() and len(str(index)) < 9 else -1
-        if 0 <= place < len(model.pieces) and isinstance(name, str):
-            if name not in known:
-                model.pieces[place].piece = name
-                model.pieces[place].type = CONTROL
+        if not isinstance(name, str) or name in known:
+            continue
+        if 0 <= place < len(model.pieces):
+            model.pieces[place].piece = name
+            model.pieces[place].type = CONTROL
 
 
 def _algorithm(model: Any, path: Path) -> Any:
@@ -109,8 +110,8 @@ def _algorithm(model: Any, path: Path) -> Any:
         )
     if spec.model_type not in (BPE, CHAR):
         raise CalibrationError(
-            f"{path}: a SentencePiece model of type {spec.model_type}; only unigram, BPE "
-            "and characters are read. Save the tokenizer as tokenizer.json."
+            f"{path}: a SentencePiece model of type {spec.model_type}; only unigram, "
+            "BPE and characters are read. Save the tokenizer as tokenizer.json."
         )
     return models.BPE(
         {piece.piece: place for place, piece in enumerate(model.pieces)},

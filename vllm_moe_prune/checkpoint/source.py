@@ -1,7 +1,7 @@
 """From what the user typed, a folder or a Hub id, to a checkpoint folder."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, MoePruneError
@@ -18,12 +18,15 @@ WANTED += ["*.tiktoken", "LICENSE*", "NOTICE*"]
 UNWANTED = ["consolidated*", "original/*", "*.bin", "*.pth", "*.gguf", "onnx/*"]
 
 
-def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, revision: str | None = None, *, trust_code: bool = False
+) -> Checkpoint:
     """Open a local folder, or download a Hub repository and open its snapshot.
 
     Args:
         source: A folder, or ``owner/name`` on the Hub.
         revision: Branch, tag or commit of a Hub repository.
+        trust_code: Whether its own code may tokenize, where no file says how.
 
     Raises:
         CheckpointError: The folder or repository is missing, damaged or unsupported.
@@ -31,7 +34,9 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     local = _find(source, revision)
     origin = Origin(local.name, local.revision)
     config = read_json(local.folder / "config.json", CONFIG)
-    return build_checkpoint(local.folder, config, read_index(local.folder), origin)
+    tensors = read_index(local.folder)
+    opened = build_checkpoint(local.folder, config, tensors, origin)
+    return replace(opened, trust_code=True) if trust_code else opened
 
 
 @dataclass(frozen=True)

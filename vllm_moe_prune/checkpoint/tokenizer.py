@@ -1,9 +1,9 @@
 """The tokenizer of a checkpoint, as its files say, whatever class they name beside.
 
-``tokenizer.json`` says everything about a tokenizer. transformers goes by the class that
-tokenizer_config.json names, and by lists of model types; where that class builds a
-pipeline of its own, ids differ silently. So here the file decides, and what others would
-load can be compared with it and corrected.
+``tokenizer.json`` says everything about a tokenizer. transformers goes by the class
+that tokenizer_config.json names, and by lists of model types; where that class builds a
+pipeline of its own, ids differ silently. So here the file decides, and what others
+would load is compared with it and corrected.
 
     tokenizer.json                 decides
     tokenizer.model                else, if it is SentencePiece; see sentencepiece_model
@@ -63,16 +63,10 @@ def load_tokenizer(folder: Path, *, trust_code: bool = False) -> Any:
     """
     kind = find_kind(folder)
     if kind is Kind.CODE and not trust_code:
-        raise CalibrationError(
-            f"{folder}: only code in the checkpoint can tokenize ({_code(folder)}; there "
-            f"is no {TOKENIZER}). Read it, then allow it with {TRUST}."
-        )
+        raise _untrusted(folder)
     with _one_line(folder):
-        if kind is Kind.JSON:
-            _check_ids(folder / TOKENIZER)
-            return _by_file(folder)
-        if kind is Kind.SENTENCEPIECE:
-            with _copied(folder, _converted(folder)) as copy:
+        if kind in (Kind.JSON, Kind.SENTENCEPIECE):
+            with _copied(folder, _made(folder, kind)) as copy:
                 tokenizer = _by_file(copy)
             tokenizer.name_or_path = str(folder)
             return tokenizer
@@ -84,6 +78,30 @@ def load_tokenizer(folder: Path, *, trust_code: bool = False) -> Any:
             "there."
         )
     return tokenizer
+
+
+def _untrusted(folder: Path) -> CalibrationError:
+    return CalibrationError(
+        f"{folder}: only code in the checkpoint can tokenize ({_code(folder)}); there "
+        f"is no {TOKENIZER}. Read the code, then allow it with {TRUST}."
+    )
+
+
+def needs_code(folder: Path, *, trust_code: bool) -> bool:
+    """Whether only code in the checkpoint can tokenize; False without a tokenizer.
+
+    Others load such a tokenizer silently as another one, if the code may not run.
+
+    Raises:
+        CalibrationError: It may not; or nothing says how text is split.
+    """
+    named = (*FILES, *VOCABULARIES, "tiktoken.model")
+    if not any((folder / name).exists() for name in named):
+        return False
+    needed = find_kind(folder) is Kind.CODE
+    if needed and not trust_code:
+        raise _untrusted(folder)
+    return needed
 
 
 def find_kind(folder: Path) -> Kind:
@@ -105,8 +123,8 @@ def find_kind(folder: Path) -> Kind:
     ranks = [model, folder / "tiktoken.model", *sorted(folder.glob("*.tiktoken"))]
     if found := [path for path in ranks if path.exists()]:
         raise CalibrationError(
-            f"{found[0]}: holds pieces, but not how text is split before they are looked "
-            f"for, and no {TOKENIZER} or code beside it does. Copy {TOKENIZER} there."
+            f"{found[0]}: holds pieces, but nothing there says how text is split "
+            f"before: no {TOKENIZER}, no code. Copy {TOKENIZER} there."
         )
     if not any((folder / name).exists() for name in (*FILES, *VOCABULARIES)):
         raise CalibrationError(
@@ -132,14 +150,11 @@ def corrections(folder: Path) -> dict[str, bytes]:
         if kind not in (Kind.JSON, Kind.SENTENCEPIECE):
             return {}
         with _one_line(folder):
-            if kind is Kind.JSON:
-                named = settings.get("tokenizer_class", GENERIC)
-                if named in GENERIC_NAMES and _code(folder) is None:
-                    return {}
-                _check_ids(folder / TOKENIZER)
-                files = {}
-            else:
-                files = _converted(folder)
+            named = settings.get("tokenizer_class")
+            plain = named in GENERIC_NAMES and _code(folder) is None
+            if kind is Kind.JSON and plain:
+                return {}
+            files = _made(folder, kind)
             with _copied(folder, files) as copy:
                 if _loads_alike(copy):
                     return files
@@ -151,8 +166,13 @@ def corrections(folder: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def tokenizer_folder(folder: Path) -> Iterator[Path]:
-    """A folder from which other programs load the right tokenizer: a copy if need be."""
+def tokenizer_folder(folder: Path, *, trust_code: bool) -> Iterator[Path]:
+    """A folder from which other programs load the right tokenizer: a copy if need be.
+
+    Raises:
+        CalibrationError: As ``needs_code``.
+    """
+    needs_code(folder, trust_code=trust_code)
     files = corrections(folder)
     if not files:
         yield folder
@@ -204,8 +224,11 @@ def _one_line(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _converted(folder: Path) -> dict[str, bytes]:
+def _made(folder: Path, kind: Kind) -> dict[str, bytes]:
     """tokenizer.json of a SentencePiece model, and settings that name its tokens."""
+    if kind is Kind.JSON:
+        _check_ids(folder / TOKENIZER)
+        return {}
     from .sentencepiece_model import build_tokenizer, special_tokens
 
     data = _read(folder / MODEL)
@@ -213,7 +236,9 @@ def _converted(folder: Path) -> dict[str, bytes]:
     known = settings | _object(folder / BESIDE[0])
     built = build_tokenizer(data, known, folder / MODEL)
     files = {TOKENIZER: built.to_str(pretty=True).encode()}
-    named = {key: name for key, name in special_tokens(data).items() if key not in known}
+    named = {
+        key: name for key, name in special_tokens(data).items() if key not in known
+    }
     if named:
         files[SETTINGS] = _dump(settings | named)
     return files
@@ -236,7 +261,7 @@ def _copied(folder: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
         copy = Path(temporary)
         for name in sorted(names):
             path = copy / name
-            if name in files or (folder / name).is_file():
+            if name in files or (folder / name).exists():
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(files.get(name) or _read(folder / name))
         config = _object(folder / "config.json")

@@ -16,6 +16,7 @@ from .flags import (
     Source,
     Text,
     Total,
+    TrustCode,
     flag,
     load_with,
 )
@@ -72,6 +73,7 @@ def tune(
     source: Source,
     output: Annotated[Path, flag("Plan file to write.", "--output", "-o")],
     revision: Revision = None,
+    trust_remote_code: TrustCode = False,
     recipe: RecipeName = "best",
     total: Total = None,
     max_bytes: Annotated[
@@ -124,7 +126,7 @@ def tune(
     )
     limit = parse_size(max_bytes) if max_bytes is not None else None
     pipeline.check_device(device)
-    checkpoint = open_checkpoint(source, revision)
+    checkpoint = open_checkpoint(source, revision, trust_code=trust_remote_code)
     check_file(output, checkpoint.folder)
     if plot is not None:
         check_file(plot, checkpoint.folder)

@@ -17,6 +17,13 @@ def flag(help_text: str, *names: str) -> Any:
 
 Source = Annotated[str, typer.Argument(help="Checkpoint folder, or Hub id owner/name.")]
 Revision = Annotated[str | None, flag("Branch, tag or commit of a Hub id.")]
+TrustCode = Annotated[
+    bool,
+    flag(
+        "Let code in the checkpoint tokenize where no file says how; read it first.",
+        "--trust-remote-code",
+    ),
+]
 Json = Annotated[bool, flag("Print JSON instead of tables.", "--json")]
 RecipeName = Annotated[str, flag("Shipped recipe, or path of a YAML file.")]
 Total = Annotated[

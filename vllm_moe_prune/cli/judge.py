@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .flags import Device, Json, Revision, Source, flag
+from .flags import Device, Json, Revision, Source, TrustCode, flag
 
 if TYPE_CHECKING:
     from ..judge.quality import Quality, Questions
@@ -45,6 +45,7 @@ def evaluate(
     source: Source,
     text: Texts = None,
     revision: Revision = None,
+    trust_remote_code: TrustCode = False,
     sequence_length: Window = 2048,
     max_tokens: MaxTokens = None,
     device: Device = "cpu",
@@ -102,13 +103,15 @@ def evaluate(
         vllm_flags,
         as_json,
     )
-    checkpoint = open_checkpoint(source, revision)
+    checkpoint = open_checkpoint(source, revision, trust_code=trust_remote_code)
     endpoint = find_endpoint(server, model) if server is not None else None
     subject = Subject(checkpoint, source, revision, endpoint)
     known = _known(against, questions)
     original = None
     if against is not None and known is None:
-        original = Subject(open_checkpoint(against), against)
+        original = Subject(
+            open_checkpoint(against, trust_code=trust_remote_code), against
+        )
     with watching(as_json) as report:
         quality = judge(subject, questions, report)
     if original is not None:
@@ -125,6 +128,7 @@ def compare(
     text: Texts = None,
     sequence_length: Window = 2048,
     max_tokens: MaxTokens = None,
+    trust_remote_code: TrustCode = False,
     device: Device = "cpu",
     tasks: Tasks = None,
     task_dir: TaskDir = None,
@@ -168,7 +172,10 @@ def compare(
         vllm_flags,
         as_json,
     )
-    subjects = [Subject(open_checkpoint(source), source) for source in sources]
+    subjects = [
+        Subject(open_checkpoint(source, trust_code=trust_remote_code), source)
+        for source in sources
+    ]
     known = find_speeds(speed_from, subjects) if speed_from is not None else {}
     sweep = None
     if speed:
@@ -212,6 +219,7 @@ def speed(
     repeats: Annotated[
         int, typer.Option(min=1, help="Requests per prompt length.")
     ] = REPEATS,
+    trust_remote_code: TrustCode = False,
     device: Device = "cpu",
     plot: Annotated[
         Path | None, flag("Plot speed over context length into this .png or .svg file.")
@@ -251,11 +259,17 @@ def speed(
     check_device(device)
     asked = parse_contexts(contexts) if contexts is not None else None
     flags = split_flags(vllm_flags)
-    original = Subject(open_checkpoint(source), source)
+    original = Subject(open_checkpoint(source, trust_code=trust_remote_code), source)
     if plot is not None:
         check_plot(plot)
         check_file(plot, original.checkpoint.folder)
-    roles = cast(original, [Subject(open_checkpoint(one), one) for one in pruned])
+    roles = cast(
+        original,
+        [
+            Subject(open_checkpoint(one, trust_code=trust_remote_code), one)
+            for one in pruned
+        ],
+    )
     opened = [one.checkpoint for one in roles.values()]
     sweep = sweep_for(opened, asked, new_tokens, repeats, flags)
     plans = plans_to_make(roles)

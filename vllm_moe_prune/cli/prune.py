@@ -28,6 +28,7 @@ from .flags import (
     StoredAs,
     Text,
     Total,
+    TrustCode,
     flag,
     load_with,
 )
@@ -48,6 +49,7 @@ def measure(
     source: Source,
     output: Annotated[Path, flag("Statistics file to write.", "--output", "-o")],
     revision: Revision = None,
+    trust_remote_code: TrustCode = False,
     recipe: RecipeName = "stun40",
     calibration: Text = None,
     samples: Samples = None,
@@ -77,7 +79,7 @@ def measure(
         seed=seed,
     )
     pipeline.check_device(device)
-    checkpoint = open_checkpoint(source, revision)
+    checkpoint = open_checkpoint(source, revision, trust_code=trust_remote_code)
     check_file(output, checkpoint.folder)
     tokens = pipeline.measuring_tokens(checkpoint, asked)
     with resumable(REPEAT), watching(as_json) as report:
@@ -164,6 +166,7 @@ def cut(
     plan: Annotated[Path, flag("Plan file to execute.")],
     output: Annotated[Path, flag("Output folder.", "--output", "-o")],
     revision: Revision = None,
+    trust_remote_code: TrustCode = False,
     calibration: Text = None,
     device: Device = "cpu",
     storage: StoredAs = "dense",
@@ -187,7 +190,7 @@ def cut(
     stored = pipeline.parse_storage_name(storage)
     max_shard_bytes = parse_size(shard_size)
     decided = load_plan(plan)
-    checkpoint = open_checkpoint(source, revision)
+    checkpoint = open_checkpoint(source, revision, trust_code=trust_remote_code)
     with resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(
             device=device,
@@ -272,6 +275,7 @@ def run(
     source: Source,
     output: Annotated[Path, typer.Argument(help="Output folder.")],
     revision: Revision = None,
+    trust_remote_code: TrustCode = False,
     recipe: RecipeName = "stun40",
     total: Total = None,
     drop: Drop = None,
@@ -319,7 +323,7 @@ def run(
     )
     stored = pipeline.parse_storage_name(storage)
     max_shard_bytes = parse_size(shard_size)
-    checkpoint = open_checkpoint(source, revision)
+    checkpoint = open_checkpoint(source, revision, trust_code=trust_remote_code)
     with resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(
             device=device,

@@ -16,6 +16,7 @@ from .flags import (
     Revision,
     Samples,
     Text,
+    TrustCode,
     flag,
 )
 
@@ -28,6 +29,7 @@ def recover(
         str | None, flag("Original checkpoint, for method router: folder or Hub id.")
     ] = None,
     revision: Revision = None,
+    trust_remote_code: TrustCode = False,
     targets: Annotated[
         str | None,
         flag(
@@ -77,7 +79,7 @@ def recover(
 
     started = time.monotonic()
     pipeline.check_device(device)
-    checkpoint = open_checkpoint(pruned)
+    checkpoint = open_checkpoint(pruned, trust_code=trust_remote_code)
     asked = training(
         checkpoint.arch,
         method,

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ..calibrate.perplexity import Perplexity, perplexity
 from ..checkpoint.open import Checkpoint
+from ..checkpoint.tokenizer import needs_code, tokenizer_folder
 from ..progress import Report
 from .recovery import Score, mean
 from .saved_results import Printed, read_printed
@@ -76,14 +77,27 @@ def judge(subject: Subject, questions: Questions, report: Report) -> Quality:
     ]
     scores: list[Score] = []
     if questions.suite is not None:
-        folder = subject.checkpoint.folder
         if subject.endpoint is not None:
-            scores = ask(questions.suite, subject.endpoint, folder, bars=questions.bars)
+            scores = _asked(subject, subject.endpoint, questions.suite, questions.bars)
         else:
-            with served(subject.source, subject.revision, questions.flags) as server:
+            with served(
+                subject.source,
+                subject.revision,
+                questions.flags,
+                trust_code=subject.checkpoint.trust_code,
+            ) as server:
                 endpoint = find_endpoint(server.url, server.model)
-                scores = ask(questions.suite, endpoint, folder, bars=questions.bars)
+                scores = _asked(subject, endpoint, questions.suite, questions.bars)
     return Quality(subject.name, tuple(texts), tuple(scores))
+
+
+def _asked(
+    subject: Subject, endpoint: Endpoint, suite: Suite, bars: bool
+) -> list[Score]:
+    folder, trusted = subject.checkpoint.folder, subject.checkpoint.trust_code
+    code = needs_code(folder, trust_code=trusted)
+    with tokenizer_folder(folder, trust_code=trusted) as tokenizer:
+        return ask(suite, endpoint, tokenizer, bars=bars, trust_code=code)
 
 
 def as_data(quality: Quality) -> dict[str, Any]:

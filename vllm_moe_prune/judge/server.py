@@ -16,6 +16,7 @@ from typing import IO
 
 import httpx
 
+from ..checkpoint.tokenizer import TRUST
 from ..errors import ServeError
 from ..files.regular import MIB, read_bounded
 from ..plugin.launch import serve_command
@@ -37,13 +38,20 @@ class Server:
 
 
 @contextmanager
-def served(source: str, revision: str | None, flags: Sequence[str]) -> Iterator[Server]:
+def served(
+    source: str,
+    revision: str | None,
+    flags: Sequence[str],
+    *,
+    trust_code: bool = False,
+) -> Iterator[Server]:
     """``vllm serve`` of a checkpoint on a free port of this machine.
 
     Args:
         source: A pruned or an original checkpoint: folder or Hub id.
         revision: Revision of a Hub id.
         flags: Handed to vLLM as they are.
+        trust_code: Whether code in the checkpoint may tokenize.
 
     Raises:
         MoePruneError: The checkpoint cannot be served, or the server ended; with the
@@ -52,6 +60,8 @@ def served(source: str, revision: str | None, flags: Sequence[str]) -> Iterator[
     check_flags(flags)
     port, model = free_port(), "judged"
     own = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", model]
+    if trust_code and TRUST not in flags:
+        own.append(TRUST)
     command = serve_command(source, revision, None, [*own, *flags])
     with tempfile.TemporaryFile("w+b") as log:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..checkpoint.config_values import positive
 from ..checkpoint.open import Checkpoint
+from ..checkpoint.tokenizer import TRUST, needs_code, tokenizer_folder
 from ..errors import EvaluationError
 from ..files.json_file import read_json
 from ..plugin.launch import find_vllm
@@ -151,17 +152,28 @@ def measure_speed(subject: Subject, sweep: Sweep) -> Speed:
     Raises:
         MoePruneError: It cannot be served, or a request failed.
     """
-    folder = subject.checkpoint.folder
-    with served(subject.source, subject.revision, sweep.flags) as server:
+    folder, trusted = subject.checkpoint.folder, subject.checkpoint.trust_code
+    code = needs_code(folder, trust_code=trusted)
+    with (
+        tokenizer_folder(folder, trust_code=trusted) as tokenizer,
+        served(
+            subject.source, subject.revision, sweep.flags, trust_code=trusted
+        ) as server,
+    ):
         found = [
-            measure_context(server, folder, context, sweep)
+            measure_context(server, tokenizer, context, sweep, trust_code=code)
             for context in sweep.contexts
         ]
         return Speed(tuple(found), peak_memory(server.group))
 
 
 def measure_context(
-    server: Server, tokenizer: Path, context: int, sweep: Sweep
+    server: Server,
+    tokenizer: Path,
+    context: int,
+    sweep: Sweep,
+    *,
+    trust_code: bool = False,
 ) -> AtContext:
     """Send some requests of one length to a server, one at a time.
 
@@ -178,6 +190,7 @@ def measure_context(
             *("--num-prompts", str(sweep.repeats), "--num-warmups", "1"),
             *("--max-concurrency", "1", "--temperature", "0", "--disable-tqdm"),
             *("--save-result", "--save-detailed"),
+            *([TRUST] if trust_code else ()),
             *("--result-dir", folder, "--result-filename", "result.json"),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -198,15 +198,21 @@ _BROKEN = (
 
 
 def ask(
-    suite: Suite, endpoint: Endpoint, tokenizer: Path, *, bars: bool = False
+    suite: Suite,
+    endpoint: Endpoint,
+    tokenizer: Path,
+    *,
+    bars: bool = False,
+    trust_code: bool = False,
 ) -> list[Score]:
     """Put all questions of some tasks to a server.
 
     Args:
         suite: The tasks.
         endpoint: Who is asked.
-        tokenizer: The checkpoint's folder.
+        tokenizer: A folder that transformers loads the checkpoint's tokenizer from.
         bars: As in ``find_tasks``.
+        trust_code: Whether code in that folder may tokenize.
 
     Returns:
         Of each task, or group that has a score of its own, its main metric.
@@ -225,6 +231,7 @@ def ask(
                 tokenizer=str(tokenizer),
                 tokenizer_backend="huggingface",
                 revision=None,
+                trust_remote_code=trust_code,
                 # As its own backends have it: the tokenizer says if there is a BOS.
                 add_bos_token=True,
                 max_length=endpoint.max_length,

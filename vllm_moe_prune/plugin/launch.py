@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.source import open_checkpoint
+from ..checkpoint.tokenizer import TRUST, needs_code
 from ..decide.cut_plan import check_plan, load_plan
 from ..errors import ServeError
 from .load.verify_remap import verify_folder
@@ -47,11 +48,13 @@ def serve_command(
 
     Raises:
         MoePruneError: vLLM or the plugin is missing or disabled, the checkpoint or
-            its remap table is damaged, the plan does not fit.
+            its remap table is damaged, the plan does not fit, only code can tokenize.
     """
     checkpoint = open_checkpoint(source, revision)
     if checkpoint.remap is not None:
         verify_folder(checkpoint.folder)
+    if not _names_tokenizer(extra):
+        needs_code(checkpoint.folder, trust_code=TRUST in extra)
     command = [find_vllm(), "serve", source]
     if revision is not None:
         command += ["--revision", revision]
@@ -68,6 +71,12 @@ def serve_command(
     if needed and not watch:  # which names the plugin itself
         check_allowed()
     return [*command, *extra]
+
+
+def _names_tokenizer(extra: Sequence[str]) -> bool:
+    """Whether vLLM is told to use another tokenizer than the checkpoint's, or none."""
+    given = {argument.partition("=")[0] for argument in extra}
+    return bool(given & {"--tokenizer", "--skip-tokenizer-init"})
 
 
 def _watch_flags(extra: Sequence[str]) -> list[str]:
