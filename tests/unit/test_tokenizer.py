@@ -287,8 +287,8 @@ SPOILED = {
         "Precompiled",
     ),
     "nested": (nested, "not valid JSON"),
-    "a FIFO": (fifo, "no regular file"),
-    "a device": (device, "no regular file"),
+    "a FIFO": (fifo, "not a regular file"),
+    "a device": (device, "not a regular file"),
 }  # fmt: skip
 
 

@@ -6,20 +6,20 @@ Everything is read lazily and in bounded memory, whatever the size of the file.
 import gzip
 import io
 import json
-import os
 import re
-import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import CalibrationError, require_extra
+from ..files.regular import open_regular
 from .records import READ_FIELDS, found_in
 
 READ = (
-    "Pass a file of UTF-8 text, .json, .jsonl (each may be .gz) or .parquet, or a data "
+    "Pass a text file in UTF-8, .json, .jsonl (each may be .gz) or .parquet, or a data "
     "set of the Hub, such as hub:allenai/c4/en."
 )
 JSON_LINES = {".jsonl", ".ndjson"}
@@ -40,7 +40,6 @@ CHUNK_CHARACTERS = 1 << 18
 # Of one record; a whole corpus in one JSON string is no record.
 MAX_RECORD_CHARACTERS = 1 << 26
 PARQUET_ROWS = 256
-KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device"}
 SPACE = re.compile(r"[ \t\r\n]*")
 
 Record = tuple[str, Any]
@@ -78,21 +77,15 @@ def read_file(path: Path) -> tuple[Iterator[str], Iterator[Record]]:
     return _pieces(path, packed=packed), iter(())
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> FileIO:
     """A regular file for reading: pipes and devices may never end."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return open_regular(path)
     except FileNotFoundError as error:
         raise CalibrationError(f"{path}: no such text file. {READ}") from error
     except (OSError, ValueError) as error:  # ValueError: NUL in the name
         reason = getattr(error, "strerror", None) or error
-        raise CalibrationError(f"{path}: cannot be read: {reason}.") from error
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        found = KINDS.get(stat.S_IFMT(mode), "something special")
-        raise CalibrationError(f"{path}: is {found}, not a text file. {READ}")
-    return os.fdopen(descriptor, "rb")
+        raise CalibrationError(f"{path}: {reason}. {READ}") from error
 
 
 @contextmanager
@@ -100,7 +93,9 @@ def _text(path: Path, *, packed: bool) -> Iterator[IO[str]]:
     """A file as text; what is wrong with it while it is read becomes one line."""
     try:
         with _opened(path) as file:
-            plain: Any = gzip.GzipFile(fileobj=file) if packed else file
+            plain: Any = (
+                gzip.GzipFile(fileobj=file) if packed else io.BufferedReader(file)
+            )
             with io.TextIOWrapper(plain, encoding="utf-8-sig") as text:
                 yield text
     except UnicodeDecodeError as error:

@@ -12,8 +12,6 @@ would load is compared with it and corrected.
 """
 
 import json
-import os
-import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError
+from ..files.json_file import read_json
+from ..files.regular import MIB, Kind, read_file
 from .panics import panics_raised
 
 TOKENIZER = "tokenizer.json"
@@ -36,12 +36,19 @@ GENERIC = "PreTrainedTokenizerFast"
 """The class that takes tokenizer.json as it is; transformers 5 and 4 know this name."""
 GENERIC_NAMES = {GENERIC, "TokenizersBackend"}
 TRUST = "--trust-remote-code"
-# The largest published tokenizers have 20 MB; lists as long as the largest id are made.
-MAX_BYTES = 1 << 28
+# The largest published tokenizer.json has 35 MB and 260,000 tokens, merged of two each.
+FILE = Kind(
+    "tokenizer file",
+    256 * MIB,
+    CalibrationError,
+    remedy="Download the tokenizer files again.",
+)
+MAX_VALUES = 16_000_000
 MAX_ID = 1 << 24
+"""Of a token; libraries make lists as long as the largest."""
 
 
-class Kind(Enum):
+class TokenizerKind(Enum):
     """What says how text is split."""
 
     JSON = "tokenizer.json"
@@ -62,16 +69,16 @@ def load_tokenizer(folder: Path, *, trust_code: bool = False) -> Any:
             not run.
     """
     kind = find_kind(folder)
-    if kind is Kind.CODE and not trust_code:
+    if kind is TokenizerKind.CODE and not trust_code:
         raise _untrusted(folder)
     with _one_line(folder):
-        if kind in (Kind.JSON, Kind.SENTENCEPIECE):
+        if kind in (TokenizerKind.JSON, TokenizerKind.SENTENCEPIECE):
             with _copied(folder, _made(folder, kind)) as copy:
                 tokenizer = _by_file(copy)
             tokenizer.name_or_path = str(folder)
             return tokenizer
         tokenizer = _by_class(folder, trust_code=trust_code)
-    if kind is Kind.CLASS and type(tokenizer).__name__ in GENERIC_NAMES:
+    if kind is TokenizerKind.CLASS and type(tokenizer).__name__ in GENERIC_NAMES:
         raise CalibrationError(
             f"{folder}: nothing says how its tokenizer splits text: there is no "
             f"{TOKENIZER}, and {SETTINGS} names no class that knows. Copy {TOKENIZER} "
@@ -98,28 +105,28 @@ def needs_code(folder: Path, *, trust_code: bool) -> bool:
     named = (*FILES, *VOCABULARIES, "tiktoken.model")
     if not any((folder / name).exists() for name in named):
         return False
-    needed = find_kind(folder) is Kind.CODE
+    needed = find_kind(folder) is TokenizerKind.CODE
     if needed and not trust_code:
         raise _untrusted(folder)
     return needed
 
 
-def find_kind(folder: Path) -> Kind:
+def find_kind(folder: Path) -> TokenizerKind:
     """What says how text is split.
 
     Raises:
         CalibrationError: There is no tokenizer, or nothing that says it.
     """
     if (folder / TOKENIZER).exists():
-        return Kind.JSON
+        return TokenizerKind.JSON
     model = folder / MODEL
     if model.exists():
         from .sentencepiece_model import is_sentencepiece
 
         if is_sentencepiece(_read(model)):
-            return Kind.SENTENCEPIECE
+            return TokenizerKind.SENTENCEPIECE
     if (folder / SETTINGS).exists() and _code(folder) is not None:
-        return Kind.CODE
+        return TokenizerKind.CODE
     ranks = [model, folder / "tiktoken.model", *sorted(folder.glob("*.tiktoken"))]
     if found := [path for path in ranks if path.exists()]:
         raise CalibrationError(
@@ -131,7 +138,7 @@ def find_kind(folder: Path) -> Kind:
             f"{folder}: has no tokenizer (none of {', '.join(FILES)}), which turning "
             "text into tokens needs. Copy the model's tokenizer there."
         )
-    return Kind.CLASS
+    return TokenizerKind.CLASS
 
 
 def corrections(folder: Path) -> dict[str, bytes]:
@@ -147,12 +154,12 @@ def corrections(folder: Path) -> dict[str, bytes]:
     try:
         kind = find_kind(folder)
         settings = _settings(folder)
-        if kind not in (Kind.JSON, Kind.SENTENCEPIECE):
+        if kind not in (TokenizerKind.JSON, TokenizerKind.SENTENCEPIECE):
             return {}
         with _one_line(folder):
             named = settings.get("tokenizer_class")
             plain = named in GENERIC_NAMES and _code(folder) is None
-            if kind is Kind.JSON and plain:
+            if kind is TokenizerKind.JSON and plain:
                 return {}
             files = _made(folder, kind)
             with _copied(folder, files) as copy:
@@ -224,9 +231,9 @@ def _one_line(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _made(folder: Path, kind: Kind) -> dict[str, bytes]:
+def _made(folder: Path, kind: TokenizerKind) -> dict[str, bytes]:
     """tokenizer.json of a SentencePiece model, and settings that name its tokens."""
-    if kind is Kind.JSON:
+    if kind is TokenizerKind.JSON:
         _check_ids(folder / TOKENIZER)
         return {}
     from .sentencepiece_model import build_tokenizer, special_tokens
@@ -305,33 +312,11 @@ def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
     if not path.exists():
         return {}
-    try:
-        found = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(
-            f"{path.parent}: its tokenizer cannot be loaded: {path.name} is not valid "
-            f"JSON: {str(error)[:200]}. Download the tokenizer files again."
-        ) from error
-    if not isinstance(found, dict):
-        raise CalibrationError(f"{path}: expected a JSON object.")
-    return found
+    return read_json(path, FILE, MAX_VALUES)
 
 
 def _read(path: Path) -> bytes:
-    """The bytes of a regular file of a size that tokenizers have."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
-                raise CalibrationError(
-                    f"{path}: is no regular file of at most {MAX_BYTES} bytes."
-                )
-            return file.read(MAX_BYTES)
-    except OSError as error:
-        raise CalibrationError(
-            f"{path}: cannot be read: {error.strerror or error}."
-        ) from error
+    return read_file(path, FILE)
 
 
 def _dump(settings: Mapping[str, Any]) -> bytes:
