@@ -242,14 +242,12 @@ def speed(
     from ..checkpoint.output_path import check_file
     from ..checkpoint.source import open_checkpoint
     from ..judge.quality import Subject
-    from ..judge.speed import parse_contexts, sweep_for
+    from ..judge.speed import parse_contexts
     from ..judge.trim_slim_speed import (
-        cast,
-        check_calibration,
-        make_roles,
+        make_missing,
         measure_rows,
-        plans_to_make,
         plot_rows,
+        prepare,
     )
     from ..pipeline import RunOptions, check_device
     from ..tune.front import check_plot
@@ -257,34 +255,31 @@ def speed(
     from .output.show_compared import show_speed
 
     check_device(device)
-    asked = parse_contexts(contexts) if contexts is not None else None
-    flags = split_flags(vllm_flags)
-    original = Subject(open_checkpoint(source, trust_code=trust_remote_code), source)
+    opened = [
+        Subject(open_checkpoint(one, trust_code=trust_remote_code), one)
+        for one in (source, *pruned)
+    ]
     if plot is not None:
         check_plot(plot)
-        check_file(plot, original.checkpoint.folder)
-    roles = cast(
-        original,
-        [
-            Subject(open_checkpoint(one, trust_code=trust_remote_code), one)
-            for one in pruned
-        ],
+        check_file(plot, opened[0].checkpoint.folder)
+    timing = prepare(
+        opened[0],
+        opened[1:],
+        contexts=parse_contexts(contexts) if contexts is not None else None,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        flags=split_flags(vllm_flags),
+        calibration=calibration,
     )
-    opened = [one.checkpoint for one in roles.values()]
-    sweep = sweep_for(opened, asked, new_tokens, repeats, flags)
-    plans = plans_to_make(roles)
-    check_calibration(plans.values(), calibration)
     with tempfile.TemporaryDirectory(prefix="moe-prune-speed-") as temporary:
-        folder = work or Path(temporary)
         with watching(as_json) as report:
             options = RunOptions(device=device, report=report)
-            made = make_roles(roles, plans, folder, options, calibration)
-
-        def tell(line: str) -> None:
-            if not as_json:
-                err.print(line, style="dim")
-
-        found = measure_rows(roles | made, sweep, tell)
+            roles = make_missing(timing, work or Path(temporary), options)
+        found = measure_rows(
+            roles,
+            timing.sweep,
+            lambda line: None if as_json else err.print(line, style="dim"),
+        )
     if plot is not None:
         plot_rows(found, plot)
     show_speed(found, as_json)

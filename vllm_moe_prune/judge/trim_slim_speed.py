@@ -13,7 +13,7 @@ from ..errors import EvaluationError
 from ..pipeline import RunOptions, cut
 from .compare import Size, size_of
 from .quality import Subject
-from .speed import Speed, Sweep, measure_speed
+from .speed import Speed, Sweep, measure_speed, sweep_for
 from .trim_slim_roles import ROLES, Role, role_of, slimming_of, trimming_of
 
 PLAN = "plan.json"
@@ -44,6 +44,57 @@ class Rows:
     sweep: Sweep
     load_average: float
     """Of the machine over the last minute, in the end."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What is going to be timed, checked; nothing has been made yet."""
+
+    roles: dict[Role, Subject]
+    plans: dict[Role, CutPlan]
+    """Of the roles that have to be cut first."""
+    sweep: Sweep
+    calibration: str | None
+
+
+def prepare(
+    original: Subject,
+    pruned: Sequence[Subject],
+    *,
+    contexts: Sequence[int] | None,
+    new_tokens: int,
+    repeats: int,
+    flags: Sequence[str],
+    calibration: str | None,
+) -> Timing:
+    """Say who plays which role, what has to be cut, and which contexts are timed.
+
+    Args:
+        original: The baseline.
+        pruned: What was made of it.
+        contexts: Prompt lengths in tokens; None: as the model allows.
+        new_tokens: Generated after each prompt.
+        repeats: Requests per prompt length.
+        flags: For vLLM.
+        calibration: Text, if cutting a missing role needs it.
+
+    Raises:
+        EvaluationError: The checkpoints do not fit together, or a text is missing.
+    """
+    roles = cast(original, pruned)
+    opened = [one.checkpoint for one in roles.values()]
+    sweep = sweep_for(opened, contexts, new_tokens, repeats, flags)
+    plans = plans_to_make(roles)
+    check_calibration(plans.values(), calibration)
+    return Timing(roles, plans, sweep, calibration)
+
+
+def make_missing(
+    timing: Timing, folder: Path, options: RunOptions
+) -> dict[Role, Subject]:
+    """Every role, those that were missing cut into ``folder``."""
+    roles, plans = timing.roles, timing.plans
+    return roles | make_roles(roles, plans, folder, options, timing.calibration)
 
 
 def cast(original: Subject, pruned: Sequence[Subject]) -> dict[Role, Subject]:
