@@ -72,8 +72,11 @@ def test_compose_file_mounts_and_builds_what_is_there() -> None:
 def test_images_do_not_run_as_root_and_become_the_server(path: Path) -> None:
     text = path.read_text("utf-8")
     assert re.findall(r"^USER (.*)$", text, re.MULTILINE)[-1] == "10001"
-    assert 'ENTRYPOINT ["vllm-moe-prune", "serve"]' in text
-    assert re.search(r"^HEALTHCHECK --start-period=\d+m ", text, re.MULTILINE)
+    server = 'ENTRYPOINT ["vllm-moe-prune", "serve"]'
+    if path.name == "Dockerfile.gateway":
+        server = 'ENTRYPOINT ["moe-prune-gateway"]'
+    assert server in text
+    assert re.search(r"^HEALTHCHECK --start-period=\d+[ms] ", text, re.MULTILINE)
 
 
 def test_the_gpu_image_stands_on_the_release_that_is_checked() -> None:
