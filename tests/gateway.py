@@ -44,9 +44,9 @@ def chat(model: str, **more: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": "Hi"}], **more}
 
 
-def streamed(model: str, **wishes: Any) -> dict[str, Any]:
-    """A request for a stream that is as wished."""
-    return chat(model, stream=True, stub=wishes)
+def streamed(model: str, **properties: Any) -> dict[str, Any]:
+    """A request for a stream with properties that the stub knows."""
+    return chat(model, stream=True, stub=properties)
 
 
 def until(condition: Callable[[], Any], what: str, timeout_s: float = 60) -> None:

@@ -96,7 +96,7 @@ class AccessGuard:
         given = _values(headers, b"authorization")
         scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"",) * 3
         digest = _digest(key.strip())
-        # Every key is compared, so the time says nothing about which one came close.
+        # Every key is compared, so the time does not depend on which one came close.
         same = [hmac.compare_digest(digest, known) for known in self.keys]
         if scheme.lower() != b"bearer" or not any(same):
             raise ApiError(

@@ -109,7 +109,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Health:
-        """The gateway itself answers; backends are not asked."""
+        """The gateway runs; backends are not polled for this."""
         return Health()
 
     @app.get("/ready", responses={503: {"model": BackendList}})

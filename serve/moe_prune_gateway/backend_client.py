@@ -37,7 +37,7 @@ class UnsendableHeader(Exception):
 
 
 class BackendClient:
-    """Asks one backend; its connections are kept for the next requests.
+    """Sends requests to one backend; connections are kept for the next ones.
 
     Args:
         url: ``http://`` or ``https://``, perhaps with a path, to go before others.
@@ -55,7 +55,7 @@ class BackendClient:
         self._session: aiohttp.ClientSession | None = None
 
     def open(self) -> None:
-        """Within the event loop, before anything is asked."""
+        """Called in the event loop, before the first request."""
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
             # Cookies of one client's answer are not sent with another's request.
@@ -94,7 +94,8 @@ class BackendClient:
             The answer, whose ``close`` has to be called.
 
         Raises:
-            Unreachable, Broken: As they say.
+            Unreachable: No connection could be made; nothing was sent.
+            Broken: The answer is not valid HTTP, or its connection ended first.
             TimeoutError: The backend took too long.
             UnsendableHeader: Nothing was sent.
         """
@@ -122,7 +123,8 @@ class BackendClient:
         """Status and body of a GET, of so many bytes at most.
 
         Raises:
-            Unreachable, Broken: As they say, or it is larger.
+            Unreachable: No connection could be made.
+            Broken: The answer is not valid HTTP, cut off, or larger.
             TimeoutError: All of it took longer.
         """
         async with asyncio.timeout(timeout_s):

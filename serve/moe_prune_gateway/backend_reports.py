@@ -1,4 +1,4 @@
-"""What backends say about themselves. It is untrusted: read and bounded here only.
+"""Model lists and provenance of backends: untrusted, checked and bounded here only.
 
 msgspec's decoder is strict where Python's is not: lone surrogates, ``NaN``, ``1e999``
 and numbers of thousands of digits are errors.
@@ -18,7 +18,7 @@ INTEGERS = range(-(2**63), 2**64)
 
 
 class InvalidReport(Exception):
-    """It is not what such a report has to be; one line that says why."""
+    """A report that is not used; the message is the reason, one line."""
 
 
 @dataclass(frozen=True)

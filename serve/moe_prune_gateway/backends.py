@@ -135,13 +135,13 @@ class BackendPool:
         )
 
     def mark_down(self, backend: Backend) -> None:
-        """A connection was refused; the next poll that succeeds says otherwise."""
+        """A connection was refused; until the next poll that succeeds."""
         self._set_up(backend, False, "refuses connections")
 
     async def _poll(self, backend: Backend) -> None:
-        """Whether a backend is up, and its models.
+        """Update whether a backend is up, and its models.
 
-        Whatever it answers, no exception but a fault of this code gets out of here.
+        No answer of a backend raises; only a fault of this code does.
         """
         why = "polling it failed"
         up = False
@@ -161,7 +161,7 @@ class BackendPool:
             self.metrics.show_model(backend.name, found)
 
     async def _provenance(self, backend: Backend) -> Provenance | None:
-        """What pruning did to the model; None: nothing that can be read says so."""
+        """The numbers of a pruned model; None: it has none that can be read."""
         path = f"{PLUGIN_PATH}/provenance"
         try:
             status, body = await self._fetch(backend, path, PROVENANCE_BYTES)

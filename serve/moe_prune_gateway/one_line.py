@@ -1,9 +1,9 @@
-"""Text of others for the log."""
+"""Untrusted text for the log."""
 
 LONGEST = 300
 
 
 def one_line(said: object) -> str:
-    """What an exception says, a backend's words perhaps, so that it forges no line."""
+    """Text for one line of the log: short, without line breaks."""
     text = str(said)[:LONGEST]
     return "".join(sign if sign.isprintable() else " " for sign in text)

@@ -22,7 +22,7 @@ def sender(path: Path) -> Callable[[], Awaitable[Response]]:
     """A route that sends one file."""
 
     async def send() -> Response:
-        # Asked for again each time, by its ETag: an update of the package is seen.
+        # Revalidated each time by its ETag, so that an update of the package is seen.
         return FileResponse(path, headers={"Cache-Control": "no-cache"})
 
     return send

@@ -48,14 +48,14 @@ HOP_BY_HOP = {
 NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 # uvicorn writes its own date.
 NOT_RETURNED = HOP_BY_HOP | {b"date"}
-# Which web pages may read an answer is not for backends to say.
+# The gateway decides which web pages may read an answer.
 CORS = b"access-control-"
 # What a backend sends runs no scripts under the gateway's address.
 SANDBOX = (b"content-security-policy", b"sandbox")
 PLUGIN_DATA = {
     f"{PLUGIN_PATH}/{name}" for name in ("load", "remap", "provenance", "report")
 }
-# Without a body, these would lose the header that says so.
+# Without a body, these would lose their Content-Length: 0.
 WITH_BODY = {"POST", "PUT"}
 # Their answers have no body, whatever their headers announce.
 NO_BODY = {204, 304}

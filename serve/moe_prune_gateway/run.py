@@ -1,4 +1,4 @@
-"""Starting the gateway, and ending it without losing what is on its way."""
+"""Starting the gateway, and ending it without losing in-flight requests."""
 
 import copy
 import logging
@@ -25,7 +25,7 @@ BACKLOG = 2048
 
 
 def run_gateway(settings: GatewaySettings) -> NoReturn:
-    """Serve until a signal; then wait for what is on its way and exit with status 0.
+    """Serve until a signal; then wait for in-flight requests and exit with status 0.
 
     Raises:
         GatewayError: The address is taken or does not exist.
@@ -39,7 +39,7 @@ def run_gateway(settings: GatewaySettings) -> NoReturn:
         lifespan="on",
         log_config=_logging(),
         access_log=False,
-        proxy_headers=False,  # nobody asks where requests come from
+        proxy_headers=False,  # client addresses are not used
         server_header=False,
         headers=[("x-content-type-options", "nosniff")],
         timeout_keep_alive=KEEP_ALIVE_S,
@@ -52,7 +52,9 @@ def run_gateway(settings: GatewaySettings) -> NoReturn:
         "gateway on http://%s:%d for %s", shown, port, ", ".join(settings.backends)
     )
     if not settings.api_keys and not settings.is_local:
-        log.warning("no API key is set: whoever reaches this address can use it")
+        log.warning(
+            "no API key is set: any program that reaches this address can use it"
+        )
     # uvicorn repeats the signal once it has drained; that is a proper end, not a fault.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)

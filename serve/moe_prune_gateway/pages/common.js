@@ -1,7 +1,7 @@
-// What the three pages share: where they are, how they ask, what the header shows.
+// Shared by the three pages: addresses, requests, the header.
 //
 // They are served from two places. In vLLM's own server they lie beside their data, in
-// /plugins/moe-prune/. In the gateway they lie at the top, and data is asked for under
+// /plugins/moe-prune/. In the gateway they lie at the top, and data is requested under
 // the name of a backend, which the address of the page has as ?backend=NAME.
 
 const PLUGIN = "plugins/moe-prune/";
@@ -14,7 +14,7 @@ export const root = inVllm ? new URL("../../", here) : here;
 
 export const $ = (id) => document.getElementById(id);
 
-// What a server said was wrong, or that it could not be asked.
+// An error that a server reports, or that it does not answer.
 export class Failure extends Error {
   constructor(status, message) {
     super(message);

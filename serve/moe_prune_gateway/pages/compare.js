@@ -127,7 +127,7 @@ async function answerOn(side, signal) {
   return result;
 }
 
-// Text that came all at once says nothing about how fast it was written.
+// Text that arrived all at once gives no rate.
 const rateOf = ({ tokens, first, last }) => (tokens > 1 && last - first >= SHORTEST_MS
   ? (1000 * (tokens - 1)) / (last - first) : null);
 

@@ -8,7 +8,7 @@ const GAP = 1;
 const HOW = "Start the server with: vllm-moe-prune serve CHECKPOINT --watch";
 
 const state = {
-  data: null,      // where to ask
+  data: null,      // address of the data
   snapshots: [],   // {at, load}, oldest first, one minute of them
   before: new Map(), // source layer → experts it had before pruning
   paused: false,
@@ -134,7 +134,7 @@ function draw() {
   }));
 }
 
-function tell() {
+function announceCell() {
   if (!state.cursor) {
     $("readout").textContent = "";
     return;
@@ -151,7 +151,7 @@ function tell() {
   [...$("rows").children].forEach((line, at) => line.classList.toggle("chosen", at === state.cursor.row));
 }
 
-// Lines stay where they are, so that nobody who reads them loses the place.
+// Lines stay where they are, so that a reader keeps the place.
 function table() {
   const lines = state.view.rows.map((row) => {
     const top = busiest(row.cells);
@@ -211,7 +211,7 @@ function show() {
   tiles();
   table();
   draw();
-  tell();
+  announceCell();
 }
 
 // --- asking ----------------------------------------------------------------------------
@@ -250,7 +250,7 @@ async function keepRefreshing() {
         // What was drawn stays, under a word about its age.
         const slim = state.snapshots.length > 0;
         if (error.status !== 404) failed("No new numbers", error, slim);
-        else notice("No routing load", `This server does not tell it. ${HOW}`, slim);
+        else notice("No routing load", `This server does not report it. ${HOW}`, slim);
       }
     }
     await new Promise((resolve) => { setTimeout(resolve, EVERY_MS); });
@@ -272,8 +272,8 @@ function point(row, column) {
   const inside = (value, most) => Math.max(0, Math.min(most, value));
   state.cursor = { row: inside(row, last), column: inside(column, state.view.layout.columns - 1) };
   draw();
-  tell();
-  $("said").textContent = $("readout").textContent; // spoken when asked for, not at every refresh
+  announceCell();
+  $("said").textContent = $("readout").textContent; // spoken on a key press, not at every refresh
 }
 
 function listen() {

@@ -1,4 +1,4 @@
-// The pruning report, inside a frame that runs no scripts. It is asked for like data,
+// The pruning report, inside a frame that runs no scripts. It is requested like data,
 // since a frame could not send an API key.
 
 import { $, ask, chooseBackend, failed, markNav, notice } from "./common.js";
