@@ -48,12 +48,14 @@ def write_companions(
     stats: Stats | None,
 ) -> Achieved:
     """Complete a folder whose shards are all written; config.json comes last."""
-    copy_companions(checkpoint, folder)
+    corrected = copy_companions(checkpoint, folder)
     plan = _without_paths(plan)
     result = achieved(checkpoint, plan, records)
     remap = build_remap(checkpoint, plan)
     config = pruned_config(checkpoint, plan, remap)
     history = provenance(checkpoint, plan, result, tokens, forward_passes)
+    if corrected:
+        history["corrected_files"] = sorted(corrected)
     history["source_bytes"] = checkpoint.stored_bytes
     history["weight_powers"] = [_powers(record) for record in records]
     if stats is not None:

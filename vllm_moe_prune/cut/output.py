@@ -16,7 +16,9 @@ from pathlib import Path
 
 from ..checkpoint.index import is_inside
 from ..checkpoint.open import Checkpoint
+from ..checkpoint.side_files import side_files
 from ..checkpoint.tensor_hashes import FILE_NAME as HASHES
+from ..checkpoint.tokenizer import corrections
 from ..checkpoint.writer import (
     JOURNAL_NAME,
     ShardPlan,
@@ -45,9 +47,6 @@ RECORDS = {
 }
 # Written anew for the output of a cut, so never copied from its input.
 OWN_FILES = {"config.json", "README.md", HASHES, JOURNAL_NAME, WORK_NAME} | RECORDS
-WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".gguf")
-# Tokenizers and templates are megabytes; anything larger is not metadata.
-MAX_COPIED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,33 +213,31 @@ def companions(checkpoint: Checkpoint) -> list[Path]:
     """Everything that is not weights (tokenizer, templates, code), to be copied.
 
     Raises:
-        CheckpointError: A file is a link out of the folder, or implausibly large.
+        CheckpointError: See ``side_files``.
     """
-    found = []
-    for path in sorted(checkpoint.folder.iterdir()):
-        name = path.name
-        if (
-            name in OWN_FILES
-            or name.startswith(".")
-            or name.endswith(WEIGHT_SUFFIXES)
-            or not path.is_file()
-        ):
-            continue
-        if not is_inside(checkpoint.folder, path):
-            raise CheckpointError(f"{path}: is a link out of the checkpoint folder.")
-        if path.stat().st_size > MAX_COPIED_BYTES:
-            raise CheckpointError(
-                f"{path}: {path.stat().st_size} bytes is too large for a companion "
-                "file; move it out of the checkpoint folder."
-            )
-        found.append(path)
-    return found
+    return side_files(checkpoint.folder, OWN_FILES)
 
 
-def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy the companion files byte for byte."""
+def copy_companions(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
+    """Copy the companion files byte for byte, but for a tokenizer that misleads.
+
+    Returns:
+        The files that are not those of the input; see ``tokenizer.corrections``.
+    """
+    corrected = corrections(checkpoint.folder)
     for path in companions(checkpoint):
-        _copy(path, folder / path.name)
+        relative = path.relative_to(checkpoint.folder)
+        if relative.as_posix() not in corrected:
+            _copy(path, folder / relative)
+    for name, data in corrected.items():
+        (folder / name).write_bytes(data)
+        log.warning(
+            "%s: with its %s, transformers and vLLM would tokenize otherwise than its "
+            "files say; the output has a corrected one",
+            checkpoint.folder,
+            name,
+        )
+    return tuple(corrected)
 
 
 def copy_records(checkpoint: Checkpoint, folder: Path) -> None:
@@ -259,7 +256,7 @@ def copy_records(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _copy(path: Path, to: Path) -> None:
-    to.parent.mkdir(exist_ok=True)
+    to.parent.mkdir(parents=True, exist_ok=True)
     try:
         copy_regular(path, to)
     except OSError as error:

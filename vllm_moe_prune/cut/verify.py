@@ -29,6 +29,7 @@ from .copy import group_mean
 from .finish import PROVENANCE
 from .output import RECOVERED
 from .slice import OutputTensor, output_tensors
+from .verify_files import check_companions
 from .verify_quantized import check_quantized, check_scaled
 
 
@@ -59,7 +60,8 @@ def verify(
     Without a source its weights are read too, and compared with their hashes.
 
     Raises:
-        CheckpointError: A tensor is missing, misshapen or differs from its source.
+        CheckpointError: A tensor is missing, misshapen or differs from its source, or a
+            file beside the weights does.
         RemapError: The remap table is missing, was changed or contradicts the weights.
     """
     output = open_checkpoint(folder)
@@ -91,6 +93,7 @@ def verify(
     plan = load_plan(folder / "plan.json")
     check_plan(plan, source.layers, source.fingerprint, str(folder / "plan.json"))
     _check_names(output, source, plan)
+    check_companions(folder, source)
     zeros, dense_zeros, done, at = 0, 0, 0, 0
     tensors = output_tensors(source, plan)
     total = sum(output.stored(tensor.name).nbytes for tensor in tensors)
