@@ -135,7 +135,7 @@ def test_representatives_are_slimmed_on_all_tokens_redirected_to_them(
 
 
 def test_later_layers_are_calibrated_on_the_slimmed_ones(tmp_path: Path) -> None:
-    """The reference code feeds them dense activations (spec 2.9, defect 3)."""
+    """The reference code feeds them dense activations."""
     model, out = make_model(tmp_path / "model"), tmp_path / "out"
     slimmed(model, out, TRIMMED)
     dense = Reference(model, TRIMMED).wanda(IDS_ST, propagate=False)

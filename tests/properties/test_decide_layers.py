@@ -53,7 +53,7 @@ def test_discrete_block_drop_takes_the_most_similar_blocks(
 def test_consecutive_block_drop_compares_start_and_end_of_the_run(
     seed: int, blocks: int, data: st.DataObject
 ) -> None:
-    """The gap is the number of blocks, not one more (spec 2.9, defect 5)."""
+    """The gap is the number of blocks, not one more."""
     count = data.draw(st.integers(1, blocks - 1))
     hidden_HTD = random_hidden(seed, blocks)
     stage = LayerStage(block_count=count, block_mode="consecutive")

@@ -1,4 +1,4 @@
-"""Defects and traps of published code, one test each (spec 2.9 and peers 12).
+"""Defects and traps of published code, one test each.
 
 Those of reading, running and serving have their tests beside that code.
 """

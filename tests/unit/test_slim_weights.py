@@ -36,7 +36,7 @@ def test_mean_and_sum_of_squares_give_the_same() -> None:
 
 
 def test_expert_without_tokens_is_pruned_by_magnitude_row_by_row() -> None:
-    """The reference zeroes the lowest-index columns there (spec 2.9, defect 17)."""
+    """The reference zeroes the lowest-index columns there."""
     weight = torch.tensor([[9.0, 1.0, 2.0, 8.0], [1.0, 7.0, 6.0, 2.0]])
     pruned = wanda(weight, torch.zeros(4), 0.5)
     assert pruned.tolist() == [[9.0, 0.0, 0.0, 8.0], [0.0, 7.0, 6.0, 0.0]]
@@ -58,7 +58,7 @@ def test_pruning_again_at_the_same_sparsity_changes_nothing() -> None:
 
 
 def test_magnitude_removes_the_small_ones_of_the_whole_matrix() -> None:
-    """The reference keeps the small and deletes the large (spec 2.9, defect 1)."""
+    """The reference keeps the small and deletes the large."""
     weight = torch.tensor([[1.0, -2.0], [30.0, -40.0]])
     assert magnitude(weight, 0.5).tolist() == [[0.0, 0.0], [30.0, -40.0]]
 

@@ -2,7 +2,7 @@
 
 Statistics come from the trimmed, still dense layer (as Wanda defines them); the
 hidden states that go on come from the slimmed one, so that later layers are
-calibrated on what the pruned model will really compute (spec, defect 3).
+calibrated on what the pruned model computes (the published code feeds dense ones).
 """
 
 from collections.abc import Iterator
