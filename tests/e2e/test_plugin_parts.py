@@ -159,7 +159,7 @@ def test_rows_are_ranked_before_they_become_experts() -> None:
     torch.testing.assert_close(
         weights_TK[1], torch.stack([torch.tensor(0.0), share[1]])
     )
-    table.localise((-1, 0))
+    table.localize((-1, 0))
     assert table.expert_R.tolist() == [0, 0, 0, 0]
     assert table.share_R.tolist() == [0.0, 1.0, 0.0, 0.0]
 

@@ -62,6 +62,7 @@ def route(x_ND: torch.Tensor, router: Router, where: str = "router") -> Routing:
         CheckpointError: A logit is NaN or infinite; ``where`` says which layer's.
     """
     rule, rows_RD = router.rule, router.rows_RD
+    # DeepSeek's gates are fp32 products of bf16 weights; Mixtral's stays in bf16.
     inputs = (x_ND.float(), rows_RD.float()) if rule.fp32 else (x_ND, rows_RD)
     return choose(functional.linear(*inputs), router, where)
 
@@ -69,17 +70,20 @@ def route(x_ND: torch.Tensor, router: Router, where: str = "router") -> Routing:
 def choose(logits_NR: torch.Tensor, router: Router, where: str = "router") -> Routing:
     """What follows from a router's logits; see ``route``."""
     rule = router.rule
+    # NaN never wins a comparison: top-k would choose experts by position, silently.
     if not bool(torch.isfinite(logits_NR).all()):
         raise CheckpointError(
             f"{where}: the router's logits are NaN or infinite for some tokens. "
             f"The weights are damaged, or their dtype overflows on this text."
         )
     scores_NR = scores_of(logits_NR, rule.scores)
+    # The bias (noaux_tc) steers the load only; weights come from the plain scores.
     choice_NR = scores_NR if router.bias_R is None else scores_NR + router.bias_R
     if router.groups_R is not None:
         choice_NR = _within_best_groups(choice_NR, router.groups_R, rule)
     ids_NK = _top_k(choice_NR, router.top_k)
     weights_NK = scores_NR.gather(1, ids_NK)
+    # After choosing: a dropped expert's share goes to those that were chosen instead.
     if rule.renormalize:
         weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
     weights_NK = weights_NK * rule.scale
@@ -104,10 +108,12 @@ def _within_best_groups(
     totals = []
     for group in range(rule.groups):
         inside_NM = choice_NR[:, groups_R == group]
+        # A pruned group may have fewer rows than the rule adds up.
         best = inside_NM.topk(min(rule.group_best, inside_NM.shape[1]), dim=-1)
         totals.append(best.values.sum(dim=-1))
     chosen_NG = torch.zeros(len(choice_NR), rule.groups, dtype=torch.bool)
     chosen_NG = chosen_NG.to(choice_NR.device)
+    # Ties between groups go to the lower one, as between experts.
     chosen_NG.scatter_(1, _top_k(torch.stack(totals, dim=1), rule.top_groups), True)
     return choice_NR.masked_fill(~chosen_NG[:, groups_R], -torch.inf)
 
@@ -119,6 +125,7 @@ def _top_k(probs_NR: torch.Tensor, top_k: int) -> torch.Tensor:
     right for all rows whose best values differ; only the others are sorted.
     """
     rows = probs_NR.shape[1]
+    # One more than is needed shows whether the last place was a tie.
     best, ids = probs_NR.topk(min(top_k + 1, rows), dim=-1)
     tied_N = (best[:, 1:] == best[:, :-1]).any(dim=-1)
     ids_NK = ids[:, :top_k].contiguous()
@@ -144,6 +151,8 @@ def expert_tokens(
         return token_n, routing.weights_NK[token_n, slot_n]
     rows = [row for row, target in enumerate(redirect) if target == expert]
     served = routing.ids_NK.new_tensor(rows)
+    # Several rows may lead here; a token that chose two of them comes once, with both
+    # weights.
     hit_NK = torch.isin(routing.ids_NK, served)
     token_n = hit_NK.any(dim=1).nonzero().flatten()
     weights_nK = routing.weights_NK[token_n] * hit_NK[token_n]
@@ -156,6 +165,7 @@ def expert_hidden(
 ) -> torch.Tensor:
     """The expert's inner activations, which its down projection reads: [n, F]."""
     hidden_nF = act(functional.linear(x_nD, expert.gate_FD))
+    # In place: [n, F] is the largest temporary of the forward.
     hidden_nF *= functional.linear(x_nD, expert.up_FD)
     return hidden_nF
 
@@ -183,6 +193,7 @@ def run_experts(
     out_ND = torch.zeros_like(x_ND)
     for number in range(layer.num_experts):
         token_n, weight_n = expert_tokens(routing, number, layer.redirect)
+        # Not read at all: with many experts and little text most bytes are saved here.
         if len(token_n) == 0:
             continue
         expert = place(read(number), x_ND)
@@ -224,6 +235,7 @@ def token_chunks(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Cut an expert's tokens so that its temporaries stay within 256 MiB."""
     width, hidden = expert.gate_FD.shape
+    # Gate, up and their product; input, output and scaled output; the sum in fp32.
     token_bytes = expert.gate_FD.element_size() * (3 * width + 3 * hidden) + 4 * hidden
     step = max(1, TEMPORARY_BYTES // token_bytes)
     chunks = zip(torch.split(token_n, step), torch.split(weight_n, step), strict=True)

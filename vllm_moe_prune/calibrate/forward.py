@@ -141,6 +141,7 @@ class StreamingModel:
             hidden_STD: What enters it.
             see: Called with a matrix's name below the layer and inputs [n, D].
         """
+        # On a copy: the layer itself runs later, with the weights that replace these.
         self._attend(index, hidden_STD.clone(), see)
 
     @torch.no_grad()
@@ -173,6 +174,7 @@ class StreamingModel:
         final = f"{before}{names.final_norm}.weight" if depth else arch.final_norm
         own = f"{prefix}{names.embedding}.weight"
         table_VD = self.read(own if own in self.checkpoint.tensors else arch.embedding)
+        # MTP layer k sees the state at t and the token at t + k + 1.
         next_ST = tokens_ST[:, depth + 1 :].to(self.device)
         ends = self.build_norm(final)
         embedding_norm, hidden_norm = (
@@ -207,6 +209,7 @@ class StreamingModel:
         hidden_STD = hidden_STD.to(self.device)
         x_ND = None
         normed = layer.has_moe or layer.norm_only
+        # Arctic's experts read the block's input, so their norm comes before attention.
         if normed and self.experts_read_input:
             x_ND = self._normed(index, MOE_NORM, hidden_STD)
         if self._observer is not None:
@@ -360,6 +363,7 @@ class StreamingModel:
         prefix = self.checkpoint.arch.layer_prefix.format(layer=index)
         layer = stock_layer(self.checkpoint.arch, self.config, index)
         weights = {name: self.read(prefix + name) for name in layer.state_dict()}
+        # assign: on the meta device there is no storage to copy into.
         layer.load_state_dict(weights, assign=True)
         return layer
 

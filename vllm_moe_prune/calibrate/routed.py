@@ -36,6 +36,7 @@ def with_scores(found: LayerStats, routing: Routing) -> LayerStats:
     for start in range(0, len(routing.ids_NK), CHUNK):
         rows = slice(start, start + CHUNK)
         probs_nE = scores_of(routing.logits_NR[rows], routing.scores)
+        # Experts that a token did not choose score 0 for it.
         chosen_nE = torch.zeros_like(probs_nE)
         ids_nK = routing.ids_NK[rows]
         chosen_nE.scatter_(1, ids_nK, probs_nE.gather(1, ids_nK))
@@ -58,6 +59,7 @@ class Contributions:
 
     def __call__(self, expert: int, output_nD: torch.Tensor) -> None:
         """Take in one expert's weighted outputs for some of its tokens."""
+        # Squares of bf16 outputs overflow nothing in fp32; their sum goes to fp64.
         squares_n = output_nD.float().square().sum(1)
         self.sqnorm_E[expert] += float(squares_n.sum(dtype=torch.float64))
         self.norm_E[expert] += float(squares_n.sqrt().sum(dtype=torch.float64))
@@ -115,10 +117,13 @@ class BlockSamples:
         hidden_ND = hidden_STD.flatten(0, 1)
         at_m = _sampled(len(hidden_ND), SAMPLED_TOKENS).to(hidden_ND.device)
         state_mD = hidden_ND.index_select(0, at_m).float()
+        # Unit vectors, so that one matrix product gives all cosines.
         self._states.append(functional.normalize(state_mD, dim=-1).cpu())
 
     def sums(self) -> tuple[Array, Array]:
         """Sums of cosines between all pairs of boundaries, and the tokens behind."""
+        # The sum of cosines over m tokens is one dot product of the concatenated unit
+        # vectors.
         states_HM = torch.stack([state.flatten() for state in self._states])
         cosine_HH = (states_HM @ states_HM.T).double().numpy()
         return cosine_HH, np.array(float(len(self._states[0])))
@@ -142,6 +147,7 @@ def with_outputs(
         read: Gives an expert's weights; called once each.
         act: The activation between gate and up.
     """
+    # [E, m, D] is in memory at once; DeepSeek-V3 has 256 experts.
     most = OUTPUT_BYTES // (experts * x_ND.shape[1] * x_ND.element_size())
     at_m = _sampled(len(x_ND), min(SAMPLED_TOKENS, max(1, most))).to(x_ND.device)
     x_mD = x_ND.index_select(0, at_m)
@@ -152,13 +158,16 @@ def with_outputs(
     weights_mE.scatter_(1, routing.ids_NK[at_m], routing.weights_NK[at_m].float())
     outer_EE = torch.zeros(experts, experts, dtype=torch.float64, device=x_ND.device)
     gram_EE = torch.zeros_like(outer_EE)
+    # Token by token: [E, E] per token, never [m, E, E].
     for token, weight_E in enumerate(weights_mE.double()):
         output_ED = outputs_EmD[:, token].float()
         product_EE = (output_ED @ output_ED.T).double()
         outer_EE += product_EE
         gram_EE += weight_E[:, None] * product_EE * weight_E
     squares_E = outer_EE.diagonal()
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 ab; cancellation may leave a tiny negative number.
     sqdist_EE = squares_E[:, None] + squares_E - 2.0 * outer_EE
+    # Mirrored, so that both triangles are equal to the bit and ties stay ties.
     sqdist_EE = torch.triu(sqdist_EE.clamp(min=0.0), 1)
     return replace(
         found,

@@ -78,6 +78,7 @@ def pack(matrix_RC: Tensor, group: tuple[int, int] | None = None) -> Bitmask:
     bits_RC = _bits(matrix_RC)
     mask_RB = np.empty((rows, cols // 8), dtype=np.uint8)
     counts_R = np.empty(rows, dtype=np.int64)
+    # Two passes: how many values there are must be known before they are placed.
     for start, stop in _chunks(rows, cols):
         kept = bits_RC[start:stop] != 0
         if group is not None:
@@ -92,6 +93,7 @@ def pack(matrix_RC: Tensor, group: tuple[int, int] | None = None) -> Bitmask:
     typed = torch.from_numpy(values).view(matrix_RC.dtype)
     if group is None:
         return Bitmask(torch.from_numpy(mask_RB), typed, torch.from_numpy(offsets_R1))
+    # All groups hold n values, so the shape says what offsets would.
     fixed = typed.view(rows, cols // group[1], group[0])
     return Bitmask(torch.from_numpy(mask_RB), fixed, None)
 
@@ -152,6 +154,8 @@ def check(packed: Bitmask, shape: tuple[int, int], where: str) -> None:
     if offsets_R1 is None:
         _check_groups(mask, cols // values.shape[1], values.shape[2], where)
         return
+    # The offsets are redundant; a file whose two answers differ is refused, not
+    # trusted.
     counts_R = np.bitwise_count(mask).sum(axis=1, dtype=np.int64)
     expected_R1 = np.concatenate(([0], np.cumsum(counts_R)))
     wrong = np.flatnonzero(expected_R1 != offsets_R1.numpy())
@@ -214,6 +218,7 @@ def _check_groups(mask_RB: NDArray[np.uint8], m: int, kept: int, where: str) -> 
 def _filled(kept_RC: NDArray[np.bool_], n: int, m: int) -> NDArray[np.bool_]:
     """With the first zeros of each group kept as well, up to n."""
     kept = kept_RC.reshape(-1, m)
+    # A group with fewer non-zeros stores zeros too, so that every group has n values.
     missing = n - kept.sum(axis=1)
     if (missing < 0).any():
         raise ValueError(f"a group of {m} holds more than {n} non-zeros")
@@ -224,6 +229,7 @@ def _filled(kept_RC: NDArray[np.bool_], n: int, m: int) -> NDArray[np.bool_]:
 
 def _bits(tensor: Tensor) -> NDArray[np.generic]:
     integer = INTEGERS[tensor.element_size()]
+    # numpy has no bf16 and no fp8, and comparing floats would take -0.0 for 0.
     found: NDArray[np.generic] = tensor.contiguous().view(integer).numpy()
     return found
 

@@ -62,19 +62,24 @@ def encode(sources: Sequence[Tensor], scales: Sequence[Tensor] | None = None) ->
     outputs, inputs = sources[0].shape
     rows, cols = round_up(outputs, BLOCK), round_up(inputs, STEP)
     bits = BITS[sources[0].element_size()]
+    # On bits, not values: -0.0 and NaNs are stored like any other value.
     stacked = torch.zeros(len(sources), rows, cols, dtype=bits)
     for index, source in enumerate(sources):
         stacked[index, :outputs, :inputs] = source.view(bits)
     # [source, block, n, step, i] -> [block, source, step, n, i]
     parts = stacked.view(len(sources), -1, BLOCK, cols // 2, 2)
     lanes_BSL = parts.permute(1, 0, 3, 2, 4).reshape(-1, cols // 2, 2 * BLOCK)
+    # The kernel multiplies two blocks at a time: down with an odd number gets an empty
+    # one.
     if len(lanes_BSL) % 2:
         lanes_BSL = torch.cat([lanes_BSL, torch.zeros_like(lanes_BSL[:1])])
     kept_BSL = lanes_BSL != 0
+    # Bit 31 makes the int64 sum exceed int32; the cast keeps the bit pattern.
     weights_L = 2 ** torch.arange(2 * BLOCK)
     masks_BS = (kept_BSL * weights_L).sum(dim=2).to(torch.int32)
     counts_B = kept_BSL.sum(dim=(1, 2))
     starts_B1 = torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)])
+    # Boolean indexing walks in row-major order: block, step, lane, as kernels read.
     values = torch.cat([lanes_BSL[kept_BSL], lanes_BSL.new_zeros(TAIL)])
     return Blocks(
         masks_BS[None],
@@ -94,6 +99,7 @@ def alternate(scales: Sequence[Tensor]) -> Tensor:
 
 def join(experts: Sequence[Blocks]) -> Blocks:
     """Experts encoded one by one as one."""
+    # Every expert brings its own tail; the joined values need one.
     sizes = [len(expert.values) - TAIL for expert in experts]
     first = [sum(sizes[:index]) for index in range(len(sizes))]
     # As integers: PyTorch does not join FP8.
@@ -133,11 +139,15 @@ def decode(
     """
     outputs, inputs = shape
     masks_BS = blocks.masks_EBS[expert]
+    # Arithmetic shift: the sign bit is lane 31, and & 1 drops what it smears.
     lanes_L = torch.arange(2 * BLOCK, device=masks_BS.device, dtype=torch.int32)
     kept_BSL = (masks_BS[:, :, None] >> lanes_L) & 1
+    # A value's place is the number of bits set before it; unset lanes get some other's
+    # and are masked.
     rank_BX = kept_BSL.flatten(1).cumsum(dim=1, dtype=torch.int64) - 1
     index_BX = (blocks.starts_EB1[expert, :-1, None] + rank_BX).clamp_(min=0)
     found_BX = blocks.values.view(BITS[blocks.values.element_size()])[index_BX]
+    # where, not boolean indexing: its size would need the host to wait for the device.
     bits_BX = torch.where(kept_BSL.flatten(1).bool(), found_BX, 0)
     dense_BX = bits_BX.view(blocks.values.dtype)
     if blocks.scales_EBC is not None and dtype is not None:
@@ -180,6 +190,7 @@ def fused_moe(
     experts = len(w13.masks_EBS)
     local_TK = ids_TK.long()
     if expert_map_G is not None:
+        # vLLM pads batches with -1; an index into the map must not see it.
         there = (local_TK >= 0) & (local_TK < len(expert_map_G))
         mapped_TK = expert_map_G.long()[local_TK.clamp(0, len(expert_map_G) - 1)]
         local_TK = torch.where(there, mapped_TK, -1)
@@ -193,6 +204,7 @@ def fused_moe(
         x_nD = x_TD[token_n].float()
         gate_nF = x_nD @ gate_FD.float().T
         inner_nF = torch.nn.functional.silu(gate_nF) * (x_nD @ up_FD.float().T)
+        # Rounded once between the two products, as the kernels do.
         y_nD = inner_nF.to(x_TD.dtype).float() @ down_DF.float().T
         weight_n = weights_TK[token_n, slot_n].float()
         out_TD.index_add_(0, token_n, y_nD * weight_n[:, None])

@@ -68,6 +68,8 @@ class _LayerStruct(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernel; None, with one warning, where there is none."""
+    # Built as an extension, so named like one, but it has no init function: ctypes
+    # loads it.
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_cpu{suffix}")
         if path.is_file():
@@ -142,17 +144,21 @@ def fused_moe(
         return blocks.fused_moe(x_TD, weights_TK, ids_TK, expert_map_G, w13, w2, width)
     used = level() if at_level is None else min(at_level, level())
     storage = _storage(w13)
+    # Only bf16 has more than one way; fp16 and fp32 are always widened.
     if borders is None:
         choice = x_TD.dtype == torch.bfloat16 and used >= BF16
         borders = measured(used, storage) if choice else Borders()
+    # Pointers go to C++ from here: every shape it computes with is checked first.
     held = _checked(w13, x_TD, 2 * -(-width // BLOCK), x_TD.shape[1])
     held2 = _checked(w2, x_TD, 2 * -(-x_TD.shape[1] // PAIR), width)
     assert storage == _storage(w2)
     assert storage < INT8 or used >= AVX512
     x_TD, weights_TK = x_TD.contiguous(), weights_TK.float().contiguous()
+    # vLLM's routers give int32 or int64, and views.
     ids_TK = ids_TK.to(torch.int32).contiguous()
     assert weights_TK.shape == ids_TK.shape
     assert len(ids_TK) == len(x_TD)
+    # Without a map ids are local; the library checks them against this.
     map_size = held.experts
     if expert_map_G is not None:
         expert_map_G = expert_map_G.to(torch.int32).contiguous()
@@ -252,6 +258,7 @@ def _measured(at_level: int, storage: int) -> Borders:
     ones_T1, ids_T1 = torch.ones(most, 1), torch.zeros(most, 1, dtype=torch.int32)
 
     def seconds(tokens: int, borders: Borders) -> float:
+        # Not wall time: a server starts while other processes load.
         start = time.thread_time()
         fused_moe(
             *(x_TD[:tokens], ones_T1[:tokens], ids_T1[:tokens], None, w13, w2, width),
@@ -262,10 +269,12 @@ def _measured(at_level: int, storage: int) -> Borders:
         return time.thread_time() - start
 
     def best(borders: Borders) -> list[float]:
+        # The least of seven: disturbances only ever add time.
         return [min(seconds(count, borders) for _ in range(7)) for count in COUNTS]
 
     no = [inf] * len(COUNTS)
     dot = best(Borders(dot_to=NEVER)) if storage < INT8 else no
+    # Tiles need permission from the kernel, which the level includes.
     tiles = best(Borders(tile_from=1)) if at_level == AMX else no
     return fastest(dot, best(Borders(dot_to=0)), tiles)
 
@@ -294,6 +303,8 @@ def fastest(dot: list[float], fma: list[float], tiles: list[float]) -> Borders:
 
     Each argument: seconds for as many tokens as ``COUNTS`` says.
     """
+    # Dot products for few tokens, FMA between, tiles for many: two borders, all pairs
+    # tried.
     ends = range(len(COUNTS) + 1)
     _, first, last = min(
         (sum(dot[:first]) + sum(fma[first:last]) + sum(tiles[last:]), first, last)

@@ -73,6 +73,8 @@ def encode(sources: Sequence[Integers], group: int, bits: int) -> IntBlocks:
     inputs = round_up(sources[0].words_NW.shape[1] * 32 // bits, STEP)
     group = min(group, inputs)
     # A group must divide what rows are padded to; parts of it repeat its scale.
+    # 128 does not divide 1056: scales are repeated for every gcd(128, 1056) = 32
+    # inputs.
     part = gcd(group, inputs)
     words = [_blocks(source.words_NW, inputs * bits // 32) for source in sources]
     scales, offsets = [], []
@@ -82,6 +84,8 @@ def encode(sources: Sequence[Integers], group: int, bits: int) -> IntBlocks:
         spread_NG = scale_NG.repeat_interleave(repeats, 1)[:, : inputs // part]
         scales.append(_blocks(spread_NG, inputs // part))
         if source.zeros_NG is not None:
+            # (q - z) s = q s + (-z s): one fused multiply-add instead of a subtraction
+            # per weight.
             offset_NG = (-source.zeros_NG.float()).repeat_interleave(repeats, 1)
             offset_NG = offset_NG[:, : inputs // part] * spread_NG
             offsets.append(_blocks(offset_NG, inputs // part))
@@ -126,6 +130,8 @@ def decode(
     """An expert's weights [N, K] in float32: what kernels are tested against."""
     values_BWO = blocks.values_EBWO[expert]
     shifts = torch.arange(0, 32, blocks.bits, dtype=torch.int32)
+    # int4 is stored with 8 added, as compressed-tensors packs it; int8 in two's
+    # complement.
     fields = (values_BWO[:, :, None] >> shifts[:, None]) & ((1 << blocks.bits) - 1)
     fields = fields - 8 if blocks.bits == 4 else fields.to(torch.int8)
     found_BKO = fields.flatten(1, 2).float()

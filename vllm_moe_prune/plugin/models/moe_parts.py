@@ -49,7 +49,7 @@ def connect_rows(moe: Any, vllm_config: VllmConfig) -> None:
         experts.quant_method, IntegerMethod
     )  # applies the map itself
     if _has_local_ids(moe, vllm_config) and not own_kernel:
-        moe.rows.localise(experts.expert_map.tolist())
+        moe.rows.localize(experts.expert_map.tolist())
 
 
 def _has_local_ids(moe: Any, vllm_config: VllmConfig) -> bool:

@@ -38,20 +38,23 @@ class RowTable(nn.Module):
     counted_R: torch.Tensor
 
     def __init__(self, layer: ServedLayer) -> None:
-        """For global expert ids; ``localise`` changes that."""
+        """For global expert ids; ``localize`` changes that."""
         super().__init__()
         self.targets = layer.redirect or tuple(range(layer.experts))
         self.grouped = layer.row_groups is not None
         self.counting = False
+        # Buffers, not parameters: they move with the model and are never loaded or
+        # saved.
         self._set("expert_R", torch.zeros(len(self.targets), dtype=torch.int32))
         self._set("share_R", torch.zeros(len(self.targets)))
-        self.localise(None)
+        self.localize(None)
         if layer.row_groups is not None:
             rows = [
                 [row for row, at in enumerate(layer.row_groups) if at == group]
                 for group in range(layer.groups)
             ]
             width = max(len(each) for each in rows)
+            # R points at the column that is padded with minus infinity.
             fill = [len(layer.row_groups)] * width
             self._set("group_R", torch.tensor(layer.row_groups))
             self._set("row_GM", torch.tensor([(each + fill)[:width] for each in rows]))
@@ -59,13 +62,14 @@ class RowTable(nn.Module):
     def _set(self, name: str, value: torch.Tensor) -> None:
         self.register_buffer(name, value, persistent=False)
 
-    def localise(self, local_ids: Sequence[int] | None) -> None:
+    def localize(self, local_ids: Sequence[int] | None) -> None:
         """Take local expert ids: global id -> index here, -1 for another process."""
         experts = [
             -1 if target is None else target if local_ids is None else local_ids[target]
             for target in self.targets
         ]
         expert_R = torch.tensor(experts, dtype=torch.int32)
+        # A kernel may index with any id that it gets, weight 0 or not.
         self._set("expert_R", expert_R.clamp(min=0))
         self._set("share_R", (expert_R >= 0).to(torch.float32))
 
@@ -125,9 +129,11 @@ def route_rows(
     if table.grouped:
         best = 1 if bias_R is None else 2
         choice_TR = _bar_groups(choice_TR, table, best=best, top_groups=top_groups)
+    # Rows are ranked before they become experts: redirected rows compete as they did.
     best_TK, rows_TK = choice_TR.topk(top_k, dim=-1)
     if table.counting:
         table.count(rows_TK, best_TK != NEVER)
+    # Minus infinity was chosen only because nothing else was left; it must not weigh.
     weights_TK = scores_TR.gather(1, rows_TK).masked_fill(best_TK == NEVER, 0.0)
     if renormalize:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
@@ -140,6 +146,8 @@ def _bar_groups(
     """Scores with minus infinity where a row's group was not chosen."""
     padded = nn.functional.pad(choice_TR, (0, 1), value=NEVER)
     choice_TGM = padded[:, table.row_GM]
+    # A group that lost rows is judged by those it has, as in
+    # calibrate/expert_forward.py.
     best_TGB = choice_TGM.topk(min(best, choice_TGM.shape[-1]), dim=-1).values
     empty_TG = best_TGB[..., 0] == NEVER
     score_TG = best_TGB.masked_fill(best_TGB == NEVER, 0.0).sum(dim=-1)
