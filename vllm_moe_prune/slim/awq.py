@@ -32,9 +32,13 @@ def candidates(mean_D: Tensor) -> list[Tensor]:
         mean_D: Mean of |x| over tokens.
     """
     log_D = mean_D.double().clamp(min=LEAST_MEAN).log2()
+    # Centered as in AWQ's code (scales / sqrt(max * min)): neither side leaves fp16's
+    # range.
     middle_D = log_D - (log_D.max() + log_D.min()) / 2
     found = []
     for step in range(CANDIDATES):
+        # Powers of two: multiplying and dividing by them is exact, so nothing else is
+        # rounded.
         exponent_D = (step / CANDIDATES * middle_D).round()
         bounded_D = exponent_D.clamp(-MOST_EXPONENT, MOST_EXPONENT)
         found.append(torch.exp2(bounded_D).float())
@@ -47,6 +51,7 @@ def errors(weight_RD: Tensor, x_nD: Tensor, scales: list[Tensor], form: Form) ->
     found = []
     for scale_D in scales:
         matrix = rtn(scaled(weight_RD, scale_D), form)
+        # The error of the output, not of the weights: that is AWQ's objective.
         rounded_RD = dequantize(matrix, form, weight_RD.dtype) / scale_D
         error_nR = x_nD @ (exact_RD - rounded_RD).T
         found.append(error_nR.square().sum(dtype=torch.float64))

@@ -58,6 +58,8 @@ def gptq(
         return rtn(weight_RD, form)
     size = form.group_size or len(diagonal_D)
     order_D = torch.arange(len(diagonal_D), device=diagonal_D.device)
+    # Columns with the largest inputs first, while many others can still make up for
+    # them.
     if act_order:
         order_D = torch.argsort(diagonal_D, descending=True, stable=True)
         hessian_DD = hessian_DD[order_D][:, order_D]
@@ -65,6 +67,8 @@ def gptq(
     order_D = order_D.to(weight_RD.device)
     groups = order_D.div(size, rounding_mode="floor").tolist()
     weight_DR = weight_RD.T[order_D].to(factor_DD.dtype)
+    # In another order a group's columns are never together: its scale is set
+    # beforehand.
     grid = _Grid(weight_RD, form, fixed=act_order or form.group_size is None)
     values_DR = torch.empty_like(weight_DR, dtype=torch.int8)
     for start in range(0, len(weight_DR), BLOCK_COLS):
@@ -72,6 +76,8 @@ def gptq(
         block, rest = slice(start, stop), slice(stop, None)
         error_CR = torch.empty_like(weight_DR[block])
         for at in range(start, stop):
+            # Scales from the columns as the errors before have left them, as the paper
+            # does.
             if at % size == 0:
                 grid.enter(at // size, weight_DR[at : at + size])
             column_R = weight_DR[at]
@@ -80,6 +86,7 @@ def gptq(
             error_CR[at - start] = error_R
             later = slice(at + 1, stop)
             weight_DR[later].addr_(factor_DD[at, later], error_R, alpha=-1.0)
+        # As SparseGPT: one product per block for all columns behind it.
         weight_DR[rest].addmm_(factor_DD[block, rest].T, error_CR, alpha=-1.0)
     values_RD = torch.empty_like(values_DR).index_copy_(0, order_D, values_DR).T
     return Quantized(values_RD.contiguous(), grid.scales)

@@ -16,6 +16,7 @@ from .wanda import CHUNK_BYTES, input_norms
 def score_sum(weight_RD: Tensor, input_sqsum_D: Tensor) -> float:
     """Sum of the Wanda scores |W_jk| * ||x_k|| of one matrix, in float64."""
     norm_D = input_norms(weight_RD, input_sqsum_D)
+    # sum_jk |W_jk| n_k = (sum_j |W_jk|) . n: no [R, D] of scores in fp64.
     total_D = torch.zeros_like(norm_D)
     for chunk_RD in _rows(weight_RD):
         total_D += chunk_RD.abs().sum(0, dtype=torch.float64)

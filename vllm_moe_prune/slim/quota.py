@@ -35,12 +35,14 @@ def groups_in(
         cols: Input columns; a multiple of ``m`` if that is given.
         m: Of an n:m pattern, whose groups are m neighbors in a row for every method.
     """
+    # Within n:m the method chooses among m neighbors, whatever it compares otherwise.
     if m is not None:
         return {m: rows * (cols // m)}
     if method == "wanda":
         return {cols: rows}
     if method != "sparsegpt":
         return {rows * cols: 1}
+    # The last block may be narrower; its zeros are rounded down on their own.
     whole, rest = divmod(cols, BLOCK_COLS)
     groups = {rows * BLOCK_COLS: whole, rows * rest: 1 if rest else 0}
     return {size: count for size, count in groups.items() if count}

@@ -51,6 +51,7 @@ def sparsegpt(
         CalibrationError: If the sums are not finite, or too singular.
         CheckpointError: If a weight is NaN or infinite.
     """
+    # One NaN or infinity makes the sum of all weights one.
     if not torch.isfinite(weight_RD.sum(dtype=torch.float32)):
         raise CheckpointError(NOT_FINITE_WEIGHTS)
     diagonal_D = hessian_DD.diagonal()
@@ -63,8 +64,11 @@ def sparsegpt(
         return _by_magnitude(weight_RD, sparsity, m)
     if zeros_in_group(m or len(weight_RD) * BLOCK_COLS, sparsity) == 0:
         return weight_RD.clone()
+    # Equation 3 of the paper needs H^-1 of the columns not yet done: R has them all at
+    # once.
     factor_DD = inverse_factor(hessian_DD, damping).to(weight_RD.device)
     dead_D = (diagonal_D == 0).to(weight_RD.device)
+    # Turned, so that a column of the weight is a row in memory.
     weight_DR = weight_RD.T.to(torch.float32, copy=True).contiguous()
     cols, step = len(weight_DR), _block_cols(m)
     for start in range(0, cols, step):
@@ -72,6 +76,8 @@ def sparsegpt(
         error_CR = _prune_block(
             weight_DR[block], factor_DD[block, block], dead_D[block], sparsity, m
         )
+        # Lazy update: one matrix product per block instead of one rank-1 update per
+        # column.
         rest = slice(block.stop, cols)
         weight_DR[rest].addmm_(factor_DD[block, rest].T, error_CR, alpha=-1.0)
     return weight_DR.T.to(weight_RD.dtype).contiguous()
@@ -91,7 +97,9 @@ def inverse_factor(hessian_DD: Tensor, damping: float = DAMPING) -> Tensor:
     diagonal_D = damped_DD.diagonal()
     live_D = diagonal_D > 0
     mean = diagonal_D[live_D].mean()
+    # Dead inputs get the mean, not 1 as in the published code, which depends on scale.
     diagonal_D.add_(torch.where(live_D, damping * mean, mean))
+    # _ex: failing is normal here and tried again in fp64, where rounding is no reason.
     lower_DD, failed = torch.linalg.cholesky_ex(damped_DD.flip(0, 1))
     if failed:
         lower_DD, failed = torch.linalg.cholesky_ex(damped_DD.flip(0, 1).double())
@@ -122,7 +130,9 @@ def _prune_block(
 ) -> Tensor:
     """Prune one block in place; the errors that the columns behind it make up for."""
     scale_C1 = factor_CC.diagonal()[:, None].clone()
+    # Score 0: what no token reaches goes before anything that one does.
     scale_C1[dead_C] = torch.inf
+    # The paper's saliency: w^2 / [H^-1]_jj.
     error_CR = torch.empty_like(block_CR)
     zero = torch.zeros((), device=block_CR.device)
     if m is None:
@@ -142,6 +152,7 @@ def _prune_block(
         torch.where(mask_CR[at], column_R, zero, out=error_CR[at])
         column_R -= error_CR[at]
         error_CR[at] /= factor_CC[at, at]
+        # Columns behind make up for what this one lost.
         block_CR[at + 1 :].addr_(factor_CC[at, at + 1 :], error_CR[at], alpha=-1.0)
     return error_CR
 

@@ -60,6 +60,7 @@ def input_norms(weight_RD: Tensor, input_sqsum_D: Tensor) -> Tensor:
     Raises:
         CalibrationError: If the sums are not finite.
     """
+    # fp64: sums over millions of tokens, of which fp32 would drop the small ones.
     norm_D = input_sqsum_D.to(weight_RD.device, torch.float64).sqrt()
     if not torch.isfinite(norm_D).all():
         raise CalibrationError(
@@ -76,6 +77,7 @@ def scores_of(chunk_RD: Tensor, scale_D: Tensor | None) -> Tensor:
         CheckpointError: If a weight is NaN or infinite.
     """
     scores_RD = chunk_RD.to(torch.float32, copy=True).abs_()
+    # The largest |w| is NaN or infinite as soon as any weight is.
     if not torch.isfinite(scores_RD.amax()):
         raise CheckpointError(NOT_FINITE_WEIGHTS)
     return scores_RD if scale_D is None else scores_RD.mul_(scale_D)
@@ -87,6 +89,7 @@ def _zero_lowest_in_rows(
     rows, cols = weight_RD.shape
     count = zeros_in_group(m or cols, sparsity)
     pruned_RD = torch.empty_like(weight_RD, memory_format=torch.contiguous_format)
+    # torch.where with a scalar of another dtype would promote; bits must stay.
     zero = torch.zeros((), dtype=weight_RD.dtype, device=weight_RD.device)
     step = max(1, CHUNK_BYTES // (4 * max(1, cols)))
     for start in range(0, rows, step):
@@ -116,6 +119,7 @@ def lowest_up_to(scores_RD: Tensor, threshold_R1: Tensor, count_R1: Tensor) -> T
         threshold_R1: The highest score that goes, of each row.
         count_R1: How many go; if 0 the threshold may be any not above the lowest.
     """
+    # Where the threshold value is unique this is exact; only tied rows are counted out.
     mask_RD = scores_RD <= threshold_R1
     tied_R = mask_RD.sum(1, dtype=torch.int32) > count_R1[:, 0]
     if tied_R.any():
@@ -137,5 +141,6 @@ def _kth_lowest(scores_RD: Tensor, k: int) -> Tensor:
 def _lowest_tied(scores_RD: Tensor, threshold_R1: Tensor, count_R1: Tensor) -> Tensor:
     below_RD = scores_RD < threshold_R1
     equal_RD = scores_RD == threshold_R1
+    # Of the equal ones the first, by cumulative count: the same on every device.
     wanted_R1 = count_R1 - below_RD.sum(1, dtype=torch.int32, keepdim=True)
     return below_RD | (equal_RD & (equal_RD.cumsum(1, dtype=torch.int32) <= wanted_R1))

@@ -32,6 +32,7 @@ def wanda_variant(weight_RD: Tensor, input_sqsum_D: Tensor, sparsity: float) -> 
     """
     norm_D = input_norms(weight_RD, input_sqsum_D)
     scale_D = norm_D.float() if norm_D.any() else None
+    # Shares are held, scores made again: both at once would be twice the matrix.
     step = max(1, CHUNK_BYTES // (8 * max(1, weight_RD.shape[1])))
     share_RD = torch.empty(
         weight_RD.shape, dtype=torch.float32, device=weight_RD.device
@@ -40,6 +41,7 @@ def wanda_variant(weight_RD: Tensor, input_sqsum_D: Tensor, sparsity: float) -> 
         rows = slice(start, start + step)
         scores_RD = scores_of(weight_RD[rows], scale_D)
         share_RD[rows] = _shares(_sorted(scores_RD))
+    # One threshold over the whole matrix: rows that matter less lose more.
     count_R = _counts(share_RD, zeros_in_group(weight_RD.numel(), sparsity))
     pruned_RD = torch.empty_like(weight_RD, memory_format=torch.contiguous_format)
     zero = torch.zeros((), dtype=weight_RD.dtype, device=weight_RD.device)
@@ -48,6 +50,7 @@ def wanda_variant(weight_RD: Tensor, input_sqsum_D: Tensor, sparsity: float) -> 
         chunk_RD = weight_RD[rows]
         scores_RD = scores_of(chunk_RD, scale_D)
         count_R1 = count_R[rows, None]
+        # A row loses its lowest scores; the last of them is its own threshold.
         last_R1 = _sorted(scores_RD).gather(1, (count_R1 - 1).clamp(min=0))
         mask_RD = lowest_up_to(scores_RD, last_R1, count_R1)
         torch.where(mask_RD, zero, chunk_RD, out=pruned_RD[rows])
@@ -58,6 +61,7 @@ def _shares(sorted_RD: Tensor) -> Tensor:
     """Part of its row's total that the scores up to each one make up."""
     sums_RD = sorted_RD.cumsum(1, dtype=torch.float64)
     total_R1 = sums_RD[:, -1:]
+    # Ascending within a row, so that what a row loses is always a prefix.
     return torch.where(total_R1 > 0, sums_RD / total_R1, 0.0).float()
 
 

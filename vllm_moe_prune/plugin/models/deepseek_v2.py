@@ -67,6 +67,7 @@ class MoePruneDeepseekV2MoE(DeepseekV2MoE):
         prefix: str,
     ) -> None:
         """Like ``DeepseekV2MoE``; router rows need not be as many as experts."""
+        # Not DeepseekV2MoE's own: it reads one global number of experts.
         nn.Module.__init__(self)
         config = vllm_config.model_config.hf_config
         self.tp_size = get_tensor_model_parallel_world_size()
@@ -77,6 +78,7 @@ class MoePruneDeepseekV2MoE(DeepseekV2MoE):
         self.is_sequence_parallel = (
             vllm_config.parallel_config.use_sequence_parallel_moe
         )
+        # vLLM's own switch for the gate's dtype.
         fp32 = getattr(config, "moe_router_dtype", None) == "float32"
         self.router_dtype = torch.float32 if fp32 else None
         self.gate = GateLinear(
@@ -106,6 +108,7 @@ class MoePruneDeepseekV2MoE(DeepseekV2MoE):
                 prefix=f"{prefix}.shared_experts",
             )
         self.rule = rule
+        # A table only where rows are not experts; else vLLM's own routing runs.
         self.rows = row_table(self, layer, vllm_config)
         routed = self.rows is not None
         self.experts = FusedMoEFactory(
@@ -120,12 +123,15 @@ class MoePruneDeepseekV2MoE(DeepseekV2MoE):
             use_grouped_topk=not routed,
             num_expert_group=rule.groups,
             topk_group=rule.top_groups,
+            # vLLM's grouped top-k reshapes rows to [groups, rows / groups]: equal
+            # groups only.
             custom_routing_function=self._route if routed else None,
             prefix=f"{prefix}.experts",
             scoring_func=rule.scores,
             # To the output: vLLM's routers do not all scale, its runner always does.
             routed_scaling_factor=rule.scale,
             apply_routed_scale_to_output=True,
+            # Our routing adds the bias itself; vLLM's would add it a second time.
             e_score_correction_bias=None
             if routed
             else self.gate.e_score_correction_bias,
@@ -187,6 +193,7 @@ class MoePruneDeepseekV2DecoderLayer(DeepseekV2DecoderLayer):
             prefix=f"{prefix}.self_attn",
         )
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # vLLM's forward calls both; Identity hands the residual on unchanged.
         self.mlp: nn.Module = Identity()
         self.post_attention_layernorm: nn.Module = Identity()
         if layer.has_moe:
@@ -259,6 +266,7 @@ class MoePruneDeepseekV2Model(DeepseekV2Model):
         """Like ``DeepseekV2Model``."""
         nn.Module.__init__(self)
         config = vllm_config.model_config.hf_config
+        # Groups and scaling as the original had them, not as counts would suggest.
         rule = rule_of(vllm_config.model_config, arch)
         biased = any(layout.rule("router_bias") for layout in arch.layouts)
         # vLLM's loader maps as many experts as this says, so the largest layer's.
@@ -269,6 +277,7 @@ class MoePruneDeepseekV2Model(DeepseekV2Model):
         self.vocab_size = config.vocab_size
         self.is_v32 = False
         self.embed_tokens: nn.Module = PPMissingLayer()
+        # Other pipeline stages must not allocate what they never use.
         if get_pp_group().is_first_rank:
             self.embed_tokens = VocabParallelEmbedding(
                 config.vocab_size,
@@ -344,6 +353,7 @@ class MoePruneDeepseekV2ForCausalLM(DeepseekV2ForCausalLM):
             self.model.make_empty_intermediate_tensors
         )
         self.set_moe_parameters()
+        # set_moe_parameters found those that are left, not those config.json counts.
         self.num_moe_layers = len(self.moe_layers)
         self.load_check = first_load_check(self.arch, layers, vllm_config)
 

@@ -61,6 +61,7 @@ class MoePruneMixtralMoE(MixtralMoE):
         renormalize: bool = True,
     ) -> None:
         """Like ``MixtralMoE``; router rows need not be as many as experts."""
+        # Not MixtralMoE's own: it reads one global number of experts.
         nn.Module.__init__(self)
         config = vllm_config.model_config.hf_config
         self.hidden_size = config.hidden_size
@@ -108,6 +109,7 @@ class MoePruneMixtralDecoderLayer(MixtralDecoderLayer):
         self.hidden_size = config.hidden_size
         self.self_attn = attention(vllm_config, prefix=f"{prefix}.self_attn")
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # vLLM's forward calls both; Identity hands the residual on unchanged.
         self.block_sparse_moe: nn.Module = Identity()
         self.post_attention_layernorm: nn.Module = Identity()
         if layer.has_moe:
@@ -202,6 +204,7 @@ class MoePruneMixtralForCausalLM(MixtralForCausalLM):
             prefix=maybe_prefix(prefix, "lm_head"),
         )
         if config.tie_word_embeddings:
+            # Tied heads have no tensor of their own to load.
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = (
