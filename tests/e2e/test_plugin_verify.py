@@ -236,14 +236,49 @@ def test_loader_refuses_plans_it_cannot_execute(original: Path, tmp_path: Path) 
         loader({"plan": str(plan)}).open(model)
 
 
+@pytest.fixture
+def uniform(original: Path, tmp_path: Path) -> Path:
+    """Four experts in each layer, so that vLLM's own class serves it."""
+    source = open_checkpoint(original)
+    cuts = {layer: LayerCut(keep=(6, 1, 4, 3)) for layer in range(3)}
+    plan = load_plan(write_plan(tmp_path / "plan.json", source, cuts))
+    execute_plan(source, plan, tmp_path / "uniform")
+    return tmp_path / "uniform"
+
+
+ENGINE_DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "uneven": (
+        "pruned",
+        lambda folder: rewrite(folder, lambda t: t.pop(EXPERT.format(0, 3, "w2"))),
+        r"layer 0.*experts\.3\.w2",
+    ),
+    "uniform": (
+        "uniform",
+        lambda folder: rewrite(folder, lambda t: t.pop(EXPERT.format(0, 3, "w2"))),
+        r"layer 0.*experts\.3\.w2",
+    ),
+    "uniform, another table": (
+        "uniform",
+        lambda folder: edit_table(
+            folder,
+            lambda data: data["layers"][1].update(kept=[6, 1], router_rows=[6, 1]),
+        ),
+        "layer 1 has 4 experts, the remap table lists 2",
+    ),
+}
+
+
 @pytest.mark.vllm
+@pytest.mark.parametrize("name", ENGINE_DAMAGE)
 def test_engine_does_not_start_without_every_expert(
-    pruned: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm import LLM
 
+    which, damage, message = ENGINE_DAMAGE[name]
+    folder: Path = request.getfixturevalue(which)
+    damage(folder)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    rewrite(pruned, lambda tensors: tensors.pop(EXPERT.format(0, 3, "w2")))
-    with pytest.raises(CheckpointError, match=r"layer 0.*experts\.3\.w2"):
-        LLM(str(pruned), enforce_eager=True, skip_tokenizer_init=True, max_model_len=64)
+    with pytest.raises(MoePruneError, match=message):
+        LLM(str(folder), enforce_eager=True, skip_tokenizer_init=True, max_model_len=64)

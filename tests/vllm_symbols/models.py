@@ -42,6 +42,12 @@ SYMBOLS = (
         ("model_arch", "model_cls"),
     ),
     Symbol(_LOADER, "register_model_loader", ("load_format",)),
+    # Experts in vLLM's own classes.
+    Symbol(f"{_FUSED_MOE}.routed_experts", "RoutedExperts"),
+    Symbol("vllm.model_executor.custom_op", "op_registry_oot"),
+    Symbol(_LOADER, "DefaultModelLoader"),
+    Symbol(_LOADER, "get_model_loader", ("load_config",)),
+    *members(f"{_CONFIG}.model", "ModelConfig", "architecture"),
     # The loader.
     Symbol(f"{_LOADER}.base_loader", "BaseModelLoader"),
     Symbol(f"{_LOADER}.base_loader", "BaseModelLoader.__init__", ("load_config",)),

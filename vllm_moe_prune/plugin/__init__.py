@@ -12,10 +12,14 @@ that, and the model classes are named by string so that vLLM imports them when n
     watch/      routing load, and routes in vLLM's server (``vllm.endpoint_plugins``)
 """
 
+import logging
 from functools import cache
 from typing import Any
 
+log = logging.getLogger(__name__)
+
 LOAD_FORMAT = "moe_prune"
+FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 
 
 @cache  # vLLM may call a plugin more than once in a process
@@ -43,6 +47,7 @@ def register() -> None:
 
     when_imported("vllm.model_executor.layers.rotary_embedding", mend_cpu_rotary)
     when_imported("vllm.model_executor.model_loader", _register_loader)
+    when_imported(f"{FUSED_MOE}.routed_experts", _check_stock_classes)
 
     for model_type in supported():
         arch = find_arch(model_type, __name__)
@@ -61,6 +66,18 @@ def _register_loader() -> None:
     from .load.loader import PruningLoader
 
     register_model_loader(LOAD_FORMAT)(PruningLoader)
+
+
+def _check_stock_classes() -> None:
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    if "RoutedExperts" in op_registry_oot:
+        log.warning(
+            "another plugin brings a layer RoutedExperts, so pruned checkpoints that "
+            "vLLM's own classes serve are not verified: run `vllm-moe-prune verify`."
+        )
+        return
+    from .load import stock_experts  # noqa: F401
 
 
 def _experts_without_zeros() -> type[Any]:
