@@ -148,10 +148,14 @@ def recover(
 
 
 def verify(
-    folder: Path, source: Checkpoint | None = None, report: Report = ignore
+    folder: Path,
+    source: Checkpoint | None = None,
+    report: Report = ignore,
+    *,
+    allow_links: bool = False,
 ) -> Verified:
     """Check a finished folder, against its source if there is one."""
-    return verify_output(folder, source, report)
+    return verify_output(folder, source, report, allow_links=allow_links)
 
 
 def run(

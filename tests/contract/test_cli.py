@@ -214,12 +214,16 @@ def test_serve_only_prints_its_command_when_asked_to(
     (folder / "bin").mkdir()
     (folder / "bin/vllm").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
-    ran = run_cli("serve ckpt --dry-run --port 8001", monkeypatch, capsys)
-    assert ran.status == 0, ran
-    program, *rest = shlex.split(ran.stdout)
-    assert Path(program).name == "vllm"
-    assert rest == ["serve", "ckpt", "--port", "8001"]
-    assert ran.stderr == ""
+    # Of vLLM's short options one has an h in it, which is not a call for help.
+    for typed in ("ckpt --dry-run --port 8001 -dph", "--port 8001 -dph --dry-run ckpt"):
+        ran = run_cli(f"serve {typed}", monkeypatch, capsys)
+        assert ran.status == 0, ran
+        program, *rest = shlex.split(ran.stdout)
+        assert Path(program).name == "vllm"
+        assert rest == ["serve", "ckpt", "--port", "8001", "-dph"]
+        assert ran.stderr == ""
+    for words in ("serve -h", "serve --help"):
+        assert "MODEL" in run_cli(words, monkeypatch, capsys).stdout
 
 
 @pytest.mark.parametrize("no_color", [False, True], ids=["color", "NO_COLOR"])

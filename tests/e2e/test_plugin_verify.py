@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.reference import DROP_MOE, LayerCut, read_json, read_tensors, write_plan
@@ -196,6 +197,42 @@ def test_config_and_table_must_agree(pruned: Path) -> None:
     config.per_layer_config = {"1": {"num_local_experts": 3}}
     with pytest.raises(RemapError, match=r"layer 1: .*is 3, .* 2 kept experts"):
         served_layers(config, remap, ARCH, RouterRule(), "model")
+
+
+def below(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "model.safetensors").rename(folder / "sub" / "model.safetensors")
+    names = load_file(folder / "sub" / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "sub/model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+STRAYS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "shards below": (below, r"sub/model\.safetensors: vLLM reads only weights beside"),
+    "one more file": (
+        lambda folder: shutil.copyfile(
+            folder / "model.safetensors", folder / "more.safetensors"
+        ),
+        r"more\.safetensors: is no part of this checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRAYS)
+def test_what_vllm_would_load_or_miss_is_refused(name: str, pruned: Path) -> None:
+    damage, message = STRAYS[name]
+    damage(pruned)
+    assert open_checkpoint(pruned).remap is not None
+    with pytest.raises(CheckpointError, match=message):
+        verify_folder(pruned)
+
+
+def test_links_are_followed_as_vllm_does(pruned: Path, tmp_path: Path) -> None:
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in pruned.iterdir():
+        (links / path.name).symlink_to(path)
+    assert verify_folder(links) == verify_folder(pruned)
 
 
 def test_hub_id_is_found_in_the_cache_when_offline(

@@ -122,8 +122,84 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, shards: int) -> Non
     shard = sorted(model.glob("*.safetensors"))[0]
     shard.rename(tmp_path / "elsewhere")
     shard.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="not inside the folder"):
+    said = r"is a link to .*/elsewhere, which is not inside the folder.*--allow-links"
+    with pytest.raises(CheckpointError, match=said):
         read_index(model)
+    whole = make_model(tmp_path / "whole", shards=shards)
+    expected = open_checkpoint(whole).fingerprint
+    assert open_checkpoint(model, allow_links=True).fingerprint == expected
+
+
+@pytest.mark.parametrize("allow_links", [False, True])
+def test_a_link_that_leads_nowhere_is_said_to_be_one(
+    tmp_path: Path, allow_links: bool
+) -> None:
+    model = make_model(tmp_path / "model", shards=3)
+    shard = sorted(model.glob("*.safetensors"))[0]
+    shard.unlink()
+    shard.symlink_to("/nowhere/at/all")
+    said = "shard is missing" if allow_links else "a link that leads nowhere"
+    with pytest.raises(CheckpointError, match=said):
+        read_index(model, allow_links=allow_links)
+
+
+def test_a_cache_whose_files_lie_elsewhere_is_read_if_allowed(tmp_path: Path) -> None:
+    """As the Hub's library leaves it where ``blobs`` was moved to another disk."""
+    repo, disk = tmp_path / "models--a--b", tmp_path / "disk"
+    snapshot = repo / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    make_model(snapshot)
+    disk.mkdir()
+    (repo / "blobs").symlink_to(disk)
+    for number, path in enumerate(sorted(snapshot.iterdir())):
+        path.rename(disk / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    with pytest.raises(CheckpointError, match=r"is a link to .*/disk/\d+, .*--allow-"):
+        open_checkpoint(snapshot)
+    assert open_checkpoint(snapshot, allow_links=True).parameters > 0
+
+
+def into_a_folder_below(model: Path) -> None:
+    """Move every shard but the first."""
+    (model / "sub" / "deep").mkdir(parents=True)
+    weight_map = read_json(model / INDEX)["weight_map"]
+    for shard in sorted(model.glob("*.safetensors"))[1:]:
+        shard.rename(model / "sub" / "deep" / shard.name)
+        for name, at in weight_map.items():
+            if at == shard.name:
+                weight_map[name] = f"sub/deep/{shard.name}"
+    (model / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_shards_in_a_folder_below_are_read(tmp_path: Path) -> None:
+    flat = open_checkpoint(make_model(tmp_path / "flat", shards=3))
+    model = make_model(tmp_path / "model", shards=3)
+    into_a_folder_below(model)
+    opened = open_checkpoint(model)
+    assert opened.fingerprint == flat.fingerprint
+    assert {info.file.parent.name for info in opened.tensors.values()} == {
+        "model",
+        "deep",
+    }
+    outside = tmp_path / "outside"
+    (model / "sub").rename(outside)
+    (model / "sub").symlink_to(outside)
+    with pytest.raises(CheckpointError, match=r"is a link to .*/outside/deep/model-"):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/x", "sub/../../x", "sub//x", "./x", "sub/", "../x", "sub/.."]
+)
+def test_no_path_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    model = make_model(tmp_path / "model", shards=3)
+    index = read_json(model / INDEX)
+    for tensor in index["weight_map"]:
+        index["weight_map"][tensor] = name
+    (model / INDEX).write_text(json.dumps(index))
+    for allow_links in (False, True):
+        with pytest.raises(CheckpointError, match="not inside the folder"):
+            read_index(model, allow_links=allow_links)
 
 
 def test_a_header_that_is_large_for_its_tensors_is_refused_unread(

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -117,9 +118,28 @@ def test_a_companion_that_links_out_of_the_checkpoint_is_refused(
 ) -> None:
     (tmp_path / "secret.txt").write_text("private")
     (model / "notes.txt").symlink_to(tmp_path / "secret.txt")
-    with pytest.raises(CheckpointError, match=r"notes\.txt: is a link out"):
+    with pytest.raises(CheckpointError, match=r"notes\.txt: is a link to "):
         pruned(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_links_that_are_trusted_gives_the_same_output(
+    model: Path, tmp_path: Path
+) -> None:
+    (model / "README.md").write_text("---\nlicense: mit\n---\n")
+    links = tmp_path / "links" / "model"
+    links.mkdir(parents=True)
+    for path in model.iterdir():
+        (links / path.name).symlink_to(path)
+    with pytest.raises(CheckpointError, match="--allow-links"):
+        open_checkpoint(links)
+    plan = load_plan(
+        write_plan(tmp_path / "plan.json", open_checkpoint(model), TRIMMED)
+    )
+    execute_plan(open_checkpoint(model), plan, tmp_path / "out")
+    execute_plan(open_checkpoint(links, allow_links=True), plan, tmp_path / "same")
+    assert folder_bytes(tmp_path / "same") == folder_bytes(tmp_path / "out")
+    assert not any(path.is_symlink() for path in (tmp_path / "same").iterdir())
 
 
 def test_the_card_inherits_the_licence_of_the_source(
@@ -150,11 +170,18 @@ def test_the_card_inherits_the_licence_of_the_source(
     ],
 )
 def test_a_source_card_that_cannot_be_read_costs_only_its_licence(
-    model: Path, tmp_path: Path, text: str
+    model: Path,
+    tmp_path: Path,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    # Which otherwise goes to the user's screen.
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
     (model / "README.md").write_text(text)
     pruned(model, tmp_path / "out")
     assert "# model, pruned" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert caplog.messages == []
 
 
 def test_a_source_card_that_is_not_text_costs_only_its_licence(
@@ -191,7 +218,7 @@ def test_overwriting_leaves_the_old_output_where_the_new_one_fails(
     pruned(model, tmp_path / "out")
     before = folder_bytes(tmp_path / "out")
     (model / "notes.txt").symlink_to(tmp_path / "plan.json")
-    with pytest.raises(CheckpointError, match="link out"):
+    with pytest.raises(CheckpointError, match="is a link to"):
         pruned(model, tmp_path / "out", {1: DROP_MOE}, overwrite=True)
     assert folder_bytes(tmp_path / "out") == before
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import MixtralForCausalLM
@@ -260,6 +261,26 @@ def test_what_is_stored_without_zeros(tmp_path: Path) -> None:
     assert record["tensors"] == 16
     go(tmp_path, packed, ask(packed, "router"), original, "routed")
     assert check_same_but(packed, tmp_path / "routed", HOLDS["router"])
+
+
+def test_shards_in_a_folder_below_stay_there(tmp_path: Path) -> None:
+    original, pruned = make(tmp_path, MIXTRAL)
+    go(tmp_path, pruned, ask(pruned, "router"), original, "flat")
+    below = pruned / "sub" / "model.safetensors"
+    below.parent.mkdir()
+    (pruned / "model.safetensors").rename(below)
+    index = {"weight_map": dict.fromkeys(load_file(below), "sub/model.safetensors")}
+    (pruned / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert verify(pruned, open_checkpoint(original)).tensors_hashed == len(
+        index["weight_map"]
+    )
+    go(tmp_path, pruned, ask(pruned, "router"), original)
+    written = tmp_path / "out" / "sub" / "model.safetensors"
+    flat = tmp_path / "flat" / "model.safetensors"
+    assert written.read_bytes() == flat.read_bytes()
+    assert verify(tmp_path / "out").tensors_hashed
+    convert(open_checkpoint(tmp_path / "out"), tmp_path / "again", RunOptions())
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == flat.read_bytes()
 
 
 @pytest.mark.slow

@@ -97,8 +97,12 @@ class TensorInfo:
         return buffer
 
 
-def read_index(folder: Path) -> dict[str, TensorInfo]:
+def read_index(folder: Path, *, allow_links: bool = False) -> dict[str, TensorInfo]:
     """Every tensor of a checkpoint folder, checked against the shard headers.
+
+    Args:
+        folder: The checkpoint folder.
+        allow_links: Follow links that lead out of it.
 
     Raises:
         CheckpointError: A shard is missing, truncated, lies about sizes or is outside
@@ -109,7 +113,8 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
         weight_map = _weight_map(index_path)
         tensors: dict[str, TensorInfo] = {}
         for file_name in sorted(set(weight_map.values())):
-            found = read_header(_inside(folder, file_name, index_path)).tensors
+            path = _shard_path(folder, file_name, index_path, allow_links)
+            found = read_header(path).tensors
             listed = {name for name, at in weight_map.items() if at == file_name}
             if absent := sorted(listed - found.keys()):
                 raise CheckpointError(
@@ -126,7 +131,8 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
             tensors |= found
         return tensors
     if (folder / SINGLE_NAME).is_file():
-        return read_header(_inside(folder, SINGLE_NAME, folder)).tensors
+        check_link(folder, folder / SINGLE_NAME, allow_links=allow_links)
+        return read_header(folder / SINGLE_NAME).tensors
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
     hint = f"; {len(shards)} shards are there without it" if shards else ""
     raise CheckpointError(
@@ -150,6 +156,31 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def check_link(folder: Path, path: Path, *, allow_links: bool) -> None:
+    """Refuse a file that a link takes out of a checkpoint folder.
+
+    Args:
+        folder: The checkpoint folder.
+        path: A file below it.
+        allow_links: Refuse nothing.
+
+    Raises:
+        CheckpointError: Naming the file and where it really is.
+    """
+    if allow_links or is_inside(folder, path):
+        return
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: is a link that leads nowhere. Copy the file there."
+        ) from error
+    raise CheckpointError(
+        f"{path}: is a link to {target}, which is not inside the folder. If you trust "
+        "whoever made it, pass --allow-links; otherwise copy the file there."
+    )
+
+
 def is_inside(folder: Path, path: Path) -> bool:
     """Whether a file, symlinks followed, belongs to a checkpoint folder.
 
@@ -164,14 +195,18 @@ def is_inside(folder: Path, path: Path) -> bool:
         return False
 
 
-def _inside(folder: Path, file_name: str, named_by: Path) -> Path:
-    path = folder / file_name
-    plain = Path(file_name).name == file_name and file_name not in {"", ".", ".."}
-    if not plain or not file_name.isprintable() or not is_inside(folder, path):
+def _shard_path(
+    folder: Path, file_name: str, named_by: Path, allow_links: bool
+) -> Path:
+    """A shard that an index names, in the folder or in one below it."""
+    parts = file_name.split("/")
+    if not file_name.isprintable() or not {"", ".", ".."}.isdisjoint(parts):
         raise CheckpointError(
             f"{named_by}: names {file_name!r}, which is not inside the folder. "
-            "Copy the file there."
+            "Copy the file there, and name it as it is there."
         )
+    path = folder / file_name
+    check_link(folder, path, allow_links=allow_links)
     if not path.is_file():
         raise CheckpointError(
             f"{path}: shard is missing, but {INDEX_NAME} needs it. "

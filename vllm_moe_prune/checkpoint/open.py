@@ -70,6 +70,8 @@ class Checkpoint:
     and ``config`` says what the files do."""
     parts: dict[str, TensorInfo] = field(default_factory=dict)
     """What quantized weights are stored in, by name."""
+    allow_links: bool = False
+    """Whether files may be links that lead out of the folder."""
     experts: ExpertTensors = field(default_factory=ExpertTensors)
     """Which tensors are of which expert."""
     trust_code: bool = False

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .index import is_inside
+from .index import check_link
 
 WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".gguf")
 # Folders of the Hub that hold the same weights once more, with what belongs to those.
@@ -16,7 +16,9 @@ MAX_DEPTH = 16
 """Of folders in folders; a link to a folder above has no end."""
 
 
-def side_files(folder: Path, own: Collection[str]) -> list[Path]:
+def side_files(
+    folder: Path, own: Collection[str], *, allow_links: bool = False
+) -> list[Path]:
     """Files to be copied with a checkpoint: tokenizer, templates, code, in all folders.
 
     Left out are weights, hidden files, and other copies of the weights.
@@ -24,13 +26,14 @@ def side_files(folder: Path, own: Collection[str]) -> list[Path]:
     Args:
         folder: The checkpoint.
         own: Names, relative to it, of what is written anew.
+        allow_links: Follow links that lead out of it.
 
     Raises:
         CheckpointError: One is a link out of the folder, or to nothing; is neither file
             nor folder; is implausibly large, deep down, or there are too many.
     """
     found: list[Path] = []
-    for path in _walk(folder, folder, own, 0):
+    for path in _walk(folder, folder, own, allow_links):
         found.append(path)
         if len(found) > MAX_FILES:
             raise CheckpointError(
@@ -40,7 +43,9 @@ def side_files(folder: Path, own: Collection[str]) -> list[Path]:
     return found
 
 
-def _walk(root: Path, folder: Path, own: Collection[str], depth: int) -> Iterator[Path]:
+def _walk(
+    root: Path, folder: Path, own: Collection[str], allow_links: bool, depth: int = 0
+) -> Iterator[Path]:
     if depth > MAX_DEPTH:
         raise CheckpointError(
             f"{folder}: is nested deeper than {MAX_DEPTH} folders; perhaps a link "
@@ -58,17 +63,12 @@ def _walk(root: Path, folder: Path, own: Collection[str], depth: int) -> Iterato
             continue
         if path.is_dir():
             if relative not in OTHER_COPIES:
-                _check_link(root, path)
-                yield from _walk(root, path, own, depth + 1)
+                check_link(root, path, allow_links=allow_links)
+                yield from _walk(root, path, own, allow_links, depth + 1)
             continue
-        _check_link(root, path)
+        check_link(root, path, allow_links=allow_links)
         _check_file(path)
         yield path
-
-
-def _check_link(root: Path, path: Path) -> None:
-    if not is_inside(root, path):
-        raise CheckpointError(f"{path}: is a link out of the checkpoint folder.")
 
 
 def _check_file(path: Path) -> None:

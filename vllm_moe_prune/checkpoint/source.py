@@ -19,7 +19,11 @@ UNWANTED = ["consolidated*", "original/*", "*.bin", "*.pth", "*.gguf", "onnx/*"]
 
 
 def open_checkpoint(
-    source: str | Path, revision: str | None = None, *, trust_code: bool = False
+    source: str | Path,
+    revision: str | None = None,
+    *,
+    trust_code: bool = False,
+    allow_links: bool = False,
 ) -> Checkpoint:
     """Open a local folder, or download a Hub repository and open its snapshot.
 
@@ -27,6 +31,7 @@ def open_checkpoint(
         source: A folder, or ``owner/name`` on the Hub.
         revision: Branch, tag or commit of a Hub repository.
         trust_code: Whether its own code may tokenize, where no file says how.
+        allow_links: Follow links that lead out of a local folder.
 
     Raises:
         CheckpointError: The folder or repository is missing, damaged or unsupported.
@@ -34,9 +39,11 @@ def open_checkpoint(
     local = _find(source, revision)
     origin = Origin(local.name, local.revision)
     config = read_json(local.folder / "config.json", CONFIG)
-    tensors = read_index(local.folder)
+    # What the Hub's library has linked, in a cache that may lie on several disks.
+    follow = allow_links or local.revision is not None
+    tensors = read_index(local.folder, allow_links=follow)
     opened = build_checkpoint(local.folder, config, tensors, origin)
-    return replace(opened, trust_code=True) if trust_code else opened
+    return replace(opened, trust_code=trust_code, allow_links=follow)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,11 @@ def _find(source: str | Path, revision: str | None) -> _Local:
             f"{source}: no such folder, and not a Hub id of the form owner/name."
         )
     return _download(str(source), revision)
+
+
+def may_be_checkpoint(source: str) -> bool:
+    """Whether there is such a folder, or a Hub id may look so."""
+    return Path(source).is_dir() or _is_hub_id(source)
 
 
 def _is_hub_id(text: str) -> bool:
@@ -175,8 +187,10 @@ def _look(repo_id: str, revision: str | None) -> Checkpoint:
     return build_checkpoint(folder, config, tensors, Origin(repo_id, commit))
 
 
-def open_headers(source: str | Path, revision: str | None = None) -> Checkpoint:
+def open_headers(
+    source: str | Path, revision: str | None = None, *, allow_links: bool = False
+) -> Checkpoint:
     """Like ``open_checkpoint``, but a Hub id is only looked at, not downloaded."""
     if Path(source).is_dir() or not _is_hub_id(str(source)):
-        return open_checkpoint(source, revision)
+        return open_checkpoint(source, revision, allow_links=allow_links)
     return open_remote(str(source), revision)

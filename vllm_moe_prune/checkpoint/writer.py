@@ -206,6 +206,8 @@ class ShardWriter:
     def _start(self, plan: ShardPlan) -> _OpenShard:
         path = self.folder / (plan.file_name + ".tmp")
         with writing(path):
+            if "/" in plan.file_name:
+                path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             os.pwrite(fd, plan.header, 0)
         left = plan.file_bytes - len(plan.header)

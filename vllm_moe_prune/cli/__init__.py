@@ -70,8 +70,8 @@ PANELS: dict[str, dict[str, Any]] = {
     "Serve": {"serve": serve.serve},
 }
 """The commands as ``--help`` groups them; ``add_gateway`` adds the last one."""
-# What serve does not know goes on to vLLM.
-PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+# What serve does not know goes on to vLLM, which has short options with an h in them.
+PASS_ON = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
 
 for panel, commands in PANELS.items():
     for name, command in commands.items():

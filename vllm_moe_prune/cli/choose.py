@@ -5,6 +5,7 @@ from typing import Annotated
 
 from .flags import (
     REPEAT,
+    AllowLinks,
     Device,
     Json,
     Length,
@@ -36,6 +37,7 @@ def recipes(as_json: Json = False) -> None:
 def recommend(
     source: Source,
     revision: Revision = None,
+    allow_links: AllowLinks = False,
     memory: Annotated[
         str | None, flag("Maximum size of the weights, e.g. 24GiB.")
     ] = None,
@@ -63,7 +65,7 @@ def recommend(
         raise RecipeError("say what for: --memory 24GiB, --speed 2x, or both.")
     size = parse_size(memory) if memory is not None else None
     times = choosing.parse_speed(speed) if speed is not None else None
-    checkpoint = open_headers(source, revision)
+    checkpoint = open_headers(source, revision, allow_links=allow_links)
     recipes = [load_recipe(name) for name in shipped_recipes()]
     found = choosing.recommend(checkpoint, recipes, size, times)
     show_recommended(checkpoint, found, as_json)
@@ -74,6 +76,7 @@ def tune(
     output: Annotated[Path, flag("Plan file to write.", "--output", "-o")],
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
+    allow_links: AllowLinks = False,
     recipe: RecipeName = "best",
     total: Total = None,
     max_bytes: Annotated[
@@ -126,7 +129,9 @@ def tune(
     )
     limit = parse_size(max_bytes) if max_bytes is not None else None
     pipeline.check_device(device)
-    checkpoint = open_checkpoint(source, revision, trust_code=trust_remote_code)
+    checkpoint = open_checkpoint(
+        source, revision, trust_code=trust_remote_code, allow_links=allow_links
+    )
     check_file(output, checkpoint.folder)
     if plot is not None:
         check_file(plot, checkpoint.folder)

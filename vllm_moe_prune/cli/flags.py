@@ -24,6 +24,10 @@ TrustCode = Annotated[
         "--trust-remote-code",
     ),
 ]
+AllowLinks = Annotated[
+    bool,
+    flag("Follow symbolic links that lead out of the folder.", "--allow-links"),
+]
 Json = Annotated[bool, flag("Print JSON instead of tables.", "--json")]
 RecipeName = Annotated[str, flag("Shipped recipe, or path of a YAML file.")]
 Total = Annotated[

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .flags import Device, Json, Revision, Source, TrustCode, flag
+from .flags import AllowLinks, Device, Json, Revision, Source, TrustCode, flag
 
 if TYPE_CHECKING:
     from ..judge.quality import Quality, Questions
@@ -46,6 +46,7 @@ def evaluate(
     text: Texts = None,
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
+    allow_links: AllowLinks = False,
     sequence_length: Window = 2048,
     max_tokens: MaxTokens = None,
     device: Device = "cpu",
@@ -103,14 +104,19 @@ def evaluate(
         vllm_flags,
         as_json,
     )
-    checkpoint = open_checkpoint(source, revision, trust_code=trust_remote_code)
+    checkpoint = open_checkpoint(
+        source, revision, trust_code=trust_remote_code, allow_links=allow_links
+    )
     endpoint = find_endpoint(server, model) if server is not None else None
     subject = Subject(checkpoint, source, revision, endpoint)
     known = _known(against, questions)
     original = None
     if against is not None and known is None:
         original = Subject(
-            open_checkpoint(against, trust_code=trust_remote_code), against
+            open_checkpoint(
+                against, trust_code=trust_remote_code, allow_links=allow_links
+            ),
+            against,
         )
     with watching(as_json) as report:
         quality = judge(subject, questions, report)
@@ -139,6 +145,7 @@ def compare(
         Path | None, flag("Read speeds from the output of `speed --json`.")
     ] = None,
     vllm_flags: VllmFlags = None,
+    allow_links: AllowLinks = False,
     as_json: Json = False,
 ) -> None:
     """Compare checkpoints: size, FLOPs, quality and speed in one table.
@@ -173,7 +180,12 @@ def compare(
         as_json,
     )
     subjects = [
-        Subject(open_checkpoint(source, trust_code=trust_remote_code), source)
+        Subject(
+            open_checkpoint(
+                source, trust_code=trust_remote_code, allow_links=allow_links
+            ),
+            source,
+        )
         for source in sources
     ]
     known = find_speeds(speed_from, subjects) if speed_from is not None else {}
@@ -225,6 +237,7 @@ def speed(
         Path | None, flag("Plot speed over context length into this .png or .svg file.")
     ] = None,
     vllm_flags: VllmFlags = None,
+    allow_links: AllowLinks = False,
     as_json: Json = False,
 ) -> None:
     """Time baseline, trim-only, slim-only and both, in turn in one runtime.
@@ -256,7 +269,10 @@ def speed(
 
     check_device(device)
     opened = [
-        Subject(open_checkpoint(one, trust_code=trust_remote_code), one)
+        Subject(
+            open_checkpoint(one, trust_code=trust_remote_code, allow_links=allow_links),
+            one,
+        )
         for one in (source, *pruned)
     ]
     if plot is not None:

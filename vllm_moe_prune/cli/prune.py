@@ -9,6 +9,7 @@ import typer
 from .flags import (
     REPEAT,
     RESUME,
+    AllowLinks,
     Budget,
     Device,
     Drop,
@@ -34,7 +35,12 @@ from .flags import (
 )
 
 
-def inspect(source: Source, revision: Revision = None, as_json: Json = False) -> None:
+def inspect(
+    source: Source,
+    revision: Revision = None,
+    allow_links: AllowLinks = False,
+    as_json: Json = False,
+) -> None:
     """Show family, sizes and experts of a checkpoint; reads headers only.
 
     Example: `vllm-moe-prune inspect mistralai/Mixtral-8x7B-v0.1`
@@ -42,7 +48,7 @@ def inspect(source: Source, revision: Revision = None, as_json: Json = False) ->
     from ..checkpoint.source import open_headers
     from .output.show import show_checkpoint
 
-    show_checkpoint(open_headers(source, revision), as_json)
+    show_checkpoint(open_headers(source, revision, allow_links=allow_links), as_json)
 
 
 def measure(
@@ -50,6 +56,7 @@ def measure(
     output: Annotated[Path, flag("Statistics file to write.", "--output", "-o")],
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
+    allow_links: AllowLinks = False,
     recipe: RecipeName = "stun40",
     calibration: Text = None,
     samples: Samples = None,
@@ -79,7 +86,9 @@ def measure(
         seed=seed,
     )
     pipeline.check_device(device)
-    checkpoint = open_checkpoint(source, revision, trust_code=trust_remote_code)
+    checkpoint = open_checkpoint(
+        source, revision, trust_code=trust_remote_code, allow_links=allow_links
+    )
     check_file(output, checkpoint.folder)
     tokens = pipeline.measuring_tokens(checkpoint, asked)
     with resumable(REPEAT), watching(as_json) as report:
@@ -97,6 +106,7 @@ def plan(
         Path | None, flag("Statistics of `measure`; needed to remove experts.")
     ] = None,
     revision: Revision = None,
+    allow_links: AllowLinks = False,
     recipe: RecipeName = "stun40",
     total: Total = None,
     drop: Drop = None,
@@ -146,7 +156,7 @@ def plan(
         seed=seed,
     )
     max_shard_bytes = parse_size(shard_size)
-    checkpoint = open_checkpoint(source, revision)
+    checkpoint = open_checkpoint(source, revision, allow_links=allow_links)
     check_file(output, checkpoint.folder)
     loaded = load_stats(stats) if stats is not None else None
     if sweep is not None:
@@ -167,6 +177,7 @@ def cut(
     output: Annotated[Path, flag("Output folder.", "--output", "-o")],
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
+    allow_links: AllowLinks = False,
     calibration: Text = None,
     device: Device = "cpu",
     storage: StoredAs = "dense",
@@ -190,7 +201,9 @@ def cut(
     stored = pipeline.parse_storage_name(storage)
     max_shard_bytes = parse_size(shard_size)
     decided = load_plan(plan)
-    checkpoint = open_checkpoint(source, revision, trust_code=trust_remote_code)
+    checkpoint = open_checkpoint(
+        source, revision, trust_code=trust_remote_code, allow_links=allow_links
+    )
     with resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(
             device=device,
@@ -214,6 +227,7 @@ def convert(
         flag("bitmask (zeros are not stored) or dense.", "--storage", "--layout"),
     ],
     revision: Revision = None,
+    allow_links: AllowLinks = False,
     shard_size: ShardSize = "5GB",
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -231,7 +245,7 @@ def convert(
 
     stored = pipeline.parse_storage_name(storage)
     max_shard_bytes = parse_size(shard_size)
-    checkpoint = open_checkpoint(source, revision)
+    checkpoint = open_checkpoint(source, revision, allow_links=allow_links)
     with resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(
             device="cpu",
@@ -251,6 +265,7 @@ def verify(
         str | None, flag("Compare every tensor with this original.")
     ] = None,
     revision: Revision = None,
+    allow_links: AllowLinks = False,
     as_json: Json = False,
 ) -> None:
     """Check a pruned checkpoint: shapes, remap table, hashes of all weights, source.
@@ -265,9 +280,13 @@ def verify(
     from .output.draw import watching
     from .output.show import show_verified
 
-    original = open_checkpoint(source, revision) if source is not None else None
+    original = (
+        open_checkpoint(source, revision, allow_links=allow_links)
+        if source is not None
+        else None
+    )
     with watching(as_json) as report:
-        verified = pipeline.verify(output, original, report)
+        verified = pipeline.verify(output, original, report, allow_links=allow_links)
     show_verified(verified, as_json)
 
 
@@ -276,6 +295,7 @@ def run(
     output: Annotated[Path, typer.Argument(help="Output folder.")],
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
+    allow_links: AllowLinks = False,
     recipe: RecipeName = "stun40",
     total: Total = None,
     drop: Drop = None,
@@ -323,7 +343,9 @@ def run(
     )
     stored = pipeline.parse_storage_name(storage)
     max_shard_bytes = parse_size(shard_size)
-    checkpoint = open_checkpoint(source, revision, trust_code=trust_remote_code)
+    checkpoint = open_checkpoint(
+        source, revision, trust_code=trust_remote_code, allow_links=allow_links
+    )
     with resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(
             device=device,

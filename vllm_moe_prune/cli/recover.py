@@ -8,6 +8,7 @@ import typer
 
 from .flags import (
     RESUME,
+    AllowLinks,
     Device,
     Json,
     Length,
@@ -30,6 +31,7 @@ def recover(
     ] = None,
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
+    allow_links: AllowLinks = False,
     targets: Annotated[
         str | None,
         flag(
@@ -79,7 +81,9 @@ def recover(
 
     started = time.monotonic()
     pipeline.check_device(device)
-    checkpoint = open_checkpoint(pruned, trust_code=trust_remote_code)
+    checkpoint = open_checkpoint(
+        pruned, trust_code=trust_remote_code, allow_links=allow_links
+    )
     asked = training(
         checkpoint.arch,
         method,
@@ -91,7 +95,11 @@ def recover(
         rank=rank,
         seed=seed,
     )
-    original = open_checkpoint(source, revision) if source is not None else None
+    original = (
+        open_checkpoint(source, revision, allow_links=allow_links)
+        if source is not None
+        else None
+    )
     flags = {
         "calibration": calibration,
         "samples": samples,

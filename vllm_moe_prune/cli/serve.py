@@ -5,13 +5,20 @@ from typing import Annotated
 
 import typer
 
-from .flags import Json, Revision, Source, flag
+from .flags import AllowLinks, Json, Revision, flag
 
 
 def serve(
     context: typer.Context,
-    source: Source,
+    model: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoint folder, or Hub id owner/name; then options of vLLM.",
+        ),
+    ],
     revision: Revision = None,
+    allow_links: AllowLinks = False,
     plan: Annotated[
         Path | None, flag("Prune the original by this plan while it loads.")
     ] = None,
@@ -22,16 +29,25 @@ def serve(
         bool, flag("Print the vLLM command and exit.", "--dry-run")
     ] = False,
 ) -> None:
-    """Check a checkpoint, then run `vllm serve` on it; other flags go to vLLM.
+    """Check a checkpoint, then run `vllm serve` on it.
+
+    Every option that is not listed here is passed on to vLLM as it is, before or after
+    MODEL: `vllm serve --help=all` lists them.
 
     Example: `vllm-moe-prune serve ./mixtral-stun40 --port 8000 --max-model-len 4096`
     """
     import shlex
 
-    from ..plugin.launch import run_server, serve_command
+    from ..plugin.launch import run_server, serve_command, split_model
     from .output.draw import err
 
-    command = serve_command(source, revision, plan, context.args, watch=watch)
+    if model == ["-h"]:
+        typer.echo(context.get_help())
+        return
+    source, flags = split_model(model)
+    command = serve_command(
+        source, revision, plan, flags, watch=watch, allow_links=allow_links
+    )
     if dry_run:
         typer.echo(shlex.join(command))
         return

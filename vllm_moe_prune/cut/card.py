@@ -78,7 +78,8 @@ def _serving(checkpoint: Checkpoint, plan: CutPlan, architecture: str) -> str:
 def source_card(checkpoint: Checkpoint) -> str | None:
     """The text of the input's own README.md; None: it has none, or a link elsewhere."""
     path = checkpoint.folder / "README.md"
-    if not path.is_file() or not is_inside(checkpoint.folder, path):
+    known = checkpoint.allow_links or is_inside(checkpoint.folder, path)
+    if not path.is_file() or not known:
         return None
     return read_file(path, CARD).decode("utf-8", "replace")
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.index import is_inside
+from ..checkpoint.index import check_link
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.side_files import side_files
 from ..checkpoint.tensor_hashes import FILE_NAME as HASHES
@@ -215,7 +215,7 @@ def companions(checkpoint: Checkpoint) -> list[Path]:
     Raises:
         CheckpointError: See ``side_files``.
     """
-    return side_files(checkpoint.folder, OWN_FILES)
+    return side_files(checkpoint.folder, OWN_FILES, allow_links=checkpoint.allow_links)
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
@@ -248,8 +248,8 @@ def copy_records(checkpoint: Checkpoint, folder: Path) -> None:
     """
     found = [checkpoint.folder / name for name in sorted(RECORDS)]
     for path in found:
-        if path.is_file() and not is_inside(checkpoint.folder, path):
-            raise CheckpointError(f"{path}: is a link out of the checkpoint folder.")
+        if path.is_file():
+            check_link(checkpoint.folder, path, allow_links=checkpoint.allow_links)
     for path in found:
         if path.is_file():
             _copy(path, folder / path.relative_to(checkpoint.folder))

@@ -53,7 +53,11 @@ class Verified:
 
 
 def verify(
-    folder: Path, source: Checkpoint | None = None, report: Report = ignore
+    folder: Path,
+    source: Checkpoint | None = None,
+    report: Report = ignore,
+    *,
+    allow_links: bool = False,
 ) -> Verified:
     """Check a pruned checkpoint, and compare it with its source if that is given.
 
@@ -64,7 +68,7 @@ def verify(
             file beside the weights does.
         RemapError: The remap table is missing, was changed or contradicts the weights.
     """
-    output = open_checkpoint(folder)
+    output = open_checkpoint(folder, allow_links=allow_links)
     if output.remap is None:
         raise RemapError(
             f"{folder}: config.json has no moe_prune block; this is not an output of "
@@ -82,7 +86,7 @@ def verify(
             zeros=0,
             expert_sparsity=None,
             total_sparsity=None,
-            tensors_hashed=check_hashes(folder, read_index(folder), report),
+            tensors_hashed=_check_hashes(output, report),
         )
     history = folder / "provenance.json"
     if history.is_file() and read_json(history, PROVENANCE).get(RECOVERED):
@@ -133,8 +137,13 @@ def verify(
         zeros=zeros,
         expert_sparsity=(removed + zeros) / source.expert_parameters,
         total_sparsity=(removed_all + zeros + dense_zeros) / source.parameters,
-        tensors_hashed=check_hashes(folder, read_index(folder), report),
+        tensors_hashed=_check_hashes(output, report),
     )
+
+
+def _check_hashes(output: Checkpoint, report: Report) -> int | None:
+    stored = read_index(output.folder, allow_links=output.allow_links)
+    return check_hashes(output.folder, stored, report)
 
 
 def check_compressed(checkpoint: Checkpoint) -> None:

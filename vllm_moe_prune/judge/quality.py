@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from ..checkpoint.tokenizer import needs_code, tokenizer_folder
 from ..progress import Report
 from .recovery import Score, mean
 from .saved_results import Printed, read_printed
-from .server import served
+from .server import Server, served
 from .tasks import Endpoint, Suite, ask, find_endpoint
 
 
@@ -57,6 +58,16 @@ class Subject:
         """What tables call it."""
         return self.checkpoint.origin.name
 
+    def serve(self, flags: Sequence[str]) -> AbstractContextManager[Server]:
+        """A server of its own, with these flags."""
+        return served(
+            self.source,
+            self.revision,
+            flags,
+            trust_code=self.checkpoint.trust_code,
+            allow_links=self.checkpoint.allow_links,
+        )
+
 
 def judge(subject: Subject, questions: Questions, report: Report) -> Quality:
     """Perplexity by the streaming forward, then tasks by a server.
@@ -80,12 +91,7 @@ def judge(subject: Subject, questions: Questions, report: Report) -> Quality:
         if subject.endpoint is not None:
             scores = _asked(subject, subject.endpoint, questions.suite, questions.bars)
         else:
-            with served(
-                subject.source,
-                subject.revision,
-                questions.flags,
-                trust_code=subject.checkpoint.trust_code,
-            ) as server:
+            with subject.serve(questions.flags) as server:
                 endpoint = find_endpoint(server.url, server.model)
                 scores = _asked(subject, endpoint, questions.suite, questions.bars)
     return Quality(subject.name, tuple(texts), tuple(scores))

@@ -44,6 +44,7 @@ def served(
     flags: Sequence[str],
     *,
     trust_code: bool = False,
+    allow_links: bool = False,
 ) -> Iterator[Server]:
     """``vllm serve`` of a checkpoint on a free port of this machine.
 
@@ -52,6 +53,7 @@ def served(
         revision: Revision of a Hub id.
         flags: Handed to vLLM as they are.
         trust_code: Whether code in the checkpoint may tokenize.
+        allow_links: Follow links that lead out of a local folder.
 
     Raises:
         MoePruneError: The checkpoint cannot be served, or the server ended; with the
@@ -62,7 +64,9 @@ def served(
     own = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", model]
     if trust_code and TRUST not in flags:
         own.append(TRUST)
-    command = serve_command(source, revision, None, [*own, *flags])
+    command = serve_command(
+        source, revision, None, [*own, *flags], allow_links=allow_links
+    )
     with tempfile.TemporaryFile("w+b") as log:
         try:
             with running(command, port, log) as (url, process):

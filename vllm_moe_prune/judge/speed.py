@@ -16,7 +16,7 @@ from ..files.json_file import read_json
 from ..plugin.launch import find_vllm
 from .quality import Subject
 from .saved_results import RESULT
-from .server import Server, peak_memory, served
+from .server import Server, peak_memory
 
 CONTEXTS = (128, 512, 1024, 2048)
 MAX_LENGTH = "--max-model-len"
@@ -156,9 +156,7 @@ def measure_speed(subject: Subject, sweep: Sweep) -> Speed:
     code = needs_code(folder, trust_code=trusted)
     with (
         tokenizer_folder(folder, trust_code=trusted) as tokenizer,
-        served(
-            subject.source, subject.revision, sweep.flags, trust_code=trusted
-        ) as server,
+        subject.serve(sweep.flags) as server,
     ):
         found = [
             measure_context(server, tokenizer, context, sweep, trust_code=code)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..checkpoint.open import Checkpoint
-from ..checkpoint.source import open_checkpoint
+from ..checkpoint.source import may_be_checkpoint, open_checkpoint
 from ..checkpoint.tokenizer import TRUST, needs_code
 from ..decide.cut_plan import check_plan, load_plan
 from ..errors import ServeError
-from .load.verify_remap import verify_folder
+from .load.verify_remap import check_beside_config, verify_folder
 from .watch.switch import EXTENSION, PLUGINS, SWITCH
 
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -29,6 +29,37 @@ PLUGIN_GROUPS = (
 PLUGIN_NAME = "moe_prune"
 
 
+def split_model(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The checkpoint among what was typed for ``vllm serve``, and all the rest.
+
+    vLLM's options are not known here, so a word behind an option may be its value: the
+    checkpoint is the first word that cannot be one, else the only one to be opened.
+
+    Raises:
+        ServeError: No word can be the checkpoint, or several.
+    """
+    words = [at for at, word in enumerate(arguments) if not word.startswith("-")]
+    free = [at for at in words if at == 0 or not _may_take(arguments[at - 1])]
+    there = [at for at in words if at and may_be_checkpoint(arguments[at])]
+    sure = free if 0 in free else [at for at in free if at in there] or free
+    found = sure[:1] or (there if len(there) == 1 else [])
+    if not found:
+        among = ", ".join(repr(arguments[at]) for at in words)
+        said = (
+            f"cannot tell the checkpoint among {among}." if words else "no checkpoint."
+        )
+        raise ServeError(
+            f"{said} Name it first: vllm-moe-prune serve MODEL [VLLM OPTIONS]"
+        )
+    rest = [word for at, word in enumerate(arguments) if at != found[0]]
+    return arguments[found[0]], rest
+
+
+def _may_take(word: str) -> bool:
+    """Whether the word behind this one may be its value."""
+    return word.startswith("-") and "=" not in word
+
+
 def serve_command(
     source: str,
     revision: str | None = None,
@@ -36,6 +67,7 @@ def serve_command(
     extra: Sequence[str] = (),
     *,
     watch: bool = False,
+    allow_links: bool = False,
 ) -> list[str]:
     """The command line that serves a checkpoint, after checking that it will work.
 
@@ -45,14 +77,17 @@ def serve_command(
         plan: Prune the original while loading, without writing anything.
         extra: Flags handed to vLLM as they are.
         watch: Add pages and live routing load to the server.
+        allow_links: Follow links that lead out of a local folder.
 
     Raises:
         MoePruneError: vLLM or the plugin is missing or disabled, the checkpoint or
             its remap table is damaged, the plan does not fit, only code can tokenize.
     """
-    checkpoint = open_checkpoint(source, revision)
+    checkpoint = open_checkpoint(source, revision, allow_links=allow_links)
     if checkpoint.remap is not None:
         verify_folder(checkpoint.folder)
+    elif plan is None:
+        check_beside_config(checkpoint)
     if not _names_tokenizer(extra):
         needs_code(checkpoint.folder, trust_code=TRUST in extra)
     command = [find_vllm(), "serve", source]

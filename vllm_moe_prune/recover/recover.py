@@ -153,7 +153,7 @@ def recover(
     before = StreamingModel(checkpoint, device)
     tokens = load_tokens(checkpoint, calibration)
     heldout = load_heldout(checkpoint, calibration)
-    shards, stored = same_shards(checkpoint.folder)
+    shards, stored = same_shards(checkpoint)
     digest = hashlib.sha256(repr(training).encode())
     for part in (checkpoint.fingerprint, tokens.sha256, heldout.sha256):
         digest.update(part.encode())

@@ -35,9 +35,11 @@ from ..files.regular import copy_regular
 NOTE_START = "\n## Recovered\n"
 
 
-def same_shards(folder: Path) -> tuple[list[ShardPlan], dict[str, TensorInfo]]:
+def same_shards(
+    checkpoint: Checkpoint,
+) -> tuple[list[ShardPlan], dict[str, TensorInfo]]:
     """The files of a checkpoint as they are, and every tensor stored in them."""
-    stored = read_index(folder)
+    stored = read_index(checkpoint.folder, allow_links=checkpoint.allow_links)
     by_file: dict[Path, list[TensorInfo]] = {}
     for info in stored.values():
         by_file.setdefault(info.file, []).append(info)
@@ -48,7 +50,7 @@ def same_shards(folder: Path) -> tuple[list[ShardPlan], dict[str, TensorInfo]]:
         infos.sort(key=lambda info: info.offset)
         shards.append(
             ShardPlan(
-                path.name,
+                path.relative_to(checkpoint.folder).as_posix(),
                 header,
                 {info.name: info.offset for info in infos},
                 {info.name: info.nbytes for info in infos},

@@ -69,7 +69,7 @@ class PruningLoader(BaseModelLoader):
 
     def open(self, model_config: ModelConfig) -> tuple[Checkpoint, CutPlan]:
         """The original's headers and the plan, which must fit it."""
-        checkpoint = open_checkpoint(self._folder(model_config))
+        checkpoint = open_checkpoint(self._folder(model_config), allow_links=True)
         plan = load_plan(self.plan_path)
         where = str(self.plan_path)
         check_plan(plan, checkpoint.layers, checkpoint.fingerprint, where)

@@ -7,6 +7,7 @@ opens, and so checks, every checkpoint before it starts vLLM. No vLLM in here.
 
 from pathlib import Path
 
+from ...checkpoint.index import INDEX_NAME
 from ...checkpoint.open import Checkpoint
 from ...checkpoint.remap import ExpertRemap
 from ...checkpoint.source import UNWANTED, WANTED, open_checkpoint
@@ -54,7 +55,8 @@ def verify_folder(folder: Path) -> ExpertRemap:
         RemapError: The table is missing, altered or contradicts config or weights.
         CheckpointError: A tensor is missing, misshapen, twice there or too many.
     """
-    checkpoint = open_checkpoint(folder)
+    # vLLM follows links wherever they lead.
+    checkpoint = open_checkpoint(folder, allow_links=True)
     if checkpoint.remap is None:
         raise RemapError(
             f"{folder / 'config.json'}: has no 'moe_prune' block, so this checkpoint "
@@ -66,8 +68,46 @@ def verify_folder(folder: Path) -> ExpertRemap:
             f"{checkpoint.remap.model_type!r}, config.json says "
             f"{checkpoint.arch.model_type!r}."
         )
+    check_beside_config(checkpoint)
+    _check_strays(checkpoint)
     _check_leftovers(checkpoint, checkpoint.remap)
     return checkpoint.remap
+
+
+def check_beside_config(checkpoint: Checkpoint) -> None:
+    """Refuse shards in a folder below: vLLM looks beside config.json only.
+
+    Raises:
+        CheckpointError: Naming a shard.
+    """
+    for path in _files(checkpoint):
+        if path.parent != checkpoint.folder:
+            raise CheckpointError(
+                f"{path}: vLLM reads only weights beside config.json. Move the files "
+                "there and name them so in the index, or write the checkpoint anew: "
+                f"vllm-moe-prune convert {checkpoint.folder} OUT --storage dense"
+            )
+
+
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    infos = [*checkpoint.tensors.values(), *checkpoint.parts.values()]
+    return sorted({info.file for info in infos})
+
+
+def _check_strays(checkpoint: Checkpoint) -> None:
+    """Refuse weights that vLLM would load besides ours, or instead of them.
+
+    Without an index it takes every file there is, and ``consolidated*`` in any case.
+    """
+    folder, known = checkpoint.folder, set(_files(checkpoint))
+    indexed = (folder / INDEX_NAME).is_file()
+    for path in sorted(folder.glob("*.safetensors")):
+        wanted = not indexed or path.name.startswith("consolidated")
+        if wanted and path not in known:
+            raise CheckpointError(
+                f"{path}: is no part of this checkpoint, but vLLM would load it. "
+                "Move it away."
+            )
 
 
 def _check_leftovers(checkpoint: Checkpoint, remap: ExpertRemap) -> None:

@@ -118,7 +118,7 @@ def _read(config: Any, in_memory: bool) -> tuple[Checkpoint | None, ExpertRemap 
     known = model.hf_config.model_type in supported()
     if not known and not (folder / FILE_NAME).exists():
         return None, None  # nothing of ours: there is only what was counted
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, allow_links=True)
     return checkpoint, checkpoint.remap
 
 
