@@ -1,8 +1,8 @@
 """Is a pruned checkpoint what its remap table says? Answered from headers alone.
 
-The plugin's model classes ask before they allocate a byte. A uniformly pruned
-checkpoint is built by vLLM's own class, which asks nothing; ``vllm-moe-prune serve``
-opens, and so checks, every checkpoint before it starts vLLM. No vLLM in here.
+The plugin's model classes ask before they allocate a byte, ``stock_experts`` where
+vLLM's own class builds a uniform one, ``vllm-moe-prune serve`` before it starts vLLM.
+No vLLM in here.
 """
 
 from pathlib import Path
