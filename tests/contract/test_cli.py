@@ -233,7 +233,9 @@ import time
 from vllm_moe_prune.cli.output.draw import facts, watching
 from vllm_moe_prune.progress import Progress
 with watching() as report:
-    report(Progress(stage="cut", layer=12, layers=32, bytes_done=12 << 30, bytes_total=86 << 30))
+    done, total = 12 << 30, 86 << 30
+    at = Progress(stage="cut", layer=12, layers=32, bytes_done=done, bytes_total=total)
+    report(at)
     time.sleep(0.3)
 facts("Wrote out", [("size", "1.00 GiB")])
 """
