@@ -172,7 +172,7 @@ CASES = [
     Case(
         "output: a link beside the weights",
         RUN,
-        ("notes.txt", "link out"),
+        ("notes.txt", "is a link to"),
         linked_tokenizer,
     ),
     Case(

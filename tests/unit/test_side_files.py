@@ -111,13 +111,13 @@ def far_down(folder: Path) -> None:
 
 
 TRAPS = {
-    "a link out": (linked("/etc/passwd"), "link out"),
-    "a folder link out": (linked("/etc"), "link out"),
+    "a link out": (linked("/etc/passwd"), "is a link to"),
+    "a folder link out": (linked("/etc"), "is a link to"),
     "a link to nothing": (linked("absent"), "link to nothing"),
-    "a link out to nothing": (linked("/absent"), "link out"),
+    "a link out to nothing": (linked("/absent"), "leads nowhere"),
     "a link above": (linked(".."), "nested deeper"),
     "a link to itself": (linked("link"), "link"),
-    "a device": (linked("/dev/zero"), "link out"),
+    "a device": (linked("/dev/zero"), "is a link to"),
     "a FIFO": (lambda folder: os.mkfifo(folder / "code/pipe"), "neither a file nor"),
     "far down": (far_down, "nested deeper"),
 }
