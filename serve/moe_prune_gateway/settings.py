@@ -15,7 +15,7 @@ from .gateway_error import GatewayError
 PREFIX = "MOE_PRUNE_"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MIB = 2**20
-ORIGIN = re.compile(r"https?://[^/?#@\s]+")
+ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#@\s]+")
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600, allow_inf_nan=False)]
 LOCAL_NAMES = frozenset({"localhost"})
@@ -84,7 +84,9 @@ class GatewaySettings(BaseSettings):
     def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for origin in value:
             if origin != "*" and not ORIGIN.fullmatch(origin):
-                raise ValueError(f"{origin!r} is not http://host or https://host:port")
+                raise ValueError(
+                    f"{origin!r} is not an origin such as https://host:port"
+                )
         return value
 
     @field_validator("backend_api_key", mode="before")

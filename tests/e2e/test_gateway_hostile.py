@@ -259,6 +259,29 @@ def test_one_valid_host_is_needed(
     assert seen_by(backend) == before + (status == 200)
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
+        b"Content-Length: %s\r\n\r\n" % (b"9" * 5000),
+        b"Content-Length: +1\r\n\r\na",
+        b"X: a\r\n b\r\n\r\n",
+        b"Host : localhost\r\n\r\n",
+        b"X: a\x00b\r\n\r\n",
+    ],
+)
+def test_requests_that_can_be_read_in_two_ways(
+    pair: tuple[Process, Process], rest: bytes
+) -> None:
+    front, backend = pair
+    before = seen_by(backend)
+    said = exchange(front, b"POST /v1/echo HTTP/1.1\r\nHost: localhost\r\n" + rest)
+    assert said.startswith(b"HTTP/1.1 400 ")
+    assert seen_by(backend) == before
+
+
 def test_http_1_0_may_have_no_host(pair: tuple[Process, Process]) -> None:
     front, _ = pair
     assert b" 200 OK" in exchange(front, b"GET /health HTTP/1.0\r\n\r\n")[:20]

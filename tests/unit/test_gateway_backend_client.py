@@ -148,6 +148,32 @@ def test_answers_that_are_not_passed_on(raw: bytes) -> None:
         asyncio.run(answer_to([raw]))
 
 
+SAMPLES = [PLAIN, CHUNKED, UNTIL_EOF, EARLY, b"\r\n", b"\x00", b"\xff", b"0" * 30]
+
+
+@settings(max_examples=150)
+@given(
+    pieces=st.lists(
+        st.one_of(
+            st.binary(max_size=40),
+            st.sampled_from(SAMPLES),
+            st.tuples(
+                st.sampled_from(SAMPLES), st.integers(0, 60), st.binary(max_size=4)
+            ).map(lambda cut: cut[0][: cut[1]] + cut[2] + cut[0][cut[1] + 1 :]),
+        ),
+        max_size=4,
+    )
+)
+def test_any_bytes_are_an_answer_or_broken(pieces: list[bytes]) -> None:
+    try:
+        status, headers, _ = asyncio.run(answer_to(pieces))
+    except Broken:
+        return
+    assert 200 <= status < 600
+    for name, value in headers.items():
+        assert not set(name + value) & {0, 10, 13}
+
+
 def test_a_bare_cr_in_a_header_splits_no_answer() -> None:
     raw = PLAIN.replace(b"X-A: 1", b"X-A: 1\rX-B: 2")
     try:

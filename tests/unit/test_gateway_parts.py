@@ -184,8 +184,8 @@ def test_a_key_is_what_stands_in_its_line(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("origins", "said"),
     [
-        ("page.example", "'page.example' is not http://host"),
-        ("https://page.example/path", "is not http://host"),
+        ("page.example", "'page.example' is not an origin"),
+        ("https://page.example/path", "is not an origin"),
         ("*", "set MOE_PRUNE_API_KEYS too"),
     ],
 )

@@ -28,7 +28,7 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-export async function ask(url, options = {}) {
+export async function fetchOk(url, options = {}) {
   const headers = { ...options.headers };
   const key = sessionStorage.getItem(KEY);
   if (key && new URL(url).origin === location.origin) headers.Authorization = `Bearer ${key}`;
@@ -48,7 +48,7 @@ export async function ask(url, options = {}) {
   throw new Failure(answer.status, await messageOf(answer));
 }
 
-export const askJson = async (url) => (await ask(url)).json();
+export const fetchJson = async (url) => (await fetchOk(url)).json();
 
 async function messageOf(answer) {
   const text = await answer.text();
@@ -92,7 +92,7 @@ export function failed(title, error, slim = false) {
 // The backends of the gateway; null in vLLM's own server.
 export async function listBackends() {
   if (inVllm) return null;
-  return (await askJson(new URL("backends", root))).backends;
+  return (await fetchJson(new URL("backends", root))).backends;
 }
 
 export function markNav() {

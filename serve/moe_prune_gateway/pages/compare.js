@@ -1,6 +1,6 @@
 // One prompt to two models at once, with the speed of each as this browser sees it.
 
-import { $, Failure, ask, askJson, failed, inVllm, listBackends, make, markNav, notice, number, root, times } from "./common.js";
+import { $, Failure, fetchOk, fetchJson, failed, inVllm, listBackends, make, markNav, notice, number, root, times } from "./common.js";
 
 const SHORTEST_MS = 100;
 const OTHER = "other";
@@ -25,7 +25,7 @@ async function endpoints() {
       down: !one.up,
     })));
   }
-  const listed = await askJson(new URL("v1/models", root));
+  const listed = await fetchJson(new URL("v1/models", root));
   return listed.data.map(({ id }) => ({ base: new URL("v1/", root).href, model: id, label: id }));
 }
 
@@ -57,7 +57,7 @@ async function endpointOf({ select, address }) {
   } catch {
     throw new Failure(0, "Type the address of a server, such as http://host:8000.");
   }
-  const { data } = await askJson(new URL("models", base));
+  const { data } = await fetchJson(new URL("models", base));
   return { base, model: data[0].id };
 }
 
@@ -102,7 +102,7 @@ async function answerOn(side, signal) {
   const { base, model } = await endpointOf(side);
   const { path, body } = requestFor(model);
   const start = performance.now();
-  const answer = await ask(new URL(path, base), {
+  const answer = await fetchOk(new URL(path, base), {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify(body),
@@ -202,10 +202,10 @@ async function send() {
 async function start() {
   markNav();
   for (const { answer } of sides) answer.textContent = "The answer will be here.";
-  $("ask").addEventListener("submit", (event) => { event.preventDefault(); send(); });
+  $("request").addEventListener("submit", (event) => { event.preventDefault(); send(); });
   $("stop").addEventListener("click", () => stopping.abort());
   $("prompt").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("request").requestSubmit();
   });
   try {
     const found = await endpoints();

@@ -1,6 +1,6 @@
 // Live routing load: which experts get how many tokens.
 
-import { $, askJson, chooseBackend, failed, make, markNav, noNotice, notice, number, percent, times } from "./common.js";
+import { $, fetchJson, chooseBackend, failed, make, markNav, noNotice, notice, number, percent, times } from "./common.js";
 
 const EVERY_MS = 2000;
 const MINUTE_MS = 60_000;
@@ -141,13 +141,13 @@ function announceCell() {
   }
   const row = state.view.rows[state.cursor.row];
   const cell = row.drawn[state.cursor.column];
-  let said = `Layer ${row.layer.layer}, expert ${state.cursor.column}: removed`;
-  if (state.cursor.column >= row.drawn.length) said = `Layer ${row.layer.layer} has no such expert`;
+  let text = `Layer ${row.layer.layer}, expert ${state.cursor.column}: removed`;
+  if (state.cursor.column >= row.drawn.length) text = `Layer ${row.layer.layer} has no such expert`;
   else if (cell) {
-    said = `Layer ${row.layer.layer}, ${nameOf(cell)}: ${number(cell.tokens)} tokens, `
+    text = `Layer ${row.layer.layer}, ${nameOf(cell)}: ${number(cell.tokens)} tokens, `
       + `${percent(cell.share)} of its layer, ${times(cell.ratio)} an even share`;
   }
-  if ($("readout").textContent !== said) $("readout").textContent = said;
+  if ($("readout").textContent !== text) $("readout").textContent = text;
   [...$("rows").children].forEach((line, at) => line.classList.toggle("chosen", at === state.cursor.row));
 }
 
@@ -217,7 +217,7 @@ function show() {
 // --- asking ----------------------------------------------------------------------------
 
 async function refresh() {
-  const load = await askJson(new URL("load", state.data));
+  const load = await fetchJson(new URL("load", state.data));
   load.layers = load.layers.filter((layer) => layer.experts.length);
   if (!load.enabled || !load.layers.length) {
     $("content").hidden = true;
@@ -260,7 +260,7 @@ async function keepRefreshing() {
 // What was there before pruning; a model that never was pruned has no such table.
 async function readRemap() {
   try {
-    const remap = await askJson(new URL("remap", state.data));
+    const remap = await fetchJson(new URL("remap", state.data));
     for (const layer of remap.layers) state.before.set(layer.original_layer, layer.experts_before);
   } catch (error) {
     if (error.status !== 404) throw error;
@@ -273,7 +273,7 @@ function point(row, column) {
   state.cursor = { row: inside(row, last), column: inside(column, state.view.layout.columns - 1) };
   draw();
   announceCell();
-  $("said").textContent = $("readout").textContent; // spoken on a key press, not at every refresh
+  $("announcement").textContent = $("readout").textContent; // spoken on a key press, not at every refresh
 }
 
 function listen() {
