@@ -19,7 +19,7 @@ def main(out: Path) -> None:
             experts=ExpertStage(method="score", criterion="reap", drop=percent / 100),
             slim=SlimStage(method="none"),
             calibration=Calibration(
-                source=str(HERE / "calibration.txt"), samples=16, sequence_length=256
+                source=str(HERE / "calibration.txt"), samples=8, sequence_length=256
             ),
         )
         for percent in (12.5, 25, 50)

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 OUT=${1:-demo-output/checked}
 CKPT=examples/demo-mixtral
 TEXT=examples/calibration.txt
-SIZE="--samples 16 --sequence-length 256"
+SIZE="--samples 8 --sequence-length 256"
 
 vllm-moe-prune run $CKPT "$OUT" --recipe stun40 --calibration $TEXT $SIZE --overwrite
 # --8<-- [start:recover]

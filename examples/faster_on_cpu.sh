@@ -8,7 +8,7 @@ TEXT=examples/calibration.txt
 
 # --8<-- [start:commands]
 vllm-moe-prune run $CKPT "$OUT" --recipe wanda50 --slim sparsegpt --storage bitmask \
-    --calibration $TEXT --samples 16 --sequence-length 256 --overwrite
+    --calibration $TEXT --samples 8 --sequence-length 256 --overwrite
 vllm-moe-prune compare $CKPT "$OUT"
 vllm-moe-prune convert "$OUT" "$OUT-dense" --storage dense --overwrite
 vllm-moe-prune serve "$OUT" --dry-run

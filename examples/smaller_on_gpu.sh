@@ -9,7 +9,7 @@ TEXT=examples/calibration.txt
 # --8<-- [start:commands]
 vllm-moe-prune recommend $CKPT --memory 3MB
 vllm-moe-prune run $CKPT "$OUT" --recipe turbo --calibration $TEXT \
-    --samples 16 --sequence-length 256 --overwrite
+    --samples 8 --sequence-length 256 --overwrite
 vllm-moe-prune verify "$OUT" --source $CKPT
 vllm-moe-prune serve "$OUT" --dry-run
 # --8<-- [end:commands]

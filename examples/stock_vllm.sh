@@ -8,7 +8,7 @@ TEXT=examples/calibration.txt
 
 # --8<-- [start:commands]
 vllm-moe-prune run $CKPT "$OUT" --recipe expert-drop --budget per-layer \
-    --calibration $TEXT --samples 16 --sequence-length 256 --overwrite
+    --calibration $TEXT --samples 8 --sequence-length 256 --overwrite
 vllm-moe-prune verify "$OUT" --source $CKPT
 grep -A 2 architectures "$OUT/config.json"
 # --8<-- [end:commands]
