@@ -218,6 +218,29 @@ def test_only_command_and_pages_look_for_the_gateway() -> None:
     }
 
 
+MAKERS = {
+    *("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand"),
+    *("randint", "randn", "randperm", "tensor", "zeros"),
+}
+
+
+def test_kernels_and_plugin_say_where_tensors_are_made() -> None:
+    """vLLM builds and loads under a default device; C++ needs the host's addresses."""
+    wrong = [
+        f"{name_of(path)}:{node.lineno}: torch.{node.func.attr} without a device"
+        for path in modules()
+        if unit_of(path) in {"kernels", "plugin"}
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "torch"
+        and node.func.attr in MAKERS
+        and "device" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def compares_versions(node: ast.AST) -> bool:
     """Whether a comparison looks at another package's version."""
     if not isinstance(node, ast.Compare):

@@ -69,9 +69,13 @@ class Layer(torch.nn.Module):
         method.create_weights(self, len(here), HIDDEN, WIDTH // ranks, torch.float32)
         for at, expert in enumerate(experts):
             for shard, matrix in expert.items():
-                for part, tensor in pack(matrix, form).items():
-                    self.moe_prune_loader.load(None, tensor, f"x_{part}", shard, at)
-        method.process_weights_after_loading(self)
+                parts = pack(matrix, form)
+                # Another default device than the host's, as in vLLM on a GPU.
+                with torch.device("meta"):
+                    for part, tensor in parts.items():
+                        self.moe_prune_loader.load(None, tensor, f"x_{part}", shard, at)
+        with torch.device("meta"):
+            method.process_weights_after_loading(self)
         self.expert_map = torch.full((len(experts),), -1, dtype=torch.int32)
         self.expert_map[here] = torch.arange(len(here), dtype=torch.int32)
 

@@ -59,7 +59,9 @@ class Bitmask:
         if self.offsets_R1 is not None:
             return self.offsets_R1
         rows = self.mask_RB.shape[0]
-        return torch.arange(rows + 1) * (self.values.numel() // max(rows, 1))
+        return torch.arange(rows + 1, device="cpu") * (
+            self.values.numel() // max(rows, 1)
+        )
 
 
 def pack(matrix_RC: Tensor, group: tuple[int, int] | None = None) -> Bitmask:

@@ -63,7 +63,9 @@ def encode(sources: Sequence[Tensor], scales: Sequence[Tensor] | None = None) ->
     rows, cols = round_up(outputs, BLOCK), round_up(inputs, STEP)
     bits = BITS[sources[0].element_size()]
     # On bits, not values: -0.0 and NaNs are stored like any other value.
-    stacked = torch.zeros(len(sources), rows, cols, dtype=bits)
+    stacked = torch.zeros(
+        len(sources), rows, cols, dtype=bits, device=sources[0].device
+    )
     for index, source in enumerate(sources):
         stacked[index, :outputs, :inputs] = source.view(bits)
     # [source, block, n, step, i] -> [block, source, step, n, i]
@@ -75,7 +77,7 @@ def encode(sources: Sequence[Tensor], scales: Sequence[Tensor] | None = None) ->
         lanes_BSL = torch.cat([lanes_BSL, torch.zeros_like(lanes_BSL[:1])])
     kept_BSL = lanes_BSL != 0
     # Bit 31 makes the int64 sum exceed int32; the cast keeps the bit pattern.
-    weights_L = 2 ** torch.arange(2 * BLOCK)
+    weights_L = 2 ** torch.arange(2 * BLOCK, device=stacked.device)
     masks_BS = (kept_BSL * weights_L).sum(dim=2).to(torch.int32)
     counts_B = kept_BSL.sum(dim=(1, 2))
     starts_B1 = torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)])
@@ -108,7 +110,9 @@ def join(experts: Sequence[Blocks]) -> Blocks:
         expert.values.view(bits)[:size]
         for expert, size in zip(experts, sizes, strict=True)
     ]
-    values = torch.cat([*pieces, torch.zeros(TAIL, dtype=bits)])
+    values = torch.cat(
+        [*pieces, torch.zeros(TAIL, dtype=bits, device=pieces[0].device)]
+    )
     starts = [
         expert.starts_EB1 + start for expert, start in zip(experts, first, strict=True)
     ]

@@ -1,5 +1,8 @@
 """Expert weights in the form kernels run on, made in native code while loading.
 
+vLLM loads under ``with torch.device(...)``: what native code writes to says that it is
+in the host's memory, or its address would be a GPU's.
+
 Same results as ``blocks.encode`` and ``bitmask.unpack``, which run where there is no
 compiled library. N outputs, K inputs.
 """
@@ -34,7 +37,7 @@ def unpack_matrix(packed: Bitmask) -> Tensor:
     values = packed.values.contiguous()
     assert values.element_size() in blocks.BITS
     mask_RB, starts_R1 = packed.mask_RB.contiguous(), packed.starts_R1.contiguous()
-    dense_RC = torch.empty(rows, cols, dtype=values.dtype)
+    dense_RC = torch.empty(rows, cols, dtype=values.dtype, device="cpu")
     found.moe_prune_unpack(
         ctypes.c_void_p(mask_RB.data_ptr()),
         ctypes.c_void_p(values.data_ptr()),
@@ -59,14 +62,16 @@ def encode(sources: Sequence[Tensor], scales: Sequence[Tensor] | None = None) ->
         for source in sources
     )
     count = round_up(len(sources) * (round_up(outputs, BLOCK) // BLOCK), 2)
-    masks_BS = torch.empty(count, round_up(inputs, STEP) // 2, dtype=torch.int32)
-    starts_B1 = torch.empty(count + 1, dtype=torch.int64)
+    masks_BS = torch.empty(
+        count, round_up(inputs, STEP) // 2, dtype=torch.int32, device="cpu"
+    )
+    starts_B1 = torch.empty(count + 1, dtype=torch.int64, device="cpu")
     size = sources[0].element_size()
     assert size in blocks.BITS
     stored = sum(
         int(torch.count_nonzero(source.view(blocks.BITS[size]))) for source in sources
     )
-    values = torch.empty(stored + TAIL, dtype=blocks.BITS[size])
+    values = torch.empty(stored + TAIL, dtype=blocks.BITS[size], device="cpu")
     values[stored:] = 0
     pointers = (ctypes.c_void_p * len(sources))(*(s.data_ptr() for s in sources))
     found.moe_prune_encode(
@@ -132,9 +137,11 @@ def encode_stored(
         )
     )
     count = round_up(len(sources) * (round_up(outputs, BLOCK) // BLOCK), 2)
-    masks_BS = torch.empty(count, round_up(inputs, STEP) // 2, dtype=torch.int32)
-    starts_B1 = torch.empty(count + 1, dtype=torch.int64)
-    values = torch.empty(at_most + TAIL, dtype=bits)
+    masks_BS = torch.empty(
+        count, round_up(inputs, STEP) // 2, dtype=torch.int32, device="cpu"
+    )
+    starts_B1 = torch.empty(count + 1, dtype=torch.int64, device="cpu")
+    values = torch.empty(at_most + TAIL, dtype=bits, device="cpu")
     found.moe_prune_encode_stored(
         structs,
         ctypes.c_int64(len(sources)),

@@ -163,7 +163,7 @@ def fused_moe(
     if expert_map_G is not None:
         expert_map_G = expert_map_G.to(torch.int32).contiguous()
         map_size = len(expert_map_G)
-    out_TD = torch.empty_like(x_TD)
+    out_TD = torch.empty_like(x_TD)  # where the tokens are
     tensors = (
         x_TD,
         weights_TK,
@@ -250,12 +250,13 @@ def measured(at_level: int, storage: int) -> Borders:
 
 def _measured(at_level: int, storage: int) -> Borders:
     hidden, width = 1024, 512
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     w13 = _example(width, hidden, 2, storage, generator)
     w2 = _example(hidden, width, 1, storage, generator)
     most = COUNTS[-1]
-    x_TD = torch.randn(most, hidden, generator=generator).bfloat16()
-    ones_T1, ids_T1 = torch.ones(most, 1), torch.zeros(most, 1, dtype=torch.int32)
+    x_TD = torch.randn(most, hidden, generator=generator, device="cpu").bfloat16()
+    ones_T1 = torch.ones(most, 1, device="cpu")
+    ids_T1 = torch.zeros(most, 1, dtype=torch.int32, device="cpu")
 
     def seconds(tokens: int, borders: Borders) -> float:
         # Not wall time: a server starts while other processes load.
@@ -286,15 +287,17 @@ def _example(
     if storage in {INT8, INT4}:
         bits = 8 if storage == INT8 else 4
         shape = (outputs, inputs * bits // 32)
-        words_NW = torch.randint(1 << 31, shape, generator=generator).to(torch.int32)
-        ones_NG = torch.ones(outputs, inputs // 128)
+        words_NW = torch.randint(1 << 31, shape, generator=generator, device="cpu").to(
+            torch.int32
+        )
+        ones_NG = torch.ones(outputs, inputs // 128, device="cpu")
         made = [Integers(words_NW, ones_NG, None)] * count
         return int_blocks.encode(made, 128, bits)
-    dense = torch.randn(count, outputs, inputs, generator=generator)
-    dense *= torch.rand(dense.shape, generator=generator) < 0.5
+    dense = torch.randn(count, outputs, inputs, generator=generator, device="cpu")
+    dense *= torch.rand(dense.shape, generator=generator, device="cpu") < 0.5
     if storage == AS_TOKENS:
         return blocks.encode(list(dense.bfloat16()))
-    ones = torch.ones(count, outputs // BLOCK, inputs // STEP)
+    ones = torch.ones(count, outputs // BLOCK, inputs // STEP, device="cpu")
     return blocks.encode(list(dense.to(FP8)), list(ones))
 
 

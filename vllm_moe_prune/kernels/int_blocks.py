@@ -129,7 +129,9 @@ def decode(
 ) -> list[Tensor]:
     """An expert's weights [N, K] in float32: what kernels are tested against."""
     values_BWO = blocks.values_EBWO[expert]
-    shifts = torch.arange(0, 32, blocks.bits, dtype=torch.int32)
+    shifts = torch.arange(
+        0, 32, blocks.bits, dtype=torch.int32, device=values_BWO.device
+    )
     # int4 is stored with 8 added, as compressed-tensors packs it; int8 in two's
     # complement.
     fields = (values_BWO[:, :, None] >> shifts[:, None]) & ((1 << blocks.bits) - 1)

@@ -221,7 +221,7 @@ def pack(matrix: Quantized, form: Form) -> dict[str, Tensor]:
     found = {
         PACKED: pack_to_int32(values, 4),
         SCALE: scale,
-        SHAPE: torch.tensor(values.shape),
+        SHAPE: torch.tensor(values.shape, device=values.device),
     }
     if zero is not None:
         found[ZERO] = pack_to_int32(zero, 4, packed_dim=0).contiguous()

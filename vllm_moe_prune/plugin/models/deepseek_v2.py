@@ -88,7 +88,13 @@ class MoePruneDeepseekV2MoE(DeepseekV2MoE):
             prefix=f"{prefix}.gate",
         )
         self.gate.e_score_correction_bias = (
-            nn.Parameter(torch.empty(layer.router_rows, dtype=torch.float32))
+            nn.Parameter(
+                torch.empty(
+                    layer.router_rows,
+                    dtype=torch.float32,
+                    device=torch.get_default_device(),
+                )
+            )
             if biased
             else None
         )

@@ -40,13 +40,17 @@ class RowTable(nn.Module):
     def __init__(self, layer: ServedLayer) -> None:
         """For global expert ids; ``localize`` changes that."""
         super().__init__()
+        self._device = torch.get_default_device()  # where vLLM builds the model
         self.targets = layer.redirect or tuple(range(layer.experts))
         self.grouped = layer.row_groups is not None
         self.counting = False
         # Buffers, not parameters: they move with the model and are never loaded or
         # saved.
-        self._set("expert_R", torch.zeros(len(self.targets), dtype=torch.int32))
-        self._set("share_R", torch.zeros(len(self.targets)))
+        self._set(
+            "expert_R",
+            torch.zeros(len(self.targets), dtype=torch.int32, device=self._device),
+        )
+        self._set("share_R", torch.zeros(len(self.targets), device=self._device))
         self.localize(None)
         if layer.row_groups is not None:
             rows = [
@@ -56,8 +60,13 @@ class RowTable(nn.Module):
             width = max(len(each) for each in rows)
             # R points at the column that is padded with minus infinity.
             fill = [len(layer.row_groups)] * width
-            self._set("group_R", torch.tensor(layer.row_groups))
-            self._set("row_GM", torch.tensor([(each + fill)[:width] for each in rows]))
+            self._set("group_R", torch.tensor(layer.row_groups, device=self._device))
+            self._set(
+                "row_GM",
+                torch.tensor(
+                    [(each + fill)[:width] for each in rows], device=self._device
+                ),
+            )
 
     def _set(self, name: str, value: torch.Tensor) -> None:
         self.register_buffer(name, value, persistent=False)
@@ -68,7 +77,7 @@ class RowTable(nn.Module):
             -1 if target is None else target if local_ids is None else local_ids[target]
             for target in self.targets
         ]
-        expert_R = torch.tensor(experts, dtype=torch.int32)
+        expert_R = torch.tensor(experts, dtype=torch.int32, device=self._device)
         # A kernel may index with any id that it gets, weight 0 or not.
         self._set("expert_R", expert_R.clamp(min=0))
         self._set("share_R", (expert_R >= 0).to(torch.float32))
@@ -84,7 +93,9 @@ class RowTable(nn.Module):
         nowhere = len(load) - 1
         counted = [nowhere if target is None else target for target in self.targets]
         self._set("load", load)
-        self._set("counted_R", torch.tensor(counted, dtype=torch.int32))
+        self._set(
+            "counted_R", torch.tensor(counted, dtype=torch.int32, device=self._device)
+        )
         self.counting, self.count_routed = True, count_routed
 
     def count(self, rows_TK: torch.Tensor, chosen_TK: torch.Tensor) -> None:

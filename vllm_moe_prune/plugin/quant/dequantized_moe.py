@@ -25,8 +25,12 @@ class DequantizingLoader(PartsLoader):
         super().__init__(layer, form, **sizes)
         dtype: torch.dtype = layer.moe_config.in_dtype
         experts, hidden, width = self._experts, self.hidden, self.width
-        self.w13_E2FD = torch.empty(experts, 2 * width, hidden, dtype=dtype)
-        self.w2_EDF = torch.empty(experts, hidden, width, dtype=dtype)
+        self.w13_E2FD = torch.empty(
+            experts, 2 * width, hidden, dtype=dtype, device=torch.get_default_device()
+        )
+        self.w2_EDF = torch.empty(
+            experts, hidden, width, dtype=dtype, device=torch.get_default_device()
+        )
 
     def place(self, local: int, shard_id: str, parts: dict[str, Tensor]) -> None:
         """One matrix, whole."""

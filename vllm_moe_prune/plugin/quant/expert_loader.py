@@ -141,8 +141,12 @@ class ExpertLoader(ExpertLoaderBase):
             (self.hidden, self.width) if shard_id == "w2" else (self.width, self.hidden)
         )
         first = (0, start) if shard_id == "w2" else (start, 0)
-        rows = (first[0] + torch.arange(0, here[0], BLOCK)) // self._scaled.rows
-        cols = (first[1] + torch.arange(0, here[1], STEP)) // self._scaled.cols
+        rows = (
+            first[0] + torch.arange(0, here[0], BLOCK, device="cpu")
+        ) // self._scaled.rows
+        cols = (
+            first[1] + torch.arange(0, here[1], STEP, device="cpu")
+        ) // self._scaled.cols
         return scales.to(device="cpu", dtype=torch.float32)[rows][:, cols]
 
     def _encode(self, local: int, kind: str) -> None:

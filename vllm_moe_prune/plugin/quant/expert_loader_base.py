@@ -104,7 +104,10 @@ class ExpertMethodBase(FusedMoEMethodBase):
         layer.moe_prune_loader = loader
         for matrix in MATRICES:
             for part, dtype in parts.items():
-                empty = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+                empty = Parameter(
+                    torch.empty(0, dtype=dtype, device=torch.get_default_device()),
+                    requires_grad=False,
+                )
                 set_weight_attrs(empty, {"weight_loader": loader.load})
                 layer.register_parameter(f"{matrix}_{part}", empty)
 

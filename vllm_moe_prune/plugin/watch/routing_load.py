@@ -43,7 +43,9 @@ class CountingMoERunner(MoERunner):
         if is_on(vllm_config):
             check_supported(vllm_config.parallel_config)
             experts = self.moe_config.num_logical_experts
-            self.routing_load = torch.zeros(experts + 1, dtype=torch.int64)
+            self.routing_load = torch.zeros(
+                experts + 1, dtype=torch.int64, device=torch.get_default_device()
+            )
             self.router.set_capture_fn(self.count)
 
     def count(self, topk_ids: Tensor) -> None:
