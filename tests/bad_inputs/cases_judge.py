@@ -29,7 +29,7 @@ def with_task(content: str = TASK) -> Spoil:
 def another_family(folder: Path) -> None:
     """An output that says it is of another family."""
     shutil.copytree(folder / "ckpt", folder / "other")
-    in_json("other/config.json", lambda config: config.update(vocab_size=99))(folder)
+    in_json("other/config.json", lambda config: config.update(rms_norm_eps=0.5))(folder)
 
 
 CASES = [

@@ -96,32 +96,37 @@ def test_a_plan_that_was_edited_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
-    ("pattern", "refused"),
+    ("pattern", "becomes"),
     [
-        (r"re:.*layers\.0\..*gate$", True),
-        (r"re:.*layers.(0|1).mlp", True),
-        (r"re:.*layers\.\d*1\..*", True),
-        (r"re:.*layers.[0-9]+.block_sparse_moe.gate$", False),
-        (r"re:.*layers\.\d+\.block_sparse_moe\.experts\.0\.w1", False),
+        (r"re:.*layers\.2\..*gate$", [r"re:.*layers\.1\..*gate$"]),
+        (r"re:.*layers\.1\..*gate$", []),
+        (
+            r"re:.*layers.(0|2).self_attn.o",
+            [f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)],
+        ),
+        (
+            r"re:.*layers.[0-9]+.block_sparse_moe.gate$",
+            [r"re:.*layers.[0-9]+.block_sparse_moe.gate$"],
+        ),
+        (
+            r"re:.*layers\.\d+\.block_sparse_moe\.experts\.0\.w1",
+            [r"re:.*layers\.\d+\.block_sparse_moe\.experts\.0\.w1"],
+        ),
     ],
 )
 def test_dropped_blocks_and_patterns_that_name_layers(
-    pattern: str, refused: bool, tmp_path: Path
+    pattern: str, becomes: list[str], tmp_path: Path
 ) -> None:
     quantized(tiny(tmp_path / "model"), tmp_path / "q", {}, INT4)
     path = tmp_path / "q" / "config.json"
     config = read_json(path)
-    config["quantization_config"]["ignore"].append(pattern)
+    before = config["quantization_config"]["ignore"]
+    config["quantization_config"]["ignore"] = [pattern, *before]
     path.write_text(json.dumps(config))
     again, out = open_checkpoint(tmp_path / "q"), tmp_path / "out"
-    if refused:
-        with pytest.raises(PlanError, match="names layers by number"):
-            quantized(again, out, {1: DROP_BLOCK}, {})
-        assert not list(tmp_path.glob("out*"))
-    else:
-        quantized(again, out, {1: DROP_BLOCK}, {})
-        written = read_json(out / "config.json")["quantization_config"]["ignore"]
-        assert pattern in written
+    quantized(again, out, {1: DROP_BLOCK}, {})
+    written = read_json(out / "config.json")["quantization_config"]["ignore"]
+    assert written == [*becomes, *(one for one in before if one not in becomes)]
 
 
 def test_a_scheme_by_name_survives_dropped_blocks(tmp_path: Path) -> None:

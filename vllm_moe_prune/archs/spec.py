@@ -7,7 +7,7 @@ tensors whose name carries ``{expert}``) and never looks at a family's name.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["router", "router_bias", "gate", "up", "down", "gate_up"]
@@ -17,12 +17,24 @@ Scores = Literal["softmax", "sigmoid"]
 
 ATTENTION = "self_attn."
 """What names of attention start with below a layer; every family calls it so."""
-LLAMA_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-LATENT_ATTENTION = (
-    *("q_proj", "q_a_proj", "q_b_proj"),
-    *("kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
-)
-"""MLA's; queries go through ``q_proj``, or through the two others."""
+LLAMA_ATTENTION: Mapping[str, str] = {
+    "q_proj": "Q D",
+    "k_proj": "K D",
+    "v_proj": "K D",
+    "o_proj": "D Q",
+}
+"""Matrices of attention and their axes: D hidden, Q and K head size times heads."""
+LATENT_ATTENTION: Mapping[str, str] = {
+    "q_proj": "Q D",
+    "q_a_proj": "A D",
+    "q_b_proj": "Q A",
+    "kv_a_proj_with_mqa": "LR D",
+    "kv_b_proj": "NV L",
+    "o_proj": "D V",
+}
+"""MLA's; queries go through ``q_proj``, or through the two others. A and L are the
+ranks of queries and of keys with values, R is what a head has for positions; of all
+heads together Q are queries, V values, NV values and keys that know no position."""
 MOE_NORM = "post_attention_layernorm"
 """The norm before the MoE sublayer; every family calls it so."""
 
@@ -309,7 +321,7 @@ class MoeArch:
     dense_width: str = "intermediate_size"
     """The config key of the width of ``dense_mlp``."""
     residual: Residual | None = None
-    attention: tuple[str, ...] = LLAMA_ATTENTION
+    attention: Mapping[str, str] = field(default_factory=lambda: LLAMA_ATTENTION)
     """The matrices below ``ATTENTION``, which recovery can train."""
     mtp: MtpNames = MtpNames()
     per_layer_lists: tuple[str, ...] = ("layer_types",)

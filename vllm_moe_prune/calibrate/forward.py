@@ -19,10 +19,10 @@ import torch
 from torch.nn import functional
 
 from ..archs.spec import MOE_NORM, TensorRule
+from ..checkpoint.dense_parts import DensePart, dense_parts
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import DTYPES, Expert, read_weight
 from ..errors import CalibrationError
-from .dense import DensePart, dense_parts
 from .expert_forward import (
     Activation,
     Read,
@@ -33,7 +33,7 @@ from .expert_forward import (
     route,
     run_experts,
 )
-from .members import check_layer, info_of
+from .members import check_layers, info_of
 from .memory import keep_few_kernels
 from .router import router_of
 from .stock import (
@@ -42,6 +42,7 @@ from .stock import (
     stock_config,
     stock_layer,
     stock_norm,
+    stock_rotary,
     watch_linears,
 )
 
@@ -96,14 +97,14 @@ class StreamingModel:
         self.device = torch.device(device)
         arch = checkpoint.arch
         self.act = activation(checkpoint)
-        self.config, self.rotary = stock_config(checkpoint)
-        self.rotary.to(self.device)
+        self.config = stock_config(checkpoint)
         self.dtype = DTYPES[info_of(checkpoint, arch.embedding).dtype]
         self.layers_run = 0
         self._observer: Observer | None = None
         self._replaced: dict[str, torch.Tensor] = {}
-        for layer in checkpoint.layers:
-            check_layer(checkpoint, self.config, layer.index)
+        check_layers(checkpoint, self.config)
+        # Only now: sizes in config.json are those of tensors that are there.
+        self.rotary = stock_rotary(checkpoint, self.config).to(self.device)
         info_of(checkpoint, arch.final_norm)
         info_of(checkpoint, self.head_name)
 

@@ -1,17 +1,17 @@
 """Is everything there that the forward needs? Asked of names and shapes alone."""
 
-import logging
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from ..archs.spec import MOE_NORM
 from ..checkpoint.block_fp8 import SUFFIX
+from ..checkpoint.claims import warn_once
+from ..checkpoint.dense_parts import DensePart, dense_parts
 from ..checkpoint.index import TensorInfo
 from ..checkpoint.open import Checkpoint
 from ..errors import CheckpointError
-from .dense import DensePart, dense_parts
 from .stock import stock_layer
-
-log = logging.getLogger(__name__)
 
 # Saved by early transformers versions; recomputed from the config since.
 IGNORED = ("rotary_emb.inv_freq",)
@@ -32,12 +32,20 @@ def info_of(checkpoint: Checkpoint, name: str) -> TensorInfo:
     return info
 
 
-def check_layer(checkpoint: Checkpoint, config: Any, index: int) -> None:
-    """Compare a layer's tensors outside the MoE sublayer with the stock class.
+def check_layers(checkpoint: Checkpoint, config: Any) -> None:
+    """Compare tensors outside the MoE sublayers with the stock class.
 
     Raises:
         CheckpointError: Naming the first that is missing or misshapen.
     """
+    unused: list[str] = []
+    for layer in checkpoint.layers:
+        unused += _check_layer(checkpoint, config, layer.index)
+    _warn_of_unused(checkpoint, unused)
+
+
+def _check_layer(checkpoint: Checkpoint, config: Any, index: int) -> list[str]:
+    """Check one layer; the names below it that the forward does not use."""
     arch = checkpoint.arch
     prefix = arch.layer_prefix.format(layer=index)
     expected = stock_layer(arch, config, index).state_dict()
@@ -52,6 +60,10 @@ def check_layer(checkpoint: Checkpoint, config: Any, index: int) -> None:
         names = arch.mtp
         for inner in (names.embedding_norm, names.hidden_norm, names.proj):
             info_of(checkpoint, f"{prefix}{inner}.weight")
+    extras = checkpoint.extras(layer) if layer.has_moe else []
+    unused = [
+        extra.name(expert) for extra in extras for expert in range(layer.num_experts)
+    ]
     for name in checkpoint.layer_names(index):
         inner = name.removeprefix(prefix)
         known = inner in expected or arch.is_moe_member(name, index)
@@ -61,7 +73,21 @@ def check_layer(checkpoint: Checkpoint, config: Any, index: int) -> None:
         )
         beside |= layer.mtp and inner in arch.mtp.all
         if not known and not beside and not inner.endswith((*IGNORED, SUFFIX)):
-            log.warning("%s: %s is not used by the forward", index, name)
+            unused.append(inner)
+    return unused
+
+
+def _warn_of_unused(checkpoint: Checkpoint, names: Sequence[str]) -> None:
+    """Say once which kinds of tensors the forward does without."""
+    kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
+    if not kinds:
+        return
+    more = f" and {len(kinds) - 3} other kinds" if len(kinds) > 3 else ""
+    warn_once(
+        f"{checkpoint.folder}: {len(names)} tensors are not used by the forward, as "
+        f"transformers does not use them: {', '.join(kinds[:3])}{more}. A cut copies "
+        "them."
+    )
 
 
 def _check_mlp(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..archs.spec import MOE_NORM, MoeArch
+from ..archs.spec import LATENT_ATTENTION, MOE_NORM, MoeArch
 from ..checkpoint.open import MTP_OVERRIDES, OVERRIDES, Checkpoint
 from ..checkpoint.remap import CONFIG_BLOCK
 from ..errors import CheckpointError
@@ -39,23 +39,46 @@ def find_class(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def stock_config(checkpoint: Checkpoint) -> tuple[Any, torch.nn.Module]:
-    """The family's transformers config, every layer alike, and its rotary embedding.
+def stock_config(checkpoint: Checkpoint) -> Any:
+    """The family's transformers config, every layer alike.
 
     Raises:
         CheckpointError: Nothing can be built from config.json.
     """
     arch = checkpoint.arch
     values = {key: value for key, value in checkpoint.config.items() if key not in OURS}
+    if arch.attention is not LATENT_ATTENTION and values.get("head_dim") is None:
+        # Some rotary embeddings of transformers take a null for a number.
+        heads = values.get("num_attention_heads")
+        if isinstance(heads, int) and heads > 0:
+            values["head_dim"] = values[arch.config.hidden] // heads
     with _refusing(checkpoint, "a model"):
         config = find_class(arch.hf_config).from_dict(values)
         config._attn_implementation = "sdpa"
-    rope = ", ".join(f"{key} {values[key]!r}" for key in ROPE if key in values)
-    with _refusing(checkpoint, f"a rotary embedding with {rope or 'no rope keys'}"):
-        rotary: torch.nn.Module = find_class(arch.hf_rotary)(config)
     with _refusing(checkpoint, "a decoder layer"):
         stock_layer(arch, config, 0)
-    return config, rotary
+    return config
+
+
+def stock_rotary(checkpoint: Checkpoint, config: Any) -> torch.nn.Module:
+    """The rotary embedding of a config whose sizes have been compared with the tensors.
+
+    Raises:
+        CheckpointError: Nothing can be built from config.json.
+    """
+    found = checkpoint.config
+    said = ", ".join(f"{key} {found[key]!r}" for key in ROPE if key in found)
+    with _refusing(checkpoint, f"a rotary embedding with {said or 'no rope keys'}"):
+        _check_share(config)
+        rotary: torch.nn.Module = find_class(checkpoint.arch.hf_rotary)(config)
+    return rotary
+
+
+def _check_share(config: Any) -> None:
+    """Refuse to rotate more of a head than there is: it would be allocated."""
+    share = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+    if not 0 < share <= 1:
+        raise ValueError(f"partial_rotary_factor is {share}, not a part of a head")
 
 
 @contextmanager

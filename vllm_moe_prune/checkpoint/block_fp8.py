@@ -17,6 +17,8 @@ from .index import TensorInfo
 
 SUFFIX = "_scale_inv"
 DTYPE = "F8_E4M3"
+FORMATS = (None, "e4m3", "e4m3fn", "float8_e4m3fn")
+"""What config.json calls the values; no library reads it, so each tool has its own."""
 SCALE_DTYPES = ("F32", "BF16")
 
 
@@ -54,7 +56,7 @@ def read_blocks(config: Mapping[str, Any], where: Path) -> ScaleBlocks | None:
         return None
     said = found if isinstance(found, dict) else {"quant_method": found}
     sizes = said.get("weight_block_size")
-    block = said.get("quant_method") == "fp8" and said.get("fmt", "e4m3") == "e4m3"
+    block = said.get("quant_method") == "fp8" and said.get("fmt") in FORMATS
     if not block or not (isinstance(sizes, list) and len(sizes) == 2):
         raise CheckpointError(
             f"{where}: the checkpoint is quantized ({said.get('quant_method')}); only "

@@ -5,8 +5,9 @@ The family's table lists the matrices of an expert. Whatever else stands below a
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from ..archs.spec import Layout, MoeArch
@@ -99,3 +100,24 @@ def expert_tensors(
             extras = found.extras.setdefault(layer, {})
             extras.setdefault(extra, set()).add(int(one["expert"]))
     return found
+
+
+def find_layout(
+    arch: MoeArch, tensors: Collection[str], count: int, folder: Path
+) -> Layout:
+    """How a checkpoint spells its router and experts.
+
+    Raises:
+        CheckpointError: In no way that the family knows.
+    """
+    for layout in arch.layouts:
+        for index in range(count):
+            names = [layout.router.name(index)]
+            names += [rule.name(index, 0) for rule in layout.experts]
+            if all(name in tensors for name in names):
+                return layout
+    tried = ", ".join(layout.name for layout in arch.layouts)
+    raise CheckpointError(
+        f"{folder}: no router and experts found under the names of a "
+        f"{arch.model_type} checkpoint (tried {tried})."
+    )

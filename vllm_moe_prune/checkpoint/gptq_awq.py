@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
 from ..errors import CheckpointError
 from ..kernels.quantized import PLAIN
@@ -36,17 +43,41 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight outputs the four bits at each place of an int32 belong to."""
 
 
+Lower = BeforeValidator(lambda value: str(value).lower())
+"""Other tools write ``GEMM`` where transformers writes ``gemm``, and read either."""
+
+
 class _Block(BaseModel):
     """What is read of the ``quantization_config`` of either tool."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
-    quant_method: Literal["gptq", "awq"]
-    bits: Literal[4]
-    group_size: Annotated[int, Field(ge=-1)]
-    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
-    version: Literal["gemm"] = "gemm"
+    bits: Annotated[Literal[4], Field(validation_alias=AliasChoices("bits", "w_bit"))]
+    group_size: Annotated[
+        int,
+        Field(ge=-1, validation_alias=AliasChoices("group_size", "q_group_size")),
+    ]
     modules_to_not_convert: list[str] | None = None
+
+
+class _Gptq(_Block):
+    checkpoint_format: Annotated[
+        Literal["gptq", "gptq_v2"],
+        Lower,
+        Field(validation_alias=AliasChoices("checkpoint_format", "format")),
+    ] = "gptq"
+    dynamic: dict[str, Any] | None = None
+
+
+class _Awq(_Block):
+    version: Annotated[
+        Literal["gemm"],
+        Lower,
+        Field(validation_alias=AliasChoices("version", "format")),
+    ] = "gemm"
+
+
+BLOCKS: dict[Any, type[_Gptq] | type[_Awq]] = {"gptq": _Gptq, "awq": _Awq}
 
 
 @dataclass(frozen=True)
@@ -93,11 +124,11 @@ def read_auto_form(config: Mapping[str, Any], where: str) -> AutoForm | None:
         CheckpointError: It is one of these tools', but not supported.
     """
     block = config.get(CONFIG_KEY)
-    known = ("gptq", "awq")
-    if not isinstance(block, dict) or block.get("quant_method") not in known:
+    method = block.get("quant_method") if isinstance(block, dict) else None
+    if method not in ("gptq", "awq"):
         return None
     try:
-        found = _Block.model_validate(block)
+        found = BLOCKS[method].model_validate(block)
     except ValidationError as error:
         raise CheckpointError(
             f"{where}: {CONFIG_KEY}: {first_problem(error)}. Of GPTQ and AWQ, 4 bits "
@@ -106,8 +137,8 @@ def read_auto_form(config: Mapping[str, Any], where: str) -> AutoForm | None:
     if found.group_size == 0:
         raise CheckpointError(f"{where}: {CONFIG_KEY}: group_size is 0.")
     size = found.group_size if found.group_size > 0 else None
-    less = found.quant_method == "gptq" and found.checkpoint_format == "gptq"
-    return AutoForm(found.quant_method, size, less)
+    less = isinstance(found, _Gptq) and found.checkpoint_format == "gptq"
+    return AutoForm(method, size, less)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,18 +44,10 @@ MAX_HEADER_VALUES = 10 * MAX_TENSORS
 # A header is small beside its tensors, and may be this much larger than they are.
 HEADER_SLACK = MIB
 ITEM_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8},
+    **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1},
+    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1},
+    **{"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
 }
 
 

@@ -10,6 +10,7 @@ from .block_fp8 import DTYPE, ScaleBlocks
 from .config_values import FLOATS, positive
 from .expert_tensors import ExpertTensors
 from .index import TensorInfo
+from .quantized_tensors import PartedTensor
 from .remap import ExpertRemap, RemapLayer, check_against_shapes
 
 
@@ -154,6 +155,11 @@ class LayerReader:
                 raise CheckpointError(
                     f"{self.folder}: layer {index}: router {name!r} is missing."
                 )
+            if isinstance(info, PartedTensor):
+                raise CheckpointError(
+                    f"{info.file}: {info.name}: the router is quantized, so its rows "
+                    "cannot leave with their experts. Quantize again without it."
+                )
             found = info.shape[0] if info.shape else 0
             rows = found if rows is None else rows
             sizes = {"E": rows, "D": hidden}
@@ -211,7 +217,8 @@ class LayerReader:
             if info.dtype != (dtype := dtype or info.dtype):
                 raise CheckpointError(
                     f"{info.file}: {name} is {info.dtype}, the same matrix of expert 0 "
-                    f"is {dtype}."
+                    f"is {dtype}. Save the model again in one dtype: "
+                    "model.to(torch.bfloat16).save_pretrained(FOLDER)."
                 )
 
     def _groups(

@@ -13,6 +13,7 @@ through here.
 """  # noqa: E501
 
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -27,8 +28,10 @@ PATTERN = "re:"
 SIGNS = ("+:", "-:")
 """What keys of ``dynamic`` may begin with; without one they are ``+:``."""
 DYNAMIC, GROUPS = "dynamic", "config_groups"
-SECONDS = 2.0
-"""For one pattern and one name; patterns come from checkpoints."""
+SECONDS = 1.0
+"""What all patterns of a checkpoint may take together, but for their instants."""
+INSTANT = 0.001
+"""What no pattern that people write takes for one name."""
 
 Test = Callable[[str], bool]
 Change = Callable[[Sequence[str], str], list[str]]
@@ -58,45 +61,61 @@ UNNAMED = ("kv_cache_scheme",)
 """Keys below which nothing names a module."""
 
 
-def matcher(entry: str, way: Way, where: str) -> Test:
-    """Whether a name is meant by an entry, as the library that defines the key says.
+class Matcher:
+    """Matches entries with names as the library does that defines the list.
 
-    Raises:
-        CheckpointError: The entry is a pattern that cannot be used; also later, where
-            it takes too long.
+    Patterns come from checkpoints, so those that take their time are refused.
     """
-    if way is Way.PART:
-        return lambda name: entry in name
-    if way is Way.TARGET:
-        if not entry.startswith(PATTERN):
-            return lambda name: name == entry
-        return _starts(entry.removeprefix(PATTERN), entry, where)
-    if way is Way.RULE:
-        return _starts(entry[2:] if entry[:2] in SIGNS else entry, entry, where)
-    starts = _starts(entry, entry, where)
-    # Cheap, and false for most names: a plain entry's longest word is in all it meets.
-    word = max(entry.split("."), key=len) if regex.fullmatch(r"[\w.]*", entry) else ""
-    return lambda name: name.endswith(entry) or (word in name and starts(name))
 
+    def __init__(self, where: str) -> None:
+        """``where`` is named in errors."""
+        self._where = where
+        self._left = SECONDS
 
-def _starts(pattern: str, entry: str, where: str) -> Test:
-    try:
-        compiled = regex.compile(pattern)
-    except (regex.error, OverflowError, RecursionError) as error:
-        raise CheckpointError(
-            f"{where}: {CONFIG_KEY}: {entry[:100]!r} is not a pattern: {error}."
-        ) from error
+    def test(self, entry: str, way: Way) -> Test:
+        """Whether a name is meant by an entry.
 
-    def test(name: str) -> bool:
+        Raises:
+            CheckpointError: The entry is a pattern that cannot be used; also later,
+                where it takes too long.
+        """
+        if way is Way.PART:
+            return lambda name: entry in name
+        if way is Way.TARGET:
+            if not entry.startswith(PATTERN):
+                return lambda name: name == entry
+            return self._starts(entry.removeprefix(PATTERN), entry)
+        if way is Way.RULE:
+            return self._starts(entry[2:] if entry[:2] in SIGNS else entry, entry)
+        starts = self._starts(entry, entry)
+        # Cheap, and false for most names: all that a plain entry meets has its words.
+        plain = regex.fullmatch(r"[\w.]*", entry) is not None
+        word = max(entry.split("."), key=len) if plain else ""
+        return lambda name: name.endswith(entry) or (word in name and starts(name))
+
+    def _starts(self, pattern: str, entry: str) -> Test:
+        said = f"{self._where}: {CONFIG_KEY}: {entry[:100]!r}"
         try:
-            return compiled.match(name, timeout=SECONDS) is not None
-        except TimeoutError as error:
-            raise CheckpointError(
-                f"{where}: {CONFIG_KEY}: the pattern {entry[:100]!r} takes longer than "
-                f"{SECONDS:.0f} s with {name[:100]!r}. Write it more simply."
-            ) from error
+            compiled = regex.compile(pattern)
+        except (regex.error, OverflowError, RecursionError) as error:
+            raise CheckpointError(f"{said} is not a pattern: {error}.") from error
 
-    return test
+        def test(name: str) -> bool:
+            began = time.thread_time()
+            try:
+                found = compiled.match(name, timeout=SECONDS) is not None
+            except TimeoutError:
+                self._left, found = 0.0, False
+            took = time.thread_time() - began
+            self._left -= took if took > INSTANT else 0
+            if self._left <= 0:
+                raise CheckpointError(
+                    f"{said} takes too long to match with {name[:100]!r}. Write it "
+                    "more simply."
+                )
+            return found
+
+        return test
 
 
 def rewritten(block: Mapping[str, Any], change: Change, where: str) -> dict[str, Any]:
@@ -173,8 +192,9 @@ class Claims:
         """Read every list once.
 
         Raises:
-            CheckpointError: See ``matcher`` and ``rewritten``.
+            CheckpointError: See ``Matcher`` and ``rewritten``.
         """
+        matcher = Matcher(where)
         self._method = block.get("quant_method")
         self._entries: dict[str, list[str]] = {}
 
@@ -186,7 +206,7 @@ class Claims:
         rewritten(read, note, where)
         self._names = {key: set(entries) for key, entries in self._entries.items()}
         self._tests = {
-            key: [matcher(entry, KEYS[key], where) for entry in entries]
+            key: [matcher.test(entry, KEYS[key]) for entry in entries]
             for key, entries in self._entries.items()
         }
         lists = (self._entries.get(key, ()) for key in SKIPPED)

@@ -14,9 +14,10 @@ from ..archs.spec import Layout, MoeArch, RouterRule
 from ..errors import CheckpointError, RemapError
 from ..kernels.quantized import Form
 from .block_fp8 import SUFFIX, ScaleBlocks, check_scales, read_blocks
+from .claims import check_claims
 from .compressed import Storage, dense_view
 from .config_values import check_dense, check_pattern, positive, router_rule
-from .expert_tensors import ExpertTensors, Extra, expert_tensors
+from .expert_tensors import ExpertTensors, Extra, expert_tensors, find_layout
 from .gptq_awq import AutoForm, fold_auto, read_auto_form
 from .index import TensorInfo, fingerprint
 from .layer import Layer, LayerReader
@@ -218,7 +219,7 @@ def build_checkpoint(
     views += _layer_views(config, MTP_OVERRIDES, further, where)
     if blocks is not None:
         check_scales(tensors, blocks)
-    layout = _find_layout(arch, tensors, total, folder)
+    layout = find_layout(arch, tensors, total, folder)
     rule = router_rule(arch, config, where)
     scales = frozenset(
         name for name in tensors if _is_scale(name, tensors, blocks is not None)
@@ -252,7 +253,7 @@ def build_checkpoint(
             f"config.json {count}."
         )
     _check_beyond(arch, tensors, total, folder)
-    return Checkpoint(
+    found = Checkpoint(
         folder=folder,
         config=config,
         tensors=tensors,
@@ -268,6 +269,8 @@ def build_checkpoint(
         parts=parts,
         experts=experts,
     )
+    check_claims(found)
+    return found
 
 
 def _without_parts(
@@ -382,19 +385,3 @@ def _layer_views(
             )
         views[int(key)] = config | values
     return views
-
-
-def _find_layout(
-    arch: MoeArch, tensors: dict[str, TensorInfo], count: int, folder: Path
-) -> Layout:
-    for layout in arch.layouts:
-        for index in range(count):
-            names = [layout.router.name(index)]
-            names += [rule.name(index, 0) for rule in layout.experts]
-            if all(name in tensors for name in names):
-                return layout
-    tried = ", ".join(layout.name for layout in arch.layouts)
-    raise CheckpointError(
-        f"{folder}: no router and experts found under the names of a "
-        f"{arch.model_type} checkpoint (tried {tried})."
-    )

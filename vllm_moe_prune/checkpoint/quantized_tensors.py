@@ -110,7 +110,7 @@ def _form_of(scheme: Any, stored: Any) -> Form | None:
     ):
         return None
     if (
-        weights.actorder not in (None, "weight")
+        weights.actorder not in (None, "weight", "static")
         or scheme.output_activations is not None
     ):
         return None
@@ -128,12 +128,13 @@ def _form_of(scheme: Any, stored: Any) -> Form | None:
     ordered = weights.actorder is not None
     form = Form(bits, size, not weights.symmetric, ordered)
     blocks = weights.block_structure in (None, [BLOCK, BLOCK])
-    # What the library makes of the form again must be what it was.
-    known = form.args.model_dump(exclude={"observer", "observer_kwargs", "zp_dtype"})
-    same = known == weights.model_dump(
-        exclude={"observer", "observer_kwargs", "zp_dtype"}
-    )
-    return form if size != 0 and blocks and same and stored == form.format else None
+    # What the library makes of the form again must be what it was, other spellings of
+    # the order aside.
+    aside = {"observer", "observer_kwargs", "zp_dtype", "actorder"}
+    same = form.args.model_dump(exclude=aside) == weights.model_dump(exclude=aside)
+    # The older name of either 8-bit format stores the same.
+    names = (form.format,) if bits == "int4" else (form.format, "naive-quantized")
+    return form if size != 0 and blocks and same and stored in names else None
 
 
 @dataclass(frozen=True, kw_only=True)

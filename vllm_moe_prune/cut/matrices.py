@@ -1,7 +1,7 @@
 """The matrices of a layer that can be slimmed besides its experts, by name and part."""
 
 from ..archs.spec import ATTENTION
-from ..calibrate.dense import dense_parts
+from ..checkpoint.dense_parts import dense_parts
 from ..checkpoint.open import Checkpoint, Layer
 from ..decide.cut_plan import CutPlan
 from ..decide.facts import Matrix, Slimming

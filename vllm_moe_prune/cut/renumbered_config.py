@@ -18,8 +18,8 @@ from ..checkpoint.module_names import (
     KEYS,
     PATTERN,
     SIGNS,
+    Matcher,
     Way,
-    matcher,
     rewritten,
 )
 from ..checkpoint.open import Checkpoint
@@ -123,6 +123,7 @@ class _Renaming:
     ) -> None:
         """``in_part``: whether vLLM looks for skipped modules in parts of names."""
         arch, self._where = checkpoint.arch, where
+        self._matcher = Matcher(where)
         second = Way.PART if in_part else Way.TARGET
         self._readings = {way: (way,) for way in Way} | {Way.SKIP: (Way.SKIP, second)}
         pairs = module_pairs(checkpoint, plan)
@@ -213,7 +214,7 @@ class _Renaming:
     def _met(
         self, entries: Sequence[str], names: Sequence[str], way: Way
     ) -> list[bool]:
-        tests = [matcher(entry, way, self._where) for entry in entries]
+        tests = [self._matcher.test(entry, way) for entry in entries]
         return [any(test(name) for test in tests) for name in names]
 
     def _in_vllm(

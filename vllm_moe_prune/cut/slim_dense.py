@@ -7,8 +7,8 @@ Axes: N tokens, n some of them, D the inputs of a matrix, R its rows.
 
 import torch
 
-from ..calibrate.dense import DensePart
 from ..calibrate.forward import StreamingModel
+from ..checkpoint.dense_parts import DensePart
 from ..checkpoint.reader import Expert, read_weight
 from ..checkpoint.writer import ShardWriter
 from ..slim.magnitude import magnitude

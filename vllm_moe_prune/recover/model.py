@@ -17,7 +17,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..archs.spec import MOE_NORM
-from ..calibrate.dense import DensePart, dense_parts
 from ..calibrate.expert_forward import (
     Activation,
     Router,
@@ -28,6 +27,7 @@ from ..calibrate.expert_forward import (
 from ..calibrate.forward import StreamingModel
 from ..calibrate.router import router_of
 from ..calibrate.stock import causal_mask
+from ..checkpoint.dense_parts import DensePart, dense_parts
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import Expert, read_expert
 

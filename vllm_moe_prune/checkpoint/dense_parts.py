@@ -1,9 +1,12 @@
 """The MLPs of a layer that are no routed experts, as the family's table names them."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..archs.spec import MOE_NORM, GatedMlp
-from ..checkpoint.open import Checkpoint, Layer
+
+if TYPE_CHECKING:
+    from .open import Checkpoint, Layer
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class DensePart:
     leaves with them."""
 
 
-def dense_parts(checkpoint: Checkpoint, layer: Layer) -> list[DensePart]:
+def dense_parts(checkpoint: "Checkpoint", layer: "Layer") -> list[DensePart]:
     """The MLPs of a layer beside its experts, in the order they are added."""
     arch, config = checkpoint.arch, checkpoint.config
     parts = []
