@@ -64,6 +64,14 @@ SYMBOLS = (
         "BaseModelLoader.load_model",
         ("vllm_config", "model_config", "prefix"),
     ),
+    # The tokenizer.
+    Symbol(
+        "vllm.tokenizers.hf",
+        "CachedHfTokenizer.from_pretrained",
+        ("path_or_repo_id", "trust_remote_code"),
+    ),
+    Symbol("vllm.tokenizers.hf", "CachedHfTokenizer"),
+    Symbol("vllm.tokenizers.hf", "get_cached_tokenizer", ("tokenizer",)),
     # Configuration.
     Symbol(_CONFIG, "ModelConfig"),
     Symbol(f"{_CONFIG}.model", "ModelConfig.get_model_arch_config", ()),

@@ -111,6 +111,11 @@ def needs_code(folder: Path, *, trust_code: bool) -> bool:
     return needed
 
 
+def names_code(folder: Path) -> bool:
+    """Whether there is a tokenizer whose settings name code beside it."""
+    return (folder / SETTINGS).exists() and _code(folder) is not None
+
+
 def find_kind(folder: Path) -> TokenizerKind:
     """What says how text is split.
 
@@ -125,7 +130,7 @@ def find_kind(folder: Path) -> TokenizerKind:
 
         if is_sentencepiece(_read(model)):
             return TokenizerKind.SENTENCEPIECE
-    if (folder / SETTINGS).exists() and _code(folder) is not None:
+    if names_code(folder):
         return TokenizerKind.CODE
     ranks = [model, folder / "tiktoken.model", *sorted(folder.glob("*.tiktoken"))]
     if found := [path for path in ranks if path.exists()]:
@@ -312,7 +317,12 @@ def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
     if not path.exists():
         return {}
-    return read_json(path, FILE, MAX_VALUES)
+    try:
+        return read_json(path, FILE, MAX_VALUES)
+    except CalibrationError as error:
+        raise CalibrationError(
+            f"{path.parent}: its tokenizer cannot be loaded: {error}"
+        ) from error
 
 
 def _read(path: Path) -> bytes:

@@ -7,7 +7,8 @@ that, and the model classes are named by string so that vLLM imports them when n
     compat.py   supported vLLM versions, vLLM's quirks
     launch.py   the ``vllm serve`` command line of ``vllm-moe-prune serve``
     models/     one file per family: vLLM's classes with other constructors
-    load/       what each layer holds, checks against the remap table, pruning on load
+    load/       what each layer holds, checks against the remap table, pruning on load,
+                the tokenizer that the files say
     quant/      experts stored without zeros or in few bits: loading them, running them
     watch/      routing load, and routes in vLLM's server (``vllm.endpoint_plugins``)
 """
@@ -48,6 +49,7 @@ def register() -> None:
     when_imported("vllm.model_executor.layers.rotary_embedding", mend_cpu_rotary)
     when_imported("vllm.model_executor.model_loader", _register_loader)
     when_imported(f"{FUSED_MOE}.routed_experts", _check_stock_classes)
+    when_imported("vllm.tokenizers.hf", _tokenize_by_files)
 
     for model_type in supported():
         arch = find_arch(model_type, __name__)
@@ -78,6 +80,12 @@ def _check_stock_classes() -> None:
         )
         return
     from .load import stock_experts  # noqa: F401
+
+
+def _tokenize_by_files() -> None:
+    from .load.tokenizer import go_by_files
+
+    go_by_files()
 
 
 def _experts_without_zeros() -> type[Any]:
