@@ -12,6 +12,7 @@ from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -316,25 +317,31 @@ def project(folder: Path = ROOT) -> dict[str, Any]:
     return found
 
 
-def test_versions_are_written_once() -> None:
-    ours = project()["version"]
-    assert project(GATEWAY.parent)["version"] == ours
+@pytest.mark.parametrize(
+    ("name", "folder", "package"),
+    [
+        ("vllm-moe-prune", ROOT, vllm_moe_prune),
+        ("moe-prune-gateway", GATEWAY.parent, moe_prune_gateway),
+    ],
+)
+def test_versions_are_written_once(
+    name: str, folder: Path, package: ModuleType
+) -> None:
+    ours = project(folder)["version"]
     literal = re.compile(rf"(?<![\w.]){re.escape(ours)}(?![\w.])")
-    places = [
-        name_of(path)
-        for path in [
-            *modules(),
-            *modules(GATEWAY),
-            *ROOT.glob("*.toml"),
-            *GATEWAY.parent.glob("*.toml"),
-            *(path for path in (ROOT / "docker").glob("*") if path.is_file()),
-            ROOT / "Makefile",
-        ]
-        for _ in literal.findall(path.read_text("utf-8"))
+    files = [
+        *modules(),
+        *modules(GATEWAY),
+        *ROOT.glob("*.toml"),
+        *GATEWAY.parent.glob("*.toml"),
+        *(path for path in (ROOT / "docker").glob("*") if path.is_file()),
+        ROOT / "Makefile",
     ]
-    assert places == ["pyproject.toml", "serve/pyproject.toml"]
-    assert vllm_moe_prune.__version__ == version("vllm-moe-prune") == ours
-    assert moe_prune_gateway.__version__ == ours
+    places = [path for path in files for _ in literal.findall(path.read_text("utf-8"))]
+    both = {ROOT / "pyproject.toml", GATEWAY.parent / "pyproject.toml"}
+    assert places.count(folder / "pyproject.toml") == 1
+    assert set(places) <= both
+    assert package.__version__ == version(name) == ours
 
 
 def test_entry_points_lead_somewhere() -> None:
