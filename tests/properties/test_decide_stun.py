@@ -16,7 +16,7 @@ from vllm_moe_prune.decide.clusters import Merge, cut_at, merge_sequence
 from vllm_moe_prune.decide.experts import decide_experts
 from vllm_moe_prune.decide.representative import nearest_to_mean
 from vllm_moe_prune.decide.similarity import Array, expert_distance
-from vllm_moe_prune.decide.sparsity import combined, least_sparsity, remaining, zeros_at
+from vllm_moe_prune.decide.sparsity import least_sparsity, zeros_at
 from vllm_moe_prune.recipes.schema import ExpertStage, Recipe
 
 Clusters = tuple[tuple[int, ...], ...]
@@ -215,12 +215,6 @@ def test_least_sparsity_is_the_first_step_that_suffices(
     found = least_sparsity(zeros, groups)
     assert found == float(enough[0])
     assert zeros_at(found, groups) == exact(enough[0])
-
-
-@given(st.floats(0.0, 0.99), st.floats(0.0, 0.99))
-def test_total_sparsity_works_both_ways(removed: float, zeroed: float) -> None:
-    total = combined(removed, zeroed)
-    assert math.isclose(remaining(total, removed), zeroed, abs_tol=1e-12)
 
 
 @given(

@@ -3,9 +3,7 @@
 import pytest
 
 from vllm_moe_prune.decide.sparsity import (
-    combined,
     least_sparsity,
-    remaining,
     zeros_at,
     zeros_needed,
 )
@@ -13,10 +11,10 @@ from vllm_moe_prune.errors import RecipeError
 
 
 def test_numbers_of_the_arctic_example() -> None:
-    """Spec 1.6: s1 = 0.199; S = 40 % needs s2 = 0.251, S = 65 % needs 0.563."""
-    assert remaining(0.40, 0.199) == pytest.approx(0.251, abs=5e-4)
-    assert remaining(0.65, 0.199) == pytest.approx(0.563, abs=5e-4)
-    assert combined(0.199, remaining(0.4, 0.199)) == pytest.approx(0.4)
+    """STUN, section 5: 19.9 % of the experts gone; 40 % and 65 % in total."""
+    for total, rest in ((0.40, 0.251), (0.65, 0.563)):
+        zeros = zeros_needed(total, parameters=100_000, removed=19_900)
+        assert zeros / (100_000 - 19_900) == pytest.approx(rest, abs=5e-4)
 
 
 def test_zeros_make_up_what_the_removal_left() -> None:

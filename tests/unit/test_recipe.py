@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from vllm_moe_prune.decide.required_stats import needed_statistics
 from vllm_moe_prune.errors import RecipeError
 from vllm_moe_prune.recipes.loading import (
     FLAGS,
@@ -93,7 +94,10 @@ def test_a_recipe_knows_what_it_needs(
     data: dict[str, Any], coactivation: bool, activations: bool
 ) -> None:
     found = recipe(**data)
-    assert found.needs_coactivation is coactivation
+    asked = found.model_copy(
+        update={"experts": found.experts.model_copy(update={"drop": 0.5})}
+    )
+    assert ("coactivation_EE" in needed_statistics(asked)) is coactivation
     assert found.needs_activations is activations
 
 

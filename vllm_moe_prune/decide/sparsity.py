@@ -12,16 +12,6 @@ from ..errors import RecipeError
 from ..slim.quota import zeros_in_group
 
 
-def combined(removed: float, zeroed: float) -> float:
-    """Total sparsity S of removing a share s1, then zeroing a share s2 of the rest."""
-    return 1.0 - (1.0 - removed) * (1.0 - zeroed)
-
-
-def remaining(total: float, removed: float) -> float:
-    """The share s2 to zero of what a removal s1 left, for a total sparsity S."""
-    return (total - removed) / (1.0 - removed)
-
-
 def zeros_needed(
     total: float, *, parameters: int, removed: int, rounding: int = 0
 ) -> int:

@@ -367,13 +367,6 @@ class Recipe(Strict):
         return stage.method != "none" and bool(asked)
 
     @property
-    def needs_coactivation(self) -> bool:
-        """Whether stage 1 needs a forward pass (co-activation has a weight)."""
-        return (
-            self.experts.clusters_by_behavior and self.experts.coactivation_weight > 0
-        )
-
-    @property
     def needs_activations(self) -> bool:
         """Whether the cut needs calibration activations."""
         by_data = self.slim.method in NEEDS_ACTIVATIONS
