@@ -37,6 +37,7 @@ from vllm import _custom_ops as ops
 
 from vllm_moe_prune.kernels import cpu_encode, cpu_library
 from vllm_moe_prune.kernels.blocks import Blocks, join
+from vllm_moe_prune.plugin.compat import has_amx
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def arguments(
 
 def prepare(options: argparse.Namespace) -> tuple[dict[str, Shape], bool]:
     """The layers that were asked for, and whether AMX is used; threads are set."""
-    amx = torch.cpu._is_amx_tile_supported() and not options.no_amx
+    amx = has_amx() and not options.no_amx
     if amx:
         torch.cpu._init_amx()
     else:

@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -17,6 +19,15 @@ if hasattr(os, "sched_getaffinity"):
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     # Not a default: workers inherit what this set in the process that starts them.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cores[worker % len(cores)])
+
+# As on a processor without AMX, here and in all child processes.
+if os.environ.get("WITHOUT_AMX") == "1":
+    hiding = str(Path(__file__).with_name("without_amx"))
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if hiding not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [hiding, *paths]))
+    assert "torch" not in sys.modules
+    importlib.import_module("without_amx.sitecustomize")
 
 # Examples are the same on every run, and a busy machine is not a failure.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -47,6 +47,12 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+def python_path(*first: Path) -> str:
+    """For child processes: some folders, this project, and what was there before."""
+    before = filter(None, [os.environ.get("PYTHONPATH")])
+    return os.pathsep.join([*map(str, first), str(ROOT), *before])
+
+
 def served(model: Path | str, loads: Loads | None = None, **options: Any) -> Tensor:
     """Log-probabilities [T, V] from a vLLM engine, which is gone afterwards.
 
@@ -113,7 +119,7 @@ def served_by_stock(
     jobs = {name: str(model) for name, model in models.items()}
     out = folder / "stock.pt"
     environment = ENVIRONMENT | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_PLUGINS": "",
     }
@@ -157,7 +163,7 @@ def check_two_ranks(folder: Path, jobs: Mapping[str, Job]) -> None:
     everyone = {
         **os.environ,
         **ENVIRONMENT,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(),
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "WORLD_SIZE": "2",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine import ENVIRONMENT, ROOT
+from tests.engine import ENVIRONMENT, python_path
 from tests.reference import LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune.checkpoint.source import open_checkpoint
@@ -147,7 +147,7 @@ def test_zeros_are_left_out_one_layer_at_a_time(tmp_path: Path) -> None:
         [sys.executable, "-c", LOADING, str(zeros.folder)],
         env=os.environ
         | ENVIRONMENT
-        | {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        | {"PYTHONPATH": python_path(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
         capture_output=True,
         text=True,
         check=False,

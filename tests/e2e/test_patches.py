@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests import family_cases
-from tests.engine import ENVIRONMENT, ROOT, assert_same
+from tests.engine import ENVIRONMENT, assert_same, python_path
 from tests.family_cases import keep
 from tests.patched import PATCHES, overlay
 from tests.reference import DROP_MOE, LayerCut, Reference, read_json, write_plan
@@ -141,7 +141,7 @@ def test_patched_vllm_serves_uneven_layers_and_refuses_the_rest(
         env=os.environ
         | ENVIRONMENT
         | {
-            "PYTHONPATH": os.pathsep.join([str(patched), str(ROOT)]),
+            "PYTHONPATH": python_path(patched),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_PLUGINS": "none",
         },

@@ -7,6 +7,7 @@ V vocabulary, T tokens.
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ from vllm_moe_prune.calibrate.data import Tokens, sha256_of
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
+from vllm_moe_prune.errors import ServeError
 from vllm_moe_prune.kernels.quantized import Form
+from vllm_moe_prune.plugin.compat import has_amx
+from vllm_moe_prune.plugin.launch import serve_command
 from vllm_moe_prune.recipes.schema import QuantizeStage
 
 pytestmark = [
@@ -162,9 +166,6 @@ def test_experts_that_are_not_quantized_are_left_to_vllm(tmp_path: Path) -> None
     assert_same(served(folder), expected_TV)
 
 
-NEEDS_AMX = pytest.mark.skipif(
-    not torch.cpu._is_amx_tile_supported(), reason="vLLM's CPU kernels need AMX"
-)
 STOCK = {
     "int4": {"method": "gptq", "group_size": 64},
     "int8": {"method": "rtn", "weights": "int8"},
@@ -172,11 +173,11 @@ STOCK = {
 }
 
 
-@NEEDS_AMX
 @pytest.mark.parametrize("name", ["gptq-symmetric", "awq"])
-def test_the_layouts_of_other_tools_are_served_when_trimmed(
+def test_the_layouts_of_other_tools_are_served_when_trimmed_or_refused(
     name: str, tmp_path: Path
 ) -> None:
+    """By vLLM's kernels, which need AMX; elsewhere one line says so."""
     sizes = {"hidden": 128, "width": 128, "vocab": VOCAB, "tokenizer": False}
     stands_for = make_layout(tmp_path / "model", name, group=64, **sizes)
     dense = tiny_checkpoint(tmp_path / "dense", experts=6, **sizes)
@@ -186,14 +187,22 @@ def test_the_layouts_of_other_tools_are_served_when_trimmed(
     cuts: Cuts = {0: LayerCut(keep=(5, 0, 3)), 1: DROP_MOE}
     truth_TV = mixtral_says(dense, cuts)
     pruned = make_cut(tmp_path / "model", tmp_path / "pruned", cuts, {})
+    if not has_amx():
+        for refused in (partial(served, dtype="bfloat16"), serve_command):
+            with pytest.raises(ServeError, match=r"which on CPUs need AMX; [^\n]+\Z"):
+                refused(str(pruned))
+        return
+    assert serve_command(str(pruned))
     found_TV = served(pruned, dtype="bfloat16")
     # vLLM's kernels for 4 bits round inputs to 8; anything misread is far worse.
     assert (found_TV - truth_TV).abs().mean() < 0.15
     assert (truth_TV - mixtral_says(dense)).abs().mean() > 0.3
 
 
-@NEEDS_AMX
-def test_stock_vllm_serves_uniform_mixtral(tmp_path: Path) -> None:
+def test_uniform_mixtral_is_served_by_stock_vllm_or_with_the_plugin(
+    tmp_path: Path,
+) -> None:
+    """Stock vLLM's kernels need AMX; elsewhere the plugin has what it lacks."""
     uniform: Cuts = {at: LayerCut(keep=(6, 1, 4, 3)) for at in range(4)}
     sizes = {"hidden": 128, "width": 128, "dtype": "bfloat16", "vocab": VOCAB}
     original = tiny_checkpoint(tmp_path / "original", tokenizer=False, **sizes)
@@ -209,7 +218,10 @@ def test_stock_vllm_serves_uniform_mixtral(tmp_path: Path) -> None:
         for name, model in models.items()
     }
     both = models | {f"{name}-dense": dense for name, dense in denses.items()}
-    found = served_by_stock(tmp_path, both, dtype="bfloat16")
+    if has_amx():
+        found = served_by_stock(tmp_path, both, dtype="bfloat16")
+    else:
+        found = {name: served(each, dtype="bfloat16") for name, each in both.items()}
     for name, dense in denses.items():
         truth_TV = mixtral_says(dense)
         errors = [

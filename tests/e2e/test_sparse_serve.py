@@ -3,7 +3,6 @@
 V vocabulary, T tokens.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,7 @@ from tests.e2e.test_plugin_mixtral import (
     make_plan,
 )
 from tests.engine import VOCAB, Loads, assert_same, served
-from tests.family_cases import COMPRESSED, ENGINE, EQUAL, UNEVEN, halved
-from tests.family_cases import Case as FamilyCase
+from tests.family_cases import COMPRESSED, ENGINE
 from tests.family_cases import make_pruned as make_family
 from tests.reference import LayerCut
 from tests.tiny import tiny_checkpoint
@@ -40,21 +38,6 @@ HALF = Case(
     "block_sparse_moe.gate_up_down",
 )
 
-
-# vLLM's CPU kernels take blocks of 128 x 128, and routers of its own only.
-FP8 = FamilyCase(
-    "deepseek_v3",
-    {1: halved(EQUAL), 2: EQUAL},
-    config={
-        "fp8": (128, 128),
-        "dtype": "bfloat16",
-        "layers": 3,
-        "hidden": 256,
-        "width": 256,
-        "moe_intermediate_size": 128,
-        "q_lora_rank": 128,
-    },
-)
 # vLLM's DeepSeek has a loader of its own, and so has whoever packs experts.
 LOADED_DENSE = ("v2", "v3")
 
@@ -138,30 +121,6 @@ def test_bfloat16_is_as_far_from_the_truth_as_dense_is(
         for folder in (dense, packed)
     ]
     assert errors[1] <= 1.5 * errors[0]
-
-
-def test_fp8_is_as_far_from_the_truth_as_dense_is(tmp_path: Path) -> None:
-    """Experts of layer 1 stay compressed; those of layer 2 are dense, and vLLM's."""
-    zeros, truth_TV, _ = make_family(tmp_path, FP8)
-    out = tmp_path / "packed"
-    assert convert(open_checkpoint(zeros), out, "bitmask").dense_layers == (2,)
-    options = {"dtype": "bfloat16", **ENGINE[FP8.family]}
-    errors = [
-        (served(folder, **options) - truth_TV).abs().mean().item()
-        for folder in (zeros, out)
-    ]
-    assert errors[1] <= 1.5 * errors[0]
-    assert errors[0] < 0.1
-
-
-def test_dense_fp8_layers_are_served_where_vllm_has_no_kernel(tmp_path: Path) -> None:
-    """On CPUs those of vLLM's want routers of its own; groups of layer 2 are uneven."""
-    case = replace(FP8, cuts={1: halved(EQUAL), 2: UNEVEN})
-    zeros, truth_TV, _ = make_family(tmp_path, case)
-    out = tmp_path / "packed"
-    assert convert(open_checkpoint(zeros), out, "bitmask").dense_layers == (2,)
-    found_TV = served(out, dtype="bfloat16", **ENGINE[FP8.family])
-    assert (found_TV - truth_TV).abs().mean().item() < 0.1
 
 
 @pytest.mark.slow

@@ -8,7 +8,15 @@ from tests.e2e import test_plugin_mixtral as mixtral
 from tests.e2e import test_quantized_serve as quantized
 from tests.e2e import test_sparse_serve as sparse
 from tests.engine import Job, check_two_ranks
-from tests.family_cases import CASES, COMPRESSED, ENGINE, make_pruned
+from tests.family_cases import (
+    CASES,
+    COMPRESSED,
+    ENGINE,
+    EQUAL,
+    UNEVEN,
+    Case,
+    make_pruned,
+)
 from tests.quantized import write_untrimmed
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.convert import convert
@@ -40,32 +48,34 @@ def test_mixtral_dense_compressed_and_quantized(tmp_path: Path) -> None:
     check_two_ranks(tmp_path, jobs)
 
 
+# Parts of two ranks are whole blocks; 12 of 16 experts are left, in uneven groups.
+FP8 = Case(
+    "deepseek_v3",
+    {1: UNEVEN, 2: EQUAL},
+    config={
+        **{"fp8": (128, 128), "dtype": "bfloat16", "layers": 3, "heads": 4},
+        **{"hidden": 256, "width": 256, "moe_intermediate_size": 256},
+        **{"q_lora_rank": 128, "qk_nope_head_dim": 64, "v_head_dim": 64},
+    },
+)
+
+
 def test_every_other_family(tmp_path: Path) -> None:
-    """Every family by rows and columns and by experts, with at least two of them."""
-    latent = ["v2-everything", "v3-uneven-groups"]
-    tensors = ["arctic-one-after-the-other", "deepseek-normalized", *latent]
-    experts = ["arctic-everything", "deepseek-normalized", *latent]
-    made = {}
-    for name in {*tensors, *experts}:
-        (tmp_path / name).mkdir()
-        made[name] = make_pruned(tmp_path / name, CASES[name])
+    """By rows and columns and by experts; V2 and V3 are the same classes of ours."""
+    tensors = ("arctic-one-after-the-other", "deepseek-normalized", "v3-uneven-groups")
+    experts = ("arctic-everything", "deepseek-normalized", "v2-everything")
+    cases = {f"{name}-tensors": CASES[name] for name in tensors}
+    cases |= {f"{name}-experts": CASES[name] for name in experts}
+    cases["fp8-experts"] = FP8
+    # How blocks are split is the same for every family.
+    packed = {"arctic-tensors": COMPRESSED["arctic"], "v3-experts": COMPRESSED["v3"]}
     jobs = {}
-    for names, by_experts in ((tensors, False), (experts, True)):
-        for name in names:
-            options = {"enable_expert_parallel": by_experts}
-            options |= ENGINE[CASES[name].family]
-            how = "experts" if by_experts else "tensors"
-            jobs[f"{name}-{how}"] = Job(*made[name], options)
-    for name, case in COMPRESSED.items():
-        folder = tmp_path / f"compressed-{name}"
-        folder.mkdir()
-        zeros, *right = make_pruned(folder, case)
-        convert(open_checkpoint(zeros), folder / "packed", "bitmask")
-        # How blocks are split is the same for every family: time matters here.
-        for how in ("tensors", "experts") if name in {"arctic", "v3"} else ("experts",):
-            options = {
-                "enable_expert_parallel": how == "experts",
-                **ENGINE[case.family],
-            }
-            jobs[f"compressed-{name}-{how}"] = Job(folder / "packed", *right, options)
+    for name, case in (cases | packed).items():
+        (tmp_path / name).mkdir()
+        pruned, *right = make_pruned(tmp_path / name, case)
+        if name in packed:
+            convert(open_checkpoint(pruned), tmp_path / name / "packed", "bitmask")
+            pruned = tmp_path / name / "packed"
+        by_experts = {"enable_expert_parallel": name.endswith("experts")}
+        jobs[name] = Job(pruned, *right, by_experts | ENGINE[case.family])
     check_two_ranks(tmp_path, jobs)

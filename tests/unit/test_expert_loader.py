@@ -44,7 +44,9 @@ def a_layer(ranks: int, rank: int, local: dict[int, int]) -> SimpleNamespace:
     parallel = SimpleNamespace(tp_size=ranks, tp_rank=rank)
     return SimpleNamespace(
         layer_name="model.layers.0.mlp.experts",
-        moe_config=SimpleNamespace(moe_parallel_config=parallel),
+        moe_config=SimpleNamespace(
+            moe_parallel_config=parallel, in_dtype=torch.bfloat16
+        ),
         _map_global_expert_id_to_local_expert_id=lambda e: local.get(e, -1),
     )
 
@@ -277,7 +279,7 @@ def none(*arguments: Any) -> Any:
 def moe_config(**changes: Any) -> SimpleNamespace:
     swiglu = dict.fromkeys(("swiglu_limit", "swiglu_alpha", "swiglu_beta"))
     plain = {"activation": MoEActivation.SILU, "has_bias": False, **swiglu}
-    return SimpleNamespace(**(plain | changes))
+    return SimpleNamespace(**(plain | {"in_dtype": torch.bfloat16} | changes))
 
 
 def processed(weights: Weights, device: str = "cpu") -> Layer:

@@ -6,6 +6,7 @@ _FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 _LAYERS = "vllm.model_executor.layers"
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
 _COMPRESSED = f"{_QUANTIZATION}.compressed_tensors.compressed_tensors"
+_SCHEMES = f"{_QUANTIZATION}.compressed_tensors.schemes"
 
 SYMBOLS = (
     Symbol(_QUANTIZATION, "register_quantization_config", ("quantization",)),
@@ -25,7 +26,16 @@ SYMBOLS = (
         "QuantizationConfig.apply_vllm_mapper",
         ("hf_to_vllm_mapper",),
     ),
-    *members(f"{_QUANTIZATION}.fp8", "Fp8Config", "from_config", "get_quant_method"),
+    Symbol(f"{_QUANTIZATION}.fp8", "Fp8Config"),
+    *members(
+        f"{_QUANTIZATION}.fp8",
+        "Fp8Config",
+        "from_config",
+        "get_quant_method",
+        "get_supported_act_dtypes",
+        "weight_block_size",
+    ),
+    Symbol(f"{_QUANTIZATION}.fp8", "Fp8LinearMethod"),
     *members(f"{_QUANTIZATION}.fp8", "Fp8MoEMethod", "experts_cls"),
     *members(
         f"{_QUANTIZATION}.compressed_tensors.compressed_tensors_moe"
@@ -42,8 +52,41 @@ SYMBOLS = (
         ("layer", "prefix"),
     ),
     Symbol(f"{_LAYERS}.linear", "LinearBase"),
+    *members(f"{_LAYERS}.linear", "LinearBase", "params_dtype", "quant_method"),
+    Symbol(f"{_LAYERS}.linear", "LinearMethodBase"),
+    Symbol(
+        f"{_LAYERS}.linear",
+        "LinearMethodBase.create_weights",
+        (
+            "layer",
+            "input_size_per_partition",
+            "output_partition_sizes",
+            "input_size",
+            "output_size",
+            "params_dtype",
+        ),
+    ),
+    Symbol(f"{_LAYERS}.linear", "LinearMethodBase.apply", ("layer", "x", "bias")),
     Symbol(f"{_LAYERS}.linear", "UnquantizedLinearMethod"),
+    Symbol(
+        f"{_LAYERS}.linear",
+        "UnquantizedLinearMethod.process_weights_after_loading",
+        ("layer",),
+    ),
     Symbol(_COMPRESSED, "CompressedTensorsConfig"),
+    Symbol(_COMPRESSED, "CompressedTensorsLinearMethod"),
+    Symbol(_SCHEMES, "CompressedTensorsW8A8Fp8"),
+    Symbol(_SCHEMES, "CompressedTensorsW8A16Fp8"),
+    *members(
+        f"{_SCHEMES}.compressed_tensors_w8a8_fp8",
+        "CompressedTensorsW8A8Fp8",
+        "strategy",
+    ),
+    *members(
+        f"{_SCHEMES}.compressed_tensors_w8a16_fp8",
+        "CompressedTensorsW8A16Fp8",
+        "strategy",
+    ),
     Symbol(
         _COMPRESSED,
         "CompressedTensorsConfig.get_quant_method",

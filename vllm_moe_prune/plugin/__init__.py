@@ -41,6 +41,7 @@ def register() -> None:
 
     from vllm import ModelRegistry
     from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.platforms import current_platform
 
     from ..checkpoint.compressed import METHOD
     from ..checkpoint.quantized_tensors import METHOD as QUANTIZED
@@ -60,6 +61,8 @@ def register() -> None:
             ModelRegistry.register_model(name, f"{__name__}.models.{model_type}:{name}")
     register_quantization_config(METHOD)(quantization(_experts_without_zeros))
     register_quantization_config(QUANTIZED)(quantization(_quantized_experts))
+    if current_platform.is_cpu():
+        register_quantization_config("fp8")(quantization(_block_fp8))
 
 
 def _register_loader() -> None:
@@ -98,3 +101,9 @@ def _quantized_experts() -> type[Any]:
     from .quant.quantized_moe import FallbackConfig
 
     return FallbackConfig
+
+
+def _block_fp8() -> type[Any]:
+    from .quant.block_fp8 import FallbackFp8Config
+
+    return FallbackFp8Config

@@ -1,9 +1,11 @@
 """The vLLM we stand on: versions and quirks; the only file that compares versions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from ..checkpoint.compressed import METHOD
+from ..checkpoint.gptq_awq import read_auto_form
 from ..errors import ServeError
 
 OLDEST = "0.32"
@@ -31,6 +33,13 @@ def check_version() -> None:
         )
 
 
+def has_amx() -> bool:
+    """Whether this processor has AMX tiles, which many of vLLM's CPU kernels need."""
+    import torch
+
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 def allow_amx() -> None:
     """Ask the kernel for this process's AMX tiles, where the processor has them.
 
@@ -40,8 +49,33 @@ def allow_amx() -> None:
     import torch
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
+    if current_platform.is_cpu() and has_amx():
         torch.cpu._init_amx()
+
+
+def refuse_without_kernel(config: Mapping[str, Any], where: str) -> None:
+    """Refuse 4-bit experts in GPTQ's or AWQ's own layout where nothing runs them.
+
+    Args:
+        config: config.json.
+        where: What to call the checkpoint.
+
+    Raises:
+        ServeError: vLLM's kernels do not fit this CPU; there are none of ours.
+    """
+    form = read_auto_form(config, where)
+    if form is None:
+        return
+    from vllm.platforms import current_platform
+
+    zen = find_spec("zentorch") is not None  # with kernels of its own, for AMD's
+    if current_platform.is_cpu() and not has_amx() and not zen:
+        raise ServeError(
+            f"{where}: experts in {form.method.upper()}'s own layout are run by vLLM's "
+            "kernels, which on CPUs need AMX; this processor has none. Serve it on a "
+            "GPU or another CPU, or start from a checkpoint that is not quantized or "
+            "that compressed-tensors quantized."
+        )
 
 
 def allow_uneven_mla() -> None:
@@ -100,21 +134,38 @@ def mend_cpu_rotary() -> None:
             return forward(positions, query, key)
 
 
-def chosen_experts(choose: Callable[[], Any]) -> tuple[Any, str]:
+def is_16_bit(dtype: Any) -> bool:
+    """Whether vLLM's CPU kernels for quantized weights take activations of a dtype."""
+    return bool(dtype.is_floating_point and dtype.itemsize == 2)
+
+
+def chosen_experts(choose: Callable[[], Any], layer: Any) -> tuple[Any, str]:
     """vLLM's own method for routed experts; None, and why it has no kernel for them.
 
     Args:
         choose: Asks vLLM for it.
+        layer: Of vLLM's, for which it is asked.
     """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
     from vllm.platforms import current_platform
 
     try:
         method = choose()
     except (NotImplementedError, ValueError) as error:  # as most of its choosers say it
         return None, str(error)
+    if not current_platform.is_cpu():
+        return method, ""
     # Its chooser for FP8 on CPUs chooses nothing, without a word.
-    if current_platform.is_cpu() and getattr(method, "experts_cls", method) is None:
+    if getattr(method, "experts_cls", method) is None:
         return None, "it has no kernel for such scales"
+    if isinstance(method, UnquantizedFusedMoEMethod):
+        return method, ""
+    if layer.use_ep:
+        return None, "its kernels know all experts or none"
+    if not is_16_bit(layer.moe_config.in_dtype):
+        return None, "its kernels take 16-bit activations only"
     return method, ""
 
 

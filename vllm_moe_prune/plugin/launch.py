@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +16,7 @@ from ..checkpoint.source import may_be_checkpoint, open_checkpoint
 from ..checkpoint.tokenizer import TRUST, needs_code
 from ..decide.cut_plan import check_plan, load_plan
 from ..errors import ServeError
+from .compat import refuse_without_kernel
 from .load.verify_remap import check_beside_config, verify_folder
 from .watch.switch import EXTENSION, PLUGINS, SWITCH
 
@@ -81,7 +83,8 @@ def serve_command(
 
     Raises:
         MoePruneError: vLLM or the plugin is missing or disabled, the checkpoint or
-            its remap table is damaged, the plan does not fit, only code can tokenize.
+            its remap table is damaged, the plan does not fit, only code can tokenize,
+            nothing runs its experts here.
     """
     checkpoint = open_checkpoint(source, revision, allow_links=allow_links)
     if checkpoint.remap is not None:
@@ -91,6 +94,8 @@ def serve_command(
     if not _names_tokenizer(extra):
         needs_code(checkpoint.folder, trust_code=TRUST in extra)
     command = [find_vllm(), "serve", source]
+    if find_spec("vllm") is not None:  # else it is another environment's
+        refuse_without_kernel(checkpoint.config, source)
     if revision is not None:
         command += ["--revision", revision]
     if plan is not None:

@@ -10,7 +10,7 @@ from ...checkpoint.config_values import router_rule
 from ...checkpoint.remap import CONFIG_BLOCK, FILE_NAME, ExpertRemap, parse_remap
 from ...errors import ServeError
 from .. import LOAD_FORMAT
-from ..compat import wants_local_ids
+from ..compat import refuse_without_kernel, wants_local_ids
 from .served_layer import ServedLayer, served_layers
 from .verify_remap import local_folder, verify_folder
 
@@ -26,6 +26,7 @@ def read_layers(vllm_config: Any, arch: MoeArch) -> tuple[ServedLayer, ...]:
             something that a pruned model cannot do.
     """
     model_config = vllm_config.model_config
+    refuse_without_kernel(model_config.hf_config.to_dict(), model_config.model)
     remap = None
     # Only the loader may say so: a checkpoint must not vouch for its own table.
     if vllm_config.load_config.load_format == LOAD_FORMAT:

@@ -8,6 +8,7 @@ from vllm.distributed import get_ep_group
 from ..compat import wants_local_ids
 from ..load.served_layer import ServedLayer
 from ..quant.integer_moe import IntegerMethod
+from ..quant.sparse_moe import SparseMoEMethod
 from .routing import RowTable
 
 
@@ -45,9 +46,8 @@ def connect_rows(moe: Any, vllm_config: VllmConfig) -> None:
         # It knows which slots weigh nothing, and experts by their ids in the model.
         moe.rows.count_into(load)
     experts = moe.experts.routed_experts
-    own_kernel = isinstance(
-        experts.quant_method, IntegerMethod
-    )  # applies the map itself
+    # Kernels of our own apply the map themselves.
+    own_kernel = isinstance(experts.quant_method, IntegerMethod | SparseMoEMethod)
     if _has_local_ids(moe, vllm_config) and not own_kernel:
         moe.rows.localize(experts.expert_map.tolist())
 

@@ -1,10 +1,11 @@
-"""Who runs quantized experts on a CPU: vLLM, or this package.
+"""Who runs what compressed-tensors quantized on a CPU: vLLM, or this package.
 
 vLLM's fused kernels for quantized experts on CPUs need AMX, 16-bit activations and a
 router they know, know neither zero points nor int4 in groups of 32, and leave out no
 expert of another process. Where they do not fit, vLLM stops. Here int4 and int8 experts
 then stay as they are and run by our kernel (``integer_moe.py``); others are turned into
-the model's dtype while they load (``dequantized_moe.py``). On GPUs all is vLLM's.
+the model's dtype while they load (``dequantized_moe.py``), as are linear layers in FP8
+(``dequantized_linear.py``). On GPUs all is vLLM's.
 """
 
 import logging
@@ -13,11 +14,13 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-    UnquantizedFusedMoEMethod,
-)
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E501
     CompressedTensorsConfig,
+    CompressedTensorsLinearMethod,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsW8A8Fp8,
+    CompressedTensorsW8A16Fp8,
 )
 from vllm.platforms import current_platform
 
@@ -26,27 +29,31 @@ from ...checkpoint.quantized_tensors import read_form
 from ...errors import ServeError
 from ..compat import chosen_experts
 from . import integer_moe
+from .dequantized_linear import FallbackLinearMethod
 from .dequantized_moe import DequantizingMethod
 from .integer_moe import IntegerMethod
 
 log = logging.getLogger(__name__)
 
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-
 
 class FallbackConfig(CompressedTensorsConfig):
-    """vLLM's configuration of compressed-tensors that on CPUs serves all experts."""
+    """vLLM's configuration of compressed-tensors that on CPUs serves all layers."""
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """vLLM's choice; for experts on a CPU that it has no kernel for, ours."""
-        if not isinstance(layer, RoutedExperts) or not current_platform.is_cpu():
-            return super().get_quant_method(layer, prefix)
-        method, why = chosen_experts(partial(super().get_quant_method, layer, prefix))
+        """vLLM's choice; on a CPU, for what it has no kernel for, ours.
+
+        Raises:
+            ServeError: Nobody has one.
+        """
+        choose = partial(super().get_quant_method, layer, prefix)
+        if not current_platform.is_cpu():
+            return choose()
+        if not isinstance(layer, RoutedExperts):
+            method = choose()
+            return FallbackLinearMethod(method) if _is_fp8(layer, method) else method
+        method, why = chosen_experts(choose, layer)
         if method is not None:
-            refusal = _refusal(method, layer)
-            if refusal is None:
-                return method
-            why = refusal
+            return method
         form = read_form({CONFIG_KEY: self.config}, prefix)
         if form is None:
             raise ServeError(f"{prefix}: vLLM cannot serve it on this CPU: {why}")
@@ -66,12 +73,11 @@ class FallbackConfig(CompressedTensorsConfig):
         return DequantizingMethod(layer.moe_config, form)
 
 
-def _refusal(method: Any, layer: RoutedExperts) -> str | None:
-    """Why the method that vLLM chose on a CPU cannot run a layer; None: it can."""
-    if isinstance(method, UnquantizedFusedMoEMethod):  # the experts are ignored
-        return None
-    if layer.use_ep:
-        return "its kernels know all experts or none"
-    if layer.moe_config.in_dtype not in SIXTEEN_BITS:
-        return "its kernels take 16-bit activations only"
-    return None
+def _is_fp8(layer: torch.nn.Module, method: Any) -> bool:
+    """Whether a method is for weights in FP8 with a scale per block or row."""
+    schemes = (CompressedTensorsW8A8Fp8, CompressedTensorsW8A16Fp8)
+    return (
+        type(method) is CompressedTensorsLinearMethod
+        and isinstance(layer.scheme, schemes)
+        and layer.scheme.strategy in ("block", "channel")
+    )

@@ -107,9 +107,8 @@ class MoePruneConfig(QuantizationConfig):
             dense = extract_layer_index(prefix) in self.dense_layers
             # vLLM's CPU kernels ignore the expert map, ours never does.
             if dense and not _splits_experts_on_cpu(layer):
-                method, why = chosen_experts(
-                    partial(self._get_stock_method, layer, prefix)
-                )
+                choose = partial(self._get_stock_method, layer, prefix)
+                method, why = chosen_experts(choose, layer)
                 if method is not None:
                     return method
                 log.debug("%s: run by our kernel (vLLM: %s)", prefix, why)
@@ -192,7 +191,8 @@ class SparseMoEMethod(ExpertMethodBase):
         nbytes = sum(blocks.nbytes for blocks in found.values())
         few = nbytes >= loader.dense_bytes and self.scaled is None
         if few and not _splits_experts_on_cpu(layer):
-            method, why = chosen_experts(partial(UnquantizedFusedMoEMethod, self.moe))
+            choose = partial(UnquantizedFusedMoEMethod, self.moe)
+            method, why = chosen_experts(choose, layer)
             if method is None:
                 log.debug("%s: stays compressed (vLLM: %s)", layer.layer_name, why)
             else:
