@@ -67,6 +67,7 @@ def report(
     png: Annotated[
         Path | None, flag("Folder for PNG files as well; needs matplotlib.")
     ] = None,
+    allow_links: AllowLinks = False,
     as_json: Json = False,
 ) -> None:
     """Report on a pruned checkpoint: one self-contained HTML page, PNGs with --png.
@@ -85,7 +86,7 @@ def report(
     check_file(page, folder)
     if png is not None:
         check_folder(png, folder)
-    numbers = read_numbers(output, stats or ())
+    numbers = read_numbers(output, stats or (), allow_links=allow_links)
     pictures = write_figures(numbers, png) if png is not None else []
     write_page(numbers, page)
     show_report(numbers, page, pictures, as_json)

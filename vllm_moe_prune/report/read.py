@@ -94,20 +94,23 @@ class Numbers:
         return tuple(layer for layer in self.layers if layer.experts)
 
 
-def read_numbers(folder: Path, stats_files: Sequence[Path] = ()) -> Numbers:
+def read_numbers(
+    folder: Path, stats_files: Sequence[Path] = (), *, allow_links: bool = False
+) -> Numbers:
     """Read a finished output folder.
 
     Args:
         folder: What ``cut`` or ``run`` wrote.
         stats_files: Statistics of the source for what the output does not keep; of
             those that measured the same the first one counts.
+        allow_links: Follow links that lead out of the folder.
 
     Raises:
         CheckpointError: The folder is no checkpoint, or its provenance is damaged.
         RemapError: It was not written by this tool, or its remap table was changed.
         PlanError: The plan or a statistics file is damaged, or of another model.
     """
-    output = open_checkpoint(folder)
+    output = open_checkpoint(folder, allow_links=allow_links)
     if output.remap is None:
         raise RemapError(
             f"{folder}: config.json has no moe_prune block; this is not an output of "

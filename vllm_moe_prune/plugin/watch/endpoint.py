@@ -186,7 +186,7 @@ async def _no_pages() -> None:
 
 
 def _draw(folder: Path) -> str:
-    return page(read_numbers(folder, ()))
+    return page(read_numbers(folder, allow_links=True))
 
 
 def _served(request: Request) -> ServedModel:
