@@ -119,6 +119,7 @@ TARGETS = (
     Target(f"{WORK}/hidden-00001.safetensors", "safetensors", (RESUME,), share=1),
     Target("text.txt", "text", (f"{MEASURE} text.txt",), share=1),
     Target("text.jsonl", "lines", (f"{MEASURE} text.jsonl",), share=1),
+    Target("text.json", "json", (f"{MEASURE} text.json",), share=1),
     Target("ckpt/tokenizer.json", "json", (f"{MEASURE} text.txt",), share=1),
     Target("ckpt/tokenizer_config.json", "json", (f"{MEASURE} text.jsonl",), share=1),
 )
@@ -136,6 +137,7 @@ def make_good(folder: Path) -> None:
     records = [json.dumps({"text": text[at : at + 500]}) for at in range(0, 8000, 500)]
     records.append(json.dumps({"messages": [{"role": "user", "content": text[:500]}]}))
     (folder / "text.jsonl").write_text("\n".join(records) + "\n")
+    (folder / "text.json").write_text(f"[{', '.join(records)}]")
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "keys").write_text("secret-one\nsecret-two\n")
     spread = {"median": 2.0, "low": 1.0, "high": 3.0}

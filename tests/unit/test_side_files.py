@@ -20,6 +20,7 @@ from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.cut.verify import verify
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError
+from vllm_moe_prune.recover.write import write_rest
 
 TREE = {
     "LICENSE": b"free\r\n",
@@ -58,13 +59,15 @@ def pruned(model: Path, out: Path) -> Path:
     return out
 
 
-def test_the_whole_tree_goes_through_cut_and_convert(
+def test_the_whole_tree_goes_through_cut_convert_and_recover(
     model: Path, tmp_path: Path
 ) -> None:
     out = pruned(model, tmp_path / "out")
     verify(out, open_checkpoint(model))
     convert(open_checkpoint(out), tmp_path / "again", "dense")
-    for folder in (out, tmp_path / "again"):
+    (tmp_path / "recovered").mkdir()
+    write_rest(open_checkpoint(out), tmp_path / "recovered")
+    for folder in (out, tmp_path / "again", tmp_path / "recovered"):
         found = folder_bytes(folder)
         assert {name: found.get(name) for name in TREE} == TREE
         assert not LEFT.keys() & found.keys()

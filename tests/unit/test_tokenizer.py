@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings, strategies
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
+from tests.bad_inputs.case import run_cli
 from tests.tiny import tiny_checkpoint, write_tokenizer
 from tests.tokenizers_of import (
     TEXTS,
@@ -32,6 +33,7 @@ from vllm_moe_prune.checkpoint.tokenizer import (
     tokenizer_folder,
 )
 from vllm_moe_prune.errors import CalibrationError
+from vllm_moe_prune.plugin.launch import serve_command
 
 FAMILIES = ("mixtral", "arctic", "deepseek", "deepseek_v2", "deepseek_v3")
 CLASSES = (
@@ -334,3 +336,43 @@ def test_calibration_ids_are_those_of_the_file(tmp_path: Path) -> None:
     found = TokenReader(open_checkpoint(folder), str(path)).read()
     assert found.tolist() == ids_by_file(folder, TEXTS[0])
     shutil.rmtree(folder)
+
+
+def with_code(folder: Path) -> Path:
+    """A tiny DeepSeek-V3 whose tokenizer is code, as Moonlight is."""
+    tiny_checkpoint(
+        folder, model_type="deepseek_v3", layers=2, vocab=512, tokenizer=False
+    )
+    return tiktoken_with_code(folder)
+
+
+def test_the_command_line_asks_before_code_tokenizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with_code(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("plain words, all of them short. " * 200)
+    for command in (
+        "eval model --text text.txt --sequence-length 64 --max-tokens 200 --json",
+        "run model out --recipe wanda50 --samples 2 --sequence-length 32 --json "
+        "--calibration text.txt",
+    ):
+        assert run_cli(command, monkeypatch, capsys).status == 2
+        allowed = run_cli(f"{command} --trust-remote-code", monkeypatch, capsys)
+        assert allowed.status == 0, allowed
+    assert (tmp_path / "out/tokenization_own.py").is_file()
+
+
+def test_the_server_is_not_started_where_code_would_have_to_tokenize(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(with_code(tmp_path / "model"))
+    with pytest.raises(CalibrationError, match="--trust-remote-code"):
+        serve_command(folder)
+    for allowed in (
+        ["--trust-remote-code"],
+        ["--skip-tokenizer-init"],
+        ["--tokenizer=elsewhere"],
+        ["--tokenizer", "elsewhere"],
+    ):
+        assert serve_command(folder, extra=allowed)[-len(allowed) :] == allowed
