@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,19 @@ HALF = LayerCut(sparsity=0.5)
 MIXTRAL = Case("mixtral", {0: LayerCut(keep=(1, 4, 6), sparsity=0.5), 1: HALF})
 
 
-def make(folder: Path, case: Case, dtype: str = "bfloat16") -> tuple[Path, Path]:
-    """The folders of an original and of what a plan leaves of it."""
+def make(
+    folder: Path,
+    case: Case,
+    dtype: str = "bfloat16",
+    change: Callable[[Path], None] = lambda original: None,
+) -> tuple[Path, Path]:
+    """The folders of an original, changed if asked, and of what a plan leaves of it."""
     case = dataclasses.replace(
         case, config={**case.config, "vocab": 512, "dtype": dtype}
     )
     original = make_original(folder / "original", case)
     write_tokenizer(original)
+    change(original)
     plan = load_plan(make_plan(original, case))
     execute_plan(open_checkpoint(original), plan, folder / "pruned")
     return original, folder / "pruned"

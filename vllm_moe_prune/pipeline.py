@@ -8,21 +8,24 @@ Each stage is one function here and one command of the command line. ``measure``
 """
 
 import dataclasses
-import shutil
-import time
+import hashlib
 from pathlib import Path
+from typing import Any
 
-from .calibrate.data import Tokens
-from .calibrate.stats import Stats, load_stats, save_stats
+from . import __version__
+from .calibrate.data import Tokens, load_heldout
+from .calibrate.stats import Stats, load_stats
 from .checkpoint.open import Checkpoint
 from .checkpoint.output_path import check_file, check_folder
 from .checkpoint.source import open_checkpoint
+from .checkpoint.writer import plan_shards
 from .cut.convert import Converted, parse_storage_name
 from .cut.convert import convert as convert_checkpoint
-from .cut.execute import CutResult, execute_plan
-from .cut.finish import write_run_record
-from .cut.output import check_output, partial_folder, staging_folder
+from .cut.execute import CutResult, cut_key, execute_plan, finished_cut
+from .cut.output import companions_sha256
 from .cut.predict import model_facts
+from .cut.slice import output_tensors
+from .cut.transaction import Workspace, check_output, is_complete, output_transaction
 from .cut.verify import Verified
 from .cut.verify import verify as verify_output
 from .decide.cut_plan import CutPlan, check_plan, load_plan, save_plan
@@ -37,8 +40,8 @@ from .recover.recover import recover as recover_checkpoint
 from .stages.measure import (
     calibration_tokens,
     measure,
+    measure_into,
     measuring_tokens,
-    resumed_stats,
     tokens_of,
 )
 from .stages.plan import plan, plan_sweep
@@ -68,7 +71,6 @@ def cut(
         text: What to calibrate on instead of the plan's own text.
         stats: What the plan was made from, to be kept in the output.
     """
-    started = time.monotonic()
     check_options(checkpoint, out, options)
     check_plan(decided, checkpoint.layers, checkpoint.fingerprint, where)
     if options.storage != "dense" and decided.is_quantized:
@@ -81,27 +83,34 @@ def cut(
         if text is not None:
             asked = asked.model_copy(update={"source": text})
         tokens = tokens_of(checkpoint, asked)
-    dense = out if options.storage == "dense" else staging_folder(out)
-    result = execute_plan(
-        checkpoint,
-        decided,
-        dense,
-        tokens=tokens,
-        device=options.device,
-        resume=options.resume,
-        overwrite=options.overwrite or (options.resume and dense != out),
-        max_shard_bytes=options.max_shard_bytes,
-        report=options.report,
-        where=where,
-        stats=stats,
-    )
-    if dense != out:
+    how: dict[str, Any] = {
+        "tokens": tokens,
+        "device": options.device,
+        "max_shard_bytes": options.max_shard_bytes,
+        "report": options.report,
+        "where": where,
+        "stats": stats,
+    }
+    ours: dict[str, Any] = {"resume": options.resume, "overwrite": options.overwrite}
+    if options.storage == "dense":
+        return execute_plan(checkpoint, decided, out, **how, **ours)
+    shards = plan_shards(output_tensors(checkpoint, decided), options.max_shard_bytes)
+    key = cut_key(checkpoint, decided, shards, tokens, stats, options.storage)
+    if is_complete(out, key, **ours):
+        return finished_cut(checkpoint, decided, out)
+    with output_transaction(out, key, [checkpoint], **ours) as space:
         # Sizes are known only when every zero is: compressed in a second pass.
-        packed = convert(open_checkpoint(dense), out, options)
-        shutil.rmtree(dense)
-        result = dataclasses.replace(result, out=out, file_bytes=packed.file_bytes)
-    write_run_record(out, time.monotonic() - started, resumed=options.resume)
-    return result
+        dense = space.work / "dense"
+        result = execute_plan(checkpoint, decided, dense, **how, resume=True)
+        packed = convert_checkpoint(
+            open_checkpoint(dense),
+            space.result,
+            options.storage,
+            resume=True,
+            max_shard_bytes=options.max_shard_bytes,
+            report=options.report,
+        )
+    return dataclasses.replace(result, out=out, file_bytes=packed.file_bytes)
 
 
 def convert(checkpoint: Checkpoint, out: Path, options: RunOptions) -> Converted:
@@ -128,11 +137,10 @@ def recover(
     options: RunOptions,
 ) -> Recovered:
     """Train a pruned checkpoint, and write it again with the same files and shapes."""
-    started = time.monotonic()
     check_options(checkpoint, out, options)
     if original is not None:
         check_folder(out, original.folder)
-    result = recover_checkpoint(
+    return recover_checkpoint(
         checkpoint,
         original,
         out,
@@ -143,8 +151,6 @@ def recover(
         overwrite=options.overwrite,
         report=options.report,
     )
-    write_run_record(out, time.monotonic() - started, resumed=options.resume)
-    return result
 
 
 def verify(
@@ -174,68 +180,96 @@ def run(
         options: How to run.
         stats_file: Statistics to use if the file exists, and to write if not.
     """
-    if recipe.order == "unstructured-first":
-        return _run_zeros_first(checkpoint, recipe, out, options)
-    started = time.monotonic()
     check_options(checkpoint, out, options)
     if stats_file is not None:
         check_file(stats_file, checkpoint.folder)
-    if recipe.tune is not None:
-        return _run_best(checkpoint, recipe, out, options, started)
-    check_recipe(checkpoint, recipe)
+    if recipe.tune is None and recipe.order == "structured-first":
+        check_recipe(checkpoint, recipe)
     tokens = calibration_tokens(checkpoint, recipe)
-    kept = stats_file or partial_folder(out).with_suffix(".stats.safetensors")
-    work = kept.with_name(kept.name + ".work")
-    if options.overwrite and not options.resume and work.is_dir():
-        shutil.rmtree(work)
-    if stats_file is not None and kept.is_file():
-        stats = load_stats(kept)
-    elif options.resume and kept.is_file():
-        stats = resumed_stats(kept, tokens)
-    else:
-        stats = measure(checkpoint, recipe, tokens, options, work)
-        save_stats(stats, kept)
-    decided = plan(checkpoint, recipe, stats, options.max_shard_bytes)
-    result = cut(
-        checkpoint, decided, out, options, tokens, where=recipe.name, stats=stats
+    key = _run_key(checkpoint, recipe, options, tokens, stats_file)
+    ours = {"resume": options.resume, "overwrite": options.overwrite}
+    if is_complete(out, key, **ours):
+        decided = load_plan(out / "plan.json")
+        of_source = decided.model.fingerprint == checkpoint.fingerprint
+        verified = verify(out, checkpoint if of_source else None, options.report)
+        return decided, finished_cut(checkpoint, decided, out), verified
+    inner = dataclasses.replace(options, resume=True, overwrite=False)
+    with output_transaction(out, key, [checkpoint], **ours) as space:
+        if recipe.order == "unstructured-first":
+            stages = _zeros_first(checkpoint, recipe, space, inner)
+        elif recipe.tune is not None:
+            stages = _best(checkpoint, recipe, space, inner)
+        else:
+            stages = _planned(checkpoint, recipe, space, inner, tokens, stats_file)
+    decided, result, verified = stages
+    return decided, dataclasses.replace(result, out=out), verified
+
+
+Stages = tuple[CutPlan, CutResult, Verified]
+
+
+def _run_key(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    options: RunOptions,
+    tokens: Tokens | None,
+    stats_file: Path | None,
+) -> str:
+    """Hash of everything that determines the output of ``run``, texts by content."""
+    unnamed = {"source": None, "heldout_source": None}
+    calibration = recipe.calibration.model_copy(update=unnamed)
+    heldout = None
+    if recipe.tune is not None:
+        heldout = load_heldout(checkpoint, recipe.calibration).sha256
+    said = (
+        __version__,
+        checkpoint.fingerprint,
+        companions_sha256(checkpoint),
+        recipe.model_copy(update={"calibration": calibration}).model_dump_json(),
+        (options.storage, options.max_shard_bytes),
+        (tokens.sha256 if tokens is not None else None, heldout),
+        None if stats_file is None else str(stats_file.resolve()),
     )
-    if stats_file is None:
-        kept.unlink()
-    verified = verify(out, checkpoint, options.report)
-    write_run_record(out, time.monotonic() - started, resumed=options.resume)
-    return decided, result, verified
+    return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
-def _run_best(
-    checkpoint: Checkpoint, recipe: Recipe, out: Path, options: RunOptions, began: float
-) -> tuple[CutPlan, CutResult, Verified]:
+def _planned(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    space: Workspace,
+    options: RunOptions,
+    tokens: Tokens | None,
+    stats_file: Path | None,
+) -> Stages:
+    """Measure, plan, cut, verify."""
+    kept = stats_file or space.work / "stats.safetensors"
+    if kept.is_file():
+        stats = load_stats(kept)
+    else:
+        stats = measure_into(kept, checkpoint, recipe, tokens, options)
+    decided = plan(checkpoint, recipe, stats, options.max_shard_bytes)
+    out, where = space.result, recipe.name
+    result = cut(checkpoint, decided, out, options, tokens, where=where, stats=stats)
+    return decided, result, verify(out, checkpoint, options.report)
+
+
+def _best(
+    checkpoint: Checkpoint, recipe: Recipe, space: Workspace, options: RunOptions
+) -> Stages:
     """Search for a plan and carry it out; the plan found survives a kill."""
-    found = partial_folder(out).with_suffix(".plan.json")
-    work = found.with_name(found.name + ".work")
-    if options.overwrite and not options.resume:
-        found.unlink(missing_ok=True)
-        if work.is_dir():
-            shutil.rmtree(work)
-    if not (options.resume and found.is_file()):
-        save_plan(tune(checkpoint, recipe, options, work=work).best.plan, found)
+    found, out = space.work / "plan.json", space.result
+    if not found.is_file():
+        tuned = tune(checkpoint, recipe, options, work=space.work / "tune")
+        save_plan(tuned.best.plan, found)
     decided = load_plan(found)
     result = cut(checkpoint, decided, out, options, where=recipe.name)
-    found.unlink()
-    if work.is_dir():
-        shutil.rmtree(work)
-    verified = verify(out, checkpoint, options.report)
-    write_run_record(out, time.monotonic() - began, resumed=options.resume)
-    return decided, result, verified
+    return decided, result, verify(out, checkpoint, options.report)
 
 
-def _run_zeros_first(
-    checkpoint: Checkpoint, recipe: Recipe, out: Path, options: RunOptions
-) -> tuple[CutPlan, CutResult, Verified]:
-    """The control ``order: unstructured-first``: two runs, the second of the first's.
-
-    The folder between them is ``OUT.zeros``; it is gone at the end.
-    """
-    check_options(checkpoint, out, options)
+def _zeros_first(
+    checkpoint: Checkpoint, recipe: Recipe, space: Workspace, options: RunOptions
+) -> Stages:
+    """The control ``order: unstructured-first``: the second run is of the first's."""
     layers = Recipe(
         layers=recipe.layers,
         calibration=recipe.calibration,
@@ -247,14 +281,10 @@ def _run_zeros_first(
         tokens = measuring_tokens(checkpoint, layers)
         stats = measure(checkpoint, layers, tokens, options)
     first, second = halves(stats, recipe, model_facts(checkpoint))
-    between = out.with_name(out.name + ".zeros")
-    if not (options.resume and between.is_dir()):
-        dense = dataclasses.replace(options, storage="dense")
-        run(checkpoint, first, between, dense)
+    between = space.work / "zeros"
+    run(checkpoint, first, between, dataclasses.replace(options, storage="dense"))
     between_opened = open_checkpoint(between, trust_code=checkpoint.trust_code)
-    result = run(between_opened, second, out, options)
-    shutil.rmtree(between)
-    return result
+    return run(between_opened, second, space.result, options)
 
 
 __all__ = [
@@ -265,6 +295,7 @@ __all__ = [
     "convert",
     "cut",
     "measure",
+    "measure_into",
     "measuring_tokens",
     "parse_storage_name",
     "plan",

@@ -94,6 +94,8 @@ def snapshot(folder: Path) -> dict[str, str]:
             what = f"link to {path.readlink()}"
         elif path.is_dir():
             what = "folder"
+        elif not path.is_file():
+            what = "special"
         elif path.stat().st_size > LARGE:
             what = f"{path.stat().st_size} bytes"
         else:

@@ -1,6 +1,7 @@
 """Places where an output cannot or must not go."""
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -61,6 +62,11 @@ def linked_in_a_circle(folder: Path) -> None:
 def read_only(folder: Path) -> None:
     """A folder in which nothing can be made, even by root (see ``conftest``)."""
     (folder / "locked").mkdir(mode=0o555)
+
+
+def piped(folder: Path) -> None:
+    """A pipe, which a rename would replace as it would a device."""
+    os.mkfifo(folder / "pipe")
 
 
 def unfinished(folder: Path) -> None:
@@ -154,14 +160,13 @@ CASES = [
         "--resume",
         ("new.partial", "another plan", "--overwrite"),
         spoil=unfinished,
-        leaves=("new.stats.safetensors",),
     ),
     Case(
         "output: no space, run",
         RUN,
         ("GiB", "free"),
         too_large,
-        leaves=("out.stats.safetensors",),
+        leaves=("out.partial/*",),  # the statistics
     ),
     Case(
         "output: no space, cut",
@@ -180,6 +185,31 @@ CASES = [
         f"measure ckpt -o out {TEXT}",
         ("out", "is a folder"),
     ),
+    Case(
+        "measure: into a pipe",
+        f"measure ckpt -o pipe {TEXT}",
+        ("pipe: is a FIFO", "name of a file"),
+        piped,
+    ),
+    Case(
+        "measure: into a link to a device",
+        f"measure ckpt -o link {TEXT}",
+        ("link: is a device", "name of a file"),
+        lambda folder: (folder / "link").symlink_to("/dev/full"),
+    ),
+    Case(
+        "plan: into a pipe",
+        "plan ckpt --stats stats.safetensors -o pipe",
+        ("pipe: is a FIFO",),
+        piped,
+    ),
+    Case(
+        "run: statistics into a pipe",
+        run_to("new", "--stats pipe"),
+        ("pipe: is a FIFO",),
+        piped,
+    ),
+    *both_commands("a pipe", "pipe", "--overwrite", ("pipe", "file"), spoil=piped),
     Case(
         "measure: into a link to itself",
         f"measure ckpt -o link {TEXT}",

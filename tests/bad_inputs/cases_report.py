@@ -1,5 +1,6 @@
 """Outputs that cannot be reported on, and places where a report must not go."""
 
+import os
 from typing import Any
 
 from .case import Case, deleted, holding, in_json, with_keys, without_key
@@ -27,6 +28,12 @@ CASES = [
         "report: into the output",
         f"{REPORT} --html out/page.html",
         ("out/page.html: is inside",),
+    ),
+    Case(
+        "report: into a pipe",
+        f"{REPORT} --html pipe",
+        ("pipe: is a FIFO",),
+        lambda folder: os.mkfifo(folder / "pipe"),
     ),
     Case("report: over a folder", f"{REPORT} --html ckpt", ("ckpt: is a folder",)),
     Case(

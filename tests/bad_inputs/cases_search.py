@@ -1,5 +1,7 @@
 """Searches and sweeps that cannot be carried out."""
 
+import os
+
 from .case import SMALL, Case, holding
 
 TUNE = f"tune ckpt -o best.json --calibration text.txt {SMALL} --heldout 2 --json"
@@ -23,6 +25,12 @@ CASES = [
         leaves=("best.json.work/*",),  # what was measured serves the next size asked
     ),
     Case("tune: picture of a kind unknown", f"{TUNE} --plot a.doc", ("a.doc", ".png")),
+    Case(
+        "tune: picture into a pipe",
+        f"{TUNE} --total 0.5 --plot pipe.png",
+        ("pipe.png: is a FIFO",),
+        lambda folder: os.mkfifo(folder / "pipe.png"),
+    ),
     Case(
         "tune: the plan would go into the input",
         f"{TUNE} -o ckpt/best.json",

@@ -294,7 +294,8 @@ def test_resuming_does_not_write_finished_shards_again(
 ) -> None:
     out = tmp_path / "out"
     partial = half_done("wanda", out)
-    done = {path.name: path.stat().st_ino for path in partial.glob("*.safetensors")}
+    shards = partial.glob("result/*.safetensors")
+    done = {path.name: path.stat().st_ino for path in shards}
     assert len(done) >= 4
     resume(world, "wanda", out)
     assert {name: (out / name).stat().st_ino for name in done} == done
@@ -384,7 +385,7 @@ def test_a_spoilt_shard_is_written_again(
 ) -> None:
     out = tmp_path / "out"
     partial = half_done(method, out)
-    spoil(sorted(partial.glob("*.safetensors"))[1])
+    spoil(sorted(partial.glob("result/*.safetensors"))[1])
     resume(world, method, out)
 
 
@@ -403,26 +404,6 @@ def test_an_earlier_output_stays_until_the_new_one_is_complete(
     assert folder_bytes(out) == earlier
     resume(world, "wanda", out, "--overwrite")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-errors.txt"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("attempt", range(4))
-def test_killed_while_the_old_output_is_replaced_loses_neither(
-    world: World, tmp_path: Path, attempt: int
-) -> None:
-    """For a moment the old one lies beside its place, under a name of its own."""
-    out = tmp_path / "out"
-    shutil.copytree(world.finished("none"), out)
-    earlier, later = folder_bytes(out), folder_bytes(world.finished("wanda"))
-    process = world.start("wanda", out, "--overwrite")
-    kill_when(process, lambda: any(tmp_path.glob("out.*.old")))
-    aside = [path for path in tmp_path.glob("out.*.old") if any(path.iterdir())]
-    if out.exists():
-        assert folder_bytes(out) in (earlier, later)
-    else:
-        assert [folder_bytes(path) for path in aside] == [earlier]
-    if not out.exists() or folder_bytes(out) == earlier:
-        resume(world, "wanda", out, "--overwrite")
 
 
 def test_overwriting_forgets_an_unfinished_run(
@@ -466,7 +447,7 @@ def test_a_full_disk_ends_in_one_line_and_can_be_resumed(
 
 def measuring(out: Path) -> bool:
     """Whether a run has saved the state of its measurement."""
-    return any(out.parent.glob(f"{out.name}*.work/hidden-*.safetensors"))
+    return any(partial_of(out).glob("work/*.work/hidden-*.safetensors"))
 
 
 @pytest.mark.parametrize("stage", ["measure", "cut"])

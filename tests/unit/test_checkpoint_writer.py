@@ -29,9 +29,9 @@ from vllm_moe_prune.checkpoint.writer import (
     read_journal,
     rewrite_journal,
     tensor_bytes,
-    writing,
 )
 from vllm_moe_prune.errors import OutputError
+from vllm_moe_prune.files.atomic import writing
 
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

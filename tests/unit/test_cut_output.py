@@ -97,13 +97,21 @@ def test_other_copies_of_the_weights_stay_behind(model: Path, tmp_path: Path) ->
         "moe_prune.yaml",
         "plan.json",
         "provenance.json",
+        "run.json",
         "tensor_hashes.json",
     ]
 
 
-@pytest.mark.parametrize(
-    "name", ["journal.jsonl", "work", "run.json", "plan.json", "tensor_hashes.json"]
-)
+@pytest.mark.parametrize("name", ["journal.jsonl", "work"])
+def test_a_file_named_like_one_that_exists_only_meanwhile_is_copied(
+    model: Path, tmp_path: Path, name: str
+) -> None:
+    (model / name).write_bytes(b"theirs")
+    pruned(model, tmp_path / "out")
+    assert (tmp_path / "out" / name).read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("name", ["run.json", "plan.json", "tensor_hashes.json"])
 def test_a_file_of_the_input_named_like_one_of_ours_does_no_harm(
     model: Path, tmp_path: Path, name: str
 ) -> None:

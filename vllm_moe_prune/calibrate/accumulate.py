@@ -123,9 +123,9 @@ class _Measure:
         hidden = torch.empty(0)
         start, stats = 0, Stats(fingerprint=self.checkpoint.fingerprint, layers={})
         shape_STD = (0,) if self.tokens is None else self._shape_STD(self.tokens)
-        if store and (saved := store.load(shape_STD, not_after=last)):
-            start, hidden = saved
-            stats = store.load_stats(start) or stats
+        saved = store.load(shape_STD, not_after=last) if store else None
+        if store and saved and (summed := store.load_stats(saved[0])):
+            (start, hidden), stats = saved, summed
         elif model and self.tokens:
             hidden = model.embed(self.tokens.ids_ST)
         meter = _Meter(self.checkpoint, last, report)

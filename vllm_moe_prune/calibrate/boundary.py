@@ -7,7 +7,6 @@ tenth of the time: boundaries that come sooner are skipped.
 
 import logging
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -117,9 +116,10 @@ class BoundaryStore:
                 self._stats_path(saved).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Delete the folder: the pass is done."""
-        if self.folder.is_dir():
-            shutil.rmtree(self.folder)
+        """Delete what was saved, states before their statistics: the pass is done."""
+        for saved in self._saved():
+            self._path(saved).unlink(missing_ok=True)
+            self._stats_path(saved).unlink(missing_ok=True)
 
     def _saved(self) -> list[int]:
         if not self.folder.is_dir():

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from ..files.atomic import write_file
+
 
 class TensorBytes(NamedTuple):
     """One tensor of the file."""
@@ -34,9 +36,5 @@ def write_safetensors(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for part in parts.values():
-            file.write(part.data)
-    temporary.replace(path)
+    head = struct.pack("<Q", len(text)) + text
+    write_file(path, (head, *(part.data for part in parts.values())))

@@ -114,3 +114,18 @@ def _factor(key: Key, config: Mapping[str, Any], where: Path) -> float:
     if not number or not 0 < value < math.inf:
         raise CheckpointError(f"{where}: {key.name} is {value!r}, not a factor.")
     return float(value)
+
+
+def check_lists(config: dict[str, Any], arch: MoeArch, count: int, where: Path) -> None:
+    """Refuse lists of values per layer that are not as long as the model.
+
+    Raises:
+        CheckpointError: Naming the key.
+    """
+    for key in arch.per_layer_lists:
+        values = config.get(key)
+        if isinstance(values, list) and len(values) != count:
+            raise CheckpointError(
+                f"{where}: {key} lists {len(values)} layers, but {arch.config.layers} "
+                f"is {count}."
+            )

@@ -1,18 +1,14 @@
 """Which tensor is where: the checked index of a safetensors checkpoint.
 
-Everything here is learned from headers and config.json; no weight is read except the
-routers, for the fingerprint. A checkpoint is hostile until it has passed these checks.
+Everything here is learned from headers and config.json; no weight is read. A checkpoint
+is hostile until it has passed these checks.
 """
 
-import hashlib
-import json
 import os
 import struct
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -296,22 +292,6 @@ def _sizes(path: Path) -> str:
         last = max(entry["data_offsets"][1] for entry in header.values())
         return f"{found}, by its header {8 + len(head) + last}"
     return found
-
-
-def fingerprint(
-    config: dict[str, Any], tensors: dict[str, TensorInfo], routers: Iterable[str]
-) -> str:
-    """SHA-256 over config, every tensor's name, type and shape, and the router bytes.
-
-    Routers identify a model: fine-tunes of one base differ there, and they are small.
-    """
-    digest = hashlib.sha256()
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for info in sorted(tensors.values(), key=lambda item: item.name):
-        digest.update(f"\n{info.name} {info.dtype} {info.shape}".encode())
-    for name in routers:
-        digest.update(read_bytes(tensors[name]))
-    return digest.hexdigest()
 
 
 def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> bytearray:

@@ -16,10 +16,18 @@ from ..kernels.quantized import Form
 from .block_fp8 import SUFFIX, ScaleBlocks, check_scales, read_blocks
 from .claims import check_claims
 from .compressed import Storage, dense_view
-from .config_values import check_dense, check_pattern, positive, router_rule
+from .config_values import (
+    check_dense,
+    check_lists,
+    check_pattern,
+    positive,
+    router_rule,
+)
 from .expert_tensors import ExpertTensors, Extra, expert_tensors, find_layout
+from .file_state import FileState, file_states
+from .fingerprint import fingerprint
 from .gptq_awq import AutoForm, fold_auto, read_auto_form
-from .index import TensorInfo, fingerprint
+from .index import TensorInfo
 from .layer import Layer, LayerReader
 from .quantized_tensors import FLOATS, PartedTensor, fold_quantized, read_form
 from .remap import ExpertRemap, load_remap
@@ -77,6 +85,8 @@ class Checkpoint:
     """Which tensors are of which expert."""
     trust_code: bool = False
     """Whether its own code may tokenize, where no file says how."""
+    files: tuple[FileState, ...] = ()
+    """Its files with sizes and times, as they were when it was opened."""
 
     @property
     def decoder_layers(self) -> list[Layer]:
@@ -90,9 +100,10 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the model; see ``index.fingerprint``."""
+        """Identifies the model; see ``checkpoint.fingerprint``."""
         routers = [self.layout.router.name(layer.index) for layer in self.moe_layers]
-        return fingerprint(self.config, self.tensors, routers)
+        stored = [self.stored(name) for name in sorted(self.stored_names)]
+        return fingerprint(self.config, self.tensors, routers, stored)
 
     @cached_property
     def expert_parameters(self) -> int:
@@ -185,6 +196,7 @@ def build_checkpoint(
     """
     where = folder / "config.json"
     arch = find_arch(config.get("model_type"), str(where))
+    files = file_states(folder, {where, *(info.file for info in tensors.values())})
     config, tensors, storage = dense_view(config, tensors, arch, str(where))
     form = read_form(config, str(where)) or read_auto_form(config, str(where))
     parts: dict[str, TensorInfo] = {}
@@ -212,7 +224,7 @@ def build_checkpoint(
             f"{len(tensors)} tensors."
         )
     _check_numbers(arch, tensors)
-    _check_lists(config, arch, count, where)
+    check_lists(config, arch, count, where)
     further = _mtp_layers(arch, config, tensors, count, where)
     total = count + further
     views = _layer_views(config, OVERRIDES, count, where)
@@ -268,6 +280,7 @@ def build_checkpoint(
         form=form,
         parts=parts,
         experts=experts,
+        files=files,
     )
     check_claims(found)
     return found
@@ -349,18 +362,6 @@ def _check_numbers(arch: MoeArch, tensors: dict[str, TensorInfo]) -> None:
 def _is_plain(number: str) -> bool:
     """Whether a number is spelt as we would, and short enough to be converted."""
     return len(number) < 10 and number == str(int(number))
-
-
-def _check_lists(
-    config: dict[str, Any], arch: MoeArch, count: int, where: Path
-) -> None:
-    for key in arch.per_layer_lists:
-        values = config.get(key)
-        if isinstance(values, list) and len(values) != count:
-            raise CheckpointError(
-                f"{where}: {key} lists {len(values)} layers, but {arch.config.layers} "
-                f"is {count}."
-            )
 
 
 def _layer_views(

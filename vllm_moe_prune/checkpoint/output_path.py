@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from ..errors import OutputError
+from ..files.atomic import check_regular
 
 
 def check_folder(output: Path, source: Path) -> None:
@@ -32,9 +33,9 @@ def check_folder(output: Path, source: Path) -> None:
             f"{output}: is a {kind}, which a finished output cannot replace. "
             f"Choose a folder inside it: {output / 'pruned'}"
         )
-    if output.is_file():
-        raise OutputError(f"{output}: is a file; choose another output folder.")
     _check_links(output)
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output}: is a file; choose another output folder.")
     _check_apart(output, source)
     _check_writable(output)
 
@@ -49,11 +50,10 @@ def check_file(output: Path, source: Path) -> None:
     Raises:
         OutputError: Naming the file or its folder.
     """
-    if output.is_dir():
-        raise OutputError(f"{output}: is a folder; give the name of a file.")
     if not output.parent.exists():
         raise OutputError(f"{output.parent}: no such folder; make it first.")
     _check_links(output)
+    check_regular(output)
     _check_apart(output, source)
     _check_writable(output)
 

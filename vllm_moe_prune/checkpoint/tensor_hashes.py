@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from ..errors import CheckpointError
+from ..files.atomic import write_file
 from ..files.json_file import parse_json, read_json
 from ..files.regular import MIB, Kind
 from ..progress import Progress, Report, ignore
@@ -79,7 +80,7 @@ def dump_hashes(shards: Sequence[ShardPlan], hashes: Mapping[str, str]) -> bytes
 
 def write_hashes(folder: Path, writer: ShardWriter) -> None:
     """Put the file into an output whose shards are all written."""
-    (folder / FILE_NAME).write_bytes(dump_hashes(writer.shards, writer.hashes()))
+    write_file(folder / FILE_NAME, dump_hashes(writer.shards, writer.hashes()))
 
 
 def load_hashes(folder: Path) -> TensorHashes | None:

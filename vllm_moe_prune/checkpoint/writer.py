@@ -11,12 +11,12 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from ..errors import OutputError
+from ..files.atomic import write_file, writing
 from ..files.json_file import parse_json
 from ..files.regular import MIB, Kind, open_regular, read_file
 from .index import INDEX_NAME, ITEM_BYTES
@@ -141,6 +141,8 @@ class ShardWriter:
     folder: Path
     shards: Sequence[ShardPlan]
     finished: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    journal: Path | None = None
+    """The folder of the journal; None: where the shards are."""
     bytes_written: int = 0
     _open: dict[str, _OpenShard] = field(default_factory=dict)
     _done: dict[str, Mapping[str, str]] = field(default_factory=dict)
@@ -218,10 +220,13 @@ class ShardWriter:
     def _finish(self, shard: _OpenShard) -> None:
         hashes = shard.hashes()
         with writing(shard.path):
-            os.fsync(shard.fd)
-            os.close(shard.fd)
+            try:
+                os.fsync(shard.fd)
+            finally:
+                os.close(shard.fd)
             shard.path.rename(self.folder / shard.plan.file_name)
-        append_journal(self.folder, {"shard": shard.plan.file_name, "sha256": hashes})
+        line: dict[str, object] = {"shard": shard.plan.file_name, "sha256": hashes}
+        append_journal(self.journal or self.folder, line)
         self._done[shard.plan.file_name] = hashes
 
     def _raise_failures(self) -> None:
@@ -250,22 +255,6 @@ class ShardWriter:
             os.close(shard.fd)
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into an error that says how to go on.
-
-    Raises:
-        OutputError: Instead of any OSError; names ``path``.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror or error}. "
-            "Free space or mend the disk, then run the same command with --resume."
-        ) from error
-
-
 def append_journal(folder: Path, entry: dict[str, object]) -> None:
     """Add one line to the journal and force it to disk."""
     path = folder / JOURNAL_NAME
@@ -277,10 +266,10 @@ def append_journal(folder: Path, entry: dict[str, object]) -> None:
 
 def rewrite_journal(folder: Path, entries: Sequence[dict[str, object]]) -> None:
     """Replace the journal in one step."""
-    path, temporary = folder / JOURNAL_NAME, folder / (JOURNAL_NAME + ".tmp")
+    path = folder / JOURNAL_NAME
+    text = "".join(json.dumps(entry) + "\n" for entry in entries)
     with writing(path):
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        temporary.replace(path)
+        write_file(path, text.encode())
 
 
 def read_journal(folder: Path) -> list[dict[str, object]]:

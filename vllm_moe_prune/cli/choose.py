@@ -107,11 +107,10 @@ def tune(
 
     Then: `vllm-moe-prune cut CKPT --plan plan.json -o OUT`
     """
-    import shutil
-
     from .. import pipeline
     from ..checkpoint.output_path import check_file
     from ..checkpoint.source import open_checkpoint
+    from ..files.atomic import remove_folder
     from ..recipes.loading import parse_size
     from ..tune.front import check_plot, plot_front
     from .output.draw import resumable, watching
@@ -142,9 +141,8 @@ def tune(
             device=device, max_shard_bytes=parse_size(shard_size), report=report
         )
         tuned = pipeline.tune(checkpoint, asked, options, max_bytes=limit, work=work)
-    pipeline.save_plan(tuned.best.plan, output)
-    if plot is not None:
-        plot_front(tuned, plot)
-    if work.is_dir():
-        shutil.rmtree(work)
+        pipeline.save_plan(tuned.best.plan, output)
+        if plot is not None:
+            plot_front(tuned, plot)
+        remove_folder(work)
     show_tuned(checkpoint, tuned, output, as_json)

@@ -72,7 +72,6 @@ def measure(
     Example: `vllm-moe-prune measure CKPT -o stats.safetensors --calibration c4.txt`
     """
     from .. import pipeline
-    from ..calibrate.stats import save_stats
     from ..checkpoint.output_path import check_file
     from ..checkpoint.source import open_checkpoint
     from .output.draw import resumable, watching
@@ -93,9 +92,7 @@ def measure(
     tokens = pipeline.measuring_tokens(checkpoint, asked)
     with resumable(REPEAT), watching(as_json) as report:
         options = pipeline.RunOptions(device=device, report=report)
-        work = output.with_name(output.name + ".work")
-        stats = pipeline.measure(checkpoint, asked, tokens, options, work)
-    save_stats(stats, output)
+        stats = pipeline.measure_into(output, checkpoint, asked, tokens, options)
     show_stats(checkpoint, stats, output, as_json)
 
 
@@ -136,7 +133,7 @@ def plan(
     """
     from .. import pipeline
     from ..calibrate.stats import load_stats
-    from ..checkpoint.output_path import check_file
+    from ..checkpoint.output_path import check_file, check_folder
     from ..checkpoint.source import open_checkpoint
     from ..recipes.loading import parse_size, swept
     from .output.show import show_plan
@@ -157,7 +154,10 @@ def plan(
     )
     max_shard_bytes = parse_size(shard_size)
     checkpoint = open_checkpoint(source, revision, allow_links=allow_links)
-    check_file(output, checkpoint.folder)
+    if sweep is None:
+        check_file(output, checkpoint.folder)
+    else:
+        check_folder(output, checkpoint.folder)
     loaded = load_stats(stats) if stats is not None else None
     if sweep is not None:
         recipes = swept(asked, sweep)

@@ -29,17 +29,18 @@ from ..checkpoint.writer import (
     index_needed,
     plan_shards,
     tensor_bytes,
-    writing,
 )
 from ..decide.cut_plan import load_plan
 from ..errors import CheckpointError, RecipeError
+from ..files.atomic import write_file, writing
 from ..kernels.bitmask import INTEGERS, fits, pack
 from ..progress import Progress, Report, ignore
 from ..recipes.schema import parse_pattern
 from .card import source_card
 from .copy import tensor_view
-from .output import companions, copy_companions, copy_records, open_workspace, publish
+from .output import companions, companions_sha256, copy_companions, copy_records
 from .slice import names_in_order
+from .transaction import is_complete, output_transaction
 
 StorageName = Literal["dense", "bitmask"]
 STORAGES: tuple[StorageName, ...] = ("dense", "bitmask")
@@ -126,7 +127,7 @@ def convert(
 
     Raises:
         CheckpointError: Experts are quantized, or damaged.
-        OutputError: See ``open_workspace``.
+        OutputError: See ``output_transaction``.
     """
     companions(checkpoint)
     if checkpoint.form is not None:
@@ -139,35 +140,33 @@ def convert(
         [part for item in plan for part in item.parts], max_shard_bytes
     )
     config = _config(checkpoint, storage, dense_layers)
-    digest = hashlib.sha256(checkpoint.fingerprint.encode() + storage.encode())
+    said = (__version__, checkpoint.fingerprint, companions_sha256(checkpoint), storage)
+    digest = hashlib.sha256(repr(said).encode())
     for shard in shards:
         digest.update(shard.header)
     key = digest.hexdigest()
-    space = open_workspace(out, key, shards, resume=resume, overwrite=overwrite)
-    writer = ShardWriter(folder=space.partial, shards=shards, finished=space.finished)
-    try:
-        for done, item in enumerate(plan, 1):
-            _write(item, writer)
-            if done == len(plan) or plan[done].layer != item.layer:
-                at = len(checkpoint.layers) if item.layer is None else item.layer + 1
-                _tell(report, "convert", checkpoint, at)
-        writer.close()
-        with writing(space.partial):
-            if name := index_needed(shards):
-                index = index_json(shards, checkpoint.parameters)
-                (space.partial / name).write_bytes(index)
-            write_hashes(space.partial, writer)
-            copy_companions(checkpoint, space.partial)
-            copy_records(checkpoint, space.partial)
-            _write_card(checkpoint, space.partial, storage)
-            text = json.dumps(config, indent=2) + "\n"
-            (space.partial / "config.json").write_text(text, "utf-8")
-            publish(space)
-    except BaseException:
-        writer.abort()
-        raise
-    finally:
-        space.release()
+    if not is_complete(out, key, resume=resume, overwrite=overwrite):
+        with output_transaction(
+            out, key, [checkpoint], resume=resume, overwrite=overwrite
+        ) as space:
+            writer = space.write_shards(shards)
+            for done, item in enumerate(plan, 1):
+                _write(item, writer)
+                if done == len(plan) or plan[done].layer != item.layer:
+                    last = len(checkpoint.layers)
+                    at = last if item.layer is None else item.layer + 1
+                    _tell(report, "convert", checkpoint, at)
+            writer.close()
+            folder = space.result
+            with writing(folder):
+                if name := index_needed(shards):
+                    write_file(folder / name, index_json(shards, checkpoint.parameters))
+                write_hashes(folder, writer)
+                copy_companions(checkpoint, folder)
+                copy_records(checkpoint, folder)
+                _write_card(checkpoint, folder, storage)
+                text = json.dumps(config, indent=2) + "\n"
+                write_file(folder / "config.json", text.encode())
     return Converted(
         out=out,
         storage=storage,
@@ -301,7 +300,7 @@ def _write_card(checkpoint: Checkpoint, folder: Path, storage: StorageName) -> N
     if text is None:
         return
     note = NOTE if storage == "bitmask" else ""
-    (folder / "README.md").write_text(text.removesuffix(NOTE) + note, "utf-8")
+    write_file(folder / "README.md", (text.removesuffix(NOTE) + note).encode())
 
 
 def _tell(report: Report, stage: str, checkpoint: Checkpoint, layers_done: int) -> None:

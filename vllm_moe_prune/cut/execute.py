@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from .. import __version__
 from ..calibrate.boundary import BoundaryStore
 from ..calibrate.data import Tokens
 from ..calibrate.expert_forward import run_experts
@@ -27,23 +28,23 @@ from ..checkpoint.writer import (
     MAX_SHARD_BYTES,
     ShardPlan,
     ShardWriter,
-    append_journal,
     plan_shards,
-    writing,
 )
 from ..decide.cut_plan import CutPlan, check_plan, dump_plan
 from ..errors import CalibrationError, OutputError
+from ..files.atomic import writing
 from ..progress import Progress, Report, ignore
 from ..recipes.schema import first_problem
 from .achieved import Achieved
 from .copy import write_tensor
-from .finish import write_companions
+from .finish import read_records, write_companions
 from .layer_cut import LayerCut, layer_cuts
-from .output import Workspace, companions, open_workspace, publish
+from .output import companions, companions_sha256
 from .quantize_layer import quantize_layer
 from .slice import OutputTensor, output_tensors
 from .slim_dense import DenseSlimmer
 from .slim_layer import LayerRecord, SlimContext, slim_layer, trimmed_routing
+from .transaction import Workspace, is_complete, output_transaction
 from .trimmed import survivor
 
 RECORD = TypeAdapter(LayerRecord)
@@ -105,29 +106,27 @@ def execute_plan(
     companions(checkpoint)
     tensors = output_tensors(checkpoint, plan)
     shards = plan_shards(tensors, max_shard_bytes)
-    key = _run_key(plan, shards, tokens)
-    space = open_workspace(out, key, shards, resume=resume, overwrite=overwrite)
-    writer = ShardWriter(folder=space.partial, shards=shards, finished=space.finished)
-    run = _Cut(checkpoint, plan, tensors, writer, space, report)
+    key = cut_key(checkpoint, plan, shards, tokens, stats)
     passes = 1 if plan.needs_activations else 0
-    try:
+    if is_complete(out, key, resume=resume, overwrite=overwrite):
+        return finished_cut(checkpoint, plan, out)
+    with output_transaction(
+        out, key, [checkpoint], resume=resume, overwrite=overwrite
+    ) as space:
+        writer = space.write_shards(shards)
+        run = _Cut(checkpoint, plan, tensors, writer, space, report)
         if plan.needs_activations and tokens is not None:
             run.with_activations(tokens, device, key)
         else:
             run.without_activations()
         writer.close()
         records = tuple(run.records[index] for index in sorted(run.records))
-        with writing(space.partial):
-            write_hashes(space.partial, writer)
+        folder = space.result
+        with writing(folder):
+            write_hashes(folder, writer)
             done = write_companions(
-                checkpoint, plan, space.partial, shards, records, tokens, passes, stats
+                checkpoint, plan, folder, shards, records, tokens, passes, stats
             )
-            publish(space)
-    except BaseException:
-        writer.abort()
-        raise
-    finally:
-        space.release()
     return CutResult(
         out=out,
         bytes_written=writer.bytes_written,
@@ -138,9 +137,35 @@ def execute_plan(
     )
 
 
-def _run_key(plan: CutPlan, shards: Sequence[ShardPlan], tokens: Tokens | None) -> str:
+def finished_cut(checkpoint: Checkpoint, plan: CutPlan, out: Path) -> CutResult:
+    """What a cut that is complete did, by its provenance.
+
+    Raises:
+        CheckpointError: The provenance is damaged.
+    """
+    records, done = read_records(checkpoint, plan, out)
+    return CutResult(
+        out=out,
+        bytes_written=0,
+        file_bytes=sum(path.stat().st_size for path in out.glob("*.safetensors")),
+        forward_passes=1 if plan.needs_activations else 0,
+        records=records,
+        achieved=done,
+    )
+
+
+def cut_key(
+    checkpoint: Checkpoint,
+    plan: CutPlan,
+    shards: Sequence[ShardPlan],
+    tokens: Tokens | None,
+    stats: Stats | None,
+    storage: str = "dense",
+) -> str:
     """Hash of everything that determines the output's bytes."""
-    digest = hashlib.sha256(dump_plan(plan).encode())
+    said = (__version__, companions_sha256(checkpoint), stats is not None, storage)
+    digest = hashlib.sha256(repr(said).encode())
+    digest.update(dump_plan(plan).encode())
     for shard in shards:
         digest.update(shard.header)
     if plan.needs_activations and tokens is not None:
@@ -298,7 +323,7 @@ class _Cut:
 
     def _record(self, record: LayerRecord) -> None:
         self.records[record.layer] = record
-        append_journal(self.space.partial, {"layer": dataclasses.asdict(record)})
+        self.space.record({"layer": dataclasses.asdict(record)})
 
     def _first_unfinished(self) -> int:
         """The first input layer that still has a tensor in an unwritten shard."""

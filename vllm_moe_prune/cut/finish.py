@@ -18,9 +18,9 @@ from ..checkpoint.remap import FILE_NAME, dump_remap
 from ..checkpoint.writer import ShardPlan, index_json, index_needed
 from ..decide.cut_plan import CutPlan, dump_plan
 from ..errors import CheckpointError
+from ..files.atomic import write_file
 from ..files.json_file import read_json
 from ..files.regular import MIB, Kind
-from ..progress import peak_rss_bytes
 from .achieved import Achieved, achieved
 from .build_remap import build_remap
 from .card import model_card
@@ -63,16 +63,15 @@ def write_companions(
         path.parent.mkdir(exist_ok=True)
         save_stats(stats, path)
     if name := index_needed(shards):
-        (folder / name).write_bytes(index_json(shards, result.parameters_after))
-    (folder / FILE_NAME).write_bytes(dump_remap(remap))
-    (folder / "plan.json").write_text(dump_plan(plan), "utf-8")
+        write_file(folder / name, index_json(shards, result.parameters_after))
+    write_file(folder / FILE_NAME, dump_remap(remap))
+    write_file(folder / "plan.json", dump_plan(plan).encode())
     recipe = plan.recipe.model_dump(mode="json", exclude_defaults=True)
-    (folder / "moe_prune.yaml").write_text(
-        yaml.safe_dump(recipe, sort_keys=False), "utf-8"
-    )
+    text = yaml.safe_dump(recipe, sort_keys=False)
+    write_file(folder / "moe_prune.yaml", text.encode())
     _write_json(folder / "provenance.json", history)
     card = model_card(checkpoint, plan, result, config["architectures"][0])
-    (folder / "README.md").write_text(card, "utf-8")
+    write_file(folder / "README.md", card.encode())
     _write_json(folder / "config.json", config)
     return result
 
@@ -121,6 +120,38 @@ def provenance(
     return data
 
 
+def read_records(
+    checkpoint: Checkpoint, plan: CutPlan, out: Path
+) -> tuple[tuple[LayerRecord, ...], Achieved]:
+    """What a finished cut did to each slimmed layer, and achieved.
+
+    Raises:
+        CheckpointError: Its provenance is damaged.
+    """
+    history = read_json(out / "provenance.json", PROVENANCE)
+    try:
+        counts = {
+            layer["layer"]: layer for layer in history["sparsity_achieved"]["layers"]
+        }
+        records = tuple(
+            LayerRecord(
+                layer=powers["layer"],
+                zeros=counts[powers["layer"]]["zeros"],
+                dense_zeros=counts[powers["layer"]]["dense_zeros"],
+                unseen=counts[powers["layer"]]["unseen_experts"],
+                trimmed_powers_5=powers["trimmed"],
+                slimmed_powers_5=powers["slimmed"],
+            )
+            for powers in history["weight_powers"]
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{out / 'provenance.json'}: is damaged: {error!r}. Make the output again "
+            "with --overwrite."
+        ) from error
+    return records, achieved(checkpoint, plan, records)
+
+
 def _powers(record: LayerRecord) -> dict[str, Any]:
     """Sums behind the kurtosis of a slimmed layer, without digits that are noise."""
     return {
@@ -130,15 +161,5 @@ def _powers(record: LayerRecord) -> dict[str, Any]:
     }
 
 
-def write_run_record(out: Path, elapsed_s: float, *, resumed: bool) -> None:
-    """``run.json``: time and memory, the one file that differs between equal runs."""
-    record = {
-        "elapsed_s": round(elapsed_s, 3),
-        "peak_rss_bytes": peak_rss_bytes(),
-        "resumed": resumed,
-    }
-    _write_json(out / "run.json", record)
-
-
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+    write_file(path, (json.dumps(data, indent=2) + "\n").encode())

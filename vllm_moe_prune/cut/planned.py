@@ -24,9 +24,9 @@ from ..calibrate.expert_forward import add_expert, expert_tokens, place
 from ..calibrate.forward import StreamingModel
 from ..calibrate.memory import release_freed
 from ..checkpoint.open import Layer
-from ..checkpoint.writer import writing
 from ..decide.cut_plan import CutPlan
 from ..errors import CalibrationError, CheckpointError, OutputError, RecipeError
+from ..files.atomic import writing
 from ..files.json_file import parse_json
 from ..files.regular import MIB, Kind, read_file
 from ..progress import Progress, Report, ignore

@@ -3,6 +3,7 @@
 import math
 
 from ..calibrate.stats import Stats
+from ..checkpoint.fingerprint import difference
 from ..errors import PlanError, RecipeError
 from ..recipes.schema import QuantizeStage, Recipe, parse_pattern
 from ..slim.quota import zeros_in_group
@@ -32,10 +33,11 @@ def make_plan(
         RecipeError: If what was asked for cannot be done.
         PlanError: If the statistics do not suffice or are of another checkpoint.
     """
-    if stats is not None and stats.fingerprint != facts.model.fingerprint:
+    if stats is not None and (
+        other := difference(stats.fingerprint, facts.model.fingerprint)
+    ):
         raise PlanError(
-            f"the statistics are of another model (statistics "
-            f"{stats.fingerprint[:12]}, checkpoint {facts.model.fingerprint[:12]}). "
+            f"the statistics are of {other}. "
             "Run `vllm-moe-prune measure` on this checkpoint."
         )
     quantize = _check_stages(recipe, facts)

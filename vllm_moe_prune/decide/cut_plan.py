@@ -14,7 +14,9 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, JsonValue, ValidationError, field_validator
 
-from ..errors import OutputError, PlanError
+from ..checkpoint.fingerprint import difference
+from ..errors import PlanError
+from ..files.atomic import REPEAT, write_file, writing
 from ..files.json_file import read_json
 from ..files.regular import MIB, Kind
 from ..recipes.numbers import Count, Fraction, Fractions, Index, Indices, repeated
@@ -211,15 +213,8 @@ def load_plan(path: Path) -> CutPlan:
 
 def save_plan(plan: CutPlan, path: Path) -> None:
     """Write a plan as indented JSON, atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(dump_plan(plan), "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror or error}."
-        ) from error
+    with writing(path, REPEAT):
+        write_file(path, dump_plan(plan).encode())
 
 
 def dump_plan(plan: CutPlan) -> str:
@@ -248,10 +243,9 @@ def check_plan(
     Raises:
         PlanError: Naming the first layer and expert that does not fit.
     """
-    if plan.model.fingerprint != fingerprint:
+    if other := difference(plan.model.fingerprint, fingerprint):
         raise PlanError(
-            f"{where}: made for another model (plan {plan.model.fingerprint[:12]} from "
-            f"{plan.model.source}, checkpoint {fingerprint[:12]}). "
+            f"{where}: made of {plan.model.source} for {other}. "
             "Run measure and plan on this checkpoint."
         )
     if [layer.layer for layer in plan.layers] != list(range(len(layers))):

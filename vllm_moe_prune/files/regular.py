@@ -50,9 +50,15 @@ def open_regular(path: Path) -> FileIO:
         raise
 
 
+def kind_of(mode: int) -> str | None:
+    """What a file is by its mode, in words; None: a regular one."""
+    if stat.S_ISREG(mode):
+        return None
+    return next((name for is_it, name in OTHERS if is_it(mode)), "special")
+
+
 def _refuse_irregular(mode: int, path: Path) -> None:
-    if not stat.S_ISREG(mode):
-        found = next((name for is_it, name in OTHERS if is_it(mode)), "special")
+    if found := kind_of(mode):
         raise OSError(None, f"is {found}, not a regular file", str(path))
 
 
@@ -73,17 +79,6 @@ def read_bounded(path: Path, limit: int) -> bytes:
         found = f"{size} bytes" if size > limit else "more"
         raise OSError(None, f"{found}, but at most {limit} are read", str(path))
     return b"".join(parts)
-
-
-def copy_regular(path: Path, to: Path) -> None:
-    """Copy the bytes of a regular file, a piece at a time.
-
-    Raises:
-        OSError: It cannot be read, is no regular file, or ``to`` cannot be written.
-    """
-    with open_regular(path) as file, to.open("wb") as copy:
-        while part := file.read(MIB):
-            copy.write(part)
 
 
 def read_file(path: Path, kind: Kind) -> bytes:

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..checkpoint.fingerprint import difference
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.source import open_checkpoint
 from ..cut.convert import StorageName
 from ..decide.cut_plan import CutPlan, load_plan
 from ..errors import EvaluationError
 from ..pipeline import RunOptions, cut
+from ..report.figures import save_figure
 from .compare import Size, size_of
 from .quality import Subject
 from .speed import Speed, Sweep, measure_speed, sweep_for
@@ -141,7 +143,9 @@ def plans_to_make(roles: Mapping[Role, Subject]) -> dict[Role, CutPlan]:
     wanted = [role for role in MISSING if role not in roles]
     plan = plan_of(roles["both"].checkpoint)
     original = roles["baseline"].checkpoint
-    if wanted and (plan is None or plan.model.fingerprint != original.fingerprint):
+    if wanted and (
+        plan is None or difference(plan.model.fingerprint, original.fingerprint)
+    ):
         raise EvaluationError(
             f"{roles['both'].source}: was not made from {roles['baseline'].source} by "
             f"one cut, so its plan does not tell {' or '.join(wanted)}. Give these as "
@@ -276,4 +280,4 @@ def plot_rows(found: Rows, path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(visible=True, alpha=0.25)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)

@@ -9,22 +9,26 @@ was trained is kept until the output is complete, so that a killed run continues
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from .. import __version__
 from ..calibrate.data import Tokens, load_heldout, load_tokens
 from ..calibrate.forward import StreamingModel
 from ..calibrate.perplexity import summed_loss
+from ..checkpoint.fingerprint import difference
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.reader import DTYPES
 from ..checkpoint.source import open_checkpoint
 from ..checkpoint.tensor_hashes import write_hashes
-from ..checkpoint.writer import JOURNAL_NAME, ShardWriter, append_journal, writing
-from ..cut.output import Workspace, companions, open_workspace, publish
+from ..checkpoint.writer import JOURNAL_NAME, ShardPlan
+from ..cut.finish import PROVENANCE
+from ..cut.output import RECOVERED, companions, companions_sha256
+from ..cut.transaction import Workspace, is_complete, output_transaction
 from ..errors import (
     CheckpointError,
     OutputError,
@@ -32,6 +36,8 @@ from ..errors import (
     RemapError,
     require_extra,
 )
+from ..files.atomic import writing
+from ..files.json_file import read_json
 from ..progress import Progress, Report, ignore
 from ..recipes.schema import Calibration, first_problem
 from .options import Training
@@ -107,11 +113,10 @@ def _check_original(checkpoint: Checkpoint, original: Checkpoint | None) -> None
             "output of vllm-moe-prune, so there is nothing to recover."
         )
     source = checkpoint.remap.source
-    if source.fingerprint != original.fingerprint:
+    if other := difference(source.fingerprint, original.fingerprint):
         raise RemapError(
             f"{original.folder}: is not the checkpoint that {checkpoint.folder} was "
-            f"cut from, which is {source.name} of fingerprint "
-            f"{source.fingerprint[:12]}."
+            f"cut from, which is {source.name}: {other}."
         )
 
 
@@ -145,7 +150,7 @@ def recover(
         CheckpointError: Also a companion file that is a trap.
         RemapError: The original is another.
         CalibrationError: The text cannot be used, or is too short.
-        OutputError: The output exists, the disk is full, a resume does not match.
+        OutputError: See ``output_transaction``.
     """
     check_recovery(checkpoint, original, training)
     companions(checkpoint)
@@ -154,26 +159,24 @@ def recover(
     tokens = load_tokens(checkpoint, calibration)
     heldout = load_heldout(checkpoint, calibration)
     shards, stored = same_shards(checkpoint)
-    digest = hashlib.sha256(repr(training).encode())
-    for part in (checkpoint.fingerprint, tokens.sha256, heldout.sha256):
-        digest.update(part.encode())
-    for shard in shards:
-        digest.update(shard.header)
-    space = open_workspace(
-        out, digest.hexdigest(), shards, resume=resume, overwrite=overwrite
-    )
-    writer = ShardWriter(folder=space.partial, shards=shards, finished=space.finished)
-    try:
+    key = _key(checkpoint, original, training, (tokens, heldout), shards)
+    sources = [checkpoint] if original is None else [checkpoint, original]
+    if is_complete(out, key, resume=resume, overwrite=overwrite):
+        return _earlier(out, training, shards)
+    with output_transaction(
+        out, key, sources, resume=resume, overwrite=overwrite
+    ) as space:
+        writer = space.write_shards(shards)
         loss_before = _mean_loss(before, heldout, report, "before")
         changed, layers = _train(
             checkpoint, original, training, tokens, heldout, space, device, report
         )
         write_weights(writer, stored, changed)
         writer.close()
-        with writing(space.partial):
-            write_hashes(space.partial, writer)
-            write_rest(checkpoint, space.partial)
-        written = StreamingModel(open_checkpoint(space.partial), device)
+        with writing(space.result):
+            write_hashes(space.result, writer)
+            write_rest(checkpoint, space.result)
+        written = StreamingModel(open_checkpoint(space.result), device)
         loss_after = _mean_loss(written, heldout, report, "after")
         counts = [int(torch.count_nonzero(tensor)) for tensor in changed.values()]
         result = Recovered(
@@ -186,16 +189,53 @@ def recover(
             layers=layers,
             file_bytes=sum(shard.file_bytes for shard in shards),
         )
-        with writing(space.partial):
+        with writing(space.result):
             record = as_record(checkpoint, result, tokens, heldout)
-            write_record(checkpoint, space.partial, history, record)
-            publish(space)
-    except BaseException:
-        writer.abort()
-        raise
-    finally:
-        space.release()
+            write_record(checkpoint, space.result, history, record)
     return result
+
+
+def _key(
+    checkpoint: Checkpoint,
+    original: Checkpoint | None,
+    training: Training,
+    texts: Sequence[Tokens],
+    shards: Sequence[ShardPlan],
+) -> str:
+    """Hash of everything that determines the output's bytes."""
+    teacher = None if original is None else original.fingerprint
+    said = (__version__, training, checkpoint.fingerprint, teacher)
+    digest = hashlib.sha256(repr(said).encode())
+    for part in (companions_sha256(checkpoint), *(text.sha256 for text in texts)):
+        digest.update(part.encode())
+    for shard in shards:
+        digest.update(shard.header)
+    return digest.hexdigest()
+
+
+def _earlier(out: Path, training: Training, shards: Sequence[ShardPlan]) -> Recovered:
+    """What a finished recovery said of itself.
+
+    Raises:
+        CheckpointError: Its provenance is damaged.
+    """
+    try:
+        record = read_json(out / "provenance.json", PROVENANCE)[RECOVERED][-1]
+        return Recovered(
+            out=out,
+            training=training,
+            loss_before=record["loss"]["before"],
+            loss_after=record["loss"]["after"],
+            tensors=record["tensors"],
+            parameters=record["parameters"],
+            layers=tuple(LayerError(**layer) for layer in record["layers"]),
+            file_bytes=sum(shard.file_bytes for shard in shards),
+        )
+    except (KeyError, IndexError, TypeError) as error:
+        raise CheckpointError(
+            f"{out / 'provenance.json'}: is damaged: {error!r}. Make the output again "
+            "with --overwrite."
+        ) from error
 
 
 def as_record(
@@ -292,7 +332,7 @@ def _distil(
         save_trained(kept, {name: changed[name]})
         done[layer.index] = error
         entry: dict[str, object] = {"distilled": dataclasses.asdict(error)}
-        append_journal(space.partial, entry)
+        space.record(entry)
     return changed, tuple(done[index] for index in sorted(done))
 
 

@@ -3,22 +3,22 @@
 Axes: S windows, T tokens of a window.
 """
 
-import logging
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..checkpoint.index import TensorInfo
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.reader import DTYPES, read_tensor
-from ..errors import CheckpointError, RecipeError
+from ..errors import CheckpointError, OutputError, RecipeError
+from ..files.atomic import RESUME, remove_folder, write_file, writing
 from ..progress import Progress, Report
 from .lora import merged, with_adapters
 from .model import Place, TrainableModel, keep_zeros
@@ -27,6 +27,8 @@ from .options import Training, patterns
 # How often a run that is killed can be continued from, in parts of the steps.
 SAVES = 10
 MAX_GRADIENT_NORM = 1.0
+SAVED = "complete"
+"""A file in a save that is whole."""
 
 
 def train(
@@ -131,6 +133,32 @@ class _ProgressCallback(TrainerCallback):
         )
 
 
+class _Trainer(Trainer):
+    """Keeps one save, which counts once all of it is on the disk."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        work = Path(self.args.output_dir)
+        newest = work / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        # torch's writer says RuntimeError, and Rust's its own, where a disk is full.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise OutputError(
+                f"{newest}: cannot be written: {first_line(error)}. Free space or mend "
+                f"the disk, then {RESUME}."
+            ) from error
+        with writing(newest):
+            write_file(newest / SAVED, b"")
+            for older in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                if older != newest:
+                    remove_folder(older)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what may follow on further lines."""
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
 def _run(
     model: Any,
     training: Training,
@@ -154,7 +182,6 @@ def _run(
         seed=training.seed,
         save_strategy="steps",
         save_steps=max(1, training.steps // SAVES),
-        save_total_limit=1,
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -162,18 +189,16 @@ def _run(
         remove_unused_columns=False,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several would get copies of it all
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=_Windows(ids_ST),
         callbacks=[_ProgressCallback(report)],
     )
-    # It warns where saves follow each other faster than file times tell apart.
-    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     # It prints to stdout, which is the result's.
     trainer.remove_callback(PrinterCallback)
     for save in work.glob("checkpoint-*"):
-        if not (save / TRAINER_STATE_NAME).is_file():  # it is written last
+        if not (save / SAVED).is_file():
             shutil.rmtree(save)
     last = get_last_checkpoint(str(work)) if work.is_dir() else None
     trainer.train(resume_from_checkpoint=last)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
+from ..calibrate.boundary import NAMES
+from ..calibrate.container import TensorBytes, write_safetensors
 from ..checkpoint.index import (
     INDEX_NAME,
     TensorInfo,
@@ -23,14 +24,14 @@ from ..checkpoint.index import (
 )
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.reader import read_tensor
-from ..checkpoint.writer import CHUNK_BYTES, ShardPlan, ShardWriter, writing
+from ..checkpoint.writer import CHUNK_BYTES, ShardPlan, ShardWriter
 from ..cut.card import source_card
 from ..cut.copy import tensor_view
 from ..cut.finish import PROVENANCE
 from ..cut.output import RECOVERED, copy_companions, copy_records
 from ..errors import CheckpointError, OutputError
+from ..files.atomic import copy_file, write_file, writing
 from ..files.json_file import read_json
-from ..files.regular import copy_regular
 
 NOTE_START = "\n## Recovered\n"
 
@@ -87,7 +88,7 @@ def write_rest(checkpoint: Checkpoint, folder: Path) -> None:
     for name in (INDEX_NAME, "config.json"):
         path = checkpoint.folder / name
         if path.is_file():
-            copy_regular(path, folder / name)
+            copy_file(path, folder / name)
 
 
 def read_history(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -106,10 +107,10 @@ def write_record(
     earlier = history.get(RECOVERED)
     history[RECOVERED] = [*(earlier if isinstance(earlier, list) else []), record]
     text = json.dumps(history, indent=2) + "\n"
-    (folder / "provenance.json").write_text(text, "utf-8")
+    write_file(folder / "provenance.json", text.encode())
     card = source_card(checkpoint)
     if card is not None:
-        (folder / "README.md").write_text(card + _note(record), "utf-8")
+        write_file(folder / "README.md", (card + _note(record)).encode())
 
 
 def _note(record: dict[str, Any]) -> str:
@@ -125,11 +126,13 @@ def _note(record: dict[str, Any]) -> str:
 
 def save_trained(path: Path, changed: dict[str, torch.Tensor]) -> None:
     """Keep what was trained, so that a killed run need not train it again."""
-    temporary = path.with_suffix(".tmp")
+    parts = {
+        name: TensorBytes(NAMES[tensor.dtype], tuple(tensor.shape), tensor_view(tensor))
+        for name, tensor in changed.items()
+    }
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(changed, temporary)
-        temporary.replace(path)
+        write_safetensors(path, parts, {})
 
 
 def load_trained(path: Path, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

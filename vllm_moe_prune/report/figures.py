@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import require_extra
+from ..files.atomic import REPEAT, write_file, writing
 from .page import distance_scale
 from .read import LayerNumbers, Numbers
 from .tree import forks, leaf_order, outlines
@@ -41,7 +43,8 @@ def write_figures(numbers: Numbers, folder: Path) -> list[Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, REPEAT):
+        folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with mpl.rc_context(STYLE):
         for name, size, draw in _figures(numbers):
@@ -49,10 +52,25 @@ def write_figures(numbers: Numbers, folder: Path) -> list[Path]:
             FigureCanvasAgg(figure)
             draw(figure)
             path = folder / f"{name}.png"
-            # Without metadata the same numbers give the same bytes.
-            figure.savefig(path, metadata={"Software": None})
+            save_figure(figure, path)
             paths.append(path)
     return paths
+
+
+def save_figure(figure: Any, path: Path, **options: Any) -> None:
+    """Write a drawing of matplotlib, whole or not at all, in the format of its name.
+
+    Without metadata the same numbers give the same bytes.
+    """
+    import matplotlib as mpl
+
+    kind = path.suffix.removeprefix(".").lower()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    drawn = BytesIO()
+    with mpl.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(drawn, format=kind, metadata=metadata, **options)
+    with writing(path, REPEAT):
+        write_file(path, drawn.getvalue())
 
 
 _Figure = tuple[str, tuple[float, float], Callable[[Any], None]]

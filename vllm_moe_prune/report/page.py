@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from ..calibrate.stats import Array
 from ..decide.quantize import form_of
+from ..files.atomic import REPEAT, write_file, writing
 from ..progress import gib
 from . import svg
 from .read import LayerNumbers, Numbers
@@ -34,9 +35,8 @@ Segment = tuple[str, float]
 
 def write_page(numbers: Numbers, path: Path) -> None:
     """Write the page, complete or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page(numbers), "utf-8")
-    temporary.replace(path)
+    with writing(path, REPEAT):
+        write_file(path, page(numbers).encode())
 
 
 def page(numbers: Numbers) -> str:

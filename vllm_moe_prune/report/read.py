@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from ..calibrate.stats import Array, LayerStats, Stats, load_stats
+from ..checkpoint.fingerprint import difference
 from ..checkpoint.source import open_checkpoint
 from ..cut.output import STATS_FILE
 from ..decide.clusters import Merge, merge_sequence
@@ -185,11 +186,8 @@ def _statistics(folder: Path, files: Sequence[Path], plan: CutPlan) -> list[Stat
     paths = [*([kept] if kept.is_file() else []), *files]
     found = [load_stats(path) for path in paths]
     for path, stats in zip(paths, found, strict=True):
-        if stats.fingerprint != plan.model.fingerprint:
-            raise PlanError(
-                f"{path}: the statistics are of another model (statistics "
-                f"{stats.fingerprint[:12]}, plan {plan.model.fingerprint[:12]})."
-            )
+        if other := difference(stats.fingerprint, plan.model.fingerprint):
+            raise PlanError(f"{path}: the statistics are of {other}.")
         for layer, values in stats.layers.items():
             _check_experts(layer, values, plan, path)
     return found

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,11 +10,13 @@ from ..calibrate.accumulate import measure as measure_checkpoint
 from ..calibrate.data import Tokens, load_heldout, load_tokens
 from ..calibrate.forward import StreamingModel
 from ..calibrate.stats import Stats, load_stats, save_stats
+from ..checkpoint.file_state import check_states
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.reader import check_routers
 from ..cut.planned import LossJournal
 from ..decide.required_stats import needed_statistics, needs_tokens
 from ..errors import OutputError
+from ..files.atomic import REPEAT, remove_folder, writing
 from ..recipes.schema import Calibration, Recipe
 from .preflight import RunOptions
 from .probe import with_owl, with_sensitivity
@@ -65,8 +66,29 @@ def measure(
         stats = with_sensitivity(model, recipe, stats, heldout, journal, options.report)
     if model and tokens and "owl_outliers_E" in later:
         stats = with_owl(model, recipe, stats, tokens, options.report)
-    if work is not None and work.is_dir():
-        shutil.rmtree(work)
+    return stats
+
+
+def measure_into(
+    file: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    tokens: Tokens | None,
+    options: RunOptions,
+) -> Stats:
+    """Measure into a file; after a kill the same call continues.
+
+    Raises:
+        OutputError: It cannot be written, or is no regular file.
+        CheckpointError: A file of the checkpoint has changed meanwhile.
+    """
+    work = file.with_name(file.name + ".work")
+    stats = measure(checkpoint, recipe, tokens, options, work)
+    check_states(checkpoint.folder, checkpoint.files)
+    with writing(file, REPEAT):
+        file.parent.mkdir(exist_ok=True)
+        save_stats(stats, file)
+        remove_folder(work)
     return stats
 
 

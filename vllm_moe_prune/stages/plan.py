@@ -7,11 +7,12 @@ from pathlib import Path
 from .. import __version__
 from ..calibrate.stats import Stats
 from ..checkpoint.open import Checkpoint
-from ..checkpoint.writer import MAX_SHARD_BYTES, writing
+from ..checkpoint.writer import MAX_SHARD_BYTES
 from ..cut.predict import model_facts, with_prediction
 from ..decide.build_plan import make_plan
 from ..decide.cut_plan import CutPlan, Measurement, save_plan, trimming
 from ..errors import PlanError, RecipeError
+from ..files.atomic import writing
 from ..files.json_file import parse_json
 from ..recipes.schema import Recipe
 

@@ -10,8 +10,9 @@ from ..checkpoint.output_path import check_folder
 from ..checkpoint.reader import check_routers
 from ..checkpoint.writer import MAX_SHARD_BYTES
 from ..cut.convert import StorageName
-from ..cut.output import check_output, companions, staging_folder
+from ..cut.output import companions
 from ..cut.predict import model_facts
+from ..cut.transaction import check_output
 from ..cut.validate_plan import check_stored
 from ..decide import build_plan
 from ..errors import RecipeError
@@ -43,9 +44,6 @@ def check_options(checkpoint: Checkpoint, out: Path, options: RunOptions) -> Non
     check_device(options.device)
     check_folder(out, checkpoint.folder)
     check_output(out, resume=options.resume, overwrite=options.overwrite)
-    if options.storage != "dense":
-        staging = staging_folder(out)
-        check_output(staging, resume=options.resume, overwrite=options.overwrite)
     check_routers(checkpoint)
     companions(checkpoint)
 

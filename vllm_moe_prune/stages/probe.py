@@ -65,7 +65,6 @@ def with_sensitivity(
         for count in counts:
             removed = remove_counts(stats, facts.layers, recipe, {layer: count})
             plans.append(_dry(facts, recipe, removed))
-    before = model.layers_run
     found = planned_losses(
         model,
         plans,
@@ -99,7 +98,6 @@ def with_sensitivity(
             "heldout": heldout.describe(),
             "tokens": found[0][0].tokens,
             "candidates": len(plans),
-            "layers_run": model.layers_run - before,
         },
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..calibrate.perplexity import perplexity_of
 from ..errors import OutputError, require_extra
+from ..report.figures import save_figure
 from .search import Judged, Tuned
 
 FORMATS = (".png", ".svg")
@@ -66,4 +67,4 @@ def plot_front(tuned: Tuned, path: Path) -> None:
     axes.set_yscale("log")
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)

@@ -13,6 +13,7 @@ import torch
 from ..calibrate.data import load_heldout
 from ..calibrate.forward import StreamingModel
 from ..calibrate.stats import Stats
+from ..checkpoint.file_state import check_states
 from ..checkpoint.open import Checkpoint
 from ..cut.planned import Loss, LossJournal, Text, planned_losses
 from ..decide.cut_plan import CutPlan
@@ -133,6 +134,7 @@ class _Search:
         refined = self._refined(self._split(judged, 0)[0], stats)
         judged = self._judge({**plans, **refined}, 1.0)
         early.sort(key=lambda one: (one.loss.mean, one.file_bytes, one.name))
+        check_states(self.checkpoint.folder, self.checkpoint.files)
         return Tuned(self._intact(), tuple(judged + early), tuple(self.left_out))
 
     def _measured(self, candidates: Sequence[Candidate]) -> dict[str, Stats]:
