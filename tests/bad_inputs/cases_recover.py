@@ -25,7 +25,7 @@ CASES = [
     Case(
         "recover: another original",
         ROUTER.replace("--source ckpt", "--source out"),
-        ("out: is not the checkpoint that uneven was cut from", "fingerprint"),
+        ("out: is not the checkpoint that uneven was cut from", "another model"),
     ),
     Case("recover: no text", LORA.replace("text.txt", "no.txt"), ("no.txt", "no such")),
     Case(
