@@ -1,7 +1,7 @@
 """Values of config.json, checked as they are read: a config is hostile until then."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +129,18 @@ def check_lists(config: dict[str, Any], arch: MoeArch, count: int, where: Path) 
                 f"{where}: {key} lists {len(values)} layers, but {arch.config.layers} "
                 f"is {count}."
             )
+
+
+def check_beyond(arch: MoeArch, names: Iterable[str], total: int, folder: Path) -> None:
+    """Refuse tensors of layers behind the last one.
+
+    Raises:
+        CheckpointError: Naming the first such layer.
+    """
+    indices = (arch.layer_of(name) for name in names)
+    beyond = {index for index in indices if index is not None and index >= total}
+    if beyond:
+        raise CheckpointError(
+            f"{folder}: tensors of layer {min(beyond)} found, but config.json says "
+            f"{arch.config.layers} is {total}."
+        )

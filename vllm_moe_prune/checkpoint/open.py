@@ -17,6 +17,7 @@ from .block_fp8 import SUFFIX, ScaleBlocks, check_scales, read_blocks
 from .claims import check_claims
 from .compressed import Storage, dense_view
 from .config_values import (
+    check_beyond,
     check_dense,
     check_lists,
     check_pattern,
@@ -264,7 +265,7 @@ def build_checkpoint(
             f"{folder}: the remap table has {len(remap.layers)} layers, "
             f"config.json {count}."
         )
-    _check_beyond(arch, tensors, total, folder)
+    check_beyond(arch, tensors, total, folder)
     found = Checkpoint(
         folder=folder,
         config=config,
@@ -329,21 +330,6 @@ def _mtp_layers(
     indices = {arch.layer_of(name) for name in tensors}
     held = len({index for index in indices if index is not None and index >= count})
     return min(named, held)
-
-
-def _check_beyond(
-    arch: MoeArch, tensors: dict[str, TensorInfo], total: int, folder: Path
-) -> None:
-    beyond = {
-        index
-        for name in tensors
-        if (index := arch.layer_of(name)) is not None and index >= total
-    }
-    if beyond:
-        raise CheckpointError(
-            f"{folder}: tensors of layer {min(beyond)} found, but config.json says "
-            f"{arch.config.layers} is {total}."
-        )
 
 
 def _check_numbers(arch: MoeArch, tensors: dict[str, TensorInfo]) -> None:
