@@ -10,10 +10,10 @@ SIZE="--samples 8 --sequence-length 256"
 vllm-moe-prune run $CKPT "$OUT" --recipe stun40 --calibration $TEXT $SIZE --overwrite
 # --8<-- [start:recover]
 vllm-moe-prune recover "$OUT" "$OUT-recovered" --method router --source $CKPT \
-    --calibration $TEXT $SIZE --steps 20 --heldout 4 --overwrite
+    --calibration $TEXT $SIZE --steps 10 --heldout 2 --overwrite
 # --8<-- [end:recover]
 # --8<-- [start:check]
 vllm-moe-prune compare $CKPT "$OUT" "$OUT-recovered" \
-    --text examples/heldout/chat.txt --sequence-length 256 --max-tokens 2048
+    --text examples/heldout/chat.txt --sequence-length 256 --max-tokens 1024
 vllm-moe-prune report "$OUT"
 # --8<-- [end:check]

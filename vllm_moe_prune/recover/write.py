@@ -118,7 +118,7 @@ def _note(record: dict[str, Any]) -> str:
     return (
         f"{NOTE_START}\nTrained after the cut (`vllm-moe-prune recover`, method "
         f"`{record['method']}`, {record['steps']} steps) on text of "
-        f"`{record['calibration']['source']}`: the loss on windows kept apart went "
+        f"`{record['calibration']['source']}`: the loss on held-out windows went "
         f"from {before:.4f} to {after:.4f} nats per token. Weights that were zero "
         "still are.\n"
     )

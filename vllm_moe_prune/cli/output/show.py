@@ -77,7 +77,7 @@ def _groups(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     rule = checkpoint.rule
     if rule.groups == 1:
         return []
-    return [("groups", f"{rule.groups}, of which the best {rule.top_groups}")]
+    return [("groups", f"{rule.groups}, top-{rule.top_groups}")]
 
 
 def _compression(checkpoint: Checkpoint) -> list[tuple[str, str]]:
@@ -362,12 +362,12 @@ def show_verified(verified: "Verified", as_json: bool) -> None:
             ("of all parameters", f"{verified.total_sparsity:.2%}, recounted"),
         ]
     if verified.tensors_hashed is not None:
-        known = f"{verified.tensors_hashed} tensors are what was written"
+        known = f"{verified.tensors_hashed} tensors match their hashes"
     else:
         known = "none kept: this folder was written before they were"
     checked.append(("hashes", known))
     facts(f"Verified {verified.folder}", checked)
     if verified.tensors_hashed is None and verified.expert_sparsity is None:
-        hint("What the weights hold is not known; only headers were checked.")
+        hint("No hashes: headers were checked, weights were not.")
     if verified.expert_sparsity is None:
         hint("Pass --source CKPT to compare the weights too.")

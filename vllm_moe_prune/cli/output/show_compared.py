@@ -24,8 +24,8 @@ def show_compared(columns: Sequence["Column"], as_json: bool) -> None:
     names = [column.quality.model for column in columns]
     unique = len(set(names)) == len(names)
     heads = names if unique else [column.source for column in columns]
-    table("Side by side", ["", *heads], rows)
-    hint("In brackets and recovered: of the first. FLOPs: mean over 2,048 tokens.")
+    table("Comparison", ["", *heads], rows)
+    hint("Brackets, recovery: % of the first. FLOPs: mean over 2,048 tokens.")
     if any(column.quality.scores for column in columns):
         hint("± is one standard error, of samples drawn anew.")
     if any(column.speed for column in columns):
@@ -171,7 +171,9 @@ def show_speed(found: "Rows", as_json: bool) -> None:
         "FLOPs of 2,048 tokens at batch 1."
     )
     if found.load_average > (os.cpu_count() or 1) / 2:
-        hint(f"Others use this machine: load average {found.load_average:.1f}.")
+        hint(
+            f"Other processes used this machine: load average {found.load_average:.1f}."
+        )
 
 
 def _times(rate: "Spread", baseline: "Spread") -> str:

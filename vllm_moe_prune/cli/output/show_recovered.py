@@ -35,7 +35,7 @@ def show_recovered(result: "Recovered", elapsed_s: float, as_json: bool) -> None
         return
     if result.layers:
         table(
-            "Squared distance from the original's output, on windows kept apart",
+            "Squared distance from the original's output on held-out windows",
             ("layer", "original layer", "before", "after"),
             [
                 (

@@ -76,14 +76,14 @@ def show_recommended(
     rows = [
         (name, *_costs(costs), f"{original.decode_bytes / costs.decode_bytes:.2f}x")
         for name, costs in (
-            ("(as it is)", original),
+            ("(original)", original),
             *((one.recipe.name, one.costs) for one in found.choices),
         )
     ]
-    heads = ("recipe", "weights", "TFLOPs", "read per token", "less")
-    table("Recipes that fit", heads, rows)
+    heads = ("recipe", "weights", "TFLOPs", "read per token", "reduction")
+    table("Recipes within the limits", heads, rows)
     for name, why in found.left_out.items():
-        hint(textwrap.fill(f"Left out: {name}: {why}", 79, subsequent_indent="  "))
+        hint(textwrap.fill(f"Not listed: {name}: {why}", 79, subsequent_indent="  "))
     hint("TFLOPs are of 2,048 tokens at batch 1; read per token are weights only.")
     name = found.choices[0].recipe.name
     hint(f"Next: vllm-moe-prune run {source_of(checkpoint)} OUT --recipe {name}")
@@ -173,6 +173,6 @@ def show_tuned(
     heads = ("candidate", "perplexity", "bytes", "")
     table(f"Judged on {tuned.intact.loss.tokens:,} held-out tokens", heads, rows)
     hint(
-        f"{early} more were given up early, {len(tuned.left_out)} cannot be that size."
+        f"{early} more were stopped early, {len(tuned.left_out)} cannot have that size."
     )
     hint(f"Next: vllm-moe-prune cut {source_of(checkpoint)} --plan {path} -o OUT")
