@@ -294,14 +294,6 @@ ENGINE_DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda folder: rewrite(folder, lambda t: t.pop(EXPERT.format(0, 3, "w2"))),
         r"layer 0.*experts\.3\.w2",
     ),
-    "uniform, another table": (
-        "uniform",
-        lambda folder: edit_table(
-            folder,
-            lambda data: data["layers"][1].update(kept=[6, 1], router_rows=[6, 1]),
-        ),
-        "layer 1 has 4 experts, the remap table lists 2",
-    ),
 }
 
 
