@@ -49,6 +49,8 @@ def check_stock(vllm_config: VllmConfig) -> None:
     from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
 
     model_config = vllm_config.model_config
+    if model_config is None:
+        return  # layers on their own, outside of any engine
     if getattr(model_config.hf_config, CONFIG_BLOCK, None) is None:
         return
     ours = {find_arch(each, __name__).pruned_architecture for each in supported()}
