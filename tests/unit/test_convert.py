@@ -21,7 +21,7 @@ from vllm_moe_prune.checkpoint.reader import read_row, read_tensor
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.predict import model_facts
 from vllm_moe_prune.decide.cut_plan import CutPlan, LayerPlan, load_plan
-from vllm_moe_prune.errors import OutputError
+from vllm_moe_prune.errors import CheckpointError, OutputError
 from vllm_moe_prune.kernels.bitmask import pack
 from vllm_moe_prune.pipeline import RunOptions, convert, cut, verify
 from vllm_moe_prune.plugin.launch import needs_plugin
@@ -143,6 +143,25 @@ def test_cutting_into_the_layout_gives_what_converting_gives(
         "direct",
         "packed",
     ]
+
+
+def test_compressed_experts_that_changed_places_are_found(
+    source: Checkpoint, tmp_path: Path
+) -> None:
+    """Every part fits: with a pattern, those of all experts have the same shapes."""
+    out = tmp_path / "out"
+    cut(source, plan(source, "2:4"), out, PACKED)
+    assert verify(out).tensors_hashed == len(read_index(out))
+    path = out / "model.safetensors"
+    tensors = load_file(path)
+    moe = "model.layers.0.block_sparse_moe.experts.{}.w2."
+    for part in ("values", "mask"):
+        one, two = (moe.format(expert) + part for expert in (0, 2))
+        tensors[one], tensors[two] = tensors[two].clone(), tensors[one].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    said = rf"'{moe.format(0)}mask' holds what '{moe.format(2)}mask' held \(4 such"
+    with pytest.raises(CheckpointError, match=said):
+        verify(out)
 
 
 def test_compressing_what_is_compressed_changes_nothing(
