@@ -170,7 +170,7 @@ def _leave_unfinished(folder: Path) -> None:
     checkpoint = open_checkpoint(folder / "ckpt")
     plan = load_plan(folder / "plan.json")
     asked = Calibration(source="text.txt", samples=2, sequence_length=32)
-    options = pipeline.RunOptions("cpu", max_shard_bytes=60_000, report=stop)
+    options = pipeline.RunOptions(device="cpu", max_shard_bytes=60_000, report=stop)
     kept, boundary.MAX_OVERHEAD = boundary.MAX_OVERHEAD, float("inf")
     try:
         tokens = load_tokens(checkpoint, asked)

@@ -260,6 +260,10 @@ def nested(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("[" * 10**5)
 
 
+def endless(folder: Path) -> None:
+    byte_level(folder, "LlamaTokenizer", model_max_length=[])
+
+
 def fifo(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     os.mkfifo(folder / "tokenizer.json")
@@ -289,6 +293,7 @@ SPOILED = {
         "Precompiled",
     ),
     "nested": (nested, "not valid JSON"),
+    "a length that is none": (endless, "cannot be loaded"),
     "a FIFO": (fifo, "not a regular file"),
     "a device": (device, "not a regular file"),
 }  # fmt: skip

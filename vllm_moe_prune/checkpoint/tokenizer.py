@@ -76,8 +76,9 @@ def load_tokenizer(folder: Path, *, trust_code: bool = False) -> Any:
             with _copied(folder, _made(folder, kind)) as copy:
                 tokenizer = _by_file(copy)
             tokenizer.name_or_path = str(folder)
-            return tokenizer
-        tokenizer = _by_class(folder, trust_code=trust_code)
+        else:
+            tokenizer = _by_class(folder, trust_code=trust_code)
+        tokenizer("a")  # some settings are only read then
     if kind is TokenizerKind.CLASS and type(tokenizer).__name__ in GENERIC_NAMES:
         raise CalibrationError(
             f"{folder}: nothing says how its tokenizer splits text: there is no "
