@@ -6,7 +6,8 @@ FAMILY ?= mixtral
 ARGS ?=
 WORKERS ?= 2
 PY := .venv/bin/python
-PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
+# A file's tests share a worker, and so what they start; files in the order of conftest.py.
+PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Modules stay compiled, whatever the shell says: each vLLM start would do it again.
 unexport PYTHONDONTWRITEBYTECODE

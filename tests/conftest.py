@@ -14,6 +14,10 @@ VLLM_TIMEOUT_S = 600
 # The models are tiny: more threads only wait for each other, and each worker has a
 # core of its own. Set before torch is imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Python compiles what it imports once, whatever the shell says: each start of vLLM
+# would do it again, 18 s long.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 if hasattr(os, "sched_getaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
@@ -60,7 +64,17 @@ def engines_in_this_process() -> Iterator[None]:
         yield
 
 
+def put_long_files_first(items: list[pytest.Item]) -> None:
+    """So that no worker is left alone with one at the end; order is kept otherwise."""
+    weights: dict[Path, int] = {}
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()} & {"vllm", "slow"}
+        weights[item.path] = max(weights.get(item.path, 0), len(marks))
+    items.sort(key=lambda item: -weights[item.path])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    put_long_files_first(items)
     missing = pytest.mark.skip(reason="vLLM is not installed")
     has_vllm = importlib.util.find_spec("vllm") is not None
     for item in items:

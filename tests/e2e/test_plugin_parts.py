@@ -380,11 +380,17 @@ assert not [one for one in sys.meta_path if type(one).__name__ == "_ImportHook"]
 if current_platform.is_cpu():
     from vllm.model_executor.custom_op import op_registry_oot
     assert "RotaryEmbedding" in op_registry_oot
+import vllm_moe_prune.plugin.models.deepseek_v2
+import vllm_moe_prune.plugin.models.mixtral
+import vllm_moe_prune.plugin.watch.endpoint
+for name in ("load_op", "routing_load"):
+    assert "vllm_moe_prune.plugin.watch." + name not in sys.modules
 """
 
 
 @pytest.mark.vllm
-def test_registering_imports_nothing_a_model_is_made_of() -> None:
+def test_nothing_is_imported_before_it_is_asked_for() -> None:
+    """By registering, what a model is made of; by models and routes, what counts."""
     environment = os.environ | {"VLLM_PLUGINS": ""}
     subprocess.run([sys.executable, "-c", REGISTERING], env=environment, check=True)
 
