@@ -47,12 +47,15 @@ def owl_offsets(
     if not ratios:
         return {}
     low, high = min(ratios.values()), max(ratios.values())
+    # OWL rescales to [0, 2 lambda]; where all layers are alike nothing is to be shared
+    # out.
     spread = high - low
     density = {
         layer: (ratio - low) / spread * 2.0 * stage.owl_lambda if spread else 0.0
         for layer, ratio in ratios.items()
     }
     weights = {layer: _weights(groups[layer]) for layer in ratios}
+    # Weighted by what is slimmed: the total must not change by how it is spread.
     mean = sum(density[layer] * weights[layer] for layer in ratios)
     mean /= sum(weights.values())
     return {layer: mean - value for layer, value in density.items()}
@@ -78,6 +81,8 @@ def least_allocation(
 
     def sparsity(base: float, layer: int) -> float:
         largest = max(groups[layer])
+        # One weight of a group always stays, or its row would be zero whatever it
+        # reads.
         wanted = base + offsets.get(layer, 0.0)
         return min(max(wanted, 0.0), (largest - 1) / largest)
 
@@ -89,6 +94,8 @@ def least_allocation(
     def first_base(layer: int, size: int) -> float | None:
         """The smallest base at which this group's next weight makes it enough."""
         offset = offsets.get(layer, 0.0)
+        # total() is monotone in the base, so each group's decisive step is found in
+        # log(size).
         step = bisect_left(range(size), zeros, key=lambda k: total(k / size - offset))
         return None if step == size else step / size - offset
 
@@ -101,6 +108,7 @@ def least_allocation(
     if not bases:
         raise not_enough(zeros, sum(counted.values(), Counter[int]()))
     found = {layer: sparsity(min(bases), layer) for layer in groups}
+    # Several layers may reach their next step at once: those not needed step back.
     spare = total(min(bases)) - zeros
     for layer in sorted(counted, reverse=True):
         below = found[layer] * JUST_BELOW

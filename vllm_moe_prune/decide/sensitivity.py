@@ -84,11 +84,13 @@ def split_by_loss(curves: Mapping[int, Array], target: int) -> dict[int, int]:
             f"asked to remove {target} experts, but the layers' sensitivity was "
             f"measured for {room} only. Lower experts.drop, or measure more points."
         )
+    # Integers: sums of floats would depend on the order of layers, and ties with them.
     costs = {
         layer: np.rint((curve - curve[0]) / UNIT).astype(np.int64)
         for layer, curve in curves.items()
     }
     layers = list(costs)
+    # Dynamic programming over layers, O(layers * target * experts): exact, not greedy.
     # least[i][r]: the least cost of removing r experts from layers[i:].
     least = [_start(target)]
     for layer in reversed(layers):
@@ -96,6 +98,7 @@ def split_by_loss(curves: Mapping[int, Array], target: int) -> dict[int, int]:
     left, split = target, {}
     for at, layer in enumerate(layers):
         cost, rest = costs[layer], least[at + 1]
+        # Most first: of equal splits the lowest layer loses most.
         split[layer] = next(
             removed
             for removed in range(min(left, len(cost) - 1), -1, -1)
@@ -124,6 +127,7 @@ def _joined(cost: Costs, rest: Costs) -> Costs:
     joined = np.full_like(rest, NEVER)
     for removed in range(min(len(cost), len(rest))):
         tail = rest[: len(rest) - removed]
+        # NEVER plus anything would overflow to a negative cost.
         sums = np.where(tail == NEVER, NEVER, tail + cost[removed])
         np.minimum(joined[removed:], sums, out=joined[removed:])
     return joined
@@ -146,5 +150,6 @@ def _curve(stats: Stats, layer: int, most: int) -> Array:
             f"rise, but are at {removed_P.tolist()}. {MEASURE_SENSITIVITY}"
         )
     reached = np.arange(min(most, int(removed_P[-1])) + 1)
+    # Between measured points the loss is taken to be linear.
     loss_R: Array = np.interp(reached, removed_P, loss_P)
     return loss_R

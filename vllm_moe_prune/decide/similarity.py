@@ -43,6 +43,7 @@ def expert_distance(stats: LayerStats, stage: ExpertStage, *, layer: int) -> Arr
         terms_EE.append(stage.router_weight * _router_term(stats, stage, layer))
     if stage.coactivation_weight:
         terms_EE.append(stage.coactivation_weight * _coactivation_term(stats, layer))
+    # Eq. 7 with the sign of a distance; one triangle, mirrored, so that ties stay ties.
     distance_EE: Array = np.triu(sum(terms_EE, np.float64(0.0)), 1)
     return distance_EE + distance_EE.T
 
@@ -82,6 +83,7 @@ def _output_distance(stats: LayerStats, layer: int) -> Array:
     sqnorm_E = measured(
         stats.output_sqnorm_E, "output norms", MEASURE_OUTPUTS, layer=layer
     )
+    # Outputs grow with depth; divided by their size, one threshold serves all layers.
     mean = float(sqnorm_E.mean())
     distance_EE: Array = np.sqrt(np.maximum(np.triu(sqdist_EE, 1), 0.0))
     if mean:

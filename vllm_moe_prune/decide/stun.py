@@ -53,6 +53,7 @@ def cluster_experts(
         return {}, None
     most = {layer: most_removed(layer, layers[layer], stage) for layer in layers}
     distances = _distances(stats, layers, stage)
+    # The published code clusters for one threshold and searches for it by bisection.
     if stage.linkage == "reference":
         reached = search_threshold(distances, most, target)
         clusters = {
@@ -61,10 +62,13 @@ def cluster_experts(
             if len(reached.clusters[layer]) < shape.num_experts
         }
         return clusters, reached.threshold
+    # Complete linkage gives every layer one order of merges; a threshold is a height in
+    # it.
     merges = {
         layer: _merges(distances[layer], layer, shape, stage)
         for layer, shape in layers.items()
     }
+    # Equal groups lose one expert each at a time, so budgets are counted in such steps.
     unit = unit_of(layers, stage)
     rooms = {layer: count // unit for layer, count in most.items()}
     budget = spend_global(merges, rooms, target // unit)
@@ -154,6 +158,7 @@ def _distance(
     protected = list(stage.protected.get(layer, ()))
     distance_EE[np.ix_(protected, protected)] = np.inf
     if shape.groups is not None:
+        # Infinite distance is never merged, whatever the budget.
         # A cluster has one survivor, which serves in one group.
         group_E = np.array(shape.groups)
         distance_EE[group_E[:, None] != group_E[None, :]] = np.inf
@@ -169,6 +174,7 @@ def _survivors(
     layer: int, clusters: Clusters, stats: LayerStats, stage: ExpertStage
 ) -> tuple[int, ...]:
     protected = stage.protected.get(layer, ())
+    # A protected expert is its cluster's survivor; no two of them share one.
     candidates = [
         tuple(expert for expert in cluster if expert in protected) or cluster
         for cluster in clusters
@@ -200,6 +206,7 @@ def _shares(
     for cluster in clusters:
         tokens = [float(routed_E[expert]) for expert in cluster]
         total = sum(tokens)
+        # No token reached the cluster: nothing tells its members apart.
         parts = [count / total for count in tokens] if total else None
         shares.append(tuple(parts or [1.0 / len(cluster)] * len(cluster)))
     return tuple(shares)
