@@ -240,11 +240,16 @@ INDEXES = [
         for name, spoil in {
             "a file above": moved(f"../elsewhere/{NAME}"),
             "an absolute path": moved("absolute"),
-            "a link out": linked(SHARD, "away.safetensors"),
             "the folder": shard_named("."),
             "nothing": shard_named(""),
             "a NUL": shard_named("model\0.safetensors"),
         }.items()
+    ),
+    Case(
+        "index names a link out",
+        RUN,
+        (NAME, "is a link to", "not inside the folder", "--allow-links"),
+        linked(SHARD, "away.safetensors"),
     ),
     Case("index names a number", RUN, ("weight_map", "7"), shard_named(7)),
     Case("index names 500 letters", RUN, ("too long",), shard_named("m" * 500)),
