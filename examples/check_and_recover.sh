@@ -2,12 +2,15 @@
 # What a cut cost, and routers trained after it: examples/check_and_recover.sh [OUT]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+# --8<-- [start:cut]
 OUT=${1:-demo-output/checked}
 CKPT=examples/demo-mixtral
 TEXT=examples/calibration.txt
 SIZE="--samples 8 --sequence-length 256"
 
 vllm-moe-prune run $CKPT "$OUT" --recipe stun40 --calibration $TEXT $SIZE --overwrite
+# --8<-- [end:cut]
 # --8<-- [start:recover]
 vllm-moe-prune recover "$OUT" "$OUT-recovered" --method router --source $CKPT \
     --calibration $TEXT $SIZE --steps 10 --heldout 2 --overwrite

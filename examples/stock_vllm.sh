@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# As many experts in every layer: loads in unmodified vLLM: examples/stock_vllm.sh [OUT]
+# The same number of experts in every layer, for unmodified vLLM: examples/stock_vllm.sh [OUT]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+# --8<-- [start:commands]
 OUT=${1:-demo-output/stock}
 CKPT=examples/demo-mixtral
 TEXT=examples/calibration.txt
 
-# --8<-- [start:commands]
 vllm-moe-prune run $CKPT "$OUT" --recipe expert-drop --budget per-layer \
     --calibration $TEXT --samples 8 --sequence-length 256 --overwrite
 vllm-moe-prune verify "$OUT" --source $CKPT
