@@ -1,4 +1,4 @@
-"""What a long stage tells whoever is watching, once per layer or 64 MiB."""
+"""Progress reports of long stages, once per layer or 64 MiB."""
 
 import resource
 from collections.abc import Callable
