@@ -9,10 +9,10 @@ import pytest
 
 from tests.fuzz.spoil import BOMB, SPECIAL, put_special
 from vllm_moe_prune.errors import PlanError
+from vllm_moe_prune.files.atomic import copy_file
 from vllm_moe_prune.files.json_file import MAX_DEPTH, parse_json, read_json
 from vllm_moe_prune.files.regular import (
     Kind,
-    copy_regular,
     read_bounded,
     read_file,
     read_text,
@@ -76,11 +76,11 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
 
 def test_copies_are_of_regular_files_only(tmp_path: Path) -> None:
     (tmp_path / "one").write_bytes(bytes(3 << 20))
-    copy_regular(tmp_path / "one", tmp_path / "two")
+    copy_file(tmp_path / "one", tmp_path / "two")
     assert (tmp_path / "two").read_bytes() == bytes(3 << 20)
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(OSError, match="is a FIFO"):
-        copy_regular(tmp_path / "fifo", tmp_path / "three")
+        copy_file(tmp_path / "fifo", tmp_path / "three")
     assert not (tmp_path / "three").exists()
 
 
