@@ -4,6 +4,8 @@
 PYTHON ?= python3
 FAMILY ?= mixtral
 ARGS ?=
+SECONDS ?= 60
+SEED ?= 0
 WORKERS ?= 2
 PY := .venv/bin/python
 # A file's tests share a worker, and so what they start; files in the order of conftest.py.
@@ -13,7 +15,7 @@ PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorde
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast lint docs wheels clean
+.PHONY: help install demo test fast fuzz lint docs wheels clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -33,6 +35,9 @@ test: install ## All tests, those that start vLLM included
 
 fast: install ## Tests that start no vLLM: under 3 minutes
 	@$(PYTEST) -m "not vllm and not slow and not gpu" $(ARGS)
+
+fuzz: install ## Spoil every file that is read, for SECONDS (60), from SEED (0)
+	@PYTHONPATH=.:serve $(PY) -m tests.fuzz.run --seconds $(SECONDS) --seed $(SEED)
 
 lint: install ## Formatting, lint, types, spelling
 	$(PY) -m ruff format --check

@@ -1,7 +1,9 @@
 """Settings: flags, ``MOE_PRUNE_*`` variables, a file of keys."""
 
+import os
 import re
 import reprlib
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,17 +159,38 @@ def load_settings(flags: Mapping[str, Any]) -> GatewaySettings:
 def _with_keys_of_file(settings: GatewaySettings) -> GatewaySettings:
     if settings.api_key_file is None:
         return settings
-    try:
-        lines = settings.api_key_file.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise GatewayError(
-            f"{settings.api_key_file}: byte {error.start} is not UTF-8; a text file "
-            "with one key per line is needed."
-        ) from error
+    lines = _read_keys(settings.api_key_file).splitlines()
     keys = tuple(SecretStr(line.strip()) for line in lines if line.strip())
     if not keys:
         raise GatewayError(f"{settings.api_key_file}: no key in it; one per line.")
     return settings.model_copy(update={"api_keys": settings.api_keys + keys})
+
+
+def _read_keys(path: Path) -> str:
+    """The text of a regular file of at most ``MIB`` bytes.
+
+    Raises:
+        GatewayError: It is something else.
+    """
+    try:
+        # Opening a FIFO would wait for its writer.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as error:
+        raise GatewayError(f"{path}: {error.strerror}.") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise GatewayError(f"{path}: is not a regular file with one key per line.")
+    with os.fdopen(fd, "rb") as file:
+        data = file.read(MIB + 1)
+    if len(data) > MIB:
+        raise GatewayError(f"{path}: is larger than 1 MiB, too large for keys.")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise GatewayError(
+            f"{path}: byte {error.start} is not UTF-8; a text file with one key per "
+            "line is needed."
+        ) from error
 
 
 def _first_problem(error: ValidationError) -> str:

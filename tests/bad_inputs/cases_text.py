@@ -123,11 +123,17 @@ TEXTS = [
 ]  # fmt: skip
 
 TOKENIZERS = [
+    Case(
+        "tokenizer: a length that is no number",
+        RUN,
+        ("ckpt: its tokenizer cannot be loaded", "'int' and 'str'"),
+        with_keys("ckpt/tokenizer_config.json", model_max_length="<unk>"),
+    ),
     *no_tokenizer("none", tokenizer_gone, "ckpt", "no tokenizer"),
     *no_tokenizer(
         "not JSON",
         holding("ckpt/tokenizer.json", "{"),
-        *("ckpt", "tokenizer cannot be loaded"),
+        *("ckpt/tokenizer.json", "not valid JSON"),
     ),
     *no_tokenizer("of another model", other_tokenizer, "ckpt", "512", "another model"),
     Case(

@@ -19,6 +19,7 @@ from . import (
     cases_remap,
     cases_report,
     cases_search,
+    cases_special,
     cases_text,
 )
 from .case import Case, run_cli, snapshot
@@ -35,6 +36,7 @@ CASES = [
     *cases_remap.CASES,
     *cases_report.CASES,
     *cases_search.CASES,
+    *cases_special.CASES,
     *cases_text.CASES,
 ]
 

@@ -1,6 +1,7 @@
 """The gateway's parts that need no server."""
 
 import json
+import os
 import re
 import sys
 import tracemalloc
@@ -277,6 +278,9 @@ def test_reading_the_model_builds_nothing_of_the_rest() -> None:
         ("--backend a=http://x --api-key-file none", "none: No such file"),
         ("--backend a=http://x --api-key-file empty", "empty: no key in it"),
         ("--backend a=http://x --api-key-file binary", "binary: byte 1 is not UTF-8"),
+        ("--backend a=http://x --api-key-file fifo", "fifo: is not a regular file"),
+        ("--backend a=http://x --api-key-file .", ".: is not a regular file"),
+        ("--backend a=http://x --api-key-file huge", "huge: is larger than 1 MiB"),
         ("--backend a=http://x --host 203.0.113.1", "cannot listen on 203.0.113.1"),
     ],
 )
@@ -290,6 +294,9 @@ def test_what_is_refused_is_one_line(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").touch()
     (tmp_path / "binary").write_bytes(b"a\xff")
+    os.mkfifo(tmp_path / "fifo")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(6 << 30)
     ran = run_cli(f"gateway {arguments}", monkeypatch, capsys)
     assert ran.status == 2
     assert ran.stderr.startswith("error: ")

@@ -270,7 +270,7 @@ def read_head(path: Path) -> bytes:
         if len(start) < 8:
             raise ValueError("it ends before its header begins")
         (length,) = struct.unpack("<Q", start)
-        if length > min(MAX_HEADER_BYTES, size - 8):
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise ValueError(f"its header claims {length} bytes")
         if length > HEADER_SLACK + (size - 8 - length):
             raise ValueError(

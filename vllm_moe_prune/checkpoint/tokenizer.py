@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError
-from ..files.json_file import read_json
+from ..files.json_file import parse_json, read_json
 from ..files.regular import MIB, Kind, read_file
 from .panics import panics_raised
 
@@ -260,7 +260,7 @@ def _made(folder: Path, kind: TokenizerKind) -> dict[str, bytes]:
 def _settings_of(
     files: Mapping[str, bytes], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    changed: dict[str, Any] = json.loads(files.get(SETTINGS, b"{}"))
+    changed: dict[str, Any] = parse_json(files.get(SETTINGS, b"{}"))
     return settings | changed
 
 

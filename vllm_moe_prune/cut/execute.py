@@ -36,6 +36,7 @@ from ..files.atomic import writing
 from ..progress import Progress, Report, ignore
 from ..recipes.schema import first_problem
 from .achieved import Achieved
+from .card import source_card
 from .copy import write_tensor
 from .finish import read_records, write_companions
 from .layer_cut import LayerCut, layer_cuts
@@ -104,6 +105,7 @@ def execute_plan(
             "Pass --calibration FILE."
         )
     companions(checkpoint)
+    source_card(checkpoint)
     tensors = output_tensors(checkpoint, plan)
     shards = plan_shards(tensors, max_shard_bytes)
     key = cut_key(checkpoint, plan, shards, tokens, stats)

@@ -26,6 +26,7 @@ from ..checkpoint.reader import DTYPES
 from ..checkpoint.source import open_checkpoint
 from ..checkpoint.tensor_hashes import write_hashes
 from ..checkpoint.writer import JOURNAL_NAME, ShardPlan
+from ..cut.card import source_card
 from ..cut.finish import PROVENANCE
 from ..cut.output import RECOVERED, companions, companions_sha256
 from ..cut.transaction import Workspace, is_complete, output_transaction
@@ -154,6 +155,7 @@ def recover(
     """
     check_recovery(checkpoint, original, training)
     companions(checkpoint)
+    source_card(checkpoint)
     history = read_history(checkpoint)
     before = StreamingModel(checkpoint, device)
     tokens = load_tokens(checkpoint, calibration)
