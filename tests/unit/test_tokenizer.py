@@ -188,6 +188,19 @@ def test_pieces_get_the_names_that_the_settings_give_them(tmp_path: Path) -> Non
         assert ids(elsewhere, "<|im_start|>") == [start]
 
 
+def test_tokens_behind_the_pieces_have_the_ids_of_the_settings(tmp_path: Path) -> None:
+    folder = model_type(sentencepiece_only(tmp_path / "model", None), "mixtral")
+    size = len(load_tokenizer(folder))
+    for place, fits in ((size, True), (size + 7, False), (2**31, False)):
+        given = LLAMA | {"added_tokens_decoder": {str(place): {"content": "<new>"}}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(given))
+        if fits:
+            assert ids(load_tokenizer(folder), "<new>") == [place]
+            continue
+        with pytest.raises(CalibrationError, match=f"{place}, but it would get {size}"):
+            load_tokenizer(folder)
+
+
 def test_sentencepiece_without_settings_names_its_own_tokens(tmp_path: Path) -> None:
     folder = model_type(sentencepiece_only(tmp_path / "model", None), "mixtral")
     tokenizer = load_tokenizer(folder)

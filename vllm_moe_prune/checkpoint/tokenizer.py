@@ -76,6 +76,8 @@ def load_tokenizer(folder: Path, *, trust_code: bool = False) -> Any:
             with _copied(folder, _made(folder, kind)) as copy:
                 tokenizer = _by_file(copy)
             tokenizer.name_or_path = str(folder)
+            if kind is TokenizerKind.SENTENCEPIECE:
+                _check_added(tokenizer, folder)
         else:
             tokenizer = _by_class(folder, trust_code=trust_code)
         tokenizer("a")  # some settings are only read then
@@ -282,6 +284,19 @@ def _copied(folder: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
         model_type = {key: config[key] for key in ("model_type",) if key in config}
         (copy / "config.json").write_text(json.dumps(model_type), "utf-8")
         yield copy
+
+
+def _check_added(tokenizer: Any, folder: Path) -> None:
+    """Refuse tokens that would get other ids than the settings say: they leave gaps."""
+    given = _settings(folder).get("added_tokens_decoder")
+    for place, token in given.items() if isinstance(given, dict) else ():
+        name = token.get("content") if isinstance(token, dict) else token
+        found = tokenizer.convert_tokens_to_ids(str(name))
+        if str(found) != place:
+            raise CalibrationError(
+                f"{folder / SETTINGS}: gives {str(name)[:40]!r} the id {place[:20]}, but "
+                f"it would get {found}. Save the tokenizer as {TOKENIZER}."
+            )
 
 
 def _check_ids(path: Path) -> None:
