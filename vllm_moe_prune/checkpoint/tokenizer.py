@@ -294,8 +294,8 @@ def _check_added(tokenizer: Any, folder: Path) -> None:
         found = tokenizer.convert_tokens_to_ids(str(name))
         if str(found) != place:
             raise CalibrationError(
-                f"{folder / SETTINGS}: gives {str(name)[:40]!r} the id {place[:20]}, but "
-                f"it would get {found}. Save the tokenizer as {TOKENIZER}."
+                f"{folder / SETTINGS}: gives {str(name)[:40]!r} the id {place[:20]}, "
+                f"but it would get {found}. Save the tokenizer as {TOKENIZER}."
             )
 
 
