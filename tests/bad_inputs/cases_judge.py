@@ -1,5 +1,6 @@
 """Judging that cannot be done: no such task, server, result or role."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,15 @@ doc_to_target: gold
 QUESTION = '{"context": "a", "choices": ["b", "c"], "gold": 0}\n'
 MINE = "eval ckpt --json --tasks mine --task-dir ."
 SPEED = "speed ckpt out --json"
+WINDOW = "--sequence-length 32 --max-tokens 64 --json"
+SAVED_TEXT = {"source": "text.txt", "tokens": 64, "nll": 300.0}
+SAVED_TASK = {"task": "t", "metric": "acc", "value": 0.5, "stderr": 0.1, "samples": 9}
+RATES = {"median": 1.0, "low": 2.0, "high": 3.0}
+DISORDERED = {
+    "model": "ckpt",
+    "contexts": [{"context": 128, "prefill": RATES, "decode": RATES}],
+    "peak_bytes": 1,
+}
 RESULT = '{"model": "m", "results": [], "tasks": []}'
 
 
@@ -135,6 +145,39 @@ CASES = [
         "compare: speeds twice",
         "compare ckpt out --speed --speed-from speed.json",
         ("--speed-from", "not both"),
+    ),
+    *(
+        Case(
+            f"eval: saved {name}",
+            f"eval ckpt --text text.txt {WINDOW} --against saved.json",
+            ("saved.json", says),
+            holding("saved.json", json.dumps({"model": "ckpt", **saved})),
+        )
+        for name, says, saved in (
+            (
+                "loss below zero",
+                "results.0.nll",
+                {"results": [SAVED_TEXT | {"nll": -1.0}]},
+            ),
+            (
+                "loss without end",
+                "results.0.nll",
+                {"results": [SAVED_TEXT | {"nll": 1e300}]},
+            ),
+            (
+                "no tokens",
+                "results.0.tokens",
+                {"results": [SAVED_TEXT | {"tokens": 0}]},
+            ),
+            ("score of 7", "tasks.0.value", {"tasks": [SAVED_TASK | {"value": 7.0}]}),
+            ("error of 9", "tasks.0.stderr", {"tasks": [SAVED_TASK | {"stderr": 9.0}]}),
+        )
+    ),
+    Case(
+        "compare: speeds out of order",
+        "compare ckpt out --speed-from speed.json",
+        ("speed.json", "not in order"),
+        holding("speed.json", json.dumps({"rows": [DISORDERED]})),
     ),
     Case(
         "compare: speeds of nobody",

@@ -90,6 +90,40 @@ CASES = [
             weight_powers=[{"layer": 0, "trimmed": [1.0], "slimmed": [1.0] * 5}],
         ),
     ),
+    *(
+        Case(
+            f"report: {name}",
+            REPORT,
+            (f"provenance.json: {says}",),
+            in_json(PROVENANCE, lambda data, change=change: change(data)),
+        )
+        for name, says, change in (
+            (
+                "more zeros than parameters",
+                "sparsity_achieved: more zeros than parameters",
+                lambda data: data["sparsity_achieved"].update(zeros=10**12),
+            ),
+            (
+                "sparsity of 2",
+                "sparsity_achieved.of_experts",
+                lambda data: data["sparsity_achieved"].update(of_experts=2.0),
+            ),
+            (
+                "fewer passes than none",
+                "forward_passes.cut",
+                lambda data: data["forward_passes"].update(cut=-1),
+            ),
+            (
+                "a negative sum of squares",
+                "weight_powers.0.slimmed.2",
+                lambda data: data.update(
+                    weight_powers=[
+                        {"layer": 0, "trimmed": [1.0] * 5, "slimmed": [1, 1, -1, 1, 1]}
+                    ]
+                ),
+            ),
+        )
+    ),
     Case(
         "report: implausibly many experts",
         REPORT,

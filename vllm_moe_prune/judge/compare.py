@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..checkpoint.open import Checkpoint
 from ..errors import EvaluationError, PlanError
+from ..recipes.numbers import Count
 from ..tune.recommend import CONTEXT, costs_as_is
 from .quality import Quality, Subject
 from .saved_results import Printed, read_printed
@@ -60,29 +61,39 @@ def size_of(checkpoint: Checkpoint) -> Size:
     )
 
 
+Rate = Annotated[float, Field(gt=0, le=1e12)]
+"""Tokens per second."""
+
+
 class _Spread(Printed):
-    median: Annotated[float, Field(gt=0)]
-    low: Annotated[float, Field(gt=0)]
-    high: Annotated[float, Field(gt=0)]
+    median: Rate
+    low: Rate
+    high: Rate
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "_Spread":
+        if not self.low <= self.median <= self.high:
+            raise ValueError("low, median and high are not in order")
+        return self
 
     def plain(self) -> Spread:
         return Spread(self.median, self.low, self.high)
 
 
 class _AtContext(Printed):
-    context: Annotated[int, Field(ge=1)]
+    context: Annotated[int, Field(ge=1, lt=1 << 31)]
     prefill: _Spread
     decode: _Spread
 
 
 class _Row(Printed):
     model: str
-    contexts: tuple[_AtContext, ...]
-    peak_bytes: Annotated[int, Field(ge=0)]
+    contexts: Annotated[tuple[_AtContext, ...], Field(fail_fast=True)]
+    peak_bytes: Count
 
 
 class _Speeds(Printed):
-    rows: tuple[_Row, ...]
+    rows: Annotated[tuple[_Row, ...], Field(fail_fast=True)]
 
 
 def find_speeds(path: Path, subjects: Sequence[Subject]) -> dict[str, Speed]:

@@ -128,22 +128,22 @@ def as_data(quality: Quality) -> dict[str, Any]:
 
 class _Text(Printed):
     source: str
-    tokens: Annotated[int, Field(ge=1)]
-    nll: float
+    tokens: Annotated[int, Field(ge=1, lt=1 << 63)]
+    nll: Annotated[float, Field(ge=0, le=1e18)]
 
 
 class _Task(Printed):
     task: str
     metric: str
-    value: float
-    stderr: Annotated[float, Field(ge=0)] | None
-    samples: Annotated[int, Field(ge=1)]
+    value: Annotated[float, Field(ge=-1, le=1)]
+    stderr: Annotated[float, Field(ge=0, le=1)] | None
+    samples: Annotated[int, Field(ge=1, lt=1 << 63)]
 
 
 class _Result(Printed):
     model: str
-    results: tuple[_Text, ...] = ()
-    tasks: tuple[_Task, ...] = ()
+    results: Annotated[tuple[_Text, ...], Field(fail_fast=True)] = ()
+    tasks: Annotated[tuple[_Task, ...], Field(fail_fast=True)] = ()
 
 
 def load_quality(path: Path) -> Quality:

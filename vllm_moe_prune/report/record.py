@@ -3,15 +3,25 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 
 from ..cut.finish import PROVENANCE
 from ..errors import CheckpointError
 from ..files.json_file import read_json
+from ..recipes.numbers import Count, Fraction, Index, Indices
 from ..recipes.schema import first_problem
 
-Count = Annotated[int, Field(ge=0)]
-Powers = Annotated[tuple[float, ...], Field(min_length=5, max_length=5)]
+Sum = Annotated[float, Field(ge=-1e160, le=1e160)]
+Positive = Annotated[float, Field(ge=0.0, le=1e160)]
+Powers = tuple[Positive, Sum, Positive, Sum, Positive]
+"""Sums of w^0 to w^4; even powers are not negative."""
 
 
 class Record(BaseModel):
@@ -21,24 +31,30 @@ class Record(BaseModel):
 
 
 class LayerCounts(Record):
-    layer: Count
-    experts_before: Annotated[int, Field(ge=0, le=1 << 16)]
-    experts_after: Count
-    sparsity: Annotated[float, Field(ge=0.0, le=1.0)]
-    unseen_experts: tuple[Count, ...] = ()
+    layer: Index
+    experts_before: Index
+    experts_after: Index
+    sparsity: Fraction
+    unseen_experts: Indices = ()
 
 
 class Counts(Record):
-    of_experts: float
-    of_all_parameters: float
+    of_experts: Fraction
+    of_all_parameters: Fraction
     parameters_before: Count
     parameters_after: Count
     zeros: Count
-    layers: tuple[LayerCounts, ...]
+    layers: Annotated[tuple[LayerCounts, ...], Field(fail_fast=True)]
+
+    @model_validator(mode="after")
+    def _fewer(self) -> "Counts":
+        if not self.zeros <= self.parameters_after <= self.parameters_before:
+            raise ValueError("more zeros than parameters, or more after than before")
+        return self
 
 
 class LayerPowers(Record):
-    layer: Count
+    layer: Index
     trimmed: Powers
     slimmed: Powers
 
@@ -49,7 +65,7 @@ class Provenance(Record):
     forward_passes: dict[str, Count]
     sparsity_achieved: Counts
     source_bytes: Count | None = None
-    weight_powers: tuple[LayerPowers, ...] = ()
+    weight_powers: Annotated[tuple[LayerPowers, ...], Field(fail_fast=True)] = ()
     earlier: dict[str, JsonValue] | None = None
 
 
