@@ -20,7 +20,7 @@ Revision = Annotated[str | None, flag("Branch, tag or commit of a Hub id.")]
 TrustCode = Annotated[
     bool,
     flag(
-        "Let code in the checkpoint tokenize where no file says how; read it first.",
+        "Run the checkpoint's own tokenizer code if it has no tokenizer file.",
         "--trust-remote-code",
     ),
 ]
