@@ -7,6 +7,7 @@ V vocabulary, T tokens.
 
 import json
 import logging
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ from tests.engine import TOKENS, VOCAB, assert_same, served, served_by_stock
 from tests.family_cases import ENGINE, UNEVEN, UNSORTED
 from tests.gptq_awq import make as make_layout
 from tests.quantized import add_outliers, write_dense, write_untrimmed
-from tests.reference import DROP_MOE, Cuts, LayerCut, Reference, read_json, write_plan
+from tests.reference import (
+    DROP_BLOCK,
+    DROP_MOE,
+    Cuts,
+    LayerCut,
+    Reference,
+    read_json,
+    read_tensors,
+    write_plan,
+)
 from tests.reference_families import FamilyReference, Removed
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.data import Tokens, sha256_of
@@ -229,3 +239,42 @@ def test_uniform_mixtral_is_served_by_stock_vllm_or_with_the_plugin(
             for key in (name, f"{name}-dense")
         ]
         assert errors[0] <= 2 * errors[1], name
+
+
+DENSE = ".layers.2.mlp.experts."
+
+
+def half_quantized(original: Path, whole: Path) -> None:
+    """Put the original's experts of layer 2 back into a quantized copy of it."""
+    dense = {at: one for at, one in read_tensors(original).items() if DENSE in at}
+    kept = {at: one for at, one in read_tensors(whole).items() if DENSE not in at}
+    for path in whole.glob("model*.safetensors*"):
+        path.unlink()
+    save_file(kept | dense, whole / "model.safetensors", metadata={"format": "pt"})
+    config = read_json(whole / "config.json")
+    config["quantization_config"]["ignore"].append(r"re:.*[2]\.mlp\.experts.*")
+    (whole / "config.json").write_text(json.dumps(config))
+    (whole / "tensor_hashes.json").unlink(missing_ok=True)
+
+
+def test_lists_of_modules_hold_for_other_numbers_and_vllms_names(
+    tmp_path: Path,
+) -> None:
+    """Layer 2, whose experts are dense, is layer 1; ``mlp`` is ``block_sparse_moe``."""
+    original = make_original(tmp_path / "original", layout="mlp.gate_up_down")
+    stage = {"method": "rtn", "weights": "int8"}
+    whole = make_cut(original, tmp_path / "whole", {}, stage)
+    half_quantized(original, whole)
+    cuts = {0: DROP_BLOCK, 2: LayerCut(keep=(7, 1, 4)), 3: LayerCut(keep=(0, 2, 3))}
+    pruned = make_cut(whole, tmp_path / "pruned", cuts, {})
+    written = served(pruned)
+    plain = write_dense(whole, tmp_path / "dense")
+    shutil.copy(whole / "expert_remap.json", plain)
+    expected = served(make_cut(plain, tmp_path / "expected", cuts, {}))
+    assert_same(written, expected)
+    loaded = served(
+        whole,
+        load_format="moe_prune",
+        model_loader_extra_config={"plan": str(tmp_path / "pruned.json")},
+    )
+    assert_same(loaded, expected)

@@ -309,3 +309,38 @@ def test_a_quantized_router_is_refused(name: str, tmp_path: Path) -> None:
     assert stored[f"{moe}gate.weight"].shape[0] == rows
     edit_tensors(tmp_path / "model", changes)
     assert "the router is quantized" in refused(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("alias", "architecture", "works"),
+    [
+        ("kimi_k2", "DeepseekV3ForCausalLM", "deepseek_v3"),
+        ("deepseek-v3", "Custom", "deepseek_v3"),
+        ("DeepseekV2", "Custom", "deepseek_v2"),
+        ("deepseek_moe", "Custom", "deepseek"),
+        ("snowflake", "ArcticForCausalLM", "arctic"),
+        ("mixtral_tuned", "MoePruneMixtralForCausalLM", "mixtral"),
+        ("gpt2", "GPT2LMHeadModel", None),
+    ],
+)
+def test_an_alias_of_a_family_says_which_name_works(
+    alias: str, architecture: str, works: str | None, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", **SMALL)
+    edit(folder, model_type=alias, architectures=[architecture])
+    said = refused(folder)
+    assert (f"set model_type to {works!r}" in said) == (works is not None)
+    assert ("set model_type" in said) == (works is not None)
+
+
+@pytest.mark.parametrize(("declared", "missing"), [(None, 2), (0, 2), (1, 2)])
+def test_undeclared_mtp_layers_name_their_key(
+    declared: int | None, missing: int, tmp_path: Path
+) -> None:
+    options = SMALL | {"model_type": "deepseek_v3", "num_nextn_predict_layers": 2}
+    folder = tiny_checkpoint(tmp_path / "model", **options)
+    assert sum(layer.mtp for layer in open_checkpoint(folder).layers) == missing
+    edit(folder, num_nextn_predict_layers=declared)
+    said = refused(folder)
+    assert f"num_nextn_predict_layers: set it to {missing}" in said
+    assert "num_hidden_layers is 2" in said

@@ -157,3 +157,29 @@ def test_groups_that_are_not_there_are_refused(tmp_path: Path) -> None:
             open_checkpoint(tmp_path),
             "model.layers.1.block_sparse_moe.experts.2.w1.weight",
         )
+
+
+@pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json"])
+def test_copies_of_the_block_are_renumbered_too(file: str, tmp_path: Path) -> None:
+    make(tmp_path / "model", "gptq-symmetric", layers=4)
+    block = {
+        "bits": 4,
+        "dynamic": {
+            r"-:model\.layers\.3\..*": {},
+            r"+:.*\.[02]\..*q_proj": {"bits": 4},
+        },
+        "modules_to_not_convert": ["model.layers.2.block_sparse_moe.experts.5.w1"],
+    }
+    (tmp_path / "model" / file).write_text(json.dumps(block))
+    source, out = open_checkpoint(tmp_path / "model"), tmp_path / "out"
+    cuts = {1: DROP_BLOCK, 2: LayerCut(keep=(5, 0))}
+    execute_plan(
+        source, load_plan(write_plan(tmp_path / "plan.json", source, cuts)), out
+    )
+    names = "|".join(f"model\\.layers\\.{at}\\.self_attn\\.q_proj" for at in (0, 1))
+    assert read_json(out / file) == {
+        "bits": 4,
+        "dynamic": {r"-:model\.layers\.2\..*": {}, f"+:(?:{names})$": {"bits": 4}},
+        "modules_to_not_convert": ["model.layers.1.block_sparse_moe.experts.0.w1"],
+    }
+    assert read_json(out / "provenance.json")["corrected_files"] == [file]

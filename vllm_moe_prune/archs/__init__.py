@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 
 from ..errors import CheckpointError
 from .spec import MoeArch
@@ -15,13 +16,49 @@ def supported() -> list[str]:
     return sorted(name for name in names if name != "spec")
 
 
-def find_arch(model_type: object, where: str) -> MoeArch:
-    """The table of a family; ``where`` is named in the error for an unknown one."""
+def find_arch(
+    model_type: object, where: str, architectures: Sequence[object] = ()
+) -> MoeArch:
+    """The table of a family.
+
+    Args:
+        model_type: As config.json has it.
+        where: Named in the error for an unknown one.
+        architectures: The classes that config.json names; they tell what an unknown
+            one may be another name of.
+
+    Raises:
+        CheckpointError: There is no such table.
+    """
     if model_type not in supported():
+        found = _meant(str(model_type), architectures)
+        meant = f" If it is a {found}, set model_type to {found!r}." if found else ""
         raise CheckpointError(
             f"{where}: model_type {model_type!r} is not supported. "
-            f"Supported families: {', '.join(supported())}."
+            f"Supported families: {', '.join(supported())}.{meant}"
         )
+    return _table(str(model_type))
+
+
+def _table(model_type: str) -> MoeArch:
     arch = importlib.import_module(f"{__name__}.{model_type}").ARCH
     assert isinstance(arch, MoeArch)
     return arch
+
+
+def _meant(alias: str, architectures: Sequence[object]) -> str | None:
+    """The family of which a name seems to be another spelling, if there is one."""
+    for model_type in supported():
+        arch = _table(model_type)
+        if {arch.stock_architecture, arch.pruned_architecture} & {
+            *map(str, architectures)
+        }:
+            return model_type
+    plain = {_letters(name): name for name in supported()}
+    return plain.get(_letters(alias))
+
+
+def _letters(name: str) -> str:
+    """A name without what spellings differ in: case, hyphens, words for a class."""
+    letters = "".join(each for each in name.lower() if each.isalnum())
+    return letters.removesuffix("forcausallm").removesuffix("moe")

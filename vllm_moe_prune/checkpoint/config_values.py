@@ -1,7 +1,7 @@
 """Values of config.json, checked as they are read: a config is hostile until then."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,16 +131,33 @@ def check_lists(config: dict[str, Any], arch: MoeArch, count: int, where: Path) 
             )
 
 
-def check_beyond(arch: MoeArch, names: Iterable[str], total: int, folder: Path) -> None:
+def check_beyond(
+    arch: MoeArch, names: Collection[str], layers: int, total: int, folder: Path
+) -> None:
     """Refuse tensors of layers behind the last one.
+
+    Args:
+        arch: The family.
+        names: Of all tensors.
+        layers: How many decoder layers config.json counts.
+        total: Those, and layers that predict further tokens.
+        folder: Named in the error.
 
     Raises:
         CheckpointError: Naming the first such layer.
     """
-    indices = (arch.layer_of(name) for name in names)
-    beyond = {index for index in indices if index is not None and index >= total}
-    if beyond:
-        raise CheckpointError(
-            f"{folder}: tensors of layer {min(beyond)} found, but config.json says "
-            f"{arch.config.layers} is {total}."
+    indices = {name: arch.layer_of(name) for name in names}
+    beyond = {each for each in indices.values() if each is not None and each >= total}
+    if not beyond:
+        return
+    said = (
+        f"{folder}: tensors of layer {min(beyond)} found, but config.json says "
+        f"{arch.config.layers} is {layers}."
+    )
+    key, inner = arch.config.mtp_layers, tuple(arch.mtp.all)
+    if key and any(indices[name] in beyond and name.endswith(inner) for name in names):
+        said += (
+            f" Layers that predict further tokens (MTP) are counted by {key}: set it "
+            f"to {len(beyond) + total - layers}."
         )
+    raise CheckpointError(said)

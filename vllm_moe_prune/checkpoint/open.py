@@ -196,7 +196,10 @@ def build_checkpoint(
         CheckpointError: Naming the config key, tensor or expert that is wrong.
     """
     where = folder / "config.json"
-    arch = find_arch(config.get("model_type"), str(where))
+    named = config.get("architectures", [])
+    if not isinstance(named, list):
+        raise CheckpointError(f"{where}: architectures is not a list.")
+    arch = find_arch(config.get("model_type"), str(where), named)
     files = file_states(folder, {where, *(info.file for info in tensors.values())})
     config, tensors, storage = dense_view(config, tensors, arch, str(where))
     form = read_form(config, str(where)) or read_auto_form(config, str(where))
@@ -210,8 +213,6 @@ def build_checkpoint(
     for key in SIZES:
         if config.get(key) is not None:
             positive(config, key, where)
-    if not isinstance(config.get("architectures", []), list):
-        raise CheckpointError(f"{where}: architectures is not a list.")
     remap = load_remap(folder, config)
     if remap is not None and remap.model_type != arch.model_type:
         raise RemapError(
@@ -265,7 +266,7 @@ def build_checkpoint(
             f"{folder}: the remap table has {len(remap.layers)} layers, "
             f"config.json {count}."
         )
-    check_beyond(arch, tensors, total, folder)
+    check_beyond(arch, tensors, count, total, folder)
     found = Checkpoint(
         folder=folder,
         config=config,

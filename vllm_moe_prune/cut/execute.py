@@ -36,7 +36,9 @@ from ..files.atomic import writing
 from ..progress import Progress, Report, ignore
 from ..recipes.schema import first_problem
 from .achieved import Achieved
+from .build_remap import build_remap
 from .card import source_card
+from .config import pruned_config
 from .copy import write_tensor
 from .finish import read_records, write_companions
 from .layer_cut import LayerCut, layer_cuts
@@ -106,6 +108,7 @@ def execute_plan(
         )
     companions(checkpoint)
     source_card(checkpoint)
+    pruned_config(checkpoint, plan, build_remap(checkpoint, plan))  # refuses early
     tensors = output_tensors(checkpoint, plan)
     shards = plan_shards(tensors, max_shard_bytes)
     key = cut_key(checkpoint, plan, shards, tokens, stats)

@@ -26,6 +26,7 @@ from .build_remap import build_remap
 from .card import model_card
 from .config import pruned_config
 from .output import STATS_FILE, copy_companions
+from .renumbered_config import renumbered
 from .slim_layer import LayerRecord
 
 PROVENANCE = Kind(
@@ -35,6 +36,8 @@ PROVENANCE = Kind(
     absent="missing. A pruned checkpoint has one; copy the folder again.",
     remedy="Copy the folder again, or repeat the cut.",
 )
+QUANTIZE_FILES = ("quantize_config.json", "quant_config.json")
+QUANTIZE_FILE = Kind("quantization config", 16 * MIB, CheckpointError)
 
 
 def write_companions(
@@ -48,7 +51,10 @@ def write_companions(
     stats: Stats | None,
 ) -> Achieved:
     """Complete a folder whose shards are all written; config.json comes last."""
-    corrected = copy_companions(checkpoint, folder)
+    corrected = (
+        *copy_companions(checkpoint, folder),
+        *_renumber_copies(checkpoint, plan, folder),
+    )
     plan = _without_paths(plan)
     result = achieved(checkpoint, plan, records)
     remap = build_remap(checkpoint, plan)
@@ -74,6 +80,20 @@ def write_companions(
     write_file(folder / "README.md", card.encode())
     _write_json(folder / "config.json", config)
     return result
+
+
+def _renumber_copies(checkpoint: Checkpoint, plan: CutPlan, folder: Path) -> list[str]:
+    """Rewrite the files in which GPTQ's and AWQ's tools repeat their block."""
+    changed = []
+    for name in QUANTIZE_FILES:
+        path = folder / name
+        if path.is_file():
+            block = read_json(path, QUANTIZE_FILE)
+            renamed = renumbered(checkpoint, plan, block)
+            if renamed != block:
+                _write_json(path, renamed)
+                changed.append(name)
+    return changed
 
 
 def _without_paths(plan: CutPlan) -> CutPlan:

@@ -17,6 +17,8 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from ...checkpoint.config_values import FLOATS
+from ...checkpoint.module_names import CONFIG_KEY
 from ...checkpoint.open import Checkpoint
 from ...checkpoint.remap import CONFIG_BLOCK
 from ...checkpoint.source import open_checkpoint
@@ -54,6 +56,11 @@ class PruningLoader(BaseModelLoader):
     ) -> nn.Module:
         """Turn the configuration into the pruned model's, then load as usual."""
         _prune_config(model_config, *self.open(model_config))
+        if getattr(model_config.hf_config, CONFIG_KEY, None) is not None:
+            # vLLM has read the lists of modules already, by their old names.
+            vllm_config.quant_config = VllmConfig.get_quantization_config(
+                model_config, vllm_config.load_config
+            )
         model: nn.Module = super().load_model(vllm_config, model_config, prefix)
         return model
 
@@ -101,11 +108,42 @@ def _prune_config(
     hf_config = model_config.hf_config
     hf_config.per_layer_config = None
     for key, value in after.items():
-        if key != "per_layer_config" and before.get(key) != value:
+        apart = key in ("per_layer_config", CONFIG_KEY)
+        if not apart and before.get(key) != value:
             setattr(hf_config, key, value)
+    if (block := _quantization(checkpoint, plan, after)) is not None:
+        setattr(hf_config, CONFIG_KEY, block)
     # Last, since transformers checks it against the number of layers.
     hf_config.per_layer_config = after.get("per_layer_config")
     model_config.model_arch_config = model_config.get_model_arch_config()
+
+
+def _quantization(
+    checkpoint: Checkpoint, plan: CutPlan, after: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The block that vLLM is to read, whose lists name the modules of the output."""
+    block: dict[str, Any] | None = after.get(CONFIG_KEY)
+    storage = checkpoint.storage
+    if storage is not None:
+        left = [one.layer for one in plan.layers if one.action != "drop-block"]
+        dense = [new for new, old in enumerate(left) if old in storage.dense_layers]
+        restored = storage.dense_config.model_copy(update={CONFIG_KEY: block})
+        changes = {"dense_layers": tuple(dense), "dense_config": restored}
+        return storage.model_copy(update=changes).model_dump(mode="json")
+    if block is None:
+        return None
+    # Without a list, vLLM makes one of the files, which have the names of the input.
+    key = {"gptq": "modules_in_block_to_quantize", "awq": "modules_to_not_convert"}.get(
+        block["quant_method"], ""
+    )
+    if not key or block.get(key):
+        return block
+    modules: dict[str, bool] = {}
+    for tensor in output_tensors(checkpoint, plan):
+        module = tensor.name.rpartition(".")[0]
+        modules[module] = modules.get(module, False) or tensor.dtype not in FLOATS
+    wanted = block["quant_method"] == "gptq"
+    return block | {key: [name for name, is_in in modules.items() if is_in == wanted]}
 
 
 def pruned_weights(
