@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from vllm_moe_prune.checkpoint.tokenizer import (
     needs_code,
     tokenizer_folder,
 )
-from vllm_moe_prune.errors import CalibrationError
+from vllm_moe_prune.errors import CalibrationError, OutputError
 from vllm_moe_prune.plugin.launch import serve_command
 
 FAMILIES = ("mixtral", "arctic", "deepseek", "deepseek_v2", "deepseek_v3")
@@ -327,6 +328,16 @@ def test_a_hostile_tokenizer_is_refused_in_one_line(
     assert str(folder) in str(caught.value)
     assert corrections(folder) == {}
     assert capfd.readouterr().err == ""
+
+
+def test_without_room_for_a_copy_nothing_is_left_uncorrected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model_type(byte_level(tmp_path / "model", "LlamaTokenizer"), "deepseek")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    for load in (corrections, load_tokenizer):
+        with pytest.raises(OutputError, match="absent: a copy of the tokenizer cannot"):
+            load(folder)
 
 
 def test_a_pattern_that_panics_on_a_text_is_one_line(

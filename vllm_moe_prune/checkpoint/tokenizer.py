@@ -14,12 +14,12 @@ would load is compared with it and corrected.
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, MoePruneError, OutputError
 from ..files.json_file import parse_json, read_json
 from ..files.regular import MIB, Kind, read_file
 from .panics import panics_raised
@@ -229,7 +229,7 @@ def _one_line(folder: Path) -> Iterator[None]:
     try:
         with panics_raised():
             yield
-    except CalibrationError:
+    except MoePruneError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -272,17 +272,28 @@ def _copied(folder: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
     names = {TOKENIZER, SETTINGS, *BESIDE} | {
         f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja")
     }
-    with tempfile.TemporaryDirectory(prefix="moe-prune-tokenizer-") as temporary:
-        copy = Path(temporary)
-        for name in sorted(names):
-            path = copy / name
-            if name in files or (folder / name).exists():
+    contents = {
+        name: files.get(name) or _read(folder / name)
+        for name in sorted(names)
+        if name in files or (folder / name).exists()
+    }
+    config = _object(folder / "config.json")
+    # Which class is picked depends on no more of it.
+    model_type = {key: config[key] for key in ("model_type",) if key in config}
+    contents["config.json"] = json.dumps(model_type).encode()
+    with ExitStack() as stack:
+        try:
+            temporary = tempfile.TemporaryDirectory(prefix="moe-prune-tokenizer-")
+            copy = Path(stack.enter_context(temporary))
+            for name, data in contents.items():
+                path = copy / name
                 path.parent.mkdir(exist_ok=True)
-                path.write_bytes(files.get(name) or _read(folder / name))
-        config = _object(folder / "config.json")
-        # Which class is picked depends on no more of it.
-        model_type = {key: config[key] for key in ("model_type",) if key in config}
-        (copy / "config.json").write_text(json.dumps(model_type), "utf-8")
+                path.write_bytes(data)
+        except OSError as error:
+            raise OutputError(
+                f"{tempfile.gettempdir()}: a copy of the tokenizer cannot be written: "
+                f"{error.strerror or error}. Free space there, or set TMPDIR."
+            ) from error
         yield copy
 
 
