@@ -12,8 +12,10 @@ from tests.gptq_awq import make
 from tests.quantized import read_json
 from tests.quantizing import INT4, STAGES, quantized, tiny
 from tests.tiny import tiny_checkpoint
+from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.errors import CheckpointError
+from vllm_moe_prune.progress import peak_rss_bytes
 
 FAMILIES = ("mixtral", "arctic", "deepseek", "deepseek_v2", "deepseek_v3")
 MLA = ("deepseek_v2", "deepseek_v3")
@@ -344,3 +346,51 @@ def test_undeclared_mtp_layers_name_their_key(
     said = refused(folder)
     assert f"num_nextn_predict_layers: set it to {missing}" in said
     assert "num_hidden_layers is 2" in said
+
+
+def test_a_number_of_experts_per_layer_points_to_what_is_read(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", shards=1, **SMALL)
+    moe = "model.layers.1.block_sparse_moe."
+    stored = load_file(folder / "model.safetensors")
+    gone: dict[str, torch.Tensor | None] = {
+        name: None
+        for name in stored
+        if name.startswith((f"{moe}experts.6", f"{moe}experts.7"))
+    }
+    edit_tensors(folder, gone | {f"{moe}gate.weight": stored[f"{moe}gate.weight"][:6]})
+    edit(folder, num_local_experts=[8, 6])
+    said = refused(folder)
+    assert "per_layer_config" in said
+    assert "vllm-moe-prune convert" in said
+    edit(folder, num_local_experts=8, per_layer_config={"1": {"num_local_experts": 6}})
+    assert [layer.num_experts for layer in open_checkpoint(folder).layers] == [8, 6]
+
+
+def test_mixed_data_types_say_the_remedy(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", shards=1, **SMALL)
+    name = f"{EXPERT}.weight"
+    stored = load_file(folder / "model.safetensors")
+    edit_tensors(folder, {name: stored[name].half()})
+    assert "Save the model again in one dtype" in refused(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_allocated_by_a_size_that_no_tensor_has(
+    family: str, tmp_path: Path
+) -> None:
+    """Without the attention that would tell, and by a share of a head."""
+    folder = tiny_checkpoint(tmp_path / "model", model_type=family, shards=1, **SMALL)
+    edit(
+        folder,
+        rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
+        | {"partial_rotary_factor": 1 << 31, "original_max_position_embeddings": 64},
+    )
+    with pytest.raises(CheckpointError, match="not a part of a head"):
+        StreamingModel(open_checkpoint(folder))
+    stored = load_file(folder / "model.safetensors")
+    edit_tensors(folder, {name: None for name in stored if "self_attn" in name})
+    size = "qk_rope_head_dim" if family in MLA else "head_dim"
+    edit(folder, rope_parameters=None, **{size: 1 << 31})
+    with pytest.raises(CheckpointError, match=r"self_attn\..* is missing"):
+        StreamingModel(open_checkpoint(folder))
+    assert peak_rss_bytes() < 6 << 30

@@ -1,5 +1,6 @@
 """Values of config.json, checked as they are read: a config is hostile until then."""
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,6 +21,13 @@ def positive(config: Mapping[str, Any], key: str, where: Path, least: int = 1) -
     """
     if key not in config:
         raise CheckpointError(f"{where}: key {key!r} is missing.")
+    if isinstance(config[key], list):
+        example = json.dumps({"1": {key: least + 1}})
+        raise CheckpointError(
+            f"{where}: {key} is a list, as other tools give each layer a number of its "
+            "own. Write the largest there and the others into per_layer_config (like "
+            f"{example}); then `vllm-moe-prune convert` and all other commands read it."
+        )
     return whole(config[key], key, where, least)
 
 
