@@ -25,13 +25,12 @@ from .cut.execute import CutResult, cut_key, execute_plan, finished_cut
 from .cut.output import companions_sha256
 from .cut.predict import model_facts
 from .cut.slice import output_tensors
-from .cut.transaction import Workspace, check_output, is_complete, output_transaction
+from .cut.transaction import Workspace, is_complete, output_transaction
 from .cut.verify import Verified
 from .cut.verify import verify as verify_output
-from .decide.cut_plan import CutPlan, check_plan, load_plan, save_plan
+from .decide.cut_plan import CutPlan, load_plan, save_plan
 from .decide.order import halves
 from .decide.required_stats import needed_statistics
-from .errors import PlanError
 from .progress import Report, ignore
 from .recipes.schema import Calibration, ExpertStage, Recipe, SlimStage
 from .recover.options import Training
@@ -45,7 +44,14 @@ from .stages.measure import (
     tokens_of,
 )
 from .stages.plan import plan, plan_sweep
-from .stages.preflight import RunOptions, check_device, check_options, check_recipe
+from .stages.preflight import (
+    RunOptions,
+    check_device,
+    check_recipe,
+    validate_input,
+    validate_output,
+    validate_plan,
+)
 from .tune.search import tune
 
 
@@ -59,7 +65,7 @@ def cut(
     text: str | None = None,
     stats: Stats | None = None,
 ) -> CutResult:
-    """Execute a plan: read each layer once, write each shard once.
+    """Validate and execute a plan: read each layer once, write each shard once.
 
     Args:
         checkpoint: The input.
@@ -71,18 +77,27 @@ def cut(
         text: What to calibrate on instead of the plan's own text.
         stats: What the plan was made from, to be kept in the output.
     """
-    check_options(checkpoint, out, options)
-    check_plan(decided, checkpoint.layers, checkpoint.fingerprint, where)
-    if options.storage != "dense" and decided.is_quantized:
-        raise PlanError(
-            f"{where}: quantizes experts, which --storage {options.storage} cannot "
-            "store. Leave --storage out."
-        )
+    validate_input(checkpoint, options.device)
+    validate_output(checkpoint, out, options)
+    validate_plan(checkpoint, decided, options, where)
     if tokens is None and decided.needs_activations:
         asked = decided.recipe.calibration
         if text is not None:
             asked = asked.model_copy(update={"source": text})
         tokens = tokens_of(checkpoint, asked)
+    return _cut(checkpoint, decided, out, options, tokens, where, stats)
+
+
+def _cut(
+    checkpoint: Checkpoint,
+    decided: CutPlan,
+    out: Path,
+    options: RunOptions,
+    tokens: Tokens | None,
+    where: str,
+    stats: Stats | None = None,
+) -> CutResult:
+    """Execute a plan that was validated, or made here."""
     how: dict[str, Any] = {
         "tokens": tokens,
         "device": options.device,
@@ -115,8 +130,7 @@ def cut(
 
 def convert(checkpoint: Checkpoint, out: Path, options: RunOptions) -> Converted:
     """Write a checkpoint again in ``options.storage``, bit for bit the same weights."""
-    check_folder(out, checkpoint.folder)
-    check_output(out, resume=options.resume, overwrite=options.overwrite)
+    validate_output(checkpoint, out, options)
     return convert_checkpoint(
         checkpoint,
         out,
@@ -137,7 +151,8 @@ def recover(
     options: RunOptions,
 ) -> Recovered:
     """Train a pruned checkpoint, and write it again with the same files and shapes."""
-    check_options(checkpoint, out, options)
+    validate_input(checkpoint, options.device)
+    validate_output(checkpoint, out, options)
     if original is not None:
         check_folder(out, original.folder)
     return recover_checkpoint(
@@ -180,7 +195,8 @@ def run(
         options: How to run.
         stats_file: Statistics to use if the file exists, and to write if not.
     """
-    check_options(checkpoint, out, options)
+    validate_input(checkpoint, options.device)
+    validate_output(checkpoint, out, options)
     if stats_file is not None:
         check_file(stats_file, checkpoint.folder)
     if recipe.tune is None and recipe.order == "structured-first":
@@ -249,7 +265,8 @@ def _planned(
         stats = measure_into(kept, checkpoint, recipe, tokens, options)
     decided = plan(checkpoint, recipe, stats, options.max_shard_bytes)
     out, where = space.result, recipe.name
-    result = cut(checkpoint, decided, out, options, tokens, where=where, stats=stats)
+    validate_plan(checkpoint, decided, options, where)
+    result = _cut(checkpoint, decided, out, options, tokens, where, stats)
     return decided, result, verify(out, checkpoint, options.report)
 
 
@@ -262,7 +279,11 @@ def _best(
         tuned = tune(checkpoint, recipe, options, work=space.work / "tune")
         save_plan(tuned.best.plan, found)
     decided = load_plan(found)
-    result = cut(checkpoint, decided, out, options, where=recipe.name)
+    validate_plan(checkpoint, decided, options, recipe.name)
+    tokens = None
+    if decided.needs_activations:
+        tokens = tokens_of(checkpoint, decided.recipe.calibration)
+    result = _cut(checkpoint, decided, out, options, tokens, recipe.name)
     return decided, result, verify(out, checkpoint, options.report)
 
 
@@ -291,7 +312,6 @@ __all__ = [
     "RunOptions",
     "calibration_tokens",
     "check_device",
-    "check_options",
     "convert",
     "cut",
     "measure",
@@ -304,5 +324,6 @@ __all__ = [
     "run",
     "save_plan",
     "tune",
+    "validate_input",
     "verify",
 ]

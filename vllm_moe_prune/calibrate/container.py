@@ -1,11 +1,10 @@
 """Writing small safetensors files so that the same content gives the same bytes."""
 
-import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from ..checkpoint.header import build_header
 from ..files.atomic import write_file
 
 
@@ -21,20 +20,9 @@ class TensorBytes(NamedTuple):
 def write_safetensors(
     path: Path, parts: Mapping[str, TensorBytes], metadata: Mapping[str, str]
 ) -> None:
-    """Write a file atomically, without a second copy of the data in memory.
-
-    The safetensors library writes metadata in random order, and copies every tensor.
-    """
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    end = 0
-    for name, part in parts.items():
-        start, end = end, end + part.data.nbytes
-        header[name] = {
-            "dtype": part.dtype,
-            "shape": list(part.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = struct.pack("<Q", len(text)) + text
-    write_file(path, (head, *(part.data for part in parts.values())))
+    """Write a file atomically, without a second copy of the data in memory."""
+    tensors = (
+        (name, part.dtype, part.shape, part.data.nbytes) for name, part in parts.items()
+    )
+    header = build_header(tensors, metadata)
+    write_file(path, (header, *(part.data for part in parts.values())))

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -19,6 +20,7 @@ from ..errors import OutputError
 from ..files.atomic import write_file, writing
 from ..files.json_file import parse_json
 from ..files.regular import MIB, Kind, open_regular, read_file
+from .header import build_header
 from .index import INDEX_NAME, ITEM_BYTES
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -84,22 +86,13 @@ def plan_shards(
 def _plan_shard(file_name: str, tensors: list[TensorSpec]) -> ShardPlan:
     # Wider types first keeps every tensor aligned, as the library does it.
     ordered = sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start, offsets, sizes = 0, {}, {}
-    for tensor in ordered:
-        size = tensor_bytes(tensor)
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [start, start + size],
-        }
-        offsets[tensor.name], sizes[tensor.name] = start, size
-        start += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    offsets = {name: len(header) + at for name, at in offsets.items()}
-    return ShardPlan(file_name, header, offsets, sizes)
+    sizes = {tensor.name: tensor_bytes(tensor) for tensor in ordered}
+    header = build_header(
+        ((one.name, one.dtype, one.shape, sizes[one.name]) for one in ordered),
+        {"format": "pt"},
+    )
+    starts = accumulate(sizes.values(), initial=len(header))
+    return ShardPlan(file_name, header, dict(zip(sizes, starts, strict=False)), sizes)
 
 
 def index_json(shards: Sequence[ShardPlan], parameters: int) -> bytes:

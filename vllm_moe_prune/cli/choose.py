@@ -127,10 +127,10 @@ def tune(
         judge_on=judge_on,
     )
     limit = parse_size(max_bytes) if max_bytes is not None else None
-    pipeline.check_device(device)
     checkpoint = open_checkpoint(
         source, revision, trust_code=trust_remote_code, allow_links=allow_links
     )
+    pipeline.validate_input(checkpoint, device)
     check_file(output, checkpoint.folder)
     if plot is not None:
         check_file(plot, checkpoint.folder)

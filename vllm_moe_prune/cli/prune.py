@@ -84,10 +84,10 @@ def measure(
         sequence_length=sequence_length,
         seed=seed,
     )
-    pipeline.check_device(device)
     checkpoint = open_checkpoint(
         source, revision, trust_code=trust_remote_code, allow_links=allow_links
     )
+    pipeline.validate_input(checkpoint, device)
     check_file(output, checkpoint.folder)
     tokens = pipeline.measuring_tokens(checkpoint, asked)
     with resumable(REPEAT), watching(as_json) as report:

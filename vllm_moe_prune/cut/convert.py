@@ -38,7 +38,7 @@ from ..progress import Progress, Report, ignore
 from ..recipes.schema import parse_pattern
 from .card import source_card
 from .copy import tensor_view
-from .output import companions, companions_sha256, copy_companions, copy_records
+from .output import companions_sha256, copy_companions, copy_records
 from .slice import names_in_order
 from .transaction import is_complete, output_transaction
 
@@ -129,7 +129,6 @@ def convert(
         CheckpointError: Experts are quantized, or damaged.
         OutputError: See ``output_transaction``.
     """
-    companions(checkpoint)
     if checkpoint.form is not None:
         raise CheckpointError(
             f"{checkpoint.folder}: its weights are quantized; only those that are not "

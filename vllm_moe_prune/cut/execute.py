@@ -30,19 +30,16 @@ from ..checkpoint.writer import (
     ShardWriter,
     plan_shards,
 )
-from ..decide.cut_plan import CutPlan, check_plan, dump_plan
+from ..decide.cut_plan import CutPlan, dump_plan
 from ..errors import CalibrationError, OutputError
 from ..files.atomic import writing
 from ..progress import Progress, Report, ignore
 from ..recipes.schema import first_problem
 from .achieved import Achieved
-from .build_remap import build_remap
-from .card import source_card
-from .config import pruned_config
 from .copy import write_tensor
 from .finish import read_records, write_companions
 from .layer_cut import LayerCut, layer_cuts
-from .output import companions, companions_sha256
+from .output import companions_sha256
 from .quantize_layer import quantize_layer
 from .slice import OutputTensor, output_tensors
 from .slim_dense import DenseSlimmer
@@ -84,7 +81,7 @@ def execute_plan(
 
     Args:
         checkpoint: The input.
-        plan: What to do; checked against the input first.
+        plan: What to do; it has passed ``check_plan``.
         out: The output folder, which appears when everything is in it.
         tokens: Calibration tokens, needed if ``plan.needs_activations``.
         device: Where the forward pass runs.
@@ -96,19 +93,15 @@ def execute_plan(
         stats: What the plan was made from, to be kept in the output.
 
     Raises:
-        PlanError: The plan does not fit the checkpoint.
-        CheckpointError: A file beside the weights cannot be copied.
+        PlanError: Nothing would be left to route, or rows no longer match experts.
+        CheckpointError: A tensor is damaged.
         OutputError: The output exists, the disk is full, a resume does not match.
     """
-    check_plan(plan, checkpoint.layers, checkpoint.fingerprint, where)
     if plan.needs_activations and tokens is None:
         raise CalibrationError(
             f"{where}: {plan.by_data}, which needs calibration text. "
             "Pass --calibration FILE."
         )
-    companions(checkpoint)
-    source_card(checkpoint)
-    pruned_config(checkpoint, plan, build_remap(checkpoint, plan))  # refuses early
     tensors = output_tensors(checkpoint, plan)
     shards = plan_shards(tensors, max_shard_bytes)
     key = cut_key(checkpoint, plan, shards, tokens, stats)

@@ -26,9 +26,8 @@ from ..checkpoint.reader import DTYPES
 from ..checkpoint.source import open_checkpoint
 from ..checkpoint.tensor_hashes import write_hashes
 from ..checkpoint.writer import JOURNAL_NAME, ShardPlan
-from ..cut.card import source_card
 from ..cut.finish import PROVENANCE
-from ..cut.output import RECOVERED, companions, companions_sha256
+from ..cut.output import RECOVERED, companions_sha256
 from ..cut.transaction import Workspace, is_complete, output_transaction
 from ..errors import (
     CheckpointError,
@@ -148,14 +147,11 @@ def recover(
 
     Raises:
         RecipeError: See ``check_recovery``, as for the next two.
-        CheckpointError: Also a companion file that is a trap.
         RemapError: The original is another.
         CalibrationError: The text cannot be used, or is too short.
         OutputError: See ``output_transaction``.
     """
     check_recovery(checkpoint, original, training)
-    companions(checkpoint)
-    source_card(checkpoint)
     history = read_history(checkpoint)
     before = StreamingModel(checkpoint, device)
     tokens = load_tokens(checkpoint, calibration)

@@ -12,7 +12,6 @@ from ..calibrate.forward import StreamingModel
 from ..calibrate.stats import Stats, load_stats, save_stats
 from ..checkpoint.file_state import check_states
 from ..checkpoint.open import Checkpoint
-from ..checkpoint.reader import check_routers
 from ..cut.planned import LossJournal
 from ..decide.required_stats import needed_statistics, needs_tokens
 from ..errors import OutputError
@@ -108,7 +107,6 @@ def collect(
         options: How to run.
         work: Where to keep what is found until the caller is done with it all.
     """
-    check_routers(checkpoint)
     recipes = list(recipes)
     needed = frozenset[str]().union(*map(needed_statistics, recipes))
     clusters = any(recipe.experts.method == "stun" for recipe in recipes)

@@ -9,13 +9,17 @@ from ..checkpoint.open import Checkpoint
 from ..checkpoint.output_path import check_folder
 from ..checkpoint.reader import check_routers
 from ..checkpoint.writer import MAX_SHARD_BYTES
+from ..cut.build_remap import build_remap
+from ..cut.card import source_card
+from ..cut.config import pruned_config
 from ..cut.convert import StorageName
 from ..cut.output import companions
 from ..cut.predict import model_facts
 from ..cut.transaction import check_output
 from ..cut.validate_plan import check_stored
 from ..decide import build_plan
-from ..errors import RecipeError
+from ..decide.cut_plan import CutPlan, check_plan
+from ..errors import PlanError, RecipeError
 from ..progress import Report, ignore
 from ..recipes.schema import Recipe
 
@@ -33,19 +37,46 @@ class RunOptions:
     """How the output stores expert weights."""
 
 
-def check_options(checkpoint: Checkpoint, out: Path, options: RunOptions) -> None:
-    """Refuse what cannot work, before any work is done.
+def validate_input(checkpoint: Checkpoint, device: str) -> None:
+    """Refuse what no forward pass could run on.
 
     Raises:
         RecipeError: The device is not there.
-        OutputError: The output is in the way, cannot be written, or is the input.
-        CheckpointError: A router holds NaN, or a file beside the weights is a trap.
+        CheckpointError: A router holds NaN.
     """
-    check_device(options.device)
+    check_device(device)
+    check_routers(checkpoint)
+
+
+def validate_output(checkpoint: Checkpoint, out: Path, options: RunOptions) -> None:
+    """Refuse an output that could not be written, or not completely.
+
+    Raises:
+        OutputError: It is in the way, cannot be written, or is the input.
+        CheckpointError: A file beside the weights cannot be copied.
+    """
     check_folder(out, checkpoint.folder)
     check_output(out, resume=options.resume, overwrite=options.overwrite)
-    check_routers(checkpoint)
     companions(checkpoint)
+    source_card(checkpoint)
+
+
+def validate_plan(
+    checkpoint: Checkpoint, plan: CutPlan, options: RunOptions, where: str
+) -> None:
+    """Refuse a plan that does not fit; stages that execute it trust it.
+
+    Raises:
+        PlanError: It is of another checkpoint, or cannot be stored as asked.
+    """
+    check_plan(plan, checkpoint.layers, checkpoint.fingerprint, where)
+    if options.storage != "dense" and plan.is_quantized:
+        raise PlanError(
+            f"{where}: quantizes experts, which --storage {options.storage} cannot "
+            "store. Leave --storage out."
+        )
+    # What config.json cannot say of the output is refused before anything runs.
+    pruned_config(checkpoint, plan, build_remap(checkpoint, plan))
 
 
 def check_device(name: str) -> None:
