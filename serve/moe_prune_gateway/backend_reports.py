@@ -34,7 +34,7 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
-class Achieved(msgspec.Struct):
+class ReportedSparsity(msgspec.Struct):
     """What pruning removed or zeroed, of how much."""
 
     of_experts: Share | None = None
@@ -43,11 +43,11 @@ class Achieved(msgspec.Struct):
     parameters_after: Count | None = None
 
 
-class Provenance(msgspec.Struct):
+class ReportedProvenance(msgspec.Struct):
     """What is shown of a checkpoint's ``provenance.json``."""
 
     source_bytes: Count | None = None
-    sparsity_achieved: Achieved | None = None
+    sparsity_achieved: ReportedSparsity | None = None
 
 
 class _List(msgspec.Struct):
@@ -55,7 +55,7 @@ class _List(msgspec.Struct):
 
 
 _read_list = msgspec.json.Decoder(_List).decode
-_read_provenance = msgspec.json.Decoder(Provenance).decode
+_read_provenance = msgspec.json.Decoder(ReportedProvenance).decode
 
 
 def read_models(data: bytes) -> tuple[ListedModel, ...]:
@@ -74,7 +74,7 @@ def read_models(data: bytes) -> tuple[ListedModel, ...]:
     return tuple(_checked_model(entry) for entry in entries)
 
 
-def read_provenance(data: bytes) -> Provenance:
+def read_provenance(data: bytes) -> ReportedProvenance:
     """The numbers of a ``provenance.json``.
 
     Raises:

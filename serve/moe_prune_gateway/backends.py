@@ -13,7 +13,7 @@ from .backend_client import BackendClient, Broken, Header, Unreachable
 from .backend_reports import (
     InvalidReport,
     ListedModel,
-    Provenance,
+    ReportedProvenance,
     read_models,
     read_provenance,
 )
@@ -160,7 +160,7 @@ class BackendPool:
             found = await self._provenance(backend)
             self.metrics.show_model(backend.name, found)
 
-    async def _provenance(self, backend: Backend) -> Provenance | None:
+    async def _provenance(self, backend: Backend) -> ReportedProvenance | None:
         """The numbers of a pruned model; None: it has none that can be read."""
         path = f"{PLUGIN_PATH}/provenance"
         try:

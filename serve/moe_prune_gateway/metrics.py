@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from .backend_reports import Achieved, Provenance
+from .backend_reports import ReportedProvenance, ReportedSparsity
 
 # A label for every path a client can think of would fill the memory.
 PATHS = frozenset(
@@ -93,10 +93,10 @@ class Metrics:
             self.up.labels(name).set(0)
             self.in_flight.labels(name).set(0)
 
-    def show_model(self, backend: str, found: Provenance | None) -> None:
+    def show_model(self, backend: str, found: ReportedProvenance | None) -> None:
         """Sizes and sparsity of what a backend serves; None: not pruned by us."""
-        found = found or Provenance()
-        achieved = found.sparsity_achieved or Achieved()
+        found = found or ReportedProvenance()
+        achieved = found.sparsity_achieved or ReportedSparsity()
         _set(self.parameters, achieved.parameters_before, backend, "before")
         _set(self.parameters, achieved.parameters_after, backend, "after")
         _set(self.sparsity, achieved.of_experts, backend, "experts")
