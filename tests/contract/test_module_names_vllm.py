@@ -1,12 +1,17 @@
 """Lists of modules are matched as the installed vLLM does; skipped without it."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.reference import DROP_BLOCK, LayerCut, write_plan
+from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.module_names import Matcher, Way
-from vllm_moe_prune.cut.renumbered_config import FUSED
+from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.cut.renumbered_config import FUSED, renumbered
+from vllm_moe_prune.decide.cut_plan import load_plan
 
 pytestmark = pytest.mark.vllm
 NAMES = [
@@ -68,3 +73,47 @@ def test_fused_modules_are_those_of_our_models() -> None:
     ):
         found |= model.packed_modules_mapping
     assert {name: list(parts) for name, parts in FUSED.items()} == found
+
+
+@pytest.mark.parametrize("layout", ["mlp", "block_sparse_moe"])
+def test_lists_are_understood_by_the_pruned_mixtral(
+    layout: str, tmp_path: Path
+) -> None:
+    from vllm.model_executor.layers.quantization.compressed_tensors.utils import (
+        should_ignore_layer,
+    )
+
+    from vllm_moe_prune.plugin.models.mixtral import MoePruneMixtralForCausalLM
+
+    mapper: Any = MoePruneMixtralForCausalLM.hf_to_vllm_mapper
+    folder = tiny_checkpoint(
+        tmp_path / "model", layout=f"{layout}.gate_up_down", layers=3, tokenizer=False
+    )
+    source = open_checkpoint(folder)
+    cuts = {0: DROP_BLOCK, 1: LayerCut(keep=(3, 1))}
+    plan = load_plan(write_plan(tmp_path / "plan.json", source, cuts))
+    one = f"model.layers.2.{layout}.experts.4.up_proj"
+    for entry, expected in (
+        (
+            rf"re:.*\.[1]\.{layout}\.experts.*",
+            {(0, at, w) for at in (0, 1) for w in "123"},
+        ),
+        (one, {(1, 4, "3")}),
+        (rf"re:.*{layout}\.experts\.\d+\.down_proj$", None),
+    ):
+        block = renumbered(source, plan, {"ignore": [entry]})
+        ignored = mapper.get_rename_mapper().apply_list(block["ignore"])
+        found = {
+            (layer, expert, w)
+            for layer, experts in ((0, 2), (1, 8))
+            for expert in range(experts)
+            for w in "123"
+            if should_ignore_layer(
+                f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w{w}", ignored
+            )
+        }
+        if expected is None:
+            assert {w for _, _, w in found} == {"2"}
+            assert len(found) == 10
+        else:
+            assert found == expected

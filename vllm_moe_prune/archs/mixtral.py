@@ -64,5 +64,10 @@ ARCH = MoeArch(
     hf_layer="transformers.models.mixtral.modeling_mixtral:MixtralDecoderLayer",
     hf_rotary="transformers.models.mixtral.modeling_mixtral:MixtralRotaryEmbedding",
     hf_norm="transformers.models.mixtral.modeling_mixtral:MixtralRMSNorm",
-    vllm_names=((".mlp.", ".block_sparse_moe."),),
+    vllm_names=(
+        (".mlp.", ".block_sparse_moe."),
+        (".gate_proj", ".w1"),
+        (".up_proj", ".w3"),
+        (".down_proj", ".w2"),
+    ),
 )

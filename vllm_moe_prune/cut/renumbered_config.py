@@ -251,7 +251,11 @@ class _Renaming:
                     f"{self._where}: {CONFIG_KEY}: what {entry[:100]!r} names cannot "
                     "be said of what the plan leaves. Name the modules one by one."
                 )
-        return [*by_all, *parts]
+        if readings == (Way.TARGET,):
+            # Not all that vLLM calls differently does it translate.
+            named_in_vllm = zip(names.in_vllm, wanted[0], strict=True)
+            by_all += [name for name, is_named in named_in_vllm if is_named]
+        return list(dict.fromkeys([*by_all, *parts]))
 
 
 def _as_rule(entry: str, names: _Names, named: list[bool]) -> list[str]:

@@ -45,8 +45,12 @@ from .identity import Identity
 from .moe_parts import connect_rows, count_experts, row_table
 from .routing import route_rows
 
-# vLLM reads the Hub's per-expert names; these add the other spellings of the table.
-MAPPER = WeightsMapper(orig_to_new_substr=dict(ARCH.vllm_names))
+# vLLM reads the Hub's per-expert names; these add the other spellings of the table. As
+# endings they meet modules in lists; vLLM's own mapper has them for weights.
+MAPPER = WeightsMapper(
+    orig_to_new_substr={".mlp.": ".block_sparse_moe."},
+    orig_to_new_suffix={".gate_proj": ".w1", ".up_proj": ".w3", ".down_proj": ".w2"},
+)
 
 
 class MoePruneMixtralMoE(MixtralMoE):
