@@ -54,10 +54,17 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="module")
 def engines_in_this_process() -> Iterator[None]:
-    """vLLM engines without a process of their own, quiet and offline."""
+    """vLLM engines without a process of their own, quiet and offline.
+
+    Models are imported here to be asked what they are: the process of its own that vLLM
+    starts for each, to keep CUDA out of this one, imports vLLM again, for 10 s.
+    """
+    from vllm.model_executor.models import registry
+
     from tests.engine import ENVIRONMENT
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda ask: ask())
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

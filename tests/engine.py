@@ -70,6 +70,7 @@ def served(model: Path | str, loads: Loads | None = None, **options: Any) -> Ten
         "max_model_len": 64,
         "max_num_batched_tokens": 64,
         "max_num_seqs": 2,
+        "num_gpu_blocks_override": 64,  # of the cache; else a gigabyte is zeroed
         "max_logprobs": -1,
         "skip_tokenizer_init": True,
     }
@@ -93,6 +94,8 @@ def served(model: Path | str, loads: Loads | None = None, **options: Any) -> Ten
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+        # What is left stays, and need not be looked through at every collection.
+        gc.freeze()
     rows_TV = torch.full((len(TOKENS), VOCAB), math.nan, dtype=torch.float64)
     found = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
     for row_V, tokens in zip(rows_TV, found, strict=True):

@@ -1,5 +1,6 @@
 """Pruned models shared by two ranks, by rows and columns (TP) and by experts (EP)."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,29 +26,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 EXPERTS = {"enable_expert_parallel": True}
 
 
-def test_mixtral_dense_compressed_and_quantized(tmp_path: Path) -> None:
-    jobs = {}
-    for name, options in (("everything", {}), ("dropped MoE", EXPERTS)):
-        case = mixtral.CASES[name]
-        original = mixtral.make_original(tmp_path / name, case.layout)
-        right = mixtral.expected(original, case), mixtral.expected_loads(original, case)
-        jobs[name] = Job(mixtral.make_pruned(original, case), *right, options)
-    dense = sparse.make_dense(tmp_path)
-    packed = sparse.make_packed(dense)
-    whole = mixtral.Case({}, sparse.HALF.layout)
-    right = mixtral.expected(dense), mixtral.expected_loads(dense, whole)
-    jobs["compressed experts"] = Job(packed, *right, EXPERTS)
-    original = quantized.make_original(tmp_path / "original")
-    integers = tmp_path / "integers"
-    quantized.make_cut(original, integers, quantized.MIXTRAL, quantized.AWQ)
-    case = mixtral.Case(quantized.MIXTRAL, "")
-    dense = write_untrimmed(original, integers, tmp_path / "untrimmed")
-    right = mixtral.expected(dense, case), mixtral.expected_loads(dense, case)
-    jobs["integer tensors"] = Job(integers, *right)
-    jobs["integer experts"] = Job(integers, *right, EXPERTS)
-    check_two_ranks(tmp_path, jobs)
-
-
 # Parts of two ranks are whole blocks; 12 of 16 experts are left, in uneven groups.
 FP8 = Case(
     "deepseek_v3",
@@ -60,7 +38,29 @@ FP8 = Case(
 )
 
 
-def test_every_other_family(tmp_path: Path) -> None:
+def mixtral_jobs(tmp_path: Path) -> Iterator[tuple[str, Job]]:
+    """Dense, compressed and quantized experts."""
+    for name, options in (("everything", {}), ("dropped MoE", EXPERTS)):
+        case = mixtral.CASES[name]
+        original = mixtral.make_original(tmp_path / name, case.layout)
+        right = mixtral.expected(original, case), mixtral.expected_loads(original, case)
+        yield name, Job(mixtral.make_pruned(original, case), *right, options)
+    dense = sparse.make_dense(tmp_path)
+    packed = sparse.make_packed(dense)
+    whole = mixtral.Case({}, sparse.HALF.layout)
+    right = mixtral.expected(dense), mixtral.expected_loads(dense, whole)
+    yield "compressed experts", Job(packed, *right, EXPERTS)
+    original = quantized.make_original(tmp_path / "original")
+    integers = tmp_path / "integers"
+    quantized.make_cut(original, integers, quantized.MIXTRAL, quantized.AWQ)
+    case = mixtral.Case(quantized.MIXTRAL, "")
+    dense = write_untrimmed(original, integers, tmp_path / "untrimmed")
+    right = mixtral.expected(dense, case), mixtral.expected_loads(dense, case)
+    yield "integer tensors", Job(integers, *right)
+    yield "integer experts", Job(integers, *right, EXPERTS)
+
+
+def family_jobs(tmp_path: Path) -> Iterator[tuple[str, Job]]:
     """By rows and columns and by experts; V2 and V3 are the same classes of ours."""
     tensors = ("arctic-one-after-the-other", "deepseek-normalized", "v3-uneven-groups")
     experts = ("arctic-everything", "deepseek-normalized", "v2-everything")
@@ -69,7 +69,6 @@ def test_every_other_family(tmp_path: Path) -> None:
     cases["fp8-experts"] = FP8
     # How blocks are split is the same for every family.
     packed = {"arctic-tensors": COMPRESSED["arctic"], "v3-experts": COMPRESSED["v3"]}
-    jobs = {}
     for name, case in (cases | packed).items():
         (tmp_path / name).mkdir()
         pruned, *right = make_pruned(tmp_path / name, case)
@@ -77,5 +76,13 @@ def test_every_other_family(tmp_path: Path) -> None:
             convert(open_checkpoint(pruned), tmp_path / name / "packed", "bitmask")
             pruned = tmp_path / name / "packed"
         by_experts = {"enable_expert_parallel": name.endswith("experts")}
-        jobs[name] = Job(pruned, *right, by_experts | ENGINE[case.family])
+        yield name, Job(pruned, *right, by_experts | ENGINE[case.family])
+
+
+def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
+    """One pair of processes for all: each imports vLLM, for 10 s."""
+    jobs = {}
+    for make in (mixtral_jobs, family_jobs):
+        (tmp_path / make.__name__).mkdir()
+        jobs |= dict(make(tmp_path / make.__name__))
     check_two_ranks(tmp_path, jobs)
