@@ -15,7 +15,7 @@ PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorde
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast fuzz lint docs wheels clean
+.PHONY: help install demo test fast fuzz faults lint docs wheels clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,9 @@ fast: install ## Tests that start no vLLM: under 3 minutes
 
 fuzz: install ## Spoil every file that is read, for SECONDS (60), from SEED (0)
 	@PYTHONPATH=.:serve $(PY) -m tests.fuzz.run --seconds $(SECONDS) --seed $(SEED)
+
+faults: install ## Kill and fail every command at every write event: hours
+	@PYTHONPATH=. $(PY) -m tests.faults $(ARGS)
 
 lint: install ## Formatting, lint, types, spelling
 	$(PY) -m ruff format --check

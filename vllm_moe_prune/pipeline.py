@@ -41,6 +41,7 @@ from .stages.measure import (
     measure,
     measure_into,
     measuring_tokens,
+    remove_work,
     tokens_of,
 )
 from .stages.plan import plan, plan_sweep
@@ -216,7 +217,8 @@ def run(
         elif recipe.tune is not None:
             stages = _best(checkpoint, recipe, space, inner)
         else:
-            stages = _planned(checkpoint, recipe, space, inner, tokens, stats_file)
+            texts = tokens, stats_file, options.resume
+            stages = _planned(checkpoint, recipe, space, inner, *texts)
     decided, result, verified = stages
     return decided, dataclasses.replace(result, out=out), verified
 
@@ -256,11 +258,14 @@ def _planned(
     options: RunOptions,
     tokens: Tokens | None,
     stats_file: Path | None,
+    resumed: bool,
 ) -> Stages:
     """Measure, plan, cut, verify."""
     kept = stats_file or space.work / "stats.safetensors"
     if kept.is_file():
         stats = load_stats(kept)
+        if resumed:
+            remove_work(kept)
     else:
         stats = measure_into(kept, checkpoint, recipe, tokens, options)
     decided = plan(checkpoint, recipe, stats, options.max_shard_bytes)

@@ -10,7 +10,6 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 
 LAYERS, EXPERTS, CHARACTERS = 2, 4, 6_000
 SHARDS = "--shard-size 60KB"
-STORAGE = "--storage"
 TEXT = "--calibration ../inputs/text.txt --samples 4 --sequence-length 32 --json"
 MODEL, PRUNED = "../inputs/model", "../inputs/pruned"
 CUTS = {
@@ -89,10 +88,11 @@ CASES = [
         "--json",
         "plan.json",
         "",
+        slow=True,
     ),
     Case("cut, copies", cut("none")),
     Case("cut, wanda", cut("wanda")),
-    Case("cut, int4", cut("int4")),
+    Case("cut, int4", cut("int4"), slow=True),
     Case("cut, bitmask", cut("wanda", "--storage bitmask")),
     Case("cut --overwrite", cut("wanda", "--overwrite"), earlier=True),
     Case(
@@ -103,9 +103,9 @@ CASES = [
     Case("run", run("stun")),
     Case("run --stats", run("stun", "--stats stats.safetensors")),
     Case("run, bitmask", run("stun", "--storage bitmask")),
-    Case("run, tuned", run("tuned")),
+    Case("run, tuned", run("tuned"), slow=True),
     Case("run, zeros first", run("zeros-first")),
-    Case("run, quantized", run("quantized")),
+    Case("run, quantized", run("quantized"), slow=True),
     Case("run --overwrite", run("stun", "--overwrite"), earlier=True),
     Case(
         "convert to bitmask", f"convert {PRUNED} out --storage bitmask {SHARDS} --json"
@@ -134,6 +134,14 @@ CASES = [
         "",
     ),
 ]
+
+
+MADE = (
+    f"measure {MODEL} -o ../inputs/stats.safetensors {TEXT}",
+    f"cut {MODEL} --plan ../inputs/wanda.json -o ../inputs/pruned --json",
+    f"convert {PRUNED} ../inputs/bitmask --storage bitmask --json",
+)
+"""What other cases read."""
 
 
 def make_inputs(folder: Path) -> None:

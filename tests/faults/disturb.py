@@ -1,12 +1,13 @@
 """Disturb a command at its write events, resume it, and say what came of it."""
 
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from errno import EIO, ENOSPC
 from pathlib import Path
 
-from .cases import Case
+from .cases import MADE, Case, make_inputs
 from .harness import (
     DATA,
     FAIL_ON,
@@ -93,3 +94,26 @@ def sampled(faults: Sequence[Fault], count: int, seed: str) -> list[Fault]:
     start = random.Random(seed).random()
     step = len(faults) / count
     return [faults[int((at + start) * step)] for at in range(count)]
+
+
+def make_world(server: Server, case: Case, scratch: Path) -> World:
+    """A case in a folder of its own beside ``inputs``, run once undisturbed."""
+    before = scratch / "before"
+    if before.exists():
+        shutil.rmtree(before)
+    before.mkdir()
+    if case.earlier:
+        shutil.copytree(scratch / "inputs" / "pruned", before / case.output)
+    world = World(case, server, before, scratch / "work")
+    world.undisturbed()
+    return world
+
+
+def make_everything(server: Server, scratch: Path) -> None:
+    """What cases read: a model, statistics, and outputs in both storages."""
+    make_inputs(scratch / "inputs")
+    folder = scratch / "making"
+    folder.mkdir()
+    for command in MADE:
+        ran = server.run(folder, command.split())
+        assert ran.status == 0, ran.said

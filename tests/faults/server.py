@@ -23,6 +23,8 @@ LEFT_OUT = (
     "vllm_moe_prune.__main__",
 )
 OTHERS = (
+    "compressed_tensors.quantization.lifecycle.forward",
+    "compressed_tensors.quantization.utils",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
     "peft",

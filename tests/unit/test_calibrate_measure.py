@@ -242,7 +242,7 @@ def test_a_killed_measure_continues_with_the_same_result(
     )
     assert layers == list(range(after + 1, 5))
     assert same(resumed, undisturbed)
-    assert not work.exists()
+    assert not list(work.iterdir())
 
 
 @pytest.mark.usefixtures("save_always")
@@ -316,7 +316,7 @@ def test_boundaries_load_the_newest_that_is_not_too_new(tmp_path: Path) -> None:
     store.keep_from(0)
     assert store.load((2, 3, 4), 3) is not None
     store.clear()
-    assert not store.folder.exists()
+    assert not list(store.folder.iterdir())
     store.clear()
 
 

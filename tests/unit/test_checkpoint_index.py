@@ -15,6 +15,7 @@ from tests.bad_inputs.case import split_header
 from tests.reference import raw_bytes, read_json, read_tensors
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint import index
+from vllm_moe_prune.checkpoint.fingerprint import difference
 from vllm_moe_prune.checkpoint.index import read_bytes, read_header, read_index
 from vllm_moe_prune.checkpoint.reader import DTYPES, read_row, read_tensor
 from vllm_moe_prune.checkpoint.source import open_checkpoint
@@ -273,3 +274,53 @@ def test_one_bit_of_one_router_changes_the_fingerprint(model: Path) -> None:
             tensors[name].view(torch.int16)[3, 3] ^= 1
             save_file(tensors, path)
     assert open_checkpoint(model).fingerprint != before
+
+
+def with_a_bit_flipped(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_one_bit_of_any_tensor_of_a_small_model_changes_the_fingerprint(
+    model: Path,
+) -> None:
+    checkpoint = open_checkpoint(model)
+    found = {checkpoint.fingerprint}
+    for info in checkpoint.tensors.values():
+        with_a_bit_flipped(info.file, info.offset + info.nbytes // 2)
+        found.add(open_checkpoint(model).fingerprint)
+    assert len(found) == 1 + len(checkpoint.tensors)
+
+
+def test_every_tensor_and_expert_of_a_large_model_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large models are: not whole, three blocks of each tensor and expert."""
+    monkeypatch.setattr("vllm_moe_prune.checkpoint.fingerprint.WHOLE_BYTES", 0)
+    monkeypatch.setattr("vllm_moe_prune.checkpoint.fingerprint.BLOCKS", 0)
+    monkeypatch.setattr("vllm_moe_prune.checkpoint.fingerprint.BLOCK_BYTES", 16)
+    folder = make_model(tmp_path / "packed", layout="mlp.packed")
+    checkpoint = open_checkpoint(folder)
+    found = {checkpoint.fingerprint}
+    changes = 0
+    for info in checkpoint.tensors.values():
+        step = info.row_bytes if len(info.shape) == 3 else info.nbytes
+        for first in range(0, info.nbytes, step):
+            for at in (first, first + (step - 16) // 2, first + step - 1):
+                with_a_bit_flipped(info.file, info.offset + at)
+                found.add(open_checkpoint(folder).fingerprint)
+                changes += 1
+    assert len(found) == 1 + changes
+    unseen = next(info for info in checkpoint.tensors.values() if info.nbytes > 200)
+    with_a_bit_flipped(unseen.file, unseen.offset + 17)
+    assert open_checkpoint(folder).fingerprint in found
+
+
+def test_fingerprints_of_earlier_versions_are_compared_by_what_they_cover() -> None:
+    assert difference("a.b", "a.b") is None
+    assert difference("a", "a.b") is None
+    assert difference("a.b", "a") is None
+    assert "another model" in str(difference("a", "c.b"))
+    assert "another model" in str(difference("a.b", "c.b"))
+    assert "other weights" in str(difference("a.b", "a.c"))

@@ -81,14 +81,27 @@ def measure_into(
         OutputError: It cannot be written, or is no regular file.
         CheckpointError: A file of the checkpoint has changed meanwhile.
     """
-    work = file.with_name(file.name + ".work")
-    stats = measure(checkpoint, recipe, tokens, options, work)
+    stats = measure(checkpoint, recipe, tokens, options, _work(file))
     check_states(checkpoint.folder, checkpoint.files)
     with writing(file, REPEAT):
         file.parent.mkdir(exist_ok=True)
         save_stats(stats, file)
-        remove_folder(work)
+    remove_work(file)
     return stats
+
+
+def remove_work(file: Path) -> None:
+    """Remove what a measurement into a file kept to continue from.
+
+    Raises:
+        OutputError: The disk refuses.
+    """
+    with writing(file, REPEAT):
+        remove_folder(_work(file))
+
+
+def _work(file: Path) -> Path:
+    return file.with_name(file.name + ".work")
 
 
 def collect(
