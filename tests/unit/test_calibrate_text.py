@@ -187,8 +187,8 @@ SILENT = [{"messages": [{"role": "user", "content": None}]}]
 ORACLE = [{"conversations": [{"from": "oracle", "value": "x"}]}]
 NAMELESS = [{"messages": [{"body": "x"}]}]
 COLUMNS = as_parquet([{"body": "x", "id": 1}])
-HALF = gzip.compress(b"text" * 99)[:-9]
-DAMAGED = gzip.compress(b'["x"]')[:-8] + bytes(8)
+HALF = gzip.compress(b"text" * 99, mtime=0)[:-9]
+DAMAGED = gzip.compress(b'["x"]', mtime=0)[:-8] + bytes(8)
 REFUSED = [
     ("null.jsonl", b'{"text": null, "url": "x"}', "'text' (null), 'url' (text)"),
     ("null.json", b'[{"text": null}]', "record 0", "'text' (null)"),
