@@ -19,7 +19,13 @@ from vllm_moe_prune.files.regular import (
 )
 from vllm_moe_prune.files.yaml_file import parse_yaml
 
-KIND = Kind("thing", 1000, PlanError, absent="no such thing.", remedy="Make it again.")
+KIND = Kind(
+    name="thing",
+    max_bytes=1000,
+    error=PlanError,
+    absent="no such thing.",
+    remedy="Make it again.",
+)
 SAYS = {
     "fifo": "is a FIFO, not a regular file; expected a thing",
     "zero": "is a device, not a regular file; expected a thing",

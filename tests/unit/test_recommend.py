@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune import pipeline
+from vllm_moe_prune.checkpoint.build import build_checkpoint
 from vllm_moe_prune.checkpoint.index import ITEM_BYTES, TensorInfo
-from vllm_moe_prune.checkpoint.open import Checkpoint, Origin, build_checkpoint
+from vllm_moe_prune.checkpoint.open import Checkpoint, Origin
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cli import app
 from vllm_moe_prune.cut.predict import facts_of

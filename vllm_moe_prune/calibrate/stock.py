@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..archs.spec import LATENT_ATTENTION, MOE_NORM, MoeArch
-from ..checkpoint.open import MTP_OVERRIDES, OVERRIDES, Checkpoint
+from ..checkpoint.build import MTP_OVERRIDES, OVERRIDES
+from ..checkpoint.open import Checkpoint
 from ..checkpoint.remap import CONFIG_BLOCK
 from ..errors import CheckpointError
 

@@ -19,16 +19,16 @@ from ..files.regular import MIB, Kind, open_regular
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG = Kind(
-    "config.json of a checkpoint",
-    16 * MIB,
-    CheckpointError,
+    name="config.json of a checkpoint",
+    max_bytes=16 * MIB,
+    error=CheckpointError,
     absent="missing. A checkpoint folder needs it.",
     remedy="Download it again.",
 )
 INDEX = Kind(
-    "safetensors index",
-    128 * MIB,
-    CheckpointError,
+    name="safetensors index",
+    max_bytes=128 * MIB,
+    error=CheckpointError,
     remedy="Download the checkpoint again.",
 )
 # The limit of the safetensors library itself; a larger header is refused unread.

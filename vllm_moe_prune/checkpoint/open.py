@@ -1,51 +1,24 @@
-"""A checkpoint seen through its family's table: layers, experts, sizes.
-
-Works on original checkpoints and on those this tool has already cut: the layer views
-come from config.json's ``per_layer_config`` and the remap table.
-"""
+"""A checkpoint seen through its family's table: layers, experts, sizes."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..archs import find_arch
 from ..archs.spec import Layout, MoeArch, RouterRule
-from ..errors import CheckpointError, RemapError
 from ..kernels.quantized import Form
-from .block_fp8 import SUFFIX, ScaleBlocks, check_scales, read_blocks
-from .claims import check_claims
-from .compressed import Storage, dense_view
-from .config_values import (
-    check_beyond,
-    check_dense,
-    check_lists,
-    check_pattern,
-    positive,
-    router_rule,
-)
-from .expert_tensors import ExpertTensors, Extra, expert_tensors, find_layout
-from .file_state import FileState, file_states
+from .block_fp8 import SUFFIX, ScaleBlocks
+from .compressed import Storage
+from .expert_tensors import ExpertTensors, Extra
+from .file_state import FileState
 from .fingerprint import fingerprint
-from .gptq_awq import AutoForm, fold_auto, read_auto_form
+from .gptq_awq import AutoForm
 from .index import TensorInfo
-from .layer import Layer, LayerReader
-from .quantized_tensors import FLOATS, PartedTensor, fold_quantized, read_form
-from .remap import ExpertRemap, load_remap
+from .layer import Layer
+from .quantized_tensors import PartedTensor
+from .remap import ExpertRemap
 
-__all__ = ["Checkpoint", "Layer", "Origin", "build_checkpoint"]
-
-# transformers' names for what single layers see instead of the global values; layers
-# that predict further tokens are counted from 0 again.
-OVERRIDES = "per_layer_config"
-MTP_OVERRIDES = "mtp_per_layer_config"
-# Sizes that every family calls the same; where they are given, they must be sizes.
-SIZES = (
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
+__all__ = ["Checkpoint", "Layer", "Origin"]
 
 
 @dataclass(frozen=True)
@@ -148,7 +121,7 @@ class Checkpoint:
 
     def is_scale(self, name: str) -> bool:
         """Whether there is a tensor of this name that holds the scales of another."""
-        return _is_scale(name, self.tensors, self.blocks is not None)
+        return names_scale(name, self.tensors, self.blocks is not None)
 
     def extras(self, layer: Layer) -> list[Extra]:
         """What every expert of a layer has beside its matrices."""
@@ -175,201 +148,11 @@ class Checkpoint:
         return found
 
 
-def _is_scale(name: str, tensors: dict[str, TensorInfo], scaled: bool) -> bool:
+def names_scale(name: str, tensors: dict[str, TensorInfo], scaled: bool) -> bool:
+    """Whether a tensor holds the scales of another; ``scaled``: of FP8 in blocks."""
     return (
         scaled
         and name.endswith(SUFFIX)
         and name in tensors
         and name.removesuffix(SUFFIX) in tensors
     )
-
-
-def build_checkpoint(
-    folder: Path,
-    config: dict[str, Any],
-    tensors: dict[str, TensorInfo],
-    origin: Origin,
-) -> Checkpoint:
-    """Check config and tensor names against the family's table.
-
-    Raises:
-        CheckpointError: Naming the config key, tensor or expert that is wrong.
-    """
-    where = folder / "config.json"
-    named = config.get("architectures", [])
-    if not isinstance(named, list):
-        raise CheckpointError(f"{where}: architectures is not a list.")
-    arch = find_arch(config.get("model_type"), str(where), named)
-    files = file_states(folder, {where, *(info.file for info in tensors.values())})
-    config, tensors, storage = dense_view(config, tensors, arch, str(where))
-    form = read_form(config, str(where)) or read_auto_form(config, str(where))
-    parts: dict[str, TensorInfo] = {}
-    if form is not None:
-        tensors, parts = _without_parts(arch, tensors, form)
-    blocks = read_blocks(config, where) if form is None else None
-    for key in ("layers", "hidden", "top_k", "experts", "width"):
-        positive(config, getattr(arch.config, key), where)
-    check_dense(arch, config, where)
-    for key in SIZES:
-        if config.get(key) is not None:
-            positive(config, key, where)
-    remap = load_remap(folder, config)
-    if remap is not None and remap.model_type != arch.model_type:
-        raise RemapError(
-            f"{folder}: the remap table is for model_type {remap.model_type!r}, "
-            f"config.json says {arch.model_type!r}."
-        )
-    count = config[arch.config.layers]
-    if count > len(tensors):
-        raise CheckpointError(
-            f"{where}: {arch.config.layers} is {count}, but the checkpoint has only "
-            f"{len(tensors)} tensors."
-        )
-    _check_numbers(arch, tensors)
-    check_lists(config, arch, count, where)
-    further = _mtp_layers(arch, config, tensors, count, where)
-    total = count + further
-    views = _layer_views(config, OVERRIDES, count, where)
-    views += _layer_views(config, MTP_OVERRIDES, further, where)
-    if blocks is not None:
-        check_scales(tensors, blocks)
-    layout = find_layout(arch, tensors, total, folder)
-    rule = router_rule(arch, config, where)
-    scales = frozenset(
-        name for name in tensors if _is_scale(name, tensors, blocks is not None)
-    )
-    experts = expert_tensors(arch, layout, tensors, scales)
-    reader = LayerReader(
-        folder=folder,
-        arch=arch,
-        layout=layout,
-        tensors=tensors,
-        experts=experts,
-        remap=remap,
-        rule=rule,
-        blocks=blocks,
-    )
-    layers = tuple(
-        reader.build(
-            index,
-            view,
-            # A layer that predicts further tokens always has experts.
-            dense=index < count and not _has_moe(arch, view, index, where),
-            mtp=index >= count,
-        )
-        for index, view in enumerate(views)
-    )
-    if not any(layer.has_moe for layer in layers):
-        raise CheckpointError(f"{folder}: no layer has experts; nothing to prune.")
-    if remap is not None and len(remap.layers) != count:
-        raise CheckpointError(
-            f"{folder}: the remap table has {len(remap.layers)} layers, "
-            f"config.json {count}."
-        )
-    check_beyond(arch, tensors, count, total, folder)
-    found = Checkpoint(
-        folder=folder,
-        config=config,
-        tensors=tensors,
-        origin=origin,
-        arch=arch,
-        layout=layout,
-        layers=layers,
-        remap=remap,
-        rule=rule,
-        blocks=blocks,
-        storage=storage,
-        form=form,
-        parts=parts,
-        experts=experts,
-        files=files,
-    )
-    check_claims(found)
-    return found
-
-
-def _without_parts(
-    arch: MoeArch, tensors: dict[str, TensorInfo], form: Form | AutoForm
-) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """Quantized matrices as the dense tensors they stand for, and their parts."""
-    embedding = tensors.get(arch.embedding)
-    known = embedding is not None and embedding.dtype in FLOATS
-    dtype = embedding.dtype if embedding is not None and known else "BF16"
-    if isinstance(form, AutoForm):
-        folded = fold_auto(tensors, form, dtype)
-    else:
-        folded = fold_quantized(tensors, form, dtype)
-    parts = {
-        part.name: part
-        for info in folded.values()
-        if isinstance(info, PartedTensor)
-        for part in info.parts.values()
-    }
-    return folded, parts
-
-
-def _has_moe(arch: MoeArch, view: dict[str, Any], index: int, where: Path) -> bool:
-    check_pattern(arch, view, where)
-    return arch.pattern.has_moe(view, index)
-
-
-def _mtp_layers(
-    arch: MoeArch,
-    config: dict[str, Any],
-    tensors: dict[str, TensorInfo],
-    count: int,
-    where: Path,
-) -> int:
-    """How many layers behind the last one the checkpoint really holds.
-
-    Some are published without them although config.json names them.
-    """
-    key = arch.config.mtp_layers
-    if key is None or config.get(key) is None:
-        return 0
-    named = positive(config, key, where, least=0)
-    indices = {arch.layer_of(name) for name in tensors}
-    held = len({index for index in indices if index is not None and index >= count})
-    return min(named, held)
-
-
-def _check_numbers(arch: MoeArch, tensors: dict[str, TensorInfo]) -> None:
-    """Refuse names whose numbers only some readers would take for a layer or expert."""
-    start, _, _ = arch.layer_prefix.partition("{layer}")
-    for name, info in tensors.items():
-        if name.startswith(start):
-            for part in name.split("."):
-                if part.isdecimal() and not _is_plain(part):
-                    raise CheckpointError(
-                        f"{info.file}: {name[:100]!r}: {part[:20]!r} is not a number "
-                        "of a layer or expert."
-                    )
-
-
-def _is_plain(number: str) -> bool:
-    """Whether a number is spelt as we would, and short enough to be converted."""
-    return len(number) < 10 and number == str(int(number))
-
-
-def _layer_views(
-    config: dict[str, Any], name: str, count: int, where: Path
-) -> list[dict[str, Any]]:
-    overrides = config.get(name)
-    if overrides is None:
-        overrides = {}
-    if not isinstance(overrides, dict):
-        raise CheckpointError(f"{where}: {name} is not an object.")
-    views = [config] * count
-    for key, values in overrides.items():
-        if (
-            not key.isdecimal()
-            or not _is_plain(key)
-            or int(key) >= count
-            or not isinstance(values, dict)
-        ):
-            raise CheckpointError(
-                f"{where}: {name}[{key!r}] does not describe one of the "
-                f"layers 0 to {count - 1}."
-            )
-        views[int(key)] = config | values
-    return views

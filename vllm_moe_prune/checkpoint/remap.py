@@ -23,9 +23,9 @@ FORMAT_VERSION: Literal[1] = 1
 Index = Annotated[int, Field(ge=0, lt=MOST, strict=True)]
 Indices = Annotated[tuple[Index, ...], Field(fail_fast=True)]
 REMAP = Kind(
-    "remap table",
-    64 * MIB,
-    RemapError,
+    name="remap table",
+    max_bytes=64 * MIB,
+    error=RemapError,
     absent="missing; a pruned checkpoint cannot be used without it. Copy the whole "
     "folder again.",
     remedy="Copy the folder again, or repeat the cut.",

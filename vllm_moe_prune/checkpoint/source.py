@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ..errors import CheckpointError, MoePruneError
 from ..files.json_file import read_json
+from .build import build_checkpoint
 from .index import CONFIG, ITEM_BYTES, TensorInfo, read_index
-from .open import Checkpoint, Origin, build_checkpoint
+from .open import Checkpoint, Origin
 from .remap import CONFIG_BLOCK, FILE_NAME
 
 log = logging.getLogger(__name__)

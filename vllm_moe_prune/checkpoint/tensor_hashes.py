@@ -24,7 +24,7 @@ from .writer import CHUNK_BYTES, ShardPlan, ShardWriter, sha256_of
 
 FILE_NAME = "tensor_hashes.json"
 FORMAT_VERSION: Literal[1] = 1
-HASHES = Kind(FILE_NAME, 128 * MIB, CheckpointError)
+HASHES = Kind(name=FILE_NAME, max_bytes=128 * MIB, error=CheckpointError)
 MAX_THREADS = 4
 TOLD_BYTES = 64 << 20
 NAMED = 3

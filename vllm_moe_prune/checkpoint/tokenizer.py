@@ -38,9 +38,9 @@ GENERIC_NAMES = {GENERIC, "TokenizersBackend"}
 TRUST = "--trust-remote-code"
 # The largest published tokenizer.json has 35 MB and 260,000 tokens, merged of two each.
 FILE = Kind(
-    "tokenizer file",
-    256 * MIB,
-    CalibrationError,
+    name="tokenizer file",
+    max_bytes=256 * MIB,
+    error=CalibrationError,
     remedy="Download the tokenizer files again.",
 )
 MAX_VALUES = 16_000_000

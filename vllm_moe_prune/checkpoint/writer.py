@@ -27,7 +27,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 JOURNAL_NAME = "journal.jsonl"
 CHUNK_BYTES = 16 << 20
 """What is read and written at a time."""
-JOURNAL = Kind("journal of a run", 256 * MIB, OutputError)
+JOURNAL = Kind(name="journal of a run", max_bytes=256 * MIB, error=OutputError)
 
 
 class TensorSpec(Protocol):
@@ -106,7 +106,7 @@ def index_json(shards: Sequence[ShardPlan], parameters: int) -> bytes:
     return (json.dumps(data, indent=2) + "\n").encode()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _OpenShard:
     plan: ShardPlan
     path: Path
@@ -206,7 +206,7 @@ class ShardWriter:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             os.pwrite(fd, plan.header, 0)
         left = plan.file_bytes - len(plan.header)
-        shard = _OpenShard(plan, path, fd, left)
+        shard = _OpenShard(plan=plan, path=path, fd=fd, left=left)
         self._open[plan.file_name] = shard
         return shard
 

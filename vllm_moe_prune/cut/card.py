@@ -13,7 +13,7 @@ from ..files.regular import KIB, MIB, Kind, read_file
 from ..files.yaml_file import parse_yaml
 from .achieved import Achieved
 
-CARD = Kind("model card", 16 * MIB, CheckpointError)
+CARD = Kind(name="model card", max_bytes=16 * MIB, error=CheckpointError)
 FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\n---\s*?(?:\n|\Z)", re.DOTALL)
 MAX_FRONT_MATTER = 64 * KIB
 MAX_WORD = 200

@@ -4,8 +4,9 @@ import copy
 import hashlib
 from typing import Any
 
+from ..checkpoint.build import MTP_OVERRIDES, OVERRIDES
 from ..checkpoint.module_names import CONFIG_KEY
-from ..checkpoint.open import MTP_OVERRIDES, OVERRIDES, Checkpoint
+from ..checkpoint.open import Checkpoint
 from ..checkpoint.remap import (
     CONFIG_BLOCK,
     FILE_NAME,

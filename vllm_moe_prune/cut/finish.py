@@ -30,14 +30,16 @@ from .renumbered_config import renumbered
 from .slim_layer import LayerRecord
 
 PROVENANCE = Kind(
-    "provenance.json",
-    64 * MIB,
-    CheckpointError,
+    name="provenance.json",
+    max_bytes=64 * MIB,
+    error=CheckpointError,
     absent="missing. A pruned checkpoint has one; copy the folder again.",
     remedy="Copy the folder again, or repeat the cut.",
 )
 QUANTIZE_FILES = ("quantize_config.json", "quant_config.json")
-QUANTIZE_FILE = Kind("quantization config", 16 * MIB, CheckpointError)
+QUANTIZE_FILE = Kind(
+    name="quantization config", max_bytes=16 * MIB, error=CheckpointError
+)
 
 
 def write_companions(

@@ -36,7 +36,7 @@ from .trimmed import survivor
 
 STATE_BYTES = 1 << 30
 """Of hidden states held at once; more plans than fit take further sweeps."""
-LOSSES = Kind("journal of losses", 256 * MIB, OutputError)
+LOSSES = Kind(name="journal of losses", max_bytes=256 * MIB, error=OutputError)
 
 
 @dataclass(frozen=True)

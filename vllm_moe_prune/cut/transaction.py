@@ -43,7 +43,7 @@ from ..progress import peak_rss_bytes
 log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-RUN = Kind(RUN_FILE, MIB, CheckpointError)
+RUN = Kind(name=RUN_FILE, max_bytes=MIB, error=CheckpointError)
 COMPLETE: dict[str, object] = {"complete": True}
 """The journal's last line: from here on nothing but renames and removals is left."""
 

@@ -34,9 +34,9 @@ from ..recipes.schema import (
 
 FORMAT_VERSION: Literal[1] = 1
 PLAN = Kind(
-    "plan file",
-    64 * MIB,
-    PlanError,
+    name="plan file",
+    max_bytes=64 * MIB,
+    error=PlanError,
     absent="no such plan file.",
     remedy="Make it again with `vllm-moe-prune plan`.",
 )

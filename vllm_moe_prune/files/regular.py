@@ -19,7 +19,7 @@ OTHERS: tuple[tuple[Callable[[int], bool], str], ...] = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Kind:
     """A kind of file: how much of one is read, and what errors about it say."""
 

@@ -10,7 +10,7 @@ from ..files.json_file import read_json
 from ..files.regular import MIB, Kind
 from ..recipes.schema import first_problem
 
-RESULT = Kind("result of a command", 64 * MIB, EvaluationError)
+RESULT = Kind(name="result of a command", max_bytes=64 * MIB, error=EvaluationError)
 
 
 class Printed(BaseModel):

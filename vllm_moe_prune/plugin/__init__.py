@@ -86,7 +86,7 @@ def _check_stock_classes() -> None:
 
 
 def _tokenize_by_files() -> None:
-    from .load.tokenizer import go_by_files
+    from .load.tokenize_by_files import go_by_files
 
     go_by_files()
 
@@ -104,6 +104,6 @@ def _quantized_experts() -> type[Any]:
 
 
 def _block_fp8() -> type[Any]:
-    from .quant.block_fp8 import FallbackFp8Config
+    from .quant.fp8_moe import FallbackFp8Config
 
     return FallbackFp8Config

@@ -12,7 +12,9 @@ from ..files.yaml_file import parse_yaml, read_yaml
 from .old_spelling import current_spelling
 from .schema import Recipe, parse_recipe
 
-RECIPE = Kind("recipe", 256 * KIB, RecipeError, remedy="Mend that place.")
+RECIPE = Kind(
+    name="recipe", max_bytes=256 * KIB, error=RecipeError, remedy="Mend that place."
+)
 
 
 def shipped_recipes() -> list[str]:
