@@ -59,6 +59,7 @@ class Bitmask:
         if self.offsets_R1 is not None:
             return self.offsets_R1
         rows = self.mask_RB.shape[0]
+        # At a fixed rate every row holds as many values.
         return torch.arange(rows + 1, device="cpu") * (
             self.values.numel() // max(rows, 1)
         )
@@ -154,6 +155,7 @@ def check(packed: Bitmask, shape: tuple[int, int], where: str) -> None:
         )
     mask = mask_RB.numpy()
     if offsets_R1 is None:
+        # check_shapes has seen that the groups divide the columns.
         _check_groups(mask, cols // values.shape[1], values.shape[2], where)
         return
     # The offsets are redundant; a file whose two answers differ is refused, not
@@ -198,6 +200,7 @@ def check_shapes(
                 f"{where}: has no offsets, and its values have shape {list(values)}; "
                 f"expected [{rows}, {cols}/m, n]."
             )
+    # A bound before anything is read: no file may claim more values than elements.
     elif len(values) != 1 or values[0] > rows * cols or offsets != (rows + 1,):
         raise CheckpointError(
             f"{where}: values of shape {list(values)} and offsets of shape "
@@ -224,6 +227,7 @@ def _filled(kept_RC: NDArray[np.bool_], n: int, m: int) -> NDArray[np.bool_]:
     missing = n - kept.sum(axis=1)
     if (missing < 0).any():
         raise ValueError(f"a group of {m} holds more than {n} non-zeros")
+    # May hold at kept columns as well, which `|` leaves as they are.
     first = np.cumsum(~kept, axis=1) <= missing[:, None]
     filled: NDArray[np.bool_] = (kept | first).reshape(kept_RC.shape)
     return filled

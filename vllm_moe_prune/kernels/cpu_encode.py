@@ -61,6 +61,7 @@ def encode(sources: Sequence[Tensor], scales: Sequence[Tensor] | None = None) ->
         source.shape == (outputs, inputs) and source.dtype == sources[0].dtype
         for source in sources
     )
+    # Sizes as in blocks.encode: whole blocks of 16 outputs, whole pairs of blocks.
     count = round_up(len(sources) * (round_up(outputs, BLOCK) // BLOCK), 2)
     masks_BS = torch.empty(
         count, round_up(inputs, STEP) // 2, dtype=torch.int32, device="cpu"
@@ -68,6 +69,7 @@ def encode(sources: Sequence[Tensor], scales: Sequence[Tensor] | None = None) ->
     starts_B1 = torch.empty(count + 1, dtype=torch.int64, device="cpu")
     size = sources[0].element_size()
     assert size in blocks.BITS
+    # Counted first: the library fills a buffer of just this size.
     stored = sum(
         int(torch.count_nonzero(source.view(blocks.BITS[size]))) for source in sources
     )
@@ -123,12 +125,15 @@ def encode_stored(
     assert dtype.itemsize in blocks.BITS
     bits = blocks.BITS[dtype.itemsize]
     held = []
+    # The rows are stored whole: an upper bound where only some columns are taken.
     at_most = 0
     for one in sources:
         assert one.values.dtype == dtype
         values, starts_R1 = one.values.contiguous().view(-1), one.starts_R1.contiguous()
         taken = values[int(starts_R1[row]) : int(starts_R1[row + outputs])]
+        # Fixed-rate groups store zeros too; blocks leave them out.
         at_most += int(torch.count_nonzero(taken.view(bits)))
+        # Held until the call is done: the structs have addresses only.
         held.append((one.mask_RB.contiguous(), values, starts_R1))
     structs = (_StoredStruct * len(held))(
         *(
@@ -155,6 +160,7 @@ def encode_stored(
     # Of some columns only fewer are stored than their rows have.
     stored = int(starts_B1[-1])
     values[stored:] = 0
+    # A copy, or the view would keep the larger buffer alive.
     if stored < at_most:
         values = values[: stored + TAIL].clone()
     return Blocks(

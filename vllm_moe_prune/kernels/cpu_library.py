@@ -173,6 +173,7 @@ def fused_moe(
         *held2.parts,
         out_TD,
     )
+    # `tensors` keeps converted copies alive until the library returns.
     addresses = [None if item is None else item.data_ptr() for item in tensors]
     numbers = (
         *(len(x_TD), ids_TK.shape[1], x_TD.shape[1], width, held.experts, map_size),
@@ -212,7 +213,9 @@ def _checked(w: Blocks | IntBlocks, x_TD: Tensor, count: int, inputs: int) -> _H
         assert w.bits in {4, 8}
         assert w.values_EBWO.shape == (experts, count, padded * w.bits // 32, BLOCK)
         assert w.values_EBWO.dtype == torch.int32
+        # `group` is derived from this quotient.
         assert padded % groups == 0
+        # A step is two inputs: they must share a scale.
         assert w.group % 2 == 0
         for part in (w.scales_EBGO, w.offsets_EBGO):
             if part is not None:

@@ -100,6 +100,7 @@ def encode(sources: Sequence[Integers], group: int, bits: int) -> IntBlocks:
 def _blocks(rows_NC: Tensor, columns: int) -> Tensor:
     """[N, C] as [blocks, columns, 16], padded with zeros."""
     rows, have = rows_NC.shape
+    # Padded outputs get scale 0: they are 0 whatever their words say.
     pads = (0, columns - have, 0, -rows % BLOCK)
     padded = torch.nn.functional.pad(rows_NC, pads)
     return padded.view(-1, BLOCK, columns).transpose(1, 2)

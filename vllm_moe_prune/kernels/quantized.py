@@ -56,6 +56,7 @@ class Form:
             if self.group_size is not None:
                 words |= {"strategy": "group", "group_size": self.group_size}
             if self.act_order:
+                # "weight": columns stay where they are, so there is no g_idx to store.
                 words["actorder"] = "weight"
         return QuantizationArgs.model_validate(words)
 
@@ -104,6 +105,7 @@ class Form:
             return f"{rows} x {cols} does not divide into blocks of {BLOCK} x {BLOCK}"
         if self.bits == "int4" and cols % (self.group_size or 8):
             return f"{cols} columns do not divide into groups of {self.group_size or 8}"
+        # Zero points are packed down the rows, eight to an int32.
         if self.zero_point and rows % 8:
             return f"{rows} rows do not divide into eights, which zero points need"
         return None
@@ -129,6 +131,7 @@ class Form:
             kind = "F8_E4M3" if self.bits == "fp8" else "I8"
             return {PLAIN: (kind, (rows, cols)), SCALE: scale}
         found: dict[str, tuple[str, tuple[int, ...]]] = {
+            # Rows end in a word that may be padded; the true shape is kept beside it.
             PACKED: ("I32", (rows, math.ceil(cols / 8))),
             SCALE: scale,
             SHAPE: ("I64", (2,)),
@@ -168,10 +171,12 @@ def scales_of(weight_RC: Tensor, form: Form, dtype: torch.dtype) -> Scales:
     if form.is_blocked:
         down, across = form.scale_shape(rows, cols)
         pads = (0, across * BLOCK - cols, 0, down * BLOCK - rows)
+        # Padding changes no range: the library puts 0 into every one.
         padded = torch.nn.functional.pad(weight_RC, pads)
         tiles = padded.view(down, BLOCK, across, BLOCK).transpose(1, 2).flatten(2)
     else:
         tiles = weight_RC.view(rows, -1, form.group_size or cols)
+    # Min and max are exact in any dtype; the division by the range is not.
     low, high = tiles.amin(-1).float(), tiles.amax(-1).float()
     # Of nothing but zeros the library would divide zero by zero.
     empty = (low == 0) & (high == 0)
@@ -179,6 +184,7 @@ def scales_of(weight_RC: Tensor, form: Form, dtype: torch.dtype) -> Scales:
     scale, zero = calculate_qparams(low, high, form.args)
     # Rounding to fp16 must not make a divisor of zero.
     info = torch.finfo(dtype)
+    # tiny * eps is the smallest subnormal of the dtype.
     scale = scale.to(dtype).clamp_(min=info.tiny * info.eps)
     return Scales(scale, zero.to(torch.int8) if form.zero_point else None)
 
@@ -189,6 +195,7 @@ def quantize_by(weight_RC: Tensor, scales: Scales, form: Form) -> Tensor:
 
     found: Tensor = quantize(
         weight_RC.float(),
+        # The scale as it is stored, already rounded, in float32.
         scales.scale_RG.float(),
         scales.zero_RG,
         form.args,
@@ -224,6 +231,7 @@ def pack(matrix: Quantized, form: Form) -> dict[str, Tensor]:
         SHAPE: torch.tensor(values.shape, device=values.device),
     }
     if zero is not None:
+        # packed_dim=0 gives a transposed view; safetensors wants it contiguous.
         found[ZERO] = pack_to_int32(zero, 4, packed_dim=0).contiguous()
     return found
 

@@ -71,5 +71,6 @@ def best(scales: list[Tensor], errors_A: Tensor) -> Tensor:
 def sampled(token_n: Tensor) -> Tensor:
     """At most ``SAMPLED_TOKENS`` of some tokens, evenly spaced."""
     count = min(SAMPLED_TOKENS, len(token_n))
+    # float64: float32 has no exact indices above 2 ** 24.
     at_m = torch.linspace(0, len(token_n) - 1, count, dtype=torch.float64)
     return token_n[at_m.round().long().to(token_n.device)]

@@ -88,6 +88,7 @@ def gptq(
             weight_DR[later].addr_(factor_DD[at, later], error_R, alpha=-1.0)
         # As SparseGPT: one product per block for all columns behind it.
         weight_DR[rest].addmm_(factor_DD[block, rest].T, error_CR, alpha=-1.0)
+    # Back in the order of the inputs.
     values_RD = torch.empty_like(values_DR).index_copy_(0, order_D, values_DR).T
     return Quantized(values_RD.contiguous(), grid.scales)
 
@@ -115,6 +116,7 @@ class _Grid:
         scale_R, zero_R = _column(self.scales, group)
         scale_R = scale_R.to(column_R.dtype)
         shift_R = torch.zeros_like(column_R) if zero_R is None else zero_R
+        # Clamped before rounding, as compressed-tensors quantizes.
         values_R = (column_R / scale_R + shift_R).clamp_(LOWEST, HIGHEST).round_()
         return values_R.to(torch.int8), (values_R - shift_R) * scale_R
 

@@ -24,6 +24,7 @@ def power_sums(weights: Tensor) -> Tensor:
     """
     sums = weights.new_zeros((*weights.shape[:-1], 5), dtype=torch.float64)
     rows = weights.numel() // max(weights.shape[-1], 1)
+    # Columns of all rows: about PIECE weights, whatever the shape.
     for piece in torch.split(weights, max(PIECE // max(rows, 1), 1), dim=-1):
         values = piece.double()
         squares = values * values
@@ -49,6 +50,7 @@ def kurtosis(sums: Sequence[float]) -> float | None:
     if not count:
         return None
     mean, second, third, fourth = (total / count for total in sums[1:])
+    # Central moments from raw ones: sums add up over matrices, deviations do not.
     variance = second - mean**2
     central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
     return central / variance**2 if variance > 0 else None

@@ -25,9 +25,11 @@ def magnitude(weight: Tensor, sparsity: float, m: int | None = None) -> Tensor:
     if m is not None:
         return magnitude_rows(weight, sparsity, m)
     flat = weight.reshape(-1)
+    # Keys below the threshold all go; of those equal to it, the first `tied`.
     threshold, tied = select(flat, zeros_in_group(flat.numel(), sparsity))
     zero = torch.zeros((), dtype=flat.dtype, device=flat.device)
     pruned = torch.empty_like(flat)
+    # Elements of a float32 temporary.
     step = CHUNK_BYTES // 4
     for start in range(0, flat.numel(), step):
         chunk = flat[start : start + step]
@@ -36,6 +38,7 @@ def magnitude(weight: Tensor, sparsity: float, m: int | None = None) -> Tensor:
         if tied:
             equal = keys == threshold
             equal &= equal.cumsum(0, dtype=torch.int32) <= tied
+            # Ties that this chunk used up are not left for the next.
             tied -= int(equal.sum())
             mask |= equal
         torch.where(mask, zero, chunk, out=pruned[start : start + step])
@@ -44,6 +47,7 @@ def magnitude(weight: Tensor, sparsity: float, m: int | None = None) -> Tensor:
 
 def keys_of(chunk: Tensor) -> Tensor:
     """Integers in the order of |w|: the bits of a non-negative float32."""
+    # Widening is exact for bf16 and fp16; a copy, or abs_ would change the weight.
     return chunk.to(torch.float32, copy=True).abs_().view(torch.int32)
 
 
@@ -58,6 +62,7 @@ def select(flat: Tensor, count: int) -> tuple[int, int]:
         raise CheckpointError(NOT_FINITE_WEIGHTS)
     if count == 0:
         return 0, 0
+    # `left`: the rank sought among the keys that share the upper half.
     high, left = _bucket_of(histogram, count)
     low, tied = _bucket_of(_histogram(flat, high), left)
     return (high << HALF_BITS) | low, tied
@@ -80,5 +85,6 @@ def _histogram(flat: Tensor, high: int | None) -> Tensor:
 def _bucket_of(histogram: Tensor, rank: int) -> tuple[int, int]:
     """The bucket that holds the ``rank``-th element (from 1), and its rank there."""
     reached = histogram.cumsum(0)
+    # Leftmost: the first bucket at which as many as `rank` have been counted.
     bucket = int(torch.searchsorted(reached, rank))
     return bucket, rank - int(reached[bucket]) + int(histogram[bucket])

@@ -20,10 +20,12 @@ def lowest_in_groups(scores_RD: Tensor, count: int, m: int) -> Tensor:
     """
     grouped = scores_RD.reshape(len(scores_RD), -1, m)
     if m > SMALL:
+        # Stable, or ties would go by the device.
         order = torch.sort(grouped, dim=-1, stable=True).indices
         mask = torch.zeros_like(grouped, dtype=torch.bool)
         mask.scatter_(-1, order[..., :count], value=True)
         return mask.flatten(1)
+    # A rank is below SMALL, so a byte is enough.
     rank = torch.zeros_like(grouped, dtype=torch.int8)
     for low in range(m):
         for high in range(low + 1, m):

@@ -27,6 +27,7 @@ def outliers(weight_RD: Tensor, input_sqsum_D: Tensor, threshold: float) -> int:
     """How many Wanda scores of one matrix exceed a threshold (M times the mean)."""
     norm_D = input_norms(weight_RD, input_sqsum_D)
     return sum(
+        # fp64 as in the sum: the threshold is a multiple of the mean it gave.
         int((chunk_RD.abs().double().mul_(norm_D) > threshold).sum())
         for chunk_RD in _rows(weight_RD)
     )

@@ -20,6 +20,7 @@ def zeros_in_group(size: int, sparsity: float) -> int:
 
     The product is taken with a relative slack of 1e-12, far below one weight.
     """
+    # The slack must not push a sparsity of 1 past the group.
     return min(size, math.floor(size * sparsity * (1.0 + SLACK)))
 
 

@@ -25,5 +25,6 @@ def check_finite(weight_RD: Tensor) -> None:
     Raises:
         CheckpointError: Without a name: the caller knows which tensor it was.
     """
+    # One NaN or infinity makes the sum one, without a matrix of booleans.
     if not torch.isfinite(weight_RD.sum(dtype=torch.float32)):
         raise CheckpointError(NOT_FINITE_WEIGHTS)

@@ -150,6 +150,7 @@ def _prune_block(
             mask_CR[group] = lowest_in_groups(scores_Rm, count, m).T
         column_R = block_CR[at]
         torch.where(mask_CR[at], column_R, zero, out=error_CR[at])
+        # w - w is exactly 0 where the column is masked.
         column_R -= error_CR[at]
         error_CR[at] /= factor_CC[at, at]
         # Columns behind make up for what this one lost.

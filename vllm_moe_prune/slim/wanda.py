@@ -91,6 +91,7 @@ def _zero_lowest_in_rows(
     pruned_RD = torch.empty_like(weight_RD, memory_format=torch.contiguous_format)
     # torch.where with a scalar of another dtype would promote; bits must stay.
     zero = torch.zeros((), dtype=weight_RD.dtype, device=weight_RD.device)
+    # Whole rows: no comparison crosses a chunk.
     step = max(1, CHUNK_BYTES // (4 * max(1, cols)))
     for start in range(0, rows, step):
         chunk_RD = weight_RD[start : start + step]
