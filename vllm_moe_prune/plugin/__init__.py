@@ -55,12 +55,14 @@ def register() -> None:
     for model_type in supported():
         arch = find_arch(model_type, __name__)
         names = [arch.pruned_architecture]
+        # Originals too where vLLM has no class of its own, as for Arctic.
         if not arch.stock_vllm:
             names.append(arch.stock_architecture)
         for name in names:
             ModelRegistry.register_model(name, f"{__name__}.models.{model_type}:{name}")
     register_quantization_config(METHOD)(quantization(_experts_without_zeros))
     register_quantization_config(QUANTIZED)(quantization(_quantized_experts))
+    # In place of vLLM's own config of that name; on GPUs that one stays.
     if current_platform.is_cpu():
         register_quantization_config("fp8")(quantization(_block_fp8))
 
@@ -76,6 +78,7 @@ def _register_loader() -> None:
 def _check_stock_classes() -> None:
     from vllm.model_executor.custom_op import op_registry_oot
 
+    # vLLM asserts that a layer is registered once: a second would stop the server.
     if "RoutedExperts" in op_registry_oot:
         log.warning(
             "another plugin brings a layer RoutedExperts, so pruned checkpoints that "

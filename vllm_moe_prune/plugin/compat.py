@@ -100,6 +100,7 @@ def allow_uneven_mla() -> None:
             ours = arch.pruned_architecture in self.get_architectures()
             if configs is None or not ours:
                 return super().convert(supports_multimodal)
+            # For its side effect: it may patch qk_rope_head_dim of the config in place.
             self.get_head_size()
             return ModelArchitectureConfig.from_layers(
                 [
@@ -158,6 +159,7 @@ def chosen_experts(choose: Callable[[], Any], layer: Any) -> tuple[Any, str]:
     if not current_platform.is_cpu():
         return method, ""
     # Its chooser for FP8 on CPUs chooses nothing, without a word.
+    # Methods without the attribute count as having a kernel.
     if getattr(method, "experts_cls", method) is None:
         return None, "it has no kernel for such scales"
     if isinstance(method, UnquantizedFusedMoEMethod):

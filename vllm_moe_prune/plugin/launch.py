@@ -41,6 +41,7 @@ def split_model(arguments: Sequence[str]) -> tuple[str, list[str]]:
         ServeError: No word can be the checkpoint, or several.
     """
     words = [at for at, word in enumerate(arguments) if not word.startswith("-")]
+    # Free: no option's value, since no option without `=` stands before it.
     free = [at for at in words if at == 0 or not _may_take(arguments[at - 1])]
     there = [at for at in words if at and may_be_checkpoint(arguments[at])]
     sure = free if 0 in free else [at for at in free if at in there] or free
@@ -89,6 +90,7 @@ def serve_command(
     checkpoint = open_checkpoint(source, revision, allow_links=allow_links)
     if checkpoint.remap is not None:
         verify_folder(checkpoint.folder)
+    # With a plan our own loader reads the shards, wherever the index puts them.
     elif plan is None:
         check_beside_config(checkpoint)
     if not _names_tokenizer(extra):
@@ -145,6 +147,7 @@ def _environment() -> list[str]:
     The list it takes is for plugins of all kinds, so it names what is there.
     """
     allowed = os.environ.get("VLLM_PLUGINS")
+    # Without VLLM_PLUGINS vLLM loads all plugins of these groups: name them all.
     names = {
         point.name
         for group in PLUGIN_GROUPS
@@ -152,7 +155,9 @@ def _environment() -> list[str]:
     }
     if allowed is not None:
         names = set(allowed.split(","))
+    # An empty VLLM_PLUGINS splits into one empty name.
     named = ",".join(sorted({*names, *PLUGINS} - {""}))
+    # A full path: execv does not search PATH.
     return [shutil.which("env") or "/usr/bin/env", f"VLLM_PLUGINS={named}"]
 
 
@@ -202,6 +207,7 @@ def check_allowed() -> None:
 
 def run_server(command: Sequence[str]) -> NoReturn:
     """Become the server, so that signals reach vLLM directly."""
+    # exec drops what Python still has buffered.
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(command[0], list(command))

@@ -38,6 +38,7 @@ class _ImportHook(MetaPathFinder):
         """What the others find; it may be looked for without being imported."""
         if fullname != self.module:
             return None
+        # Those before it have been asked already, and found nothing.
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
@@ -49,6 +50,7 @@ class _ImportHook(MetaPathFinder):
     def imported(self) -> None:
         """What was waited for has happened; once is enough."""
         if self in sys.meta_path:
+            # If it raises, the import fails, and the next one tries again.
             self.then()
             sys.meta_path.remove(self)
 
@@ -84,6 +86,7 @@ def quantization(load: Callable[[], type[Any]]) -> type[QuantizationConfig]:
     class Deferred(QuantizationConfig):
         def __new__(cls) -> Any:
             """Without a block in config.json; never one of this class."""
+            # No instance of Deferred, so Python does not call __init__ on it.
             return load()()
 
         @classmethod

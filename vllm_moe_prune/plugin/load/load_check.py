@@ -40,6 +40,7 @@ class LoadCheck:
         self._where = where
         self._mtp = range(len(layers), len(layers) + mtp_layers)
         self._router_roles = tuple(rule.role for rule in arch.layouts[0].router_parts)
+        # Layouts share rules: each is tried once for a name.
         self._patterns: list[tuple[re.Pattern[str], Role]] = list(
             dict.fromkeys(
                 (rule.pattern, rule.role)
@@ -113,6 +114,7 @@ class LoadCheck:
             )
         else:
             experts = (int(single),)
+        # A fused tensor stands for both of its matrices.
         roles: tuple[Role, ...] = ("gate", "up") if role == "gate_up" else (role,)
         for expert in experts:
             yield from ((index, expert, part) for part in roles)
@@ -151,6 +153,7 @@ def load_counted(
     load_check, model.load_check = model.load_check, None
     if load_check is None:
         return load(weights)
+    # Counted as they are read, also those of another rank, which vLLM then skips.
     loaded = load(load_check.watch(weights))
     load_check.finish()
     return loaded

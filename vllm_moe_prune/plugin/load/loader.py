@@ -67,6 +67,7 @@ class PruningLoader(BaseModelLoader):
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Stream the pruned tensors into the model."""
         load: Any = model.load_weights
+        # Headers again: vLLM's load_model calls this with the model only.
         load(pruned_weights(*self.open(model_config)))
 
     def _folder(self, model_config: ModelConfig) -> Path:
@@ -125,6 +126,7 @@ def _quantization(
     block: dict[str, Any] | None = after.get(CONFIG_KEY)
     storage = checkpoint.storage
     if storage is not None:
+        # Dropped blocks renumber the layers behind them.
         left = [one.layer for one in plan.layers if one.action != "drop-block"]
         dense = [new for new, old in enumerate(left) if old in storage.dense_layers]
         restored = storage.dense_config.model_copy(update={CONFIG_KEY: block})
@@ -142,6 +144,7 @@ def _quantization(
     for tensor in output_tensors(checkpoint, plan):
         module = tensor.name.rpartition(".")[0]
         modules[module] = modules.get(module, False) or tensor.dtype not in FLOATS
+    # GPTQ lists what is quantized, AWQ what is not.
     wanted = block["quant_method"] == "gptq"
     return block | {key: [name for name, is_in in modules.items() if is_in == wanted]}
 
@@ -158,6 +161,7 @@ def _slim(tensor: torch.Tensor, output: OutputTensor) -> torch.Tensor:
     """Zero each matrix of each expert by itself, as ``cut`` does."""
     if output.sparsity == 0.0:
         return tensor
+    # Gate and up are two matrices to `cut`, each with zeros of its own number.
     parts = 2 if output.role == "gate_up" else 1
     matrices = tensor.unbind() if tensor.dim() == 3 else (tensor,)
     slimmed = [

@@ -44,6 +44,7 @@ def one_by_one(
         base, each, roles = match["base"], match["each"], kinds[match["kind"]]
         if match["part"] is None:
             for expert, matrices in enumerate(tensor):
+                # [2F, D] holds gate above up.
                 pieces = zip(roles, matrices.chunk(len(roles)), strict=True)
                 for role, matrix in pieces:
                     yield f"{each}{expert}.{role}.weight", matrix
@@ -91,6 +92,8 @@ def _split(
         if offsets is None:
             yield f"{name}.values", values[first:last]
         else:
+            # Absurd offsets only give slices that the check of the matrix refuses.
             begin, end = int(offsets[first]), int(offsets[last])
+            # Counted over the whole tensor; a matrix's own begin at 0.
             yield f"{name}.offsets", offsets[first : last + 1] - begin
             yield f"{name}.values", values[begin:end]

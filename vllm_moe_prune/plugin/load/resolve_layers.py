@@ -65,6 +65,7 @@ def _in_memory_table(model_config: Any) -> ExpertRemap | None:
     block = getattr(model_config.hf_config, CONFIG_BLOCK, None)
     if not isinstance(block, dict) or TABLE_KEY not in block:
         return None
+    # Through the parser of files, which checks that the table is consistent.
     table = json.dumps(block[TABLE_KEY]).encode()
     return parse_remap(table, Path(model_config.model) / FILE_NAME)
 
@@ -113,6 +114,7 @@ def check_parallel(
             "--enable-expert-parallel together with --data-parallel-size does not work "
             "in vLLM on CPUs. Use one of them."
         )
+    # vLLM's expert-parallel group spans these three (parallel_state.py).
     ranks = (
         parallel_config.tensor_parallel_size
         * parallel_config.data_parallel_size

@@ -44,6 +44,7 @@ class ServedLayer:
         if self.row_groups is None:
             return self.redirect is None
         size = self.router_rows // self.groups
+        # Shorter than row_groups, so unequal, where groups do not divide the rows.
         in_order = tuple(row // size for row in range(size * self.groups))
         return self.redirect is None and size > 1 and self.row_groups == in_order
 

@@ -32,6 +32,7 @@ class RoutedExperts(StockRoutedExperts):
             MoePruneError: See ``check_stock``.
         """
         vllm_config = get_current_vllm_config()
+        # Once per model, not per layer: the check reads the headers of all shards.
         last = RoutedExperts._checked
         if last is None or last() is not vllm_config:
             check_stock(vllm_config)

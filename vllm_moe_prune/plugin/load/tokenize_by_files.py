@@ -42,6 +42,7 @@ def go_by_files() -> None:
             )
         if "truncation_side" in options:
             found.truncation_side = options["truncation_side"]
+        # vLLM's proxy: transformers works the vocabulary out anew at every call.
         return get_cached_tokenizer(found)
 
     CachedHfTokenizer.from_pretrained = classmethod(from_pretrained)
@@ -63,6 +64,7 @@ def tokenizer_by_files(folder: Path, *, trust_code: bool) -> Any | None:
         return None
     if needs_code(folder, trust_code=trust_code):
         return None
+    # Code that may run wins over the files in transformers.
     runs_code = trust_code and names_code(folder)
     if not runs_code and not corrections(folder):
         return None

@@ -41,6 +41,7 @@ def local_folder(
             ignore_patterns=UNWANTED,
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
+        # The Hub's errors run over several lines; the first says what failed.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ServeError(
             f"{model}: not a folder, and not available from the Hub: {reason}"

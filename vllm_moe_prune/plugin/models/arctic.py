@@ -94,6 +94,7 @@ class ArcticDecoderLayer(nn.Module):
         def norm() -> RMSNorm:
             return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+        # modeling_arctic.py: only layers with experts have an MLP beside them.
         self.parallel = config.parallel_attn_mlp_res and not layer.dense
         self.self_attn = attention(vllm_config, prefix=f"{prefix}.self_attn")
         self.input_layernorm = norm()
@@ -159,6 +160,7 @@ class ArcticModel(MoePruneMixtralModel):
             ".q_proj": (".qkv_proj", "q"),
             ".k_proj": (".qkv_proj", "k"),
             ".v_proj": (".qkv_proj", "v"),
+            # Dense MLPs only: vLLM maps the experts' w1 and w3 apart.
             "_mlp.w1": ("_mlp.w13", 0),
             "_mlp.w3": ("_mlp.w13", 1),
             "_moe.mlp.w1": ("_moe.mlp.w13", 0),
@@ -217,6 +219,7 @@ def original_layers(config: Any) -> tuple[ServedLayer, ...]:
     experts, top_k = config.num_local_experts, config.num_experts_per_tok
     return tuple(
         ServedLayer(index=index, experts=experts, top_k=top_k, router_rows=experts)
+        # modeling_arctic.py counts from 1: at frequency 2, layers 1, 3, 5 have experts.
         if (index + 1) % config.moe_layer_frequency == 0
         else ServedLayer(index=index, experts=0, top_k=top_k, router_rows=0, dense=True)
         for index in range(config.num_hidden_layers)

@@ -8,6 +8,7 @@ class MoePruneDeepseekForCausalLM(MoePruneDeepseekV2ForCausalLM):
     """DeepseekForCausalLM for checkpoints pruned by this package."""
 
     arch = ARCH
+    # A dict of its own: the constructor adds to it, which V2's must not see.
     packed_modules_mapping: dict[str, list[str]] = {  # noqa: RUF012
         "gate_up_proj": ["gate_proj", "up_proj"]
     }

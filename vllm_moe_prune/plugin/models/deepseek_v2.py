@@ -89,6 +89,7 @@ class MoePruneDeepseekV2MoE(DeepseekV2MoE):
         )
         self.gate.e_score_correction_bias = (
             nn.Parameter(
+                # fp32 whatever the model's dtype, as vLLM's: it decides close choices.
                 torch.empty(
                     layer.router_rows,
                     dtype=torch.float32,
@@ -110,6 +111,7 @@ class MoePruneDeepseekV2MoE(DeepseekV2MoE):
                 hidden_act=config.hidden_act,
                 quant_config=vllm_config.quant_config,
                 is_sequence_parallel=self.is_sequence_parallel,
+                # The runner reduces it, together with the routed output where it can.
                 reduce_results=False,
                 prefix=f"{prefix}.shared_experts",
             )
@@ -186,11 +188,13 @@ class MoePruneDeepseekV2DecoderLayer(DeepseekV2DecoderLayer):
         parallel_config = vllm_config.parallel_config
         self.hidden_size = config.hidden_size
         self.layer_idx = layer.index
+        # vLLM's forward divides fp16 activations by it, against overflow.
         self.routed_scaling_factor = rule.scale
         self.use_mha = uses_mha(config)
         self.use_sequence_parallel_moe = (
             layer.has_moe
             and parallel_config.use_sequence_parallel_moe
+            # As vLLM: stages cannot hand over sequence-parallel hidden states yet.
             and parallel_config.pipeline_parallel_size == 1
         )
         self.self_attn = _attention(

@@ -85,6 +85,7 @@ class MoePruneMixtralMoE(MixtralMoE):
             custom_routing_function=None if self.rows is None else self._route,
             enable_eplb=self.enable_eplb,
             num_redundant_experts=self.n_redundant_experts,
+            # In vLLM's order: gate, down, up.
             ckpt_names=("w1", "w2", "w3"),
         )
         connect_rows(self, vllm_config)

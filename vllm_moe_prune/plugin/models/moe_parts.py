@@ -32,6 +32,7 @@ def row_table(moe: Any, layer: ServedLayer, vllm_config: VllmConfig) -> RowTable
         layer: What the block serves.
         vllm_config: vLLM's.
     """
+    # Before the experts exist: which kernel runs them is not known yet.
     routed = _has_local_ids(moe, vllm_config) or not layer.rows_are_experts
     return RowTable(layer) if routed else None
 

@@ -148,6 +148,7 @@ def route_rows(
     weights_TK = scores_TR.gather(1, rows_TK).masked_fill(best_TK == NEVER, 0.0)
     if renormalize:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    # Shares come last: what other processes serve counts in the sum as well.
     return weights_TK * table.share_R[rows_TK], table.expert_R[rows_TK]
 
 

@@ -77,11 +77,13 @@ class FallbackLinearMethod(LinearMethodBase):
         name = scale_name(layer)
         assert name is not None
         weight_NK, scale = layer.weight.data, getattr(layer, name).data
+        # Without blocks each row has a scale: blocks of 1 x K.
         blocks = ScaleBlocks(*(layer.weight_block_size or (1, weight_NK.shape[1])))
         plain_NK = blocks.dequantize(weight_NK, scale, layer.params_dtype)
         delattr(layer, name)
         layer.register_parameter("weight", Parameter(plain_NK, requires_grad=False))
         layer.quant_method = UnquantizedLinearMethod()
+        # vLLM's pass over the layers called the old method; this one is ours to call.
         layer.quant_method.process_weights_after_loading(layer)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -39,6 +39,7 @@ class DequantizingLoader(PartsLoader):
         if shard_id == "w2":
             self.w2_EDF[local] = own
         else:
+            # Gate above up, as the fused kernels read them.
             at = 0 if shard_id == "w1" else self.width
             self.w13_E2FD[local, at : at + self.width] = own
 

@@ -113,6 +113,7 @@ class ExpertLoader(ExpertLoaderBase):
                 f"says that weights are {FP8}."
             )
         held = self._held.setdefault(local, {})
+        # Compressed until its partner comes; encode_stored expands 16 rows at a time.
         if isinstance(matrix, Bitmask) and stored.dtype == self._dtype:
             held[shard_id] = matrix
         else:
@@ -141,6 +142,7 @@ class ExpertLoader(ExpertLoaderBase):
             (self.hidden, self.width) if shard_id == "w2" else (self.width, self.hidden)
         )
         first = (0, start) if shard_id == "w2" else (start, 0)
+        # The checkpoint's block that each kernel tile lies in; sizes divide (__init__).
         rows = (
             first[0] + torch.arange(0, here[0], BLOCK, device="cpu")
         ) // self._scaled.rows
@@ -158,11 +160,13 @@ class ExpertLoader(ExpertLoaderBase):
             return
         found = self._w13 if kind == "w13" else self._w2
         found[local] = self._blocks(
+            # w3 or w2: it only says which axis the processes share.
             shards[-1],
             [held.pop(shard) for shard in shards],
             [scales.pop(shard) for shard in shards] if scaled else None,
         )
         if len(found) == self._experts:
+            # By index, since experts arrive in any order.
             self._joined[kind] = join([found[e] for e in range(self._experts)])
             found.clear()
 

@@ -86,6 +86,7 @@ class ExpertLoaderBase(ABC):
         """The part of a whole matrix that is this process's, as a view."""
         if self._parallel.tp_size == 1:
             return matrix
+        # Processes share F: rows of gate and up, columns of down.
         axis = 1 if shard_id == "w2" else 0
         return matrix.narrow(axis, self._parallel.tp_rank * self.width, self.width)
 

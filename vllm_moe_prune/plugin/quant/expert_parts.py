@@ -46,8 +46,10 @@ class PartsLoader(ExpertLoaderBase):
         Raises:
             CheckpointError: The tensor has another shape than its form says.
         """
+        # Only shapes are compared here: scales come in any float dtype.
         wanted = self.form.parts(*self.whole_shape(shard_id), "BF16")
         parts = self._parts.setdefault((local, shard_id), {})
+        # Unambiguous: `_weight` is no ending of `_weight_scale`.
         part = next(part for part in wanted if name.endswith(f"_{part}"))
         if tuple(tensor.shape) != wanted[part][1]:
             raise CheckpointError(

@@ -53,6 +53,7 @@ class IntegerLoader(PartsLoader):
             _words(parts, self.form), parts[SCALE], zeros_of(parts, self.form)
         )
         if shard_id == "w2":
+            # Columns cut through words and groups; gate and up are split by whole rows.
             own, group = self._columns(matrix)
             self.w2[local] = int_blocks.encode([own], group, self.bits)
             return
@@ -92,6 +93,7 @@ def _words(parts: dict[str, Tensor], form: Form) -> Tensor:
     if form.bits == "int4":
         return parts[PACKED]
     values_NK = parts[PLAIN]
+    # Four bytes as they lie make a word: the first has the lowest bits (little-endian).
     pad = -values_NK.shape[1] % 4
     return torch.nn.functional.pad(values_NK, (0, pad)).contiguous().view(torch.int32)
 

@@ -117,6 +117,7 @@ class MoePruneConfig(QuantizationConfig):
 
     def _get_stock_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if self.fp8 is not None:
+            # vLLM sets it on the outer configuration only, after from_config.
             self.fp8.packed_modules_mapping = self.packed_modules_mapping
             return self.fp8.get_quant_method(layer, prefix)
         if isinstance(layer, RoutedExperts):
@@ -189,6 +190,7 @@ class SparseMoEMethod(ExpertMethodBase):
         device = layer.w13_weight.device  # where vLLM wanted the weights
         self.release(layer, self._suffixes)
         nbytes = sum(blocks.nbytes for blocks in found.values())
+        # FP8 stays: the method handed over to knows no scales.
         few = nbytes >= loader.dense_bytes and self.scaled is None
         if few and not _splits_experts_on_cpu(layer):
             choose = partial(UnquantizedFusedMoEMethod, self.moe)

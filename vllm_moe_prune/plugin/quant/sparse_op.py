@@ -69,6 +69,7 @@ def _on_cuda(
     device = str(x_TD.device)
     gate_up = _workspace(device, x_TD.dtype, (experts, 2 * width, hidden))
     down = _workspace(device, x_TD.dtype, (experts, hidden, width))
+    # All of them: which ones tokens chose only the device knows.
     for expert in range(experts):
         gate_FD, up_FD = decode(w13, expert, 2, (width, hidden), x_TD.dtype)
         gate_up[expert, :width].copy_(gate_FD)

@@ -92,8 +92,10 @@ async def _open(engine: Any) -> ServedModel:
                 f"{EXTENSION} is needed too, to read what was counted."
             )
         starts = await engine.collective_rpc("moe_prune_start_load")
+        # Workers reset their counters one by one; the first says since when any counts.
         since = min(starts)
     in_memory = config.load_config.load_format == LOAD_FORMAT
+    # Opening reads every header: too long for the event loop.
     checkpoint, remap = await run_in_threadpool(_read, config, in_memory)
     top_k = getattr(config.model_config.hf_text_config, "num_experts_per_tok", 1)
     return ServedModel(
@@ -111,6 +113,7 @@ def _read(config: Any, in_memory: bool) -> tuple[Checkpoint | None, ExpertRemap 
         from ..load.loader import PruningLoader
 
         loader = PruningLoader(config.load_config)
+        # The original and the plan: the table exists in the workers only.
         checkpoint, plan = loader.open(config.model_config)
         return checkpoint, build_remap(checkpoint, plan)
     model = config.model_config
@@ -162,6 +165,7 @@ def make_router() -> APIRouter:
     async def report(request: Request) -> HTMLResponse:
         """The report on this checkpoint, drawn when it is first asked for."""
         served, folder = _served(request), _pruned_folder(request)
+        # One draws; whoever asked meanwhile gets what it drew.
         async with served.drawing:
             if served.report is None:
                 try:

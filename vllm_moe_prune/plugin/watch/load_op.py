@@ -12,6 +12,7 @@ from torch.library import Library
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
 NAMESPACE = "vllm_moe_prune"
+# A fragment: sparse_op.py defines the namespace, but may not be loaded.
 LIBRARY = Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 LIBRARY.define("count_routed(Tensor(a!) load, Tensor ids) -> ()")  # type: ignore[no-untyped-call]
 
@@ -22,6 +23,7 @@ def count_all(load: Tensor, ids_TK: Tensor) -> None:
     For CPUs, where vLLM fills no batch up: there are no graphs of fixed size.
     """
     ids = ids_TK.flatten()
+    # Not bincount: on a device it makes the host wait for the largest id.
     load.index_add_(0, ids, _one(load.device).expand(len(ids)))
 
 
@@ -44,6 +46,7 @@ def _padding(tokens: int) -> Tensor | None:
     if not is_forward_context_available():
         return None
     # Where vLLM will keep a token's keys and values: nowhere, if it is not a real one.
+    # Any decoder layer's will do: vLLM fills up the mapping of each with -1.
     for slots in dict(get_forward_context().slot_mapping).values():
         return (slots[:tokens] < 0).unsqueeze(1)
     return None

@@ -37,6 +37,7 @@ class CountingMoERunner(MoERunner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As ``MoERunner``; counting starts here, and over in ``start``."""
         super().__init__(*args, **kwargs)
+        # Not persistent: no checkpoint has it.
         self.register_buffer("routing_load", None, persistent=False)
         self.counts_in_router = False
         vllm_config = get_current_vllm_config()
@@ -77,6 +78,7 @@ class CountingMoERunner(MoERunner):
                 f"and cannot be told from them; leave out {SWITCH}."
             )
         capture = getattr(self.router, "capture_fn", None)
+        # Not `is not`: every access makes another bound method, equal to the last.
         if not self.counts_in_router and capture != self.count:
             raise ServeError(
                 f"{self.layer_name}: something else listens to its router "
@@ -101,6 +103,7 @@ class RoutingLoad:
         worker: Any = self
         if not is_on(worker.vllm_config):
             return None
+        # Set on the worker: vLLM makes this class a base of its own.
         if not hasattr(worker, "moe_prune_since"):
             for runner in _runners(worker.get_model()):
                 runner.start()
@@ -133,6 +136,7 @@ class RoutingLoad:
 def _runners(model: torch.nn.Module) -> Iterator[Any]:
     for module in model.modules():
         if isinstance(module, MoERunner):
+            # vLLM looks a layer up by its class's name: subclasses escape ours.
             if not isinstance(module, CountingMoERunner):
                 raise ServeError(
                     f"{module.layer_name}: {type(module).__name__} brings a forward of "

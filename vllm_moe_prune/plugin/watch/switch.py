@@ -55,6 +55,7 @@ def is_on(vllm_config: Any) -> bool:
         ServeError: With something else than true or false.
     """
     extra = vllm_config.additional_config
+    # vLLM takes objects that are no dict here too (SupportsHash).
     value = extra.get(SWITCH, False) if isinstance(extra, dict) else False
     if not isinstance(value, bool):
         raise ServeError(
@@ -91,6 +92,7 @@ def merge(
     """
     merged: dict[int, list[int]] = {}
     for worker in workers:
+        # Each pipeline stage speaks for layers of its own.
         for layer, counts in worker or ():
             if layer in merged:
                 raise ServeError(f"layer {layer} was counted by two processes.")
@@ -130,6 +132,7 @@ def describe_load(
             if layer.has_moe
         ]
     else:
+        # Pruned while loading, the checkpoint is the original, with its own top-k.
         top_k = min(top_k, max(len(entry.router_rows) for entry in remap.layers))
         experts = [
             (entry.layer, entry.original_layer, entry.kept)
