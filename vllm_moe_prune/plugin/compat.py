@@ -104,6 +104,7 @@ def allow_uneven_mla() -> None:
             self.get_head_size()
             return ModelArchitectureConfig.from_layers(
                 [
+                    # With the revision, unlike vLLM's: patching reads config.json.
                     type(self)(*layer, self.revision).convert_layer(supports_multimodal)
                     for layer in configs
                 ]

@@ -68,6 +68,7 @@ class FallbackLinearMethod(LinearMethodBase):
             why = " ".join(str(error).split())
         else:
             if is_16_bit(params_dtype):
+                # From here on vLLM calls its own method; ours is done.
                 layer.quant_method = self.method
                 return
         warn_once(str(params_dtype).removeprefix("torch."), why)

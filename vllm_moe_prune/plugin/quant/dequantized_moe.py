@@ -25,6 +25,7 @@ class DequantizingLoader(PartsLoader):
         super().__init__(layer, form, **sizes)
         dtype: torch.dtype = layer.moe_config.in_dtype
         experts, hidden, width = self._experts, self.hidden, self.width
+        # Allocated whole: matrices come in any order, and each has its place.
         self.w13_E2FD = torch.empty(
             experts, 2 * width, hidden, dtype=dtype, device=torch.get_default_device()
         )

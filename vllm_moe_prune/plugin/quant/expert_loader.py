@@ -81,12 +81,14 @@ class ExpertLoader(ExpertLoaderBase):
         Raises:
             CheckpointError: The tensor has another shape, or its parts disagree.
         """
+        # w13_weight_scale_inv gives weight_scale_inv, w2_mask gives mask.
         part = name.rpartition(".")[2].partition("_")[2]
         if part == "weight":
             self._add(local, shard_id, tensor, name)
             return
         if part == f"weight{SUFFIX}":
             scales = self._grid(shard_id, tensor, name)
+            # They come before their matrix or after it; whatever is last encodes.
             self._scales.setdefault(local, {})[shard_id] = scales
             self._encode(local, KINDS[shard_id])
             return
@@ -120,6 +122,7 @@ class ExpertLoader(ExpertLoaderBase):
             dense = matrix
             if isinstance(dense, Bitmask):
                 dense = cpu_encode.unpack_matrix(dense)
+            # Split, then converted: only this process's part is ever copied.
             own = self.own(shard_id, dense)
             held[shard_id] = own.to(device="cpu", dtype=self._dtype)
         self._encode(local, KINDS[shard_id])

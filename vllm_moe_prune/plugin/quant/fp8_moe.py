@@ -39,6 +39,7 @@ class FallbackFp8Config(Fp8Config):
         choose = partial(super().get_quant_method, layer, prefix)
         if not isinstance(layer, RoutedExperts):
             method = choose()
+            # Scales of whole tensors are left to vLLM, kernel or not.
             blocked = isinstance(method, Fp8LinearMethod) and self.weight_block_size
             return FallbackLinearMethod(method) if blocked else method
         method, why = chosen_experts(choose, layer)

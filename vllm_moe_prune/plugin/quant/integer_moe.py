@@ -65,6 +65,7 @@ class IntegerLoader(PartsLoader):
         )
         if (local, "w1") in self._held and (local, "w3") in self._held:
             gate_up = [self._held.pop((local, shard)) for shard in ("w1", "w3")]
+            # Without groups a row has one scale.
             group = self.form.group_size or self.hidden
             self.w13[local] = int_blocks.encode(gate_up, group, self.bits)
 

@@ -17,6 +17,7 @@ from ...kernels import cpu_library
 from ...kernels.blocks import Blocks, decode
 
 NAMESPACE = "vllm_moe_prune"
+# At module level: torch drops the ops together with this object.
 LIBRARY = Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(  # type: ignore[no-untyped-call]
     "sparse_moe(Tensor x, Tensor weights, Tensor ids, Tensor? expert_map, "

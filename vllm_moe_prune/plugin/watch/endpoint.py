@@ -65,6 +65,7 @@ class MoePruneEndpoints:
     """vLLM's ``EndpointPlugin`` protocol."""
 
     name = "moe_prune_api"
+    # Not None: vLLM's render server would call init_state without an engine.
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:

@@ -57,6 +57,7 @@ def _fake(load: Tensor, ids_TK: Tensor) -> None:
 
 
 for _device, _count in (("CPU", count_all), ("CUDA", count_real)):
+    # By device: only CUDA batches are filled up to the size of a graph.
     torch.library.impl(f"{NAMESPACE}::count_routed", _device, _count, lib=LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::count_routed", _fake, lib=LIBRARY)
 count_routed = torch.ops.vllm_moe_prune.count_routed.default
