@@ -31,6 +31,7 @@ class LayerAchieved:
         """Removed or zeroed expert parameters over those before."""
         if self.parameters_before == 0:
             return 0.0
+        # A removed weight counts like a zeroed one.
         return 1.0 - (self.parameters_after - self.zeros) / self.parameters_before
 
 
@@ -102,6 +103,7 @@ def achieved(
             for tensor in tensors
             if tensor.layer == layer.index and tensor.is_expert
         )
+        # No record: neither slimmed nor quantized, so no zeros were written.
         record = by_layer.get(layer.index, LayerRecord(layer=layer.index))
         layers.append(
             LayerAchieved(
@@ -116,6 +118,7 @@ def achieved(
                 unseen=tuple(record.unseen),
             )
         )
+    # Scales of FP8 blocks are stored tensors but no parameters of the model.
     after_all = sum(
         tensor.parameters
         for tensor in tensors

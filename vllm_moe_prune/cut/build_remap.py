@@ -15,12 +15,14 @@ def build_remap(checkpoint: Checkpoint, plan: CutPlan) -> ExpertRemap:
     for cut in layer_cuts(checkpoint, plan):
         entry = earlier.all_layers[cut.index] if earlier else _untouched(cut.layer)
         if cut.drops_block:
+            # MTP layers are not listed: original_mtp_layers tells how many there were.
             if not cut.layer.mtp:
                 dropped.append(entry.original_layer)
             continue
         layers.append(_cut_entry(entry, cut))
         decoder_layers += not cut.layer.mtp
     if earlier:
+        # Of the first cut, since every id in the table is one of that original.
         source = earlier.source
         original = earlier.original_layers, earlier.original_mtp_layers
     else:
@@ -70,6 +72,7 @@ def _cut_entry(entry: RemapLayer, cut: LayerCut) -> RemapLayer:
             kept=(),
             router_rows=(),
         )
+    # Through the earlier table: the plan's ids are those of its output.
     kept = tuple(entry.kept[expert] for expert in layer_plan.keep)
     router_rows = kept
     redirect: tuple[int | None, ...] | None = None
@@ -77,6 +80,7 @@ def _cut_entry(entry: RemapLayer, cut: LayerCut) -> RemapLayer:
         router_rows = entry.router_rows
         redirect = cut.redirect
     elif cut.plan.routing == "redirect":
+        # Nothing to redirect here, but tables of routing 'redirect' must name targets.
         redirect = tuple(range(len(kept)))
     return RemapLayer(
         layer=cut.new_index,
@@ -100,6 +104,7 @@ def _original_clusters(
         if entry.clusters is None:
             return None
         return tuple(entry.clusters[expert] for expert in layer_plan.keep)
+    # Without earlier clusters each expert stands for itself.
     inner = entry.clusters or tuple((expert,) for expert in entry.kept)
     return tuple(
         tuple(sorted(old for expert in cluster for old in inner[expert]))

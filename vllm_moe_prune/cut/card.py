@@ -15,6 +15,7 @@ from .achieved import Achieved
 
 CARD = Kind(name="model card", max_bytes=16 * MIB, error=CheckpointError)
 FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\n---\s*?(?:\n|\Z)", re.DOTALL)
+# The source's card is not trusted: bounds on what is parsed and taken over.
 MAX_FRONT_MATTER = 64 * KIB
 MAX_WORD = 200
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -81,6 +82,7 @@ def source_card(checkpoint: Checkpoint) -> str | None:
     known = checkpoint.allow_links or is_inside(checkpoint.folder, path)
     if not path.is_file() or not known:
         return None
+    # A card is prose: a byte that is not UTF-8 must not stop a cut.
     return read_file(path, CARD).decode("utf-8", "replace")
 
 

@@ -34,6 +34,7 @@ def pruned_config(
     left = [layer.layer for layer in plan.layers if layer.action != "drop-block"]
     decoders = len(checkpoint.decoder_layers)
     survivors = [index for index in left if index < decoders]
+    # MTP layers follow the decoder layers and have a count of their own.
     further = [index for index in left if index >= decoders]
     for key in arch.per_layer_lists:
         if isinstance(config.get(key), list):
@@ -41,7 +42,9 @@ def pruned_config(
     config[keys.layers] = len(survivors)
     if keys.mtp_layers is not None and config.get(keys.mtp_layers) is not None:
         config[keys.mtp_layers] = len(further)
+    # The largest count is the global one; smaller ones go into per_layer_config.
     config[keys.experts] = max(len(entry.kept) for entry in remap.all_layers)
+    # A router cannot choose more rows than it has.
     top_k = max(layer.top_k for layer in checkpoint.moe_layers)
     config[keys.top_k] = min(
         top_k, max(len(entry.router_rows) for entry in remap.all_layers)
@@ -51,10 +54,12 @@ def pruned_config(
         OVERRIDES: _overrides(checkpoint, survivors, remap, config, patterns),
         MTP_OVERRIDES: _mtp_overrides(checkpoint, further, remap, config),
     }
+    # The overrides of an earlier cut speak of other layers and counts.
     for key, values in overrides.items():
         config.pop(key, None)
         if values:
             config[key] = values
+    # Stock vLLM has one expert count, no redirects and groups of equal size.
     stock = (
         not any(overrides.values())
         and plan.routing == "drop"
@@ -74,6 +79,7 @@ def pruned_config(
         "format_version": FORMAT_VERSION,
         "tool_version": plan.tool_version,
         "remap": FILE_NAME,
+        # load_remap refuses a table with other bytes.
         "remap_sha256": hashlib.sha256(dump_remap(remap)).hexdigest(),
     }
     return config
@@ -93,6 +99,7 @@ def _overrides(
     for new, old in enumerate(survivors):
         entry = remap.layers[new]
         told = earlier.get(str(old), {})
+        # Keys that follow from this plan; what else was told of a layer stays.
         rewritten = {*checkpoint.arch.pattern.keys}
         if entry.moe or entry.moe_dropped:
             groups = checkpoint.arch.router.groups.name
@@ -160,5 +167,6 @@ def _equal_groups(entry: RemapLayer, count: int) -> bool:
     """Whether stock routers, which cut rows into equal groups, see the right ones."""
     if entry.groups is None:
         return True
+    # vLLM's grouped_topk views the scores as [N, groups, rows / groups].
     rows = len(entry.groups)
     return entry.groups == tuple(row * count // rows for row in range(rows))

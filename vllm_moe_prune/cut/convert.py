@@ -139,6 +139,7 @@ def convert(
         [part for item in plan for part in item.parts], max_shard_bytes
     )
     config = _config(checkpoint, storage, dense_layers)
+    # All that determines the output's bytes; a resumed run must have the same key.
     said = (__version__, checkpoint.fingerprint, companions_sha256(checkpoint), storage)
     digest = hashlib.sha256(repr(said).encode())
     for shard in shards:
@@ -151,6 +152,7 @@ def convert(
             writer = space.write_shards(shards)
             for done, item in enumerate(plan, 1):
                 _write(item, writer)
+                # Once per layer: the next tensor is of another one.
                 if done == len(plan) or plan[done].layer != item.layer:
                     last = len(checkpoint.layers)
                     at = last if item.layer is None else item.layer + 1
@@ -187,6 +189,7 @@ def _plan(
         for layer in checkpoint.moe_layers:
             found = list(_compress(checkpoint, layer, group))
             stored = sum(tensor_bytes(part) for item in found for part in item.parts)
+            # A layer is compressed whole, and only where that saves bytes.
             if not found or stored >= sum(item.info.nbytes for item in found):
                 dense_layers.append(layer.index)
             else:
@@ -214,14 +217,17 @@ def _compress(
 ) -> Iterator[Stored]:
     """The expert matrices of one layer in parts; nothing if they have to stay dense."""
     infos = [checkpoint.tensors[name] for name in checkpoint.expert_names(layer)]
+    # A byte of the bitmap covers 8 columns of one row.
     if any(info.shape[-1] % 8 or info.dtype not in DTYPES for info in infos):
         return
     for info in infos:
         *axes, cols = info.shape
         rows, kept, fixed = math.prod(axes), 0, group
         for matrix_RC in _matrices(info):
+            # By bits, as pack does: -0.0 and denormals are stored.
             kept += int(torch.count_nonzero(_integers(matrix_RC)))
             if fixed is not None and not fits(matrix_RC, *fixed):
+                # One fuller group, and the tensor needs row offsets.
                 fixed = None
         base = info.name.removesuffix(DENSE)
         mask = StoredPart(f"{base}.mask", "U8", (*axes, cols // 8))
@@ -298,6 +304,7 @@ def _write_card(checkpoint: Checkpoint, folder: Path, storage: StorageName) -> N
     text = source_card(checkpoint)
     if text is None:
         return
+    # The input may carry the note already; a dense output must not.
     note = NOTE if storage == "bitmask" else ""
     write_file(folder / "README.md", (text.removesuffix(NOTE) + note).encode())
 

@@ -52,12 +52,14 @@ def stored_view(info: TensorInfo, slimmed: torch.Tensor) -> memoryview:
     if info.dtype != FP8:
         return tensor_view(slimmed)
     stored = read_tensor(info)
+    # By bytes: 0x00 is +0.0 in e4m3, under any scale.
     stored.view(torch.uint8).masked_fill_(slimmed == 0, 0)
     return tensor_view(stored)
 
 
 def tensor_view(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes without copying them."""
+    # As uint8, since numpy has neither bf16 nor fp8.
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data
 
@@ -78,6 +80,7 @@ def _copy_piece(
 ) -> int:
     info = checkpoint.stored(piece.source)
     start, stop = _extent(info, piece)
+    # A packed expert tensor may be larger than memory.
     while start < stop:
         end = min(start + CHUNK_BYTES, stop)
         writer.write(name, memoryview(read_bytes(info, start, end)), at)

@@ -106,6 +106,7 @@ def execute_plan(
     shards = plan_shards(tensors, max_shard_bytes)
     key = cut_key(checkpoint, plan, shards, tokens, stats)
     passes = 1 if plan.needs_activations else 0
+    # Also ends a run that was killed between its last renames.
     if is_complete(out, key, resume=resume, overwrite=overwrite):
         return finished_cut(checkpoint, plan, out)
     with output_transaction(
@@ -164,6 +165,7 @@ def cut_key(
     said = (__version__, companions_sha256(checkpoint), stats is not None, storage)
     digest = hashlib.sha256(repr(said).encode())
     digest.update(dump_plan(plan).encode())
+    # The header holds every name, dtype, shape and offset of its shard.
     for shard in shards:
         digest.update(shard.header)
     if plan.needs_activations and tokens is not None:
@@ -187,6 +189,7 @@ class _Cut:
         self.plan = plan
         self.writer = writer
         self.space = space
+        # A resumed pass skips layers: what was done to them is in the journal.
         self.records = _journalled(space.journal)
         self._report = report
         self._by_layer: dict[int | None, list[OutputTensor]] = {}
@@ -220,9 +223,11 @@ class _Cut:
         self._write(None)
         width = self.checkpoint.config[self.checkpoint.arch.config.hidden]
         shape_STD = (*tokens.ids_ST.shape, int(width))
+        # Not beyond a layer with unwritten tensors: that one has to be run again.
         saved = store.load(shape_STD, not_after=self._first_unfinished())
         start, hidden = saved or (0, model.embed(tokens.ids_ST))
         hidden = hidden.to(model.device)
+        # Of the layers that are left; nobody reads what the last one gives.
         last = max(cut.index for cut in self._cuts if not cut.drops_block)
         for cut in self._cuts[start:]:
             if not cut.drops_block:
@@ -241,6 +246,7 @@ class _Cut:
                     self._record(record)
             if cut.index < last:
                 store.save(cut.index + 1, hidden)
+                # Shards span layers: the oldest unfinished one may start further back.
                 store.keep_from(min(cut.index + 1, self._first_unfinished()))
             self._tell(cut.index + 1)
 
@@ -256,12 +262,14 @@ class _Cut:
     ) -> torch.Tensor:
         index, trimmed = cut.index, cut.trimmed
         self._write(index)
+        # Its output feeds nothing and its weights are written: no need to run it.
         if is_last and not self._changes(cut):
             return hidden
         hidden, x_ND = model.enter(index, hidden)
         if x_ND is None:
             return hidden
         if not trimmed.has_moe:
+            # drop-moe-keep-norm: the normed input is added where the MoE's output was.
             return hidden + x_ND.view_as(hidden) if trimmed.norm_only else hidden
         if self._changes_experts(index):
             out_ND = self._change_experts(
@@ -294,6 +302,7 @@ class _Cut:
         """Slim or quantize the experts of a layer, and write them."""
         if not self.plan.is_quantized:
             return slim_layer(context, cut, record, x_ND, want_output=want_output)
+        # AWQ also scales what makes or reads the experts' input.
         scaled = [one for one in self._by_layer[cut.index] if one.made == "scaled"]
         return quantize_layer(
             context, cut, record, x_ND, scaled, want_output=want_output
@@ -325,6 +334,7 @@ class _Cut:
 
     def _first_unfinished(self) -> int:
         """The first input layer that still has a tensor in an unwritten shard."""
+        # Not what is written but what is on the disk under its final name.
         done = self.writer.journalled()
         for layer in self.checkpoint.layers:
             for tensor in self._by_layer.get(layer.index, []):

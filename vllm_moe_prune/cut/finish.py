@@ -74,12 +74,14 @@ def write_companions(
         write_file(folder / name, index_json(shards, result.parameters_after))
     write_file(folder / FILE_NAME, dump_remap(remap))
     write_file(folder / "plan.json", dump_plan(plan).encode())
+    # What the user chose, without the defaults around it.
     recipe = plan.recipe.model_dump(mode="json", exclude_defaults=True)
     text = yaml.safe_dump(recipe, sort_keys=False)
     write_file(folder / "moe_prune.yaml", text.encode())
     _write_json(folder / "provenance.json", history)
     card = model_card(checkpoint, plan, result, config["architectures"][0])
     write_file(folder / "README.md", card.encode())
+    # A folder without config.json is taken for no checkpoint.
     _write_json(folder / "config.json", config)
     return result
 
@@ -138,6 +140,7 @@ def provenance(
         }
     earlier = checkpoint.folder / "provenance.json"
     if checkpoint.remap is not None and earlier.is_file():
+        # Nested, so that an output of several cuts tells of each.
         data["earlier"] = read_json(earlier, PROVENANCE)
     return data
 
@@ -152,6 +155,7 @@ def read_records(
     """
     history = read_json(out / "provenance.json", PROVENANCE)
     try:
+        # Shares in it are rounded, so only counts are read; achieved() divides again.
         counts = {
             layer["layer"]: layer for layer in history["sparsity_achieved"]["layers"]
         }

@@ -68,6 +68,7 @@ class LayerCut:
         if not one.reconstruct or one.clusters is None:
             return ((one.keep[new], None),)
         if one.merge_weights is None:
+            # Not 1/n each: a plain mean is a sum in fp32, divided once.
             return tuple((expert, None) for expert in one.clusters[new])
         return tuple(zip(one.clusters[new], one.merge_weights[new], strict=True))
 
@@ -82,6 +83,7 @@ class LayerCut:
         serves: dict[int, int] = {}
         for new, kept in enumerate(self.keep):
             clusters = self.layer_plan.clusters
+            # Without clusters a survivor serves its own row alone.
             cluster = clusters[new] if clusters else (kept,)
             serves |= dict.fromkeys(cluster, new)
         return tuple(serves.get(row) for row in range(self.layer_plan.experts))
@@ -90,6 +92,7 @@ class LayerCut:
     def row_groups(self) -> tuple[int, ...] | None:
         """The routing group of each router row that the plan leaves."""
         groups = self.layer.groups
+        # Groups belong to router rows, all of which a kept router still has.
         if groups is None or self.keeps_router:
             return groups
         return tuple(groups[expert] for expert in self.keep)
@@ -107,6 +110,7 @@ class LayerCut:
             )
         if not self.layer.has_moe:
             return self.layer
+        # top-k is over rows, of which there are more than experts where they redirect.
         rows = self.layer_plan.experts if self.keeps_router else len(self.keep)
         return dataclasses.replace(
             self.layer,

@@ -21,6 +21,7 @@ def dense_matrices(checkpoint: Checkpoint, layer: Layer) -> tuple[Matrix, ...]:
     for name in sorted(checkpoint.layer_names(layer.index)):
         inner = name.removeprefix(prefix)
         matrix = len(checkpoint.tensors[name].shape) == 2
+        # Scales of FP8 blocks have two axes too.
         if matrix and inner.startswith(ATTENTION) and not checkpoint.is_scale(name):
             parts[inner] = "attention"
     for part in dense_parts(checkpoint, layer):
@@ -40,6 +41,7 @@ def expert_names(checkpoint: Checkpoint, layer: Layer) -> tuple[str, str, str]:
     for rule in layout.experts:
         name = rule.template.replace("{layer}", str(layer.index))
         names[rule.role] = name.removeprefix(prefix)
+    # Packed layouts have gate and up in one tensor, under one name.
     both = names.get("gate_up", "")
     return names.get("gate", both), names.get("up", both), names["down"]
 
@@ -56,6 +58,7 @@ def slimmed_dense(cut: LayerCut) -> dict[str, float]:
 def slimmed_roles(cut: LayerCut) -> set[str]:
     """The roles of the experts' tensors that a plan slims."""
     gate, up, down = taken(cut)
+    # gate_up is one name for both, so a plan takes both or neither.
     found = {"gate": gate, "up": up, "down": down, "gate_up": gate}
     return {role for role, take in found.items() if take}
 
@@ -82,6 +85,7 @@ def read_by_experts(checkpoint: Checkpoint, layer: Layer) -> frozenset[str]:
         name
         for part in dense_parts(checkpoint, layer)
         if part.norm is None
+        # Gate and up; down reads the inner activations instead.
         for name in part.mlp.names[:2]
     }
     return frozenset(norms | shared)

@@ -91,16 +91,19 @@ def _through(
     for new in range(trimmed.num_experts):
         expert = place(survivor(cut, new), x_ND)
         served = expert_tokens(routing, new, trimmed.redirect)
+        # Kept for the second look, in which the experts are read again.
         squares.append(input_sums(expert, plan, x_ND, *served, model.act))
         for matrix, sums in zip(expert, squares[-1], strict=True):
             scores += score_sum(matrix, sums)
             weights += matrix.numel()
         add_expert(out_ND, x_ND, *served, expert, model.act)
+    # OWL's threshold: M times the mean Wanda score of the whole layer.
     factor = plan.recipe.slim.owl_m
     threshold = factor * scores / weights
     counted_E = np.zeros(cut.layer.num_experts)
     for new, sums_of in enumerate(squares):
         expert = place(survivor(cut, new), x_ND)
+        # By the ids of the input, as all statistics are; removed experts stay at 0.
         counted_E[cut.keep[new]] = sum(
             outliers(matrix, sums, threshold)
             for matrix, sums in zip(expert, sums_of, strict=True)

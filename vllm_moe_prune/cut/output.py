@@ -43,10 +43,12 @@ def companions(checkpoint: Checkpoint) -> list[Path]:
 def companions_sha256(checkpoint: Checkpoint) -> str:
     """Hash of all files beside the weights: an output is made of them too."""
     digest = hashlib.sha256()
+    # Not copied by a cut, but the card, provenance and table derive from them.
     others = [checkpoint.folder / name for name in sorted({"README.md"} | RECORDS)]
     for path in (*companions(checkpoint), *others):
         if path.is_file():
             name = path.relative_to(checkpoint.folder).as_posix()
+            # Sizes delimit the contents: moving bytes between files changes the hash.
             digest.update(f"\n{name} {path.stat().st_size}\n".encode())
             with open_regular(path) as file:
                 while part := file.read(MIB):
@@ -85,6 +87,7 @@ def copy_records(checkpoint: Checkpoint, folder: Path) -> None:
     found = [checkpoint.folder / name for name in sorted(RECORDS)]
     for path in found:
         if path.is_file():
+            # All links first, so that a refusal leaves nothing half-copied.
             check_link(checkpoint.folder, path, allow_links=checkpoint.allow_links)
     for path in found:
         if path.is_file():
@@ -96,6 +99,7 @@ def _copy(path: Path, to: Path) -> None:
     try:
         copy_file(path, to)
     except OSError as error:
+        # What the output's disk refuses is told by whoever called.
         if error.filename != str(path):
             raise
         raise CheckpointError(

@@ -170,6 +170,7 @@ def planned_losses(
     if calibration_ST is not None and any(plans[at].needs_activations for at in todo):
         inputs.append(calibration_ST)
     width = int(model.checkpoint.config[model.checkpoint.arch.config.hidden])
+    # At worst each plan ends on a branch of its own, with states of every text.
     size = sum(ids.numel() for ids in inputs) * width * model.dtype.itemsize
     together = max(1, STATE_BYTES // size)
     sweeps = math.ceil(len(todo) / together)
@@ -185,12 +186,14 @@ def _key(
     plan: CutPlan, texts: Sequence[Text], calibration_ST: torch.Tensor | None
 ) -> str:
     """Identifies a loss: the plan's effect on which model, judged by which tokens."""
+    # Nothing of recipe or prediction: plans of the same effect share a loss.
     slim = (plan.slim, plan.pattern, plan.router_weighted, plan.slim_parts)
     layers = [layer.model_dump_json() for layer in plan.layers]
     tokens = [sha256_of(text.ids_ST) for text in texts]
     tokens += [
         sha256_of(text.targets_ST) for text in texts if text.targets_ST is not None
     ]
+    # Other plans have the same loss whatever the calibration.
     if plan.needs_activations and calibration_ST is not None:
         tokens.append(sha256_of(calibration_ST))
     said = (plan.model.fingerprint, plan.routing, slim, plan.slim_exclude, layers)
@@ -221,7 +224,9 @@ class _Sweep:
         self, inputs: Sequence[torch.Tensor], texts: Sequence[Text]
     ) -> list[tuple[Loss, ...]]:
         states = [self.model.embed(ids_ST) for ids_ST in inputs]
+        # No plan changes the embedding: all begin on one branch.
         branches = [_Branch(list(range(len(self.plans))), states)]
+        # MTP layers add nothing to the next token's logits.
         for layer in self.checkpoint.decoder_layers:
             branches = [
                 after for branch in branches for after in self._through(layer, branch)
@@ -231,6 +236,7 @@ class _Sweep:
         for branch in branches:
             states = branch.states[: len(texts)]
             pairs = zip(texts, states, strict=True)
+            # Norm and head run once per branch, not once per plan.
             losses = tuple(self._loss(text, state) for text, state in pairs)
             for member in branch.members:
                 found[member] = losses
@@ -262,6 +268,7 @@ class _Sweep:
         if not rest:
             return skipped
         states = branch.states
+        # enter works in place, but skipped branches go on with the states before it.
         if skipped:
             states = [state.clone() for state in states]
         # Plans differ in the experts, so what comes before them runs once for all.
@@ -271,6 +278,7 @@ class _Sweep:
         split = []
         for number, members in enumerate(rest):
             last = number == len(rest) - 1
+            # _moe adds in place: the last split takes the states, the others a copy.
             own = states if last else [state.clone() for state in states]
             cut = self._cuts[members[0]][layer.index]
             split.append(_Branch(members, self._moe(cut, own, inputs)))
@@ -304,10 +312,12 @@ class _Sweep:
         slimmed = None
         if cut.writes_zeros:
             by_data = cut.plan.needs_activations
+            # The calibration's input is the last one; see planned_losses.
             slimmed = slimmed_experts(
                 cut, model if by_data else None, inputs[-1] if by_data else None
             )
         for new in range(trimmed.num_experts):
+            # The iterator yields every expert in order, with or without tokens here.
             expert = next(slimmed).expert if slimmed else None
             for x_ND, routing, out_ND in zip(inputs, routings, outputs, strict=True):
                 served = expert_tokens(routing, new, trimmed.redirect)

@@ -53,12 +53,14 @@ def _layer_facts(checkpoint: Checkpoint, layer: Layer) -> LayerFacts:
         moe_norm_parameters=sum(
             tensors[name].numel for name in moe if arch.is_moe_norm(name, layer.index)
         ),
+        # [out, in] as nn.Linear stores them: gate, up, down.
         expert_shapes=(
             (layer.width, hidden),
             (layer.width, hidden),
             (hidden, layer.width),
         ),
         router_parameters_per_expert=sum(
+            # A router row is D long; of a router bias an expert has one value.
             hidden if rule.axes == "E D" else 1
             for rule in checkpoint.layout.router_parts
         ),

@@ -78,6 +78,7 @@ def quantize_layer(
         x_nD = None if x_ND is None or served is None else x_ND
         with naming(cut, new):
             made = _quantize(trimmed, stage, x_nD, served, run.act, input_scale_D)
+        # Without inputs GPTQ and AWQ have nothing to minimize: rounded to nearest.
         if served is not None and len(served.token_n) == 0:
             record.unseen.append(cut.keep[new])
         elif out_ND is not None and x_ND is not None and served is not None:
@@ -117,12 +118,14 @@ class _QuantizedLayer:
         assert self._x_ND is not None
         form = form_of(self._cut.plan.quantize)
         scales = awq.candidates(_mean_size(self._x_ND))
+        # All experts read the same x, so errors are summed for one common choice.
         total_A = torch.zeros(len(scales), dtype=torch.float64)
         for new, expert, served in self.experts():
             if served is None or len(served.token_n) == 0:
                 continue
             x_nD = self._x_ND.index_select(0, awq.sampled(served.token_n))
             with naming(self._cut, new):
+                # down reads something else and has a scale of its own: _by_awq.
                 for weight_FD in (expert.gate_FD, expert.up_FD):
                     total_A += awq.errors(weight_FD, x_nD, scales, form).cpu()
         return awq.best(scales, total_A)
@@ -175,14 +178,17 @@ def _by_gptq(
         x_nD = x_ND.index_select(0, token_n)
         add_inputs(input_DD, x_nD)
         add_inputs(inner_FF, expert_hidden(x_nD, running, act))
+    # GPTQ treats rows independently, so gate and up can be one matrix.
     both_RD = torch.cat([expert.gate_FD, expert.up_FD])
     both = gptq(both_RD, input_DD, form, act_order=stage.act_order)
+    # [D, D] in fp32: freed before the Hessian of down is inverted.
     del input_DD
     down = gptq(expert.down_DF, inner_FF, form, act_order=stage.act_order)
     return _rows(both, slice(None, width)), _rows(both, slice(width, None)), down
 
 
 def _no_sums(weight_RD: torch.Tensor) -> torch.Tensor:
+    # Sums are fp32, whatever the weights are.
     cols = weight_RD.shape[1]
     return torch.zeros(cols, cols, device=weight_RD.device)
 
@@ -212,10 +218,12 @@ def _by_awq(
         found_A = awq.errors(expert.down_DF, inner_nF, scales, form)
         inner_scale_F = awq.best(scales, found_A)
     dtype = expert.gate_FD.dtype
+    # Only up can carry 1 / s: what gate gives goes through the activation.
     up_FD = (expert.up_FD / inner_scale_F[:, None]).to(dtype)
     gate = rtn(awq.scaled(expert.gate_FD, input_scale_D), form)
     up = rtn(awq.scaled(up_FD, input_scale_D), form)
     down = rtn(awq.scaled(expert.down_DF, inner_scale_F), form)
+    # The scales are undone here, since this forward's x is not divided by them.
     computes = Expert(
         (dequantize(gate, form, dtype) / input_scale_D).to(dtype),
         (dequantize(up, form, dtype) * inner_scale_F[:, None] / input_scale_D).to(
@@ -240,6 +248,7 @@ def _write_scaled(
     """Divide a norm by the scale, or multiply what reads it; exact in bf16."""
     dense = build_tensor(cut.checkpoint, tensor)
     scale_D = input_scale_D.to(dense.device)
+    # One axis: the norm that gives x. Two: a matrix that reads it.
     changed = dense / scale_D if dense.dim() == 1 else dense * scale_D
     writer.write(tensor.name, tensor_view(changed.to(dense.dtype)))
 
@@ -249,6 +258,7 @@ def _write(writer: ShardWriter, cut: LayerCut, new: int, made: _Made) -> None:
     matrices = {"gate": made.gate, "up": made.up, "down": made.down}
     form = form_of(cut.plan.quantize)
     for rule in cut.checkpoint.layout.experts:
+        # NAME.weight is stored as NAME.weight_packed, NAME.weight_scale and so on.
         base = rule.name(cut.new_index, new).rpartition(".")[0]
         for part, tensor in pack(matrices[rule.role], form).items():
             if writer.needs(f"{base}.{part}"):

@@ -19,6 +19,7 @@ def quantization_config(checkpoint: Checkpoint, plan: CutPlan) -> dict[str, Any]
         {
             "config_groups": {
                 "group_0": {
+                    # All linear layers but those under ignore: that leaves the experts.
                     "targets": ["Linear"],
                     "weights": form.args,
                     "input_activations": form.inputs,
@@ -41,10 +42,12 @@ def unquantized(checkpoint: Checkpoint, plan: CutPlan) -> list[str]:
     for tensor in output_tensors(checkpoint, plan):
         base, _, part = tensor.name.rpartition(".")
         matrix = part == "weight" and len(tensor.shape) == 2
+        # Routers, attention and heads are Linear too: listed, they stay dense.
         if not matrix or tensor.made == "quantized" or _is_embedding(base):
             continue
         layer, _, inner = base.removeprefix(start).partition(".")
         if base.startswith(start) and layer.isdecimal():
+            # One pattern for all layers, instead of a name in each.
             name = f"{PATTERN}{re.escape(start)}\\d+\\.{re.escape(inner)}$"
             names.append(name)
         else:

@@ -38,6 +38,7 @@ WRAPPERS = ("language_model.model.", "model.language_model.", "")
 """What stands before ``layers.`` in names that are another model's, of which this one
 was a part."""
 BEFORE = r"(?:^|(?<=[^0-9A-Za-z_]))"
+# Dots may be escaped, as they are in patterns.
 LAYER = re.compile(BEFORE + r"(layers\\?\.)(\d+)(?!\d)")
 EXPERT = re.compile(BEFORE + r"(experts\\?\.)(\d+)(?!\d)")
 
@@ -59,6 +60,7 @@ def renumbered(
     if block is None:
         block = checkpoint.config[CONFIG_KEY]
     where = str(checkpoint.folder / "config.json")
+    # vLLM's auto_awq.py skips modules by substring.
     in_part = block.get("quant_method") == "awq"
     renaming = _Renaming(checkpoint, plan, where, in_part=in_part)
     return rewritten(block, renaming.entries, where)
@@ -76,6 +78,7 @@ def module_pairs(checkpoint: Checkpoint, plan: CutPlan) -> dict[str, str]:
         pairs[out] = source
         before, found, _ = out.partition(".experts.")
         if found:
+            # vLLM asks once for all experts of a layer, by this name.
             pairs[f"{before}.experts"] = f"{source.partition(found)[0]}.experts"
         else:
             parent, _, child = out.rpartition(".")
@@ -131,6 +134,7 @@ class _Renaming:
         for old, new in arch.vllm_names:
             in_vllm = tuple(name.replace(old, new) for name in in_vllm)
         self._names = _Names(tuple(pairs.values()), tuple(pairs), in_vllm)
+        # Modules that leave: entries may name them and then mean nothing any more.
         before = {name.rpartition(".")[0] for name in checkpoint.stored_names}
         self._gone = before - set(pairs.values())
         self._same = self._names.sources == self._names.outs and not self._gone
@@ -145,6 +149,7 @@ class _Renaming:
 
     def entries(self, entries: Sequence[str], key: str) -> list[str]:
         """The entries of a list, or one key of ``dynamic``, in the output."""
+        # Nothing moved or left, so not even odd entries need an interpretation.
         if self._same:
             return list(entries)
         found = [new for entry in entries for new in self._entry(entry, KEYS[key])]
@@ -156,6 +161,7 @@ class _Renaming:
             return [] if out is None else [out]
         names, readings = self._spelled(entry, way), self._readings[way]
         wanted = [self._met([entry], names.sources, each) for each in readings]
+        # Numbers changed if that means the same, else untouched, else spelled out.
         for candidate in (*self._by_numbers(entry), [entry]):
             if all(
                 self._met(candidate, names.outs, each) == named
@@ -171,6 +177,7 @@ class _Renaming:
         out = self._names.out_of.get(entry)
         if out is None and entry not in self._gone:
             return False
+        # Readers by start of name would take it for every longer name too.
         sources, outs = self._names.sorted
         return way is Way.TARGET or (
             _starting(entry, sources) <= {entry}
@@ -201,6 +208,7 @@ class _Renaming:
             maps = [self._experts[old]] if old in self._experts else []
         expert = EXPERT.search(entry, at)
         if expert is not None and maps:
+            # Without a layer the expert is meant in every one.
             found = {each.get(expert[2]) for each in maps}
             number = found.pop()
             if found:  # layers disagree
@@ -262,6 +270,7 @@ def _as_rule(entry: str, names: _Names, named: list[bool]) -> list[str]:
     """A key of ``dynamic`` that meets exactly what another met, in vLLM too."""
     outs = zip(names.outs, names.in_vllm, named, strict=True)
     met = dict.fromkeys(name for *both, is_met in outs if is_met for name in both)
+    # Of GPTQ's dynamic: '-:' leaves modules dense, '+:' overrides their settings.
     sign = entry[:2] if entry[:2] in SIGNS else ""
     return [f"{sign}(?:{'|'.join(map(re.escape, met))})$"] if met else []
 
@@ -273,6 +282,7 @@ def _is_pattern(entry: str, way: Way) -> bool:
 def _starting(start: str, names: Sequence[str]) -> set[str]:
     """Those of sorted names that start so."""
     found = set()
+    # In sorted order names of one start are neighbors.
     for at in range(bisect_left(names, start), len(names)):
         if not names[at].startswith(start):
             break

@@ -90,6 +90,7 @@ def names_in_order(checkpoint: Checkpoint) -> list[str]:
     before, after, layers = _split_names(checkpoint)
     names = list(before)
     for layer in checkpoint.layers:
+        # As _layer_tensors orders them: routers, then expert by expert.
         routed: list[str] = []
         if layer.has_moe:
             rules = checkpoint.layout.experts
@@ -115,6 +116,7 @@ def _split_names(
     }
     rest = sorted(checkpoint.layer_names(None))
     before = [name for name in rest if name == checkpoint.arch.embedding]
+    # The embedding before all layers; final norm and head after them.
     return before, [name for name in rest if name not in before], layers
 
 
@@ -149,6 +151,7 @@ def _layer_tensors(cut: LayerCut, names: list[str]) -> Iterator[OutputTensor]:
     routed |= {*checkpoint.expert_names(layer)}
     routed |= {name + SUFFIX for name in routed if checkpoint.is_scale(name + SUFFIX)}
     routed |= {
+        # Tensors no table knows, but which every expert has; they go with it.
         cut.old_prefix + extra.name(expert)
         for extra in checkpoint.extras(layer)
         for expert in range(layer.num_experts)
@@ -158,6 +161,7 @@ def _layer_tensors(cut: LayerCut, names: list[str]) -> Iterator[OutputTensor]:
     scales = cut.plan.quantize.method == "awq" and layer.has_moe and not dropped
     scaled = read_by_experts(checkpoint, layer) if scales else frozenset()
     for name in names:
+        # Those follow below, in the order of the survivors.
         if layer.has_moe and name in routed:
             continue
         stays = layer_plan.action == "drop-moe-keep-norm" and arch.is_moe_norm(
@@ -189,6 +193,7 @@ def _router(cut: LayerCut, rule: TensorRule) -> OutputTensor:
         tuple(Piece(info.name, old, weight) for old, weight in members)
         for members in cut.survivors
     )
+    # Rows and biases follow their experts, averaged where those are.
     shape = (len(groups), *info.shape[1:])
     return OutputTensor(
         name=name,
@@ -233,20 +238,24 @@ def _experts(cut: LayerCut) -> Iterator[OutputTensor]:
                 first = checkpoint.tensors[pieces[0].source]
                 if plan.is_quantized:
                     yield from _parts(build(rule, new, (pieces,), first), plan)
+                # Quantized already: parts are copied; validate_plan.py refuses means.
                 elif isinstance(first, PartedTensor):
                     name = rule.name(new_index, new)
                     yield from _copies(first, name, index, rule.role)
                 else:
                     yield build(rule, new, (pieces,), first)
+                # FP8 scales stay the input's, also where weights are zeroed.
                 scale = first.name + SUFFIX
                 if checkpoint.is_scale(scale):
                     name = rule.name(new_index, new) + SUFFIX
                     yield _copy(checkpoint.tensors[scale], name, index)
         for extra in checkpoint.extras(cut.layer):
+            # One member: validate_plan.py refuses to average such experts.
             old = cut.old_prefix + extra.name(members[0][0])
             name = cut.new_prefix + extra.name(new)
             yield from _copies(checkpoint.tensors[old], name, index)
     for rule in rules:
+        # All experts in one tensor [E, ...]: survivors are rows of it.
         if not rule.per_expert:
             name = rule.name(index)
             groups = tuple(

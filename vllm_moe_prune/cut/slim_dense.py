@@ -60,6 +60,7 @@ class DenseSlimmer:
         device = hidden_STD.device
         sums = {one.name: no_sums(one.cols, self.plan, device) for one in attention}
 
+        # One run of the unslimmed attention gives the inputs of all its matrices.
         def see(name: str, x_nD: torch.Tensor) -> None:
             if name in sums:
                 add_sums(sums[name], x_nD, self.plan)
@@ -83,6 +84,7 @@ class DenseSlimmer:
             return {}
         mlp = Expert(*(self._read(name) for name in part.mlp.names))
         token_N = torch.arange(len(x_ND), device=x_ND.device)
+        # No router before it: every token counts once.
         weight_N = torch.ones(len(x_ND), device=x_ND.device)
         found = slim_by_data(
             mlp, self.plan, self._sparsity, x_ND, token_N, weight_N, model.act, wanted

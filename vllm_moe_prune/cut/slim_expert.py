@@ -81,6 +81,7 @@ def input_sums(
     for x_nD, inner_nF in _inputs(expert, plan, x_ND, token_n, weight_n, act):
         add_sums(x_sums, x_nD, plan)
         add_sums(inner_sums, inner_nF, plan)
+    # gate and up read the same x.
     return x_sums, x_sums, inner_sums
 
 
@@ -88,6 +89,7 @@ def no_sums(cols: int, plan: CutPlan, device: torch.device | str) -> torch.Tenso
     """Zeros: of SparseGPT's Hessian [cols, cols], else of squares [cols] in float64."""
     if plan.slim == "sparsegpt":
         return torch.zeros(cols, cols, device=device)
+    # Small enough for fp64, which millions of squares need; H is not.
     return torch.zeros(cols, dtype=torch.float64).to(device)
 
 
@@ -134,6 +136,7 @@ def _inputs(
     for at_n, weight in token_chunks(token_n, weight_n, running):
         x_nD = x_ND.index_select(0, at_n)
         inner_nF = expert_hidden(x_nD, running, act)
+        # MoE-Pruner's score: |W| * ||x * g||, g the routing weight of each token.
         if plan.router_weighted:
             x_nD, inner_nF = x_nD * weight[:, None], inner_nF * weight[:, None]
         yield x_nD, inner_nF

@@ -82,6 +82,7 @@ def slim_layer(
     out_ND = torch.zeros_like(x_ND) if want_output and x_ND is not None else None
     for found in slimmed_experts(cut, context.model, x_ND):
         if found.served is None:
+            # No data: nothing to run, and no expert counts as unseen.
             pass
         elif len(found.served.token_n) == 0:
             record.unseen.append(cut.keep[found.new])
@@ -157,6 +158,7 @@ def naming(cut: LayerCut, new: int) -> Iterator[None]:
     try:
         yield
     except (CheckpointError, CalibrationError) as error:
+        # Methods see a bare matrix; only here is its place known.
         where = f"{cut.checkpoint.folder}: layer {cut.index}, expert {cut.keep[new]}"
         raise type(error)(f"{where}: {error}") from error
 
@@ -171,6 +173,7 @@ def trimmed_routing(
 def add_powers(powers_5: list[float], expert: Expert) -> None:
     """Add to ``powers_5`` in place."""
     for matrix in expert:
+        # Sums add up over experts, which are never in memory together.
         for power, total in enumerate(power_sums(matrix.reshape(-1)).tolist()):
             powers_5[power] += total
 
@@ -199,10 +202,13 @@ def _write_expert(writer: ShardWriter, cut: LayerCut, new: int, expert: Expert) 
         if not writer.needs(name):
             continue
         matrix = (
+            # Axis 2F: gate rows, then up rows (archs/spec.py).
             torch.cat([expert.gate_FD, expert.up_FD])
             if rule.role == "gate_up"
             else pieces[rule.role]
         )
+        # For the stored dtype; of FP8 the bytes that stay are taken from it.
         source = checkpoint.tensors[rule.name(cut.index, cut.keep[new])]
         data = stored_view(source, matrix)
+        # In a packed tensor slices are equal, and come in order as they have to.
         writer.write(name, data, 0 if rule.per_expert else new * len(data))

@@ -163,6 +163,7 @@ def is_complete(out: Path, key: str, *, resume: bool, overwrite: bool) -> bool:
         try:
             journal = read_journal(partial)
             left = journal or any(partial.iterdir())
+            # COMPLETE, or nothing left at all: only renames and removals remain.
             if left and not (_begun(journal) == key and COMPLETE in journal):
                 return False
             with writing(partial):
@@ -211,10 +212,12 @@ def output_transaction(
         if space.writer is not None:
             space.writer.close()
         for source in sources:
+            # Bytes of two versions of a source must not end up in one output.
             check_states(source.folder, source.files)
         with writing(partial):
             _record_run(space.result, key, time.monotonic() - started, resume)
             sync_folder(space.result)
+            # After the sync: COMPLETE vouches for names that are on the disk.
             append_journal(partial, COMPLETE)
             _replace(out, partial, overwrite=overwrite)
     except BaseException:
@@ -312,9 +315,11 @@ def _replace(out: Path, partial: Path, *, overwrite: bool) -> None:
                 )
             if replaced.exists():
                 shutil.rmtree(replaced)
+            # A kill before the next rename: --resume ends it, --overwrite restores OUT.
             out.rename(replaced)
         result.rename(out)
         sync_folder(out.parent)
+    # While anything is left, a resumed run reads COMPLETE in the journal.
     _empty(partial, last=JOURNAL_NAME)
     partial.rmdir()
 

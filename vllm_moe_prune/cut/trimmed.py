@@ -29,10 +29,12 @@ def survivor(cut: LayerCut, new: int) -> Expert:
         return first
     # One member in memory at a time: sums in fp32, then the stored dtype.
     sums = [_weighted(matrix, members[0][1]) for matrix in first]
+    # In the plan's order, on which the last bits of a sum depend.
     for old, weight in members[1:]:
         matrices = read_expert(cut.checkpoint, cut.layer, old)
         for total, matrix in zip(sums, matrices, strict=True):
             total += _weighted(matrix, weight)
+    # Weights add up to 1 already (check_plan).
     parts = 1 if members[0][1] is not None else len(members)
     dtype = first.gate_FD.dtype
     return Expert(*((total / parts).to(dtype) for total in sums))
@@ -58,5 +60,6 @@ def mean_of(
 
 def _weighted(tensor: torch.Tensor, weight: float | None) -> torch.Tensor:
     """A copy in fp32, times the weight if there is one."""
+    # A copy of fp32 too: sums and products are made in place.
     copied = tensor.to(torch.float32, copy=True)
     return copied if weight is None else copied.mul_(weight)

@@ -31,6 +31,7 @@ def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
     for layer in checkpoint.moe_layers:
         _check_unknown(checkpoint, layer, plan)
     _check_beside(checkpoint, plan)
+    # A cut takes rows with their experts; redirected rows have none of their own.
     for layer in checkpoint.layers:
         if layer.redirect not in (None, tuple(range(layer.num_experts))):
             raise PlanError(
@@ -113,10 +114,12 @@ def _check_unknown(checkpoint: Checkpoint, layer: Layer, plan: CutPlan) -> None:
                 f"{what} is not known of this family, so experts with it cannot be "
                 "quantized. Set quantize.method: none, or save the model without it."
             )
+    # With the same ids, tensors unknown to the table still mean the same.
     if layer_plan.keep == tuple(range(layer.num_experts)):
         return
     prefix = arch.layer_prefix.format(layer=layer.index)
     beside = [part.prefix for part in (arch.shared,) if part is not None]
+    # Of the MoE sublayer but of no single expert: its norm, shared experts.
     known = tuple(prefix + part for part in (*beside, f"{MOE_NORM}."))
     routed = {rule.name(layer.index) for rule in checkpoint.layout.rules}
     for name in checkpoint.layer_names(layer.index):

@@ -95,6 +95,7 @@ def verify(
             "its values differ from the source's. Verify it without --source."
         )
     plan = load_plan(folder / "plan.json")
+    # plan.json is of the folder under test, hence as suspect as its weights.
     check_plan(plan, source.layers, source.fingerprint, str(folder / "plan.json"))
     _check_names(output, source, plan)
     check_companions(folder, source)
@@ -107,6 +108,7 @@ def verify(
             found = _compare(source, output, tensor, plan)
         elif tensor.made == "scaled":
             check_scaled(source, output, tensor)
+        # The first part of a matrix; the others are compared together with it.
         elif tensor.stands_for:
             check_quantized(source, output, tensor, plan)
         if tensor.is_expert:
@@ -170,6 +172,7 @@ def _check_names(output: Checkpoint, source: Checkpoint, plan: CutPlan) -> None:
         raise RemapError(
             f"{output.folder}: expert_remap.json is not the table of plan.json."
         )
+    # Through JSON as the file went: tuples are lists there, keys are strings.
     if parse_json(json.dumps(pruned_config(source, plan, remap))) != output.config:
         raise CheckpointError(
             f"{output.folder}: config.json is not the one plan.json leads to."
@@ -200,6 +203,7 @@ def _compare(
                 f"{info.file}: {tensor.name}: {wrong} values differ from the source."
             )
         if tensor.sparsity > 0:
+            # gate and up are slimmed as two matrices, each with its own quota.
             halves = 2 if tensor.role == "gate_up" else 1
             pairs = zip(found.chunk(halves), expected.chunk(halves), strict=True)
             for matrix, original in pairs:
@@ -223,6 +227,7 @@ def _check_zeros(
     asked = zeros_in_matrix(plan.slim, rows, cols, tensor.sparsity, plan.group)
     zeros = found.numel() - int(torch.count_nonzero(found))
     written = int(((found == 0) & (expected != 0)).sum())
+    # The source's own zeros may fill the quota, or come on top of it.
     if zeros < asked or written > asked:
         raise CheckpointError(
             f"{where}: {tensor.name}: holds {zeros} zeros in a {rows} x {cols} matrix, "

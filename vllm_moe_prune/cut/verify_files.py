@@ -28,6 +28,7 @@ def check_companions(folder: Path, source: Checkpoint) -> None:
         if original is not None and _same(original, found):
             continue
         data = corrected.get(name)
+        # Size first, so that no larger file is read into memory.
         if data is None or found.stat().st_size != len(data) or data != _all(found):
             raise CheckpointError(f"{found}: differs from the source's.")
 

@@ -60,6 +60,7 @@ def check_scaled(source: Checkpoint, output: Checkpoint, tensor: OutputTensor) -
     ratio = (found.float() / dense.float()).reshape(-1, found.shape[-1])
     # Zeros tell nothing; a column of them may have any scale.
     column = ratio.masked_fill(ratio == 0, torch.nan).nanmedian(dim=0).values
+    # Norms are divided by AWQ's scale, what reads them is multiplied.
     scale = torch.exp2(column.log2().round()).nan_to_num(nan=1.0)
     if not torch.equal((dense.float() * scale).to(found.dtype), found):
         raise CheckpointError(
