@@ -30,6 +30,7 @@ def find_arch(
     Raises:
         CheckpointError: There is no such table.
     """
+    # It comes from the file, and becomes part of a module's name below.
     if model_type not in supported():
         found = _meant(str(model_type), architectures)
         meant = f" If it is a {found}, set model_type to {found!r}." if found else ""
@@ -48,6 +49,7 @@ def _table(model_type: str) -> MoeArch:
 
 def _meant(alias: str, architectures: Sequence[object]) -> str | None:
     """The family of which a name seems to be another spelling, if there is one."""
+    # A class name is better evidence than a similar model_type.
     for model_type in supported():
         arch = _table(model_type)
         if {arch.stock_architecture, arch.pruned_architecture} & {

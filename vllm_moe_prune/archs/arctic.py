@@ -44,8 +44,11 @@ ARCH = MoeArch(
     layer_prefix=LAYER,
     moe_members=("block_sparse_moe.", "post_attention_layernorm."),
     skip_name="block_sparse_moe",
+    # Renormalized where top_k > 1; the one weight of top-1 stays its score.
     router=RouterKeys(renormalize_single=False),
+    # Layer i has experts where (i + 1) % moe_layer_frequency == 0.
     pattern=MoePattern(frequency=Key("moe_layer_frequency", 2), offset=1),
+    # Layers without experts have their MLP under the same module.
     dense_mlp=GatedMlp("block_sparse_moe.mlp.", "w1", "w3", "w2"),
     residual=Residual(
         mlp=GatedMlp("residual_mlp.", "w1", "w3", "w2"),

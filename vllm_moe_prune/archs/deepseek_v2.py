@@ -20,7 +20,9 @@ ARCH = replace(
         top_groups=Key("topk_group", 1),
         method=Key("topk_method", "greedy"),
         methods=("greedy", "group_limited_greedy"),
+        # greedy takes the top-k of all experts, whatever n_group says.
         ungrouped=("greedy",),
+        # DeepseekV2TopkRouter of transformers casts input and weight to fp32.
         fp32=True,
     ),
     attention=LATENT_ATTENTION,

@@ -25,6 +25,7 @@ ARCH = replace(
         top_groups=Key("topk_group", 1),
         method=Key("topk_method", "noaux_tc"),
         methods=("noaux_tc",),
+        # DeepseekV3TopkRouter ranks groups by the sum of their two best biased scores.
         group_best=2,
         fp32=True,
     ),

@@ -60,6 +60,7 @@ class TensorRule:
     def pattern(self) -> re.Pattern[str]:
         """Matches the names this rule covers, with groups ``layer`` and ``expert``."""
         escaped = re.escape(self.template)
+        # re.escape has put a backslash before each brace.
         escaped = escaped.replace(r"\{layer\}", r"(?P<layer>\d+)")
         return re.compile(escaped.replace(r"\{expert\}", r"(?P<expert>\d+)") + r"\Z")
 
@@ -157,6 +158,7 @@ class MoePattern:
             Changed global values, and for layers that no global values describe
             what they see instead.
         """
+        # Index of the first layer with experts, before which all may be dense.
         dense = next((at for at, moe in enumerate(has_moe) if moe), len(has_moe))
         changes: list[dict[str, int]] = [{}]
         if self.first.name:
@@ -165,9 +167,11 @@ class MoePattern:
                 changes.append({self.first.name: dense, self.frequency.name: 1})
         elif self.frequency.name:
             changes.append({self.frequency.name: 1})
+        # Fewest changes first; a None entry agrees with any of them.
         for change in changes:
             if not self._wrong({**config, **change}, has_moe):
                 return change, {}
+        # No global values fit: they stay, and single layers see others.
         wrong = self._wrong(config, has_moe)
         return {}, {index: self._alone(index, moe) for index, moe in wrong.items()}
 
@@ -185,8 +189,10 @@ class MoePattern:
         if moe:
             values = {self.first.name: 0, self.frequency.name: 1}
         elif self.first.name:
+            # Experts would begin behind this layer.
             values = {self.first.name: index + 1}
         else:
+            # n % (n + 1) is n: not 0, as i + offset is at least 1 in such a family.
             values = {self.frequency.name: index + self.offset + 1}
         return {name: value for name, value in values.items() if name is not None}
 
@@ -340,6 +346,7 @@ class MoeArch:
         if not name.startswith(start):
             return None
         digits = name[len(start) :].split(".", 1)[0]
+        # int() alone would also take signs, spaces and underscores.
         return int(digits) if digits.isdecimal() else None
 
     def is_moe_member(self, name: str, layer: int) -> bool:

@@ -22,6 +22,7 @@ class ArcticConfig(PreTrainedConfig):
     model_type = "arctic"
     keys_to_ignore_at_inference = ("past_key_values",)
     default_theta = 1000000.0
+    # An alias: readers ask for num_experts, files say num_local_experts.
     attribute_map = {"num_experts": "num_local_experts"}  # noqa: RUF012
 
     vocab_size: int = 32000
@@ -54,6 +55,7 @@ class ArcticConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what the published class fills in."""
+        # Without the key each query head has keys and values of its own.
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.use_residual is None:

@@ -15,6 +15,7 @@ class DeepseekConfig(PreTrainedConfig):
 
     model_type = "deepseek"
     keys_to_ignore_at_inference = ("past_key_values",)
+    # An alias: readers ask for num_experts, files say n_routed_experts.
     attribute_map = {"num_experts": "n_routed_experts"}  # noqa: RUF012
 
     vocab_size: int = 102400
@@ -49,6 +50,7 @@ class DeepseekConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what the published class fills in."""
+        # Without the key each query head has keys and values of its own.
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)

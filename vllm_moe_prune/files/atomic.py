@@ -68,16 +68,21 @@ def write_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
         OSError: The disk refuses; an earlier file is as it was.
     """
     check_regular(path)
+    # A rename onto a link would replace the link.
     target = path.resolve()
+    # In the same folder, so on the same file system, where a rename is one step.
     temporary = target.with_name(f".{target.name}.tmp")
+    # O_NOFOLLOW: a link planted under this name must not be written through.
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     try:
         with open(os.open(temporary, flags, 0o666), "wb") as file:  # noqa: PTH123
             for part in (data,) if isinstance(data, bytes) else data:
                 file.write(part)
             file.flush()
+            # First the bytes: after a crash the name must not lead to an empty file.
             os.fsync(file.fileno())
         temporary.replace(target)
+    # BaseException: Ctrl-C must leave no temporary file behind either.
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

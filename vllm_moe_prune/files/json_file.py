@@ -51,8 +51,10 @@ def parse_json(data: bytes | str, max_values: int = MAX_VALUES) -> Any:
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from error
+    # No text is deeper than it opens brackets: most need no walk.
     if opened > MAX_DEPTH:
         _refuse_depth(value)
+    # Escaped pairs are legal; only a lone half fails to encode.
     if _SURROGATE.search(data):
         _refuse_surrogates(value)
     return value
@@ -90,6 +92,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _whole(digits: str) -> int:
+    # int() takes time that grows with the square of the digits.
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"it holds a whole number of {len(digits)} digits")
     return int(digits)
@@ -97,12 +100,14 @@ def _whole(digits: str) -> int:
 
 def _finite(digits: str) -> float:
     number = float(digits)
+    # float() makes infinity of 1e999.
     if not math.isfinite(number):
         raise ValueError(f"it holds {digits[:MAX_DIGITS]}, which no float can be")
     return number
 
 
 def _refuse_depth(value: Any) -> None:
+    # Level by level, not by recursion, which would have a limit of its own.
     holders = [value]
     for _ in range(MAX_DEPTH):
         holders = [

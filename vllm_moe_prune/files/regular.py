@@ -43,6 +43,7 @@ def open_regular(path: Path) -> FileIO:
     # Opening a FIFO would wait for its writer, a terminal would become ours.
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
+        # fstat of the opened file: the path may lead elsewhere by now.
         _refuse_irregular(os.fstat(fd).st_mode, path)
         return FileIO(fd, "rb")
     except BaseException:
@@ -70,6 +71,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
+        # One byte more than allowed tells "too large" from "just fits".
         parts, left = [], limit + 1
         # Its size is what it says; files of /proc say 0.
         while size <= limit and left and (part := file.read(min(left, MIB))):
@@ -94,6 +96,7 @@ def read_file(path: Path, kind: Kind) -> bytes:
         raise kind.error(f"{path}: {kind.absent}") from error
     except OSError as error:
         said = error.strerror or str(error)
+        # Errors raised here carry no errno; they end with the kind expected.
         ours = "" if error.errno else f"; expected a {kind.name}"
         raise kind.error(f"{path}: {said}{ours}.") from error
 

@@ -65,12 +65,14 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_scalar(self, node: Any) -> Any:
+        # Before int(), whose time grows with the square of the digits.
         number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
         if number and len(node.value) > MAX_DIGITS:
             raise _problem(f"a number of {len(node.value)} digits", node.start_mark)
         return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        # PyYAML would take the last of equal keys.
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(keys)) < len(keys):
             (twice, _), *_ = Counter(keys).most_common(1)
