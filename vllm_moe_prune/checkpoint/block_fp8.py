@@ -31,6 +31,7 @@ class ScaleBlocks:
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales of a matrix."""
+        # Rounded up: blocks at the right and lower edge may be cut short.
         rows, cols = shape
         return -(-rows // self.rows), -(-cols // self.cols)
 
@@ -54,6 +55,7 @@ def read_blocks(config: Mapping[str, Any], where: Path) -> ScaleBlocks | None:
     found = config.get("quantization_config")
     if found is None:
         return None
+    # A plain value in place of the object is reported below as the method.
     said = found if isinstance(found, dict) else {"quant_method": found}
     sizes = said.get("weight_block_size")
     block = said.get("quant_method") == "fp8" and said.get("fmt") in FORMATS
@@ -64,6 +66,7 @@ def read_blocks(config: Mapping[str, Any], where: Path) -> ScaleBlocks | None:
             "compressed-tensors, GPTQ and AWQ, can be pruned. Start from the "
             "unquantized checkpoint."
         )
+    # Not isinstance: a bool is an int too, and true is no size.
     if any(type(size) is not int or size < 1 for size in sizes):
         raise CheckpointError(
             f"{where}: weight_block_size is {sizes!r}, not two sizes."

@@ -60,7 +60,9 @@ def build_checkpoint(
     if not isinstance(named, list):
         raise CheckpointError(f"{where}: architectures is not a list.")
     arch = find_arch(config.get("model_type"), str(where), named)
+    # Before any weight is read: check_states compares with these afterwards.
     files = file_states(folder, {where, *(info.file for info in tensors.values())})
+    # First, as it puts back the quantization_config that FP8 weights had.
     config, tensors, storage = dense_view(config, tensors, arch, str(where))
     form = read_form(config, str(where)) or read_auto_form(config, str(where))
     parts: dict[str, TensorInfo] = {}
@@ -80,11 +82,13 @@ def build_checkpoint(
             f"config.json says {arch.model_type!r}."
         )
     count = config[arch.config.layers]
+    # No real layer is without tensors, and lists of this length are made below.
     if count > len(tensors):
         raise CheckpointError(
             f"{where}: {arch.config.layers} is {count}, but the checkpoint has only "
             f"{len(tensors)} tensors."
         )
+    # Before layers are told apart by number: 01 is 1 to some readers only.
     _check_numbers(arch, tensors)
     check_lists(config, arch, count, where)
     further = _mtp_layers(arch, config, tensors, count, where)
@@ -152,6 +156,7 @@ def _without_parts(
     arch: MoeArch, tensors: dict[str, TensorInfo], form: Form | AutoForm
 ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
     """Quantized matrices as the dense tensors they stand for, and their parts."""
+    # Parts do not tell what dtype the model computes in; embeddings are stored in it.
     embedding = tensors.get(arch.embedding)
     known = embedding is not None and embedding.dtype in FLOATS
     dtype = embedding.dtype if embedding is not None and known else "BF16"
@@ -208,6 +213,7 @@ def _check_numbers(arch: MoeArch, tensors: dict[str, TensorInfo]) -> None:
 
 def _is_plain(number: str) -> bool:
     """Whether a number is spelt as we would, and short enough to be converted."""
+    # Length first: int() raises above 4,300 digits. isdecimal takes any script's.
     return len(number) < 10 and number == str(int(number))
 
 
@@ -219,6 +225,7 @@ def _layer_views(
         overrides = {}
     if not isinstance(overrides, dict):
         raise CheckpointError(f"{where}: {name} is not an object.")
+    # One dict for all layers without overrides; views are only read.
     views = [config] * count
     for key, values in overrides.items():
         if (

@@ -61,8 +61,10 @@ def _check_sizes(checkpoint: "Checkpoint") -> None:
         ]
     for name, axes in expected:
         info = checkpoint.tensors.get(name)
+        # Absent for a reason: a tied head, or a query projection this MLA lacks.
         if info is None:
             continue
+        # None: config.json leaves this axis open.
         wanted = [sizes.get(axis) for axis in axes.split()]
         wrong = len(info.shape) != len(wanted) or any(
             size not in (None, found)
@@ -88,12 +90,14 @@ def _attention_sizes(checkpoint: "Checkpoint") -> dict[str, int | None]:
         return positive(config, key, checkpoint.folder / "config.json")
 
     def product(*factors: int | None) -> int | None:
+        # filter is for the type checker: None is ruled out, and no factor is 0.
         return None if None in factors else math.prod(filter(None, factors))
 
     heads = size(HEADS)
     if checkpoint.arch.attention is LATENT_ATTENTION:
         plain, rope = size("qk_nope_head_dim"), size("qk_rope_head_dim")
         latent, value = size("kv_lora_rank"), size("v_head_dim")
+        # V2-Lite has no q_lora_rank: A stays open, and q_proj is checked by Q.
         found |= {"A": size("q_lora_rank"), "L": latent, "V": product(heads, value)}
         if plain is not None and rope is not None:
             found["Q"] = product(heads, plain + rope)
@@ -103,6 +107,7 @@ def _attention_sizes(checkpoint: "Checkpoint") -> dict[str, int | None]:
             found["LR"] = latent + rope
     else:
         head = size("head_dim")
+        # What transformers computes where config.json has no head_dim.
         if head is None and heads is not None:
             head = config[checkpoint.arch.config.hidden] // heads
         found |= {
@@ -190,6 +195,7 @@ def _check_quantized(checkpoint: "Checkpoint") -> None:
                 "model again."
             )
         odd.append(said)
+    # One line for all of them: each layer has the same matrices.
     if odd:
         more = f" ({len(odd)} such matrices)" if len(odd) > 1 else ""
         warn_once(f"{odd[0]}{more}. A server that believes it cannot load the model.")
@@ -211,6 +217,7 @@ def _linears(checkpoint: "Checkpoint") -> Iterator[tuple[str, bool]]:
         for part in dense_parts(checkpoint, layer):
             for name in part.mlp.names:
                 yield prefix + name, False
+        # Packed experts are parameters of one module, not linear layers of their own.
         if layer.has_moe and all(rule.per_expert for rule in checkpoint.layout.experts):
             for name in checkpoint.expert_names(layer):
                 yield name, True

@@ -153,8 +153,10 @@ class CompressedTensor(TensorInfo):
             CheckpointError: The parts contradict each other in these rows.
         """
         row_bytes = self.shape[-1] * ITEM_BYTES[self.dtype]
+        # Also keeps row_bytes 0, of rows without elements, from dividing below.
         if start >= stop:
             return bytearray()
+        # Whole rows, as offsets count rows; rounded up to the row that stop is in.
         first, last = start // row_bytes, -(-stop // row_bytes)
         dense = unpack(self.read_rows(first, last)).view(torch.uint8).reshape(-1)
         base = first * row_bytes
@@ -166,6 +168,7 @@ class CompressedTensor(TensorInfo):
         Raises:
             CheckpointError: See ``bitmask.check``.
         """
+        # One expert in memory at a time, whether packed with others or alone.
         rows, step = self.mask.shape[0], self.shape[-2]
         for first in range(0, rows, max(step, 1)):
             self.read_rows(first, first + step)
@@ -180,17 +183,21 @@ class CompressedTensor(TensorInfo):
         if self.offsets is None:
             packed = Bitmask(mask, _part(self.values, first, last), None)
         else:
+            # One more than rows: a row ends where the next one begins.
             offsets = _part(self.offsets, first, last + 1)
             begin, end = int(offsets[0]), int(offsets[-1])
             total = self.values.shape[0]
+            # The first row begins, and the last ends, where the values do.
             ends = (first == 0 and begin != 0) or (
                 last == self.mask.shape[0] and end != total
             )
+            # Before reading: a wrong offset could ask for any amount of memory.
             if not 0 <= begin <= end <= total or ends:
                 raise CheckpointError(
                     f"{self.file}: {self.name}: offsets of rows {first} to {last} are "
                     f"{begin} to {end}, but there are {total} values."
                 )
+            # Stored offsets count from the first value, these from the first one read.
             packed = Bitmask(mask, _part(self.values, begin, end), offsets - begin)
         check(packed, (last - first, self.shape[-1]), f"{self.file}: {self.name}")
         return packed
@@ -201,6 +208,7 @@ def _part(info: TensorInfo, first: int, last: int) -> torch.Tensor:
     data = read_bytes(info, first * info.row_bytes, last * info.row_bytes)
     dtype = {"U8": torch.uint8, "I64": torch.int64, **DTYPES}[info.dtype]
     shape = (last - first, *info.shape[1:])
+    # torch.frombuffer refuses an empty buffer.
     if not data:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(shape)
@@ -254,6 +262,7 @@ def fold(
     folded = {}
     for name, info in tensors.items():
         base, _, part = name.rpartition(".")
+        # Only experts are folded: other tensors may be called mask or offsets as well.
         dense = next((each for each in (base + DENSE, base) if may_be(each)), None)
         if part not in PARTS or dense is None:
             folded[name] = info
@@ -281,6 +290,7 @@ def _fold(
         )
     if mask.dtype != "U8" or (offsets is not None and offsets.dtype != "I64"):
         raise CheckpointError(f"{where}: the mask must be U8, the offsets I64.")
+    # ".weight" was added for the matrix of one expert; packed ones have an axis more.
     axes = 2 if dense != base else 3
     if len(mask.shape) != axes:
         raise CheckpointError(
@@ -301,6 +311,7 @@ def _fold(
         dtype=values.dtype,
         shape=shape,
         file=mask.file,
+        # In no one place of the file: read() unpacks the parts.
         offset=-1,
         nbytes=math.prod(shape) * ITEM_BYTES[values.dtype],
         mask=mask,

@@ -33,6 +33,7 @@ def positive(config: Mapping[str, Any], key: str, where: Path, least: int = 1) -
 
 def whole(value: object, key: str | None, where: Path, least: int = 1) -> int:
     """``value`` itself, if it is a whole number of at least ``least``."""
+    # bool is a subclass of int: true must not count as 1.
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise CheckpointError(
             f"{where}: {key} is {value!r}; expected a whole number of at least {least}."
@@ -78,11 +79,13 @@ def router_rule(arch: MoeArch, config: Mapping[str, Any], where: Path) -> Router
         )
     groups = _groups(arch, config, where)
     top_groups = whole(keys.top_groups.read(config), keys.top_groups.name, where)
+    # With one group there is nothing to choose from, whatever top_groups says.
     if groups > 1 and top_groups > groups:
         raise CheckpointError(
             f"{where}: {keys.top_groups.name} is {top_groups}, but there are only "
             f"{groups} groups."
         )
+    # Arctic does not renormalize top-1: the one weight stays its score.
     single = positive(config, arch.config.top_k, where) == 1
     renormalize = _flag(keys.renormalize, config, where)
     return RouterRule(
@@ -119,6 +122,7 @@ def _flag(key: Key, config: Mapping[str, Any], where: Path) -> bool:
 def _factor(key: Key, config: Mapping[str, Any], where: Path) -> float:
     value = key.read(config)
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    # NaN fails as well: it compares false with either end.
     if not number or not 0 < value < math.inf:
         raise CheckpointError(f"{where}: {key.name} is {value!r}, not a factor.")
     return float(value)
@@ -162,6 +166,7 @@ def check_beyond(
         f"{folder}: tensors of layer {min(beyond)} found, but config.json says "
         f"{arch.config.layers} is {layers}."
     )
+    # Names that only MTP layers have tell which key counts too few.
     key, inner = arch.config.mtp_layers, tuple(arch.mtp.all)
     if key and any(indices[name] in beyond and name.endswith(inner) for name in names):
         said += (

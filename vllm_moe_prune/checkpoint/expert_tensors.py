@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ..archs.spec import Layout, MoeArch
 from ..errors import CheckpointError
 
+# Greedy: where a name has "experts.N." more than once, the last one counts.
 EXPERT = re.compile(r"(?P<before>(?:.*\.)?experts\.)(?P<expert>\d+)(?P<after>\..+)\Z")
 
 
@@ -90,6 +91,7 @@ def expert_tensors(
         matches = ((rule, pattern.match(name)) for rule, pattern in patterns)
         rule, match = next(((r, m) for r, m in matches if m), (None, None))
         if rule is not None and match is not None:
+            # Packed tensors name no expert; their first axis is compared later.
             if rule.per_expert:
                 ids = found.held.setdefault((layer, rule.role), set())
                 ids.add(int(match["expert"]))
@@ -111,6 +113,7 @@ def find_layout(
         CheckpointError: In no way that the family knows.
     """
     for layout in arch.layouts:
+        # Any layer will do: leading ones may be dense, others dropped.
         for index in range(count):
             names = [layout.router.name(index)]
             names += [rule.name(index, 0) for rule in layout.experts]

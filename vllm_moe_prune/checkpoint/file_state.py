@@ -47,6 +47,7 @@ def check_states(folder: Path, before: Iterable[FileState]) -> None:
             raise CheckpointError(
                 f"{path}: cannot be read any more: {error.strerror or error}."
             ) from error
+        # A file that is gone has no state, which differs as well.
         if now != (state,):
             raise CheckpointError(
                 f"{path}: was changed while it was being read. Run the same command "

@@ -54,6 +54,7 @@ def difference(recorded: str, found: str) -> str | None:
     other_identity, _, other_contents = found.partition(".")
     if identity != other_identity:
         return f"another model ({recorded[:12]}, this one is {found[:12]})"
+    # Version 0.1 recorded the identity alone.
     if not contents or not other_contents:
         return None
     return "the same model with other weights: config.json and routers are the same"
@@ -63,6 +64,7 @@ def _identity(
     config: dict[str, Any], tensors: dict[str, TensorInfo], routers: Iterable[str]
 ) -> str:
     digest = hashlib.sha256()
+    # Sorted: other tools write keys and tensors in another order.
     digest.update(json.dumps(config, sort_keys=True).encode())
     for info in sorted(tensors.values(), key=lambda item: item.name):
         digest.update(f"\n{info.name} {info.dtype} {info.shape}".encode())
@@ -73,12 +75,14 @@ def _identity(
 
 def _contents(stored: Sequence[TensorInfo]) -> str:
     parts = [part for info in stored for part in _parts(info)]
+    # The more parts, the fewer blocks of each, down to FEWEST.
     count = min(max(BLOCKS // max(len(parts), 1), FEWEST), MOST)
     whole = sum(info.nbytes for info in stored) <= WHOLE_BYTES
 
     def sample(part: tuple[TensorInfo, int, int]) -> bytes:
         info, first, last = part
         digest = hashlib.sha256()
+        # With 2^62 blocks allowed, _blocks yields the part whole.
         for start, stop in _blocks(first, last, 1 << 62 if whole else count):
             digest.update(read_bytes(info, start, stop))
         return digest.digest()
@@ -94,6 +98,7 @@ def _contents(stored: Sequence[TensorInfo]) -> str:
 def _parts(info: TensorInfo) -> Iterator[tuple[TensorInfo, int, int]]:
     """First and last byte of each expert of a packed tensor, or of a whole one."""
     step = info.row_bytes if len(info.shape) > 2 else 0
+    # range takes no step of 0; without bytes there is no part.
     for first in range(0, info.nbytes, step or info.nbytes or 1):
         yield info, first, first + (step or info.nbytes)
 
@@ -105,5 +110,6 @@ def _blocks(first: int, last: int, count: int) -> Iterator[tuple[int, int]]:
         yield first, last
         return
     for number in range(count):
+        # Multiplied before dividing: the last block ends exactly where the bytes do.
         start = first + number * (size - BLOCK_BYTES) // (count - 1)
         yield start, start + BLOCK_BYTES

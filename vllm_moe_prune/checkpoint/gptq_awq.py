@@ -136,6 +136,7 @@ def read_auto_form(config: Mapping[str, Any], where: str) -> AutoForm | None:
         ) from error
     if found.group_size == 0:
         raise CheckpointError(f"{where}: {CONFIG_KEY}: group_size is 0.")
+    # Both tools write -1 for one group per row.
     size = found.group_size if found.group_size > 0 else None
     less = isinstance(found, _Gptq) and found.checkpoint_format == "gptq"
     return AutoForm(method, size, less)
@@ -155,11 +156,14 @@ class AutoTensor(PartedTensor):
         """
         parts = self.load_parts(SCALES)
         scale_GR, cols = parts[SCALES].float(), self.shape[1]
+        # AWQ's groups are neighbors; GPTQ's may be in any order, as g_idx says.
         group_C = torch.arange(cols) // (self.form.group_size or cols)
         if self.form.method == "gptq":
+            # GPTQ packs along inputs: turned, so that values unpack along a row.
             values_CR = _nibbles(parts[QWEIGHT].T).T
             zero_GR = _nibbles(parts[QZEROS]) + int(self.form.zeros_less_one)
             group_C = parts[G_IDX].long()
+            # Before it indexes: torch would count a negative group from the end.
             if bool(((group_C < 0) | (group_C >= len(scale_GR))).any()):
                 raise CheckpointError(
                     f"{self.file}: {self.name}: {G_IDX} names groups that are not "
@@ -167,6 +171,7 @@ class AutoTensor(PartedTensor):
                 )
         else:
             values_CR, zero_GR = _awq(parts[QWEIGHT]), _awq(parts[QZEROS])
+        # In fp32 an int4 times an fp16 or bf16 scale is exact, and is rounded once.
         dense_CR = (values_CR - zero_GR[group_C]) * scale_GR[group_C]
         return dense_CR.T.to(TYPES[self.dtype])
 
@@ -174,11 +179,13 @@ class AutoTensor(PartedTensor):
 def _nibbles(packed: torch.Tensor) -> torch.Tensor:
     """The eight values of each int32 of a row, the low bits first."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    # >> repeats the sign of an int32, which & 15 takes off again.
     return ((packed[:, :, None] >> shifts) & 15).flatten(1)
 
 
 def _awq(packed: torch.Tensor) -> torch.Tensor:
     """The same in AWQ's order."""
+    # argsort inverts the permutation: the place of each output's four bits.
     order = torch.tensor(AWQ_ORDER).argsort()
     values = _nibbles(packed).view(len(packed), -1, 8)
     return values[:, :, order].flatten(1)
@@ -230,6 +237,7 @@ def _fold(
         dtype=dtype,
         shape=(rows, cols),
         file=first.file,
+        # In no one place of the file: read() dequantizes the parts.
         offset=-1,
         nbytes=rows * cols * ITEM_BYTES[dtype],
         parts=found,

@@ -28,5 +28,6 @@ def build_header(
             "data_offsets": [start, end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
+    # Spaces at the end are JSON; data then begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -175,6 +175,7 @@ def is_inside(folder: Path, path: Path) -> bool:
     Files of a Hub snapshot are symlinks into the ``blobs`` folder of their repository.
     """
     root = folder.resolve()
+    # models--OWNER--NAME/snapshots/COMMIT: blobs lie beside snapshots.
     if root.parent.name == "snapshots":
         root = root.parent.parent
     try:
@@ -188,6 +189,7 @@ def _shard_path(
 ) -> Path:
     """A shard that an index names, in the folder or in one below it."""
     parts = file_name.split("/")
+    # The name alone; check_link then follows symbolic links.
     if not file_name.isprintable() or not {"", ".", ".."}.isdisjoint(parts):
         raise CheckpointError(
             f"{named_by}: names {file_name!r}, which is not inside the folder. "
@@ -233,6 +235,7 @@ def read_header(path: Path) -> Header:
             f"{path}: damaged or truncated safetensors file ({_sizes(path)}): {said}. "
             "Download it again."
         ) from error
+    # data_offsets count from the end of the header.
     start = 8 + len(head)
     tensors = {}
     for name, entry in header.items():
@@ -302,6 +305,7 @@ def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> byt
 def _read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
     done = 0
     while done < len(view):
+        # May read less than asked: Linux gives at most 2 GiB at once.
         count = os.preadv(fd, [view[done:]], offset + done)
         if count == 0:
             raise CheckpointError(

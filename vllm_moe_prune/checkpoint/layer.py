@@ -63,6 +63,7 @@ class LayerReader:
         where = self.folder / "config.json"
         keys = self.arch.config
         entry = self._entry(index)
+        # 0 is what a cut writes for a layer whose MoE sublayer it dropped.
         experts = positive(view, keys.experts, where, least=0)
         top_k = positive(view, keys.top_k, where)
         width = positive(view, keys.width, where)
@@ -90,6 +91,7 @@ class LayerReader:
             check_against_shapes(
                 entry, experts=experts, router_rows=rows, where=str(self.folder)
             )
+        # Without a remap table nothing explains rows that no expert has.
         elif rows != experts:
             router = self.tensors[self.layout.router.name(index)]
             raise CheckpointError(
@@ -170,6 +172,7 @@ class LayerReader:
                     f"{list(info.shape)}, expected floats of shape {list(expected)} "
                     f"({rule.axes}, from config.json)."
                 )
+            # More rows than experts are fine (redirect), fewer never.
             if experts > found:
                 raise CheckpointError(
                     f"{info.file}: {info.name} has {found} rows, but config.json says "
@@ -200,6 +203,7 @@ class LayerReader:
         sizes = {"E": experts, "D": hidden, "F": width, "2F": 2 * width}
         expected = tuple(sizes[axis] for axis in rule.axes.split())
         allowed: tuple[str, ...] = FLOATS
+        # Blocks with scales are of matrices, which packed experts are not.
         if self.blocks is not None and rule.per_expert:
             allowed = (*FLOATS, DTYPE)
         dtype = None
@@ -214,6 +218,7 @@ class LayerReader:
                     f"expected {'/'.join(allowed)} of shape {list(expected)} "
                     f"({rule.axes}, from config.json)."
                 )
+            # The first expert decides: to compute, all are stacked in one tensor.
             if info.dtype != (dtype := dtype or info.dtype):
                 raise CheckpointError(
                     f"{info.file}: {name} is {info.dtype}, the same matrix of expert 0 "
@@ -229,12 +234,14 @@ class LayerReader:
         if count == 1:
             return None
         named = entry.groups if entry is not None else None
+        # Only the remap table may make groups of unequal size.
         if count > rows or (named is None and rows % count):
             raise CheckpointError(
                 f"{self.folder}: layer {index}: {rows} router rows do not divide into "
                 f"{count} groups ({self.arch.router.groups.name} in config.json)."
             )
         if named is None:
+            # Equal and contiguous: floor(row / (rows / count)) without fractions.
             return tuple(row * count // rows for row in range(rows))
         wrong = sorted(set(named) ^ set(range(count)))
         if wrong:

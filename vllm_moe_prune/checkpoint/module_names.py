@@ -101,8 +101,10 @@ class Matcher:
             raise CheckpointError(f"{said} is not a pattern: {error}.") from error
 
         def test(name: str) -> bool:
+            # This thread's CPU time: a busy machine makes no pattern slow.
             began = time.thread_time()
             try:
+                # match anchors the start and not the end, as these readers do.
                 found = compiled.match(name, timeout=SECONDS) is not None
             except TimeoutError:
                 self._left, found = 0.0, False
@@ -203,6 +205,7 @@ class Claims:
             return list(entries)
 
         read = {key: block[key] for key in (*KEYS, GROUPS) if key in block}
+        # It knows every place where a list may be, so here it only visits them.
         rewritten(read, note, where)
         self._names = {key: set(entries) for key, entries in self._entries.items()}
         self._tests = {
@@ -232,6 +235,7 @@ class Claims:
         else:
             named = any(module in self._names.get(key, ()) for key in SKIPPED)
         named |= expert and _container(module) in self._experts
+        # vLLM's reading, or transformers': either is enough.
         return quantized is not named or quantized is not any(
             self._meets(key, module) for key in SKIPPED
         )
@@ -251,6 +255,7 @@ class Claims:
         )
         for rule, test in rules:
             if test(module):
+                # "-:" excludes modules; other rules only say how to quantize.
                 return {not rule.startswith("-:")}
         if self._entries.get("modules_in_block_to_quantize"):
             return {self._meets("modules_in_block_to_quantize", module)}

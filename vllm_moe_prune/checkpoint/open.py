@@ -154,5 +154,6 @@ def names_scale(name: str, tensors: dict[str, TensorInfo], scaled: bool) -> bool
         scaled
         and name.endswith(SUFFIX)
         and name in tensors
+        # The suffix alone proves nothing: the weight must be there too.
         and name.removesuffix(SUFFIX) in tensors
     )

@@ -62,6 +62,7 @@ def _check_links(output: Path) -> None:
     try:
         output.stat()
     except OSError as error:
+        # Circles alone: a path that does not exist yet is the usual case.
         if error.errno == errno.ELOOP:
             raise OutputError(
                 f"{output}: leads in a circle of links. Choose another output."
@@ -94,6 +95,7 @@ def _check_writable(output: Path) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise OutputError(f"{output}: cannot be made, {folder} is not a folder.")
+    # Effective ids are those that the kernel will look at when we write.
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
         raise OutputError(
             f"{output}: cannot be made, {folder} is not writable. "

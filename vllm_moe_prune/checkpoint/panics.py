@@ -27,16 +27,19 @@ def panics_raised() -> Iterator[None]:
     with open(os.memfd_create("stderr"), "w+b") as said:  # noqa: PTH123, a descriptor
         sys.stderr.flush()
         kept = os.dup(STDERR)
+        # Rust writes to the descriptor; setting sys.stderr would not catch that.
         os.dup2(said.fileno(), STDERR)
         panicked = False
         try:
             yield
         except BaseException as error:
+            # By name: PyO3's class is in no module that could be imported.
             panicked = type(error).__name__ == PANIC
             if panicked:
                 raise Panicked(" ".join(str(error).split())) from error
             raise
         finally:
+            # Flushed before switching back, so that lines keep their order.
             sys.stderr.flush()
             os.dup2(kept, STDERR)
             os.close(kept)

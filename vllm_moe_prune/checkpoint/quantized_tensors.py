@@ -90,6 +90,7 @@ def read_form(config: Mapping[str, Any], where: str) -> Form | None:
             f"{where}: {CONFIG_KEY} is not one of compressed-tensors: {said[0]}."
         ) from error
     form = None
+    # One form for all: a checkpoint of several schemes has none.
     if len(groups) == 1 and not isinstance(groups[0], list):
         form = _form_of(groups[0], groups[0].format or found.format)
     if form is None:
@@ -103,12 +104,14 @@ def read_form(config: Mapping[str, Any], where: str) -> Form | None:
 def _form_of(scheme: Any, stored: Any) -> Form | None:
     """The form of a scheme of the library's, or None."""
     weights, inputs = scheme.weights, scheme.input_activations
+    # Static scales of inputs are further tensors, which no part here stands for.
     if (
         weights is None
         or weights.dynamic
         or (inputs is not None and not inputs.dynamic)
     ):
         return None
+    # "group" and its alias "dynamic" need g_idx; the others change nothing stored.
     if (
         weights.actorder not in (None, "weight", "static")
         or scheme.output_activations is not None
@@ -122,6 +125,7 @@ def _form_of(scheme: Any, stored: Any) -> Form | None:
     bits = known_bits.get((weights.num_bits, weights.type))
     if bits is None:
         return None
+    # 0: a strategy that no form has; None: one scale for a row.
     size = {"channel": None, "group": weights.group_size, "block": BLOCK}.get(
         weights.strategy, 0
     )
@@ -213,6 +217,7 @@ class QuantizedTensor(PartedTensor):
 
 def load_part(info: TensorInfo) -> torch.Tensor:
     data = read_bytes(info)
+    # torch.frombuffer refuses an empty buffer.
     if not data:
         return torch.empty(info.shape, dtype=TYPES[info.dtype])
     return torch.frombuffer(data, dtype=TYPES[info.dtype]).reshape(info.shape)
@@ -237,6 +242,7 @@ def fold_quantized(
                 f"{info.file}: {name!r}: reordered groups are not supported; neither "
                 "are they by vLLM. Quantize again with static activation ordering."
             )
+    # Columns in one stored element: int4 lie eight to an int32.
     each = 8 if form.bits == "int4" else 1
 
     def fold(base: str, first: TensorInfo) -> TensorInfo:
@@ -279,6 +285,7 @@ def fold_parts(
     folded: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         base, _, part = name.rpartition(".")
+        # A matrix takes the place of its values, so the order of tensors is kept.
         if name in matrices:
             folded[f"{base}.{PLAIN}"] = matrices[name]
         elif part in parts and f"{base}.{first}" not in tensors:
@@ -347,12 +354,14 @@ def _fold(
             f"{base}.{extra[0]}: is there, but {CONFIG_KEY} of config.json says "
             "nothing of it."
         )
+    # Form.parts lists the values first.
     first = found[next(iter(wanted))]
     return QuantizedTensor(
         name=f"{base}.{PLAIN}",
         dtype=dtype,
         shape=shape,
         file=first.file,
+        # In no one place of the file: read() dequantizes the parts.
         offset=-1,
         nbytes=math.prod(shape) * ITEM_BYTES[dtype],
         form=form,

@@ -53,6 +53,7 @@ def read_weight(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     if checkpoint.blocks is None or not checkpoint.is_scale(name + SUFFIX):
         return weight
     scale = read_tensor(checkpoint.tensors[name + SUFFIX])
+    # FP8 does not tell what dtype the model computes in; embeddings do.
     embedding = checkpoint.tensors.get(checkpoint.arch.embedding)
     dtype = torch.bfloat16 if embedding is None else DTYPES[embedding.dtype]
     return checkpoint.blocks.dequantize(weight, scale, dtype)
@@ -66,6 +67,7 @@ def read_row(info: TensorInfo, row: int) -> torch.Tensor:
 
 
 def _as_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    # torch.frombuffer refuses an empty buffer.
     if not data:
         return torch.empty(shape, dtype=DTYPES[dtype])
     return torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape)
@@ -90,6 +92,7 @@ def read_router_part(
     """
     info = checkpoint.tensors[rule.name(layer.index)]
     rows = read_tensor(info)
+    # Row by row, to name the experts; a bias has one value in each.
     finite = torch.isfinite(rows).reshape(len(rows), -1).all(dim=1)
     if not bool(finite.all()):
         bad = (~finite).nonzero().flatten().tolist()
@@ -123,6 +126,7 @@ def read_expert(checkpoint: Checkpoint, layer: Layer, expert: int) -> Expert:
             else read_row(tensors[name], expert)
         )
     if "gate_up" in pieces:
+        # "2F" of the tables: gate rows, then up rows.
         gate_FD, up_FD = pieces["gate_up"].chunk(2, dim=0)
         return Expert(gate_FD, up_FD, pieces["down"])
     return Expert(pieces["gate"], pieces["up"], pieces["down"])

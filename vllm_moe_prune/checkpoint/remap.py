@@ -21,6 +21,7 @@ FILE_NAME = "expert_remap.json"
 CONFIG_BLOCK = "moe_prune"
 FORMAT_VERSION: Literal[1] = 1
 Index = Annotated[int, Field(ge=0, lt=MOST, strict=True)]
+# fail_fast: a hostile list gets one error, not one for each id.
 Indices = Annotated[tuple[Index, ...], Field(fail_fast=True)]
 REMAP = Kind(
     name="remap table",
@@ -117,6 +118,7 @@ def load_remap(folder: Path, config: dict[str, Any]) -> ExpertRemap | None:
             f"{where}: {CONFIG_BLOCK} format {block.get('format_version')!r} is not "
             f"{FORMAT_VERSION}; install the version of vllm-moe-prune that wrote it."
         )
+    # A fixed name: config.json must not lead to a file elsewhere.
     if block["remap"] != FILE_NAME:
         raise RemapError(
             f"{where}: remap table is {block['remap']!r}, expected {FILE_NAME!r}."
@@ -141,6 +143,7 @@ def parse_remap(data: bytes, where: Path) -> ExpertRemap:
         raise RemapError(f"{where}: {first_problem(error)}") from error
     except ValueError as error:
         raise RemapError(f"{where}: not valid JSON: {error}. {REMAP.remedy}") from error
+    # The default is for tables built here; a file must state its version.
     if "format_version" not in remap.model_fields_set:
         raise RemapError(f"{where}: format_version is missing.")
     for position, layer in enumerate(remap.all_layers):
@@ -187,6 +190,7 @@ def _check_layer(layer: RemapLayer, routing: str, at: str) -> None:
             f"{at}: redirect must name one expert for each of the "
             f"{len(layer.router_rows)} router rows."
         )
+    # None is a row that nothing serves: no target to check.
     targets = {target for target in layer.redirect if target is not None}
     if outside := sorted(targets - set(range(len(layer.kept)))):
         raise RemapError(

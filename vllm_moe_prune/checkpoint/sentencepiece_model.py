@@ -90,11 +90,13 @@ def _rename(model: Any, settings: Mapping[str, Any]) -> None:
     given = settings.get("added_tokens_decoder")
     for index, token in given.items() if isinstance(given, dict) else ():
         name = token.get("content") if isinstance(token, dict) else token
+        # No vocabulary has 100 million pieces.
         place = int(index) if str(index).isdecimal() and len(str(index)) < 9 else -1
         if not isinstance(name, str) or name in known:
             continue
         if 0 <= place < len(model.pieces):
             model.pieces[place].piece = name
+            # SentencePiece never finds a control piece in a text.
             model.pieces[place].type = CONTROL
 
 
@@ -129,6 +131,7 @@ def _merges(model: Any) -> list[tuple[str, str]]:
     places = {
         piece.piece: (-piece.score, place)
         for place, piece in enumerate(model.pieces)
+        # Control, unknown and byte pieces take no part in merges.
         if piece.type in (NORMAL, USER_DEFINED, UNUSED)
     }
     found = []
@@ -137,6 +140,7 @@ def _merges(model: Any) -> list[tuple[str, str]]:
             left, right = whole[:cut], whole[cut:]
             if left in places and right in places:
                 found.append((rank, places[left][1], places[right][1], left, right))
+    # The higher score first, then the lower id of the piece, then of its halves.
     return [(left, right) for *_, left, right in sorted(found)]
 
 
@@ -149,6 +153,7 @@ def _assemble(tokenizer: Any, model: Any) -> None:
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
+        # \A, as ^ of the Oniguruma library also matches behind each newline.
         steps.append(normalizers.Replace(Regex(r"\A +"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if spec.escape_whitespaces:
@@ -159,6 +164,7 @@ def _assemble(tokenizer: Any, model: Any) -> None:
     after: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback()]
     after.append(decoders.Fuse())
     if spec.add_dummy_prefix and suffix:
+        # Behind any text but an empty one; (?m) lets "." match a newline here.
         steps.append(normalizers.Replace(Regex(r"(?m)(?<=.)\z"), SPACE))
         after.append(decoders.Strip(" ", 0, 1))
     elif spec.add_dummy_prefix:
@@ -176,6 +182,7 @@ def _assemble(tokenizer: Any, model: Any) -> None:
 
 def _quoted(name: str) -> str:
     """A pattern that matches a name and nothing else."""
+    # By code point, so that no character means something else in a pattern.
     return "".join(f"\\x{{{ord(sign):X}}}" for sign in name)
 
 
@@ -211,6 +218,7 @@ def _check(tokenizer: Any, model: Any, path: Path) -> None:
     from sentencepiece import SentencePieceProcessor
 
     original = SentencePieceProcessor()
+    # Not the file's bytes: pieces may have been renamed.
     original.LoadFromSerializedProto(model.SerializeToString())
     every = "".join(piece.piece for piece in model.pieces if piece.type == NORMAL)
     for text in (*PROBES, every.replace(SPACE, " ")):

@@ -72,6 +72,7 @@ def _walk(
 
 
 def _check_file(path: Path) -> None:
+    # exists() follows links, and is False for one that dangles.
     if not path.exists():
         raise CheckpointError(f"{path}: is a link to nothing; remove it.")
     if not path.is_file():

@@ -56,6 +56,7 @@ class _Local:
 
 def _find(source: str | Path, revision: str | None) -> _Local:
     folder = Path(source)
+    # A local folder comes before a Hub repository of the same name.
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(
@@ -82,6 +83,7 @@ def _is_hub_id(text: str) -> bool:
         validate_repo_id(text)
     except HFValidationError:
         return False
+    # An id without an owner, such as gpt2, is taken for a mistyped folder.
     return text.count("/") == 1 and not text.startswith((".", "~"))
 
 
@@ -94,6 +96,7 @@ def _download(repo_id: str, revision: str | None) -> _Local:
             repo_id, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED
         )
     except LocalEntryNotFoundError as error:
+        # "Not in the cache" may only follow from an answer of the Hub, which says more.
         if isinstance(error.__cause__, HfHubHTTPError):
             raise _refused(repo_id, revision, error.__cause__) from error
         raise CheckpointError(
@@ -161,6 +164,7 @@ def _look(repo_id: str, revision: str | None) -> Checkpoint:
     folder, commit = config_file.parent, config_file.parent.name
     config = read_json(config_file, CONFIG)
     if CONFIG_BLOCK in config:
+        # By commit from here on: a branch may move between two requests.
         hf_hub_download(repo_id, FILE_NAME, revision=commit)
     try:
         metadata = get_safetensors_metadata(repo_id, revision=commit)
@@ -182,6 +186,7 @@ def _look(repo_id: str, revision: str | None) -> Checkpoint:
                 dtype=str(info.dtype),
                 shape=tuple(info.shape),
                 file=folder / file_name,
+                # Counted from the data: the file is not here, and no weight is read.
                 offset=first,
                 nbytes=last - first,
             )

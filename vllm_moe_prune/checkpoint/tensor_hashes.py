@@ -60,6 +60,7 @@ def dump_hashes(shards: Sequence[ShardPlan], hashes: Mapping[str, str]) -> bytes
     entries = {
         name: entry
         for shard in shards
+        # 8 bytes of length come before the JSON, and __metadata__ is no tensor.
         for name, entry in parse_json(shard.header[8:], MAX_HEADER_VALUES).items()
         if name in shard.offsets
     }
@@ -74,6 +75,7 @@ def dump_hashes(shards: Sequence[ShardPlan], hashes: Mapping[str, str]) -> bytes
         )
         for name in sorted(entries)
     ]
+    # By hand: json.dumps gives each field a line, or puts all on one.
     start = f'{{\n "format_version": {FORMAT_VERSION},\n "tensors": {{\n'
     return (start + ",\n".join(lines) + "\n }\n}\n").encode()
 
@@ -142,9 +144,11 @@ def _found(
     stored: Mapping[str, TensorInfo], report: Report
 ) -> Iterator[tuple[str, TensorHash]]:
     """Every tensor as it is now, file by file."""
+    # In the order of the files, so that disks read ahead.
     infos = sorted(stored.values(), key=lambda info: (info.file, info.offset))
     total, done = sum(info.nbytes for info in infos), 0
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        # hashlib releases the GIL while it hashes a piece.
         digests = pool.map(lambda info: sha256_of(_pieces(info)), infos)
         for info, sha256 in zip(infos, digests, strict=True):
             done, before = done + info.nbytes, done
@@ -176,6 +180,7 @@ def _difference(name: str, found: TensorHash, all_of: Mapping[str, TensorHash]) 
             f"{name!r} is {found.dtype} {list(found.shape)}, was {expected.dtype} "
             f"{list(expected.shape)}"
         )
+    # Swapped tensors are told from damaged ones.
     if twin := next((other for other, one in all_of.items() if one == found), None):
         return f"{name!r} holds what {twin!r} held"
     return f"{name!r} has other values"

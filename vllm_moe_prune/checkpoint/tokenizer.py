@@ -167,6 +167,7 @@ def corrections(folder: Path) -> dict[str, bytes]:
         with _one_line(folder):
             named = settings.get("tokenizer_class")
             plain = named in GENERIC_NAMES and _code(folder) is None
+            # The generic class takes tokenizer.json as it is: nothing to compare.
             if kind is TokenizerKind.JSON and plain:
                 return {}
             files = _made(folder, kind)
@@ -176,6 +177,7 @@ def corrections(folder: Path) -> dict[str, bytes]:
     except CalibrationError:
         return {}
     fixed = {**_settings_of(files, settings), "tokenizer_class": GENERIC}
+    # Readers that see it would ask for the code, or run it.
     fixed.pop("auto_map", None)
     return files | {SETTINGS: _dump(fixed)}
 
@@ -208,6 +210,7 @@ def _by_class(folder: Path, *, trust_code: bool = False) -> Any:
 
     from .. import configs
 
+    # AutoTokenizer reads config.json through AutoConfig.
     configs.register()
     return AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=trust_code
@@ -216,6 +219,7 @@ def _by_class(folder: Path, *, trust_code: bool = False) -> Any:
 
 def _loads_alike(folder: Path) -> bool:
     """Whether transformers picks a tokenizer that works as the file says."""
+    # All that the library knows of one: vocabulary, merges, every step around them.
     ours = _by_file(folder).backend_tokenizer.to_str()
     try:
         theirs = _by_class(folder).backend_tokenizer.to_str()

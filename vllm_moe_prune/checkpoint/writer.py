@@ -70,6 +70,7 @@ def plan_shards(
     """Distribute tensors over shards, in order, before the first byte is written."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
+    # save_pretrained splits by the same factory, so shards are as users know them.
     by_name = {tensor.name: tensor for tensor in tensors}
     split = split_state_dict_into_shards_factory(
         by_name,
@@ -176,12 +177,14 @@ class ShardWriter:
         shard = self._open.get(plan.file_name) or self._start(plan)
         offset, view = plan.offsets[name] + at, data.cast("B")
         assert at == shard.at.get(name, 0), f"{name}: written out of order"
+        # One update at a time, in the order of the bytes; then the buffer is free.
         self._hashed()
         digest = shard.digests.setdefault(name, hashlib.sha256())
         self._hashing = self._hasher.submit(digest.update, view)
         done = 0
         with writing(shard.path):
             while done < len(view):
+                # May write less than asked: Linux takes at most 2 GiB at once.
                 done += os.pwrite(shard.fd, view[done:], offset + done)
         self.bytes_written += done
         shard.at[name] = at + done
@@ -190,6 +193,7 @@ class ShardWriter:
             del self._open[plan.file_name]
             self._hashed()
             self._closing.append(self._pool.submit(self._finish, shard))
+        # A shard that could not be closed meanwhile ends the run here.
         self._raise_failures()
 
     def _hashed(self) -> None:
@@ -203,6 +207,7 @@ class ShardWriter:
         with writing(path):
             if "/" in plan.file_name:
                 path.parent.mkdir(parents=True, exist_ok=True)
+            # A shard that a killed run left unfinished begins anew.
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             os.pwrite(fd, plan.header, 0)
         left = plan.file_bytes - len(plan.header)
@@ -212,6 +217,7 @@ class ShardWriter:
 
     def _finish(self, shard: _OpenShard) -> None:
         hashes = shard.hashes()
+        # On disk, then named, then journalled: a kill in between costs one shard.
         with writing(shard.path):
             try:
                 os.fsync(shard.fd)
@@ -271,6 +277,7 @@ def read_journal(folder: Path) -> list[dict[str, object]]:
     if not path.is_file():
         return []
     entries = []
+    # Behind the last newline is nothing, or a line that a kill cut off.
     for line in read_file(path, JOURNAL).split(b"\n")[:-1]:
         try:
             entry = parse_json(line)
@@ -302,11 +309,13 @@ def finished_shards(
 
 def _read_again(path: Path, plan: ShardPlan) -> dict[str, str] | None:
     """SHA-256 of each tensor of a shard; None: it is gone, or not the planned one."""
+    # Cheapest first: the size, the header, then hashing all bytes.
     if not path.is_file() or path.stat().st_size != plan.file_bytes:
         return None
     with open_regular(path) as file:
         if file.read(len(plan.header)) != plan.header:
             return None
+        # Offsets are in the order of the data: one pass over the file.
         return {
             name: sha256_of(_pieces(file, plan.sizes[name])) for name in plan.offsets
         }
