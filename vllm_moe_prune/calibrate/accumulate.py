@@ -96,6 +96,7 @@ class _Measure:
     @property
     def key(self) -> str:
         """Hash of everything that determines the statistics."""
+        # The device is left out: a killed run may continue on another one.
         parts = (
             FORMAT_VERSION,
             self.checkpoint.fingerprint,
@@ -122,8 +123,10 @@ class _Measure:
         model = StreamingModel(self.checkpoint, self.device) if self.tokens else None
         hidden = torch.empty(0)
         start, stats = 0, Stats(fingerprint=self.checkpoint.fingerprint, layers={})
+        # Without text an empty tensor is saved: its file says where to continue.
         shape_STD = (0,) if self.tokens is None else self._shape_STD(self.tokens)
         saved = store.load(shape_STD, not_after=last) if store else None
+        # Without their sums the states are of no use: earlier layers would be missing.
         if store and saved and (summed := store.load_stats(saved[0])):
             (start, hidden), stats = saved, summed
         elif model and self.tokens:
@@ -138,12 +141,14 @@ class _Measure:
                 if whole and layer.index == 0:
                     blocks.add(hidden)
                 hidden, found = self._forward(model, layer, hidden, found, go_on)
+                # MTP states have fewer tokens, so they do not compare with the others.
                 if whole and not layer.mtp:
                     blocks.add(hidden)
             if layer.has_moe:
                 stats.layers[layer.index] = found
             if store and layer.index < last:
                 store.save(layer.index + 1, hidden, stats)
+                # Older boundaries go only once a newer one is on disk.
                 store.keep_from(layer.index + 1)
             meter.tell(layer.index)
         # Layers that a killed run had finished belong to the same pass.
@@ -198,6 +203,7 @@ class _Measure:
                 lambda expert: read_expert(self.checkpoint, layer, expert),
                 model.act,
             )
+        # Only routing is asked of the last layer: its experts need not run.
         if not go_on and not self.fields & (routed.CONTRIBUTIONS | routed.COSINES):
             return hidden, found
         contributions = routed.Contributions(layer.num_experts)
@@ -211,6 +217,8 @@ class _Measure:
         )
         if self.fields & routed.CONTRIBUTIONS:
             found = contributions.added_to(found)
+        # After contributions, which are of routed experts alone; before the cosines, as
+        # MoE(x) in Eq. 8 and 9 is the whole sublayer.
         model.add_shared(layer.index, x_ND, out_ND)
         if self.fields & routed.COSINES:
             found = routed.with_cosines(found, hidden.flatten(0, 1), x_ND, out_ND)
@@ -225,6 +233,7 @@ def _with_counts(found: LayerStats, routing: Routing, experts: int) -> LayerStat
         chosen_nE = torch.zeros(len(ids_nK), experts, device=ids_nK.device)
         chosen_nE.scatter_(1, ids_nK, 1.0)
         pairs_EE += (chosen_nE.T @ chosen_nE).double().cpu().numpy()
+    # Pairs of an expert with itself are the tokens that chose it.
     routed_E = pairs_EE.diagonal().copy()
     np.fill_diagonal(pairs_EE, 0.0)
     return replace(

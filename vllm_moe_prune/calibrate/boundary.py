@@ -65,6 +65,7 @@ class BoundaryStore:
                 f"{error.strerror or error}. Free some space and resume."
             ) from error
         now = time.monotonic()
+        # What took t seconds is not done again before t / overhead seconds of work.
         self._not_before = now + (now - start) / self._overhead
 
     def load(
@@ -86,6 +87,7 @@ class BoundaryStore:
         try:
             header = read_header(path)
             hidden = None
+            # The key first: of another run's file no data is read.
             if header.metadata.get("key") == self.key:
                 hidden = _hidden(header.tensors.get(HIDDEN), shape_STD)
         except (CheckpointError, ValueError, OSError) as error:
@@ -111,6 +113,7 @@ class BoundaryStore:
         if needed is None:
             return
         for saved in self._saved():
+            # States before statistics: after a kill in between it does not count.
             if saved < needed:
                 self._path(saved).unlink(missing_ok=True)
                 self._stats_path(saved).unlink(missing_ok=True)
@@ -145,6 +148,7 @@ class BoundaryStore:
 
     def _write(self, path: Path, hidden_STD: torch.Tensor) -> None:
         data = hidden_STD.detach().cpu().contiguous()
+        # As bytes: NumPy has no bf16.
         view = data.flatten().view(torch.uint8).numpy().data
         part = TensorBytes(NAMES[data.dtype], tuple(data.shape), view)
         write_safetensors(path, {HIDDEN: part}, {"key": self.key})
@@ -168,6 +172,7 @@ def _hidden(info: TensorInfo | None, shape_STD: tuple[int, ...]) -> torch.Tensor
             f"{list(shape_STD)}."
         )
     hidden_STD = read_tensor(info)
+    # Else the next router would call the weights damaged, not this file.
     if not bool(hidden_STD.isfinite().all()):
         raise ValueError("its hidden states are not finite numbers.")
     return hidden_STD

@@ -101,6 +101,8 @@ def _chosen(
     length = text.cap(calibration.sequence_length)
     payload = text.payload(length)
     samples = calibration.samples
+    # By samples alone, whatever is held out: both calls must rank the same windows, or
+    # what is judged on could also calibrate.
     ids = text.read(READ_MULTIPLE * samples * payload)
     windows = len(ids) // payload
     if windows < last:
@@ -203,6 +205,7 @@ class TokenReader:
         return np.concatenate(parts)[:limit]
 
     def _check(self, ids: Ids) -> None:
+        # initial: an empty document has no maximum, and the BOS is looked up too.
         largest = int(ids.max(initial=self.bos or 0))
         if self.vocabulary is not None and largest >= self.vocabulary:
             raise CalibrationError(
@@ -215,6 +218,7 @@ class TokenReader:
         texts = [document.text for document in batch]
         try:
             with panics_raised():
+                # Else it warns of texts beyond model_max_length, which are cut later.
                 encoded = self.tokenizer(
                     texts,
                     add_special_tokens=False,
@@ -237,6 +241,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
     size = 0
     for document in documents:
         batch.append(document)
+        # At least 1, or empty documents would never fill a batch.
         size += len(document.text) + 1
         if size >= ENCODE_CHARACTERS:
             yield batch
@@ -248,5 +253,6 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 def _added_bos(tokenizer: Any) -> int | None:
     """The BOS token, if the tokenizer puts it in front of a text by itself."""
     bos: int | None = tokenizer.bos_token_id
+    # Tried out: a tokenizer may name a BOS token and not add it.
     first = tokenizer("a")["input_ids"][:1]
     return bos if bos is not None and first == [bos] else None

@@ -57,9 +57,12 @@ def weight_distances(
     powers_E5 = torch.zeros(experts, 5, dtype=torch.float64, device=device)
     for rule in checkpoint.layout.experts:
         for chunk_Ep in _chunks(checkpoint, layer, rule, device):
+            # Before centering: kurtosis is of the weights as they are.
             powers_E5 += power_sums(chunk_Ep)
+            # Distances do not depend on it, and less cancels in |a|^2 + |b|^2 - 2ab.
             chunk_Ep -= chunk_Ep.mean(dim=0)
             part_EE = (chunk_Ep @ chunk_Ep.T).double()
+            # One bad weight shows in the product; whose it is is looked for only then.
             if not bool(torch.isfinite(part_EE).all()):
                 raise CheckpointError(
                     f"{checkpoint.folder}: layer {layer.index}: NaN or infinity in "
@@ -83,6 +86,7 @@ def _chunks(
     infos = [tensors[rule.name(layer.index, expert)] for expert in experts]
     dtype = DTYPES[infos[0].dtype]
     packed = not rule.per_expert
+    # Packed: one tensor [E, ...] holds the matrix of every expert.
     size = infos[0].row_bytes if packed else infos[0].nbytes
     # Whole groups of 4096 weights, so that results do not depend on the stored dtype.
     step = max(1, CHUNK_BYTES // (4 * 4096 * len(infos))) * 4096 * dtype.itemsize

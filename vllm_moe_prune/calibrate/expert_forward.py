@@ -115,6 +115,7 @@ def _within_best_groups(
     chosen_NG = chosen_NG.to(choice_NR.device)
     # Ties between groups go to the lower one, as between experts.
     chosen_NG.scatter_(1, _top_k(torch.stack(totals, dim=1), rule.top_groups), True)
+    # Not 0: with the bias, scores within the best groups may be negative.
     return choice_NR.masked_fill(~chosen_NG[:, groups_R], -torch.inf)
 
 

@@ -48,6 +48,7 @@ def _check_layer(checkpoint: Checkpoint, config: Any, index: int) -> list[str]:
     """Check one layer; the names below it that the forward does not use."""
     arch = checkpoint.arch
     prefix = arch.layer_prefix.format(layer=index)
+    # On the meta device: the shapes that config.json implies, without memory.
     expected = stock_layer(arch, config, index).state_dict()
     for name, tensor in expected.items():
         _check_shape(info_of(checkpoint, prefix + name), tuple(tensor.shape))
@@ -79,6 +80,7 @@ def _check_layer(checkpoint: Checkpoint, config: Any, index: int) -> list[str]:
 
 def _warn_of_unused(checkpoint: Checkpoint, names: Sequence[str]) -> None:
     """Say once which kinds of tensors the forward does without."""
+    # Layers and experts by a star: kinds are few where names are thousands.
     kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
     if not kinds:
         return
@@ -93,6 +95,7 @@ def _warn_of_unused(checkpoint: Checkpoint, names: Sequence[str]) -> None:
 def _check_mlp(
     checkpoint: Checkpoint, prefix: str, part: DensePart, hidden: int
 ) -> None:
+    # Gate and up [F, D], down [D, F], as GatedMlp.names lists them.
     shapes = ((part.width, hidden), (part.width, hidden), (hidden, part.width))
     for name, shape in zip(part.mlp.names, shapes, strict=True):
         _check_shape(info_of(checkpoint, prefix + name), shape)

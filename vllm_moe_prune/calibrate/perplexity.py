@@ -22,6 +22,7 @@ from .text import name_of
 
 # Of the hidden states of one batch; every batch reads all weights once.
 BATCH_BYTES = 1 << 30
+# math.exp overflows a double above 709.78.
 MAX_EXPONENT = 700.0
 
 
@@ -108,6 +109,7 @@ def summed_loss(
     batches = list(_batches(checkpoint, windows_ST, model.dtype))
     total, count = 0.0, 0
     for number, tokens_ST in enumerate(batches):
+        # NO_TARGET is no row of the table; any id does, as nothing after it is scored.
         hidden_STD = model.embed(tokens_ST.clamp(min=0))
         for index in range(model.num_layers):
             run_layer(model, index, hidden_STD)
@@ -163,6 +165,7 @@ def _windows(text: TokenReader, ids: Ids, length: int) -> torch.Tensor:
 
     What follows a token does not change its prediction, so the filling does no harm.
     """
+    # A text shorter than a window is one window of its own length.
     payload = min(text.payload(length), len(ids))
     missing = -len(ids) % payload
     rows = np.append(ids, np.full(missing, NO_TARGET)).reshape(-1, payload)
@@ -174,6 +177,7 @@ def _batches(
 ) -> Iterator[torch.Tensor]:
     hidden = checkpoint.config[checkpoint.arch.config.hidden]
     window_bytes = windows_ST.shape[1] * hidden * dtype.itemsize
+    # At least one window, however long: attention needs it whole.
     yield from torch.split(windows_ST, max(1, BATCH_BYTES // window_bytes))
 
 

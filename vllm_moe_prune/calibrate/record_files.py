@@ -54,6 +54,7 @@ def read_file(path: Path) -> tuple[Iterator[str], Iterator[Record]]:
     """
     with _opened(path) as file:
         start = file.read(8)
+    # Contents decide; a name that promises gzip or Parquet must keep it.
     for magic, advice in FOREIGN.items():
         if start.startswith(magic):
             raise CalibrationError(f"{path}: {advice}")
@@ -96,6 +97,7 @@ def _text(path: Path, *, packed: bool) -> Iterator[IO[str]]:
             plain: Any = (
                 gzip.GzipFile(fileobj=file) if packed else io.BufferedReader(file)
             )
+            # utf-8-sig: a byte order mark is no text.
             with io.TextIOWrapper(plain, encoding="utf-8-sig") as text:
                 yield text
     except UnicodeDecodeError as error:
@@ -113,6 +115,7 @@ def _pieces(path: Path, *, packed: bool) -> Iterator[str]:
     """Pieces that end at a line break; a tokenizer is slow on one endless string."""
     with _text(path, packed=packed) as file:
         while piece := file.read(PIECE_CHARACTERS):
+            # Bounded too: the whole file may be one line.
             piece += file.readline(PIECE_CHARACTERS)
             _refuse_binary(piece, path)
             yield piece
@@ -128,6 +131,7 @@ def _refuse_binary(text: str, path: Path) -> None:
 def _line_records(path: Path, *, packed: bool) -> Iterator[Record]:
     with _text(path, packed=packed) as file:
         number = 0
+        # One character more than allowed tells a longer line without reading it whole.
         while line := file.readline(MAX_RECORD_CHARACTERS + 1):
             number += 1
             where = f"{path}: line {number}"
@@ -138,11 +142,13 @@ def _line_records(path: Path, *, packed: bool) -> Iterator[Record]:
                 try:
                     record = json.loads(line)
                 except (ValueError, RecursionError) as error:
+                    # Deep nesting is a RecursionError of the decoder, not a ValueError.
                     raise _not_json(where, error, LINES_HINT) from error
                 yield where, record
 
 
 def _not_json(where: str, error: Exception | str, hint: str) -> CalibrationError:
+    # msg is without the position, which counts from where the buffer begins.
     reason = getattr(error, "msg", str(error))
     return CalibrationError(f"{where}: not valid JSON: {reason}. {hint}")
 
@@ -160,6 +166,7 @@ def _json_records(path: Path, *, packed: bool) -> Iterator[Record]:
             start = chunk.lstrip(" \t\r\n")
         array = start.startswith("[")
         found = enumerate(_values(file, start.removeprefix("["), path, array=array))
+        # Whether an object stands alone is known only when no second one follows.
         first = next(found, None)
         second = next(found, None)
         if first and second is None and not array:
@@ -214,8 +221,10 @@ def _values(file: IO[str], text: str, path: Path, *, array: bool) -> Iterator[An
         if len(text) - start > MAX_RECORD_CHARACTERS:
             reason = f"; read as JSON: {error}" if error else ""
             raise CalibrationError(f"{where}: {_too_long()}{reason}. {JSON_HINT}")
+        # Doubled: every try decodes the record from its start, so all take linear time.
         chunk = file.read(max(CHUNK_CHARACTERS, len(text) - start))
         _refuse_binary(chunk, path)
+        # What was yielded is dropped: memory holds a chunk, or one long record.
         text, start, ended = text[start:] + chunk, 0, not chunk
 
 
@@ -251,6 +260,7 @@ def _parquet_records(path: Path) -> Iterator[Record]:
             known = [name for name in kinds if name in READ_FIELDS]
             if not known:
                 raise CalibrationError(found_in(str(path), kinds, kinds))
+            # Other columns are not decoded, however large.
             for batch in table.iter_batches(PARQUET_ROWS, columns=known):
                 for record in batch.to_pylist():
                     yield f"{path}: row {number}", record

@@ -12,6 +12,7 @@ from ..errors import CalibrationError
 TEXT = "text"
 CONVERSATIONS = ("messages", "conversations", "conversation")
 SYSTEM = ("system", "system_prompt")
+# The first that is there counts: Alpaca has `input` beside `instruction`, as context.
 QUESTIONS = ("instruction", "prompt", "question", "input")
 CONTEXTS = ("input", "context")
 ANSWERS = ("output", "response", "completion", "answer", "chosen")
@@ -67,6 +68,7 @@ def as_document(record: Any, where: str, tokenizer: Any) -> Document:
         messages = _messages(conversation, where)
         return Document(_render(messages, record, where, tokenizer), ends=False)
     question, answer = _first(record, QUESTIONS), _first(record, ANSWERS)
+    # A `text` that is no string is reported below, not passed over.
     if text is None and question is not None and answer is not None:
         return _answered(record, question, answer, where, tokenizer)
     kinds = {str(name): kind_of(value) for name, value in record.items()}
@@ -86,6 +88,7 @@ def kind_of(value: Any) -> str:
     """What a value is, in JSON's words."""
     if value is None:
         return "null"
+    # By type(), not isinstance: bool is an int in Python.
     kinds = {bool: "a truth value", str: "text", list: "a list", dict: "an object"}
     return kinds.get(type(value), "a number")
 
@@ -114,6 +117,7 @@ def _answered(
         return Document(_render(asked + given, record, where, tokenizer), ends=False)
     parts = [_text(question, "question", where)]
     context = _first(record, CONTEXTS)
+    # `input` may be either; what is the question already is not its context too.
     if context not in (None, "") and context is not question:
         parts.append(_text(context, "context", where))
     system = _first(record, SYSTEM)

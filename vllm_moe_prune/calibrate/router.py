@@ -34,6 +34,7 @@ def router_of(
         for rule in checkpoint.layout.router_parts
     }
     bias_R, groups = parts.get("router_bias"), layer.groups
+    # The bias in fp32, as the scores that it is added to.
     return Router(
         parts["router"].to(like.dtype),
         layer.top_k,

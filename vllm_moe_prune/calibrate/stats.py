@@ -78,6 +78,7 @@ class LayerStats:
     at 0, ascending. ``Stats.sensitivity`` says by which rule they were removed."""
 
 
+# What adds up over parts of the text; of every other field one copy stays.
 SUMS = (
     *("tokens", "routed_E", "coactivation_EE"),
     *("score_full_sum_E", "score_selected_sum_E"),
@@ -122,6 +123,7 @@ class Stats:
             index: _add_layers(mine, other.layers[index])
             for index, mine in self.layers.items()
         }
+        # Parts share out the tokens of one pass; they do not add passes.
         passes = max(self.forward_passes, other.forward_passes)
         parts = self.calibration.get("parts", [self.calibration])
         parts = parts + other.calibration.get("parts", [other.calibration])
@@ -232,7 +234,9 @@ def _read_arrays(
         _, index, quantity = name.split(".")
         if quantity not in QUANTITIES:
             raise ValueError(f"{quantity} is no statistic")
+        # KeyError for a layer that the header does not list: told as damage.
         layers[int(index)][quantity] = info
+    # Shapes and sizes first: no data is read of a file that does not fit.
     for layer, infos in layers.items():
         shapes = {quantity: info.shape for quantity, info in infos.items()}
         check_shapes(shapes, f"layer {layer}")
@@ -255,6 +259,7 @@ def _array(info: TensorInfo) -> Array:
 
 
 def _index(value: Any) -> int:
+    # Not isinstance: JSON's true is an int in Python.
     if type(value) is not int or not 0 <= value < MOST:
         raise ValueError(f"{value!r} is no layer")
     return value

@@ -38,6 +38,7 @@ RANGES = {
     "router_norm": Range(),
     "router_row_norm_E": Range(),
     "weight_sqdist_EE": DISTANCES,
+    # fp32 ends at 3.4e38; its fourth power is 1.3e154, times the number of weights.
     "weight_powers_E5": Range(-1e160, 1e160),
     "tokens": COUNTS,
     "routed_E": COUNTS,
@@ -46,6 +47,7 @@ RANGES = {
     "score_selected_sum_E": Range(),
     "weighted_norm_sum_E": Range(),
     "weighted_sqnorm_sum_E": Range(),
+    # Inner products, and cosines, may be negative.
     "contribution_gram_EE": ANY,
     "output_sqdist_EE": DISTANCES,
     "output_sqnorm_E": Range(),
@@ -61,6 +63,7 @@ RANGES = {
 are in nats."""
 PER_TOKEN = ("routed_E", "coactivation_EE", "moe_cosine_sum", "moe_only_cosine_sum")
 """Sums over tokens of what is at most 1."""
+# Columns: the count and even powers; sums of w and w^3 have either sign.
 NO_LESS_THAN_ZERO = ("weight_powers_E5", (0, 2, 4))
 
 
@@ -79,8 +82,10 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     experts: int | None = None
     for name, shape in shapes.items():
         axes = axes_of(name)
+        # The first array sets how many experts there are; the others have to agree.
         if len(shape) == len(axes) and axes.startswith("E") and experts is None:
             experts = shape[0]
+        # H and P are free: None is of any size.
         sizes = [{"E": experts, "5": 5, "2": 2}.get(axis) for axis in axes]
         if len(shape) != len(axes) or any(
             size not in (None, found) for size, found in zip(sizes, shape, strict=True)
@@ -89,6 +94,7 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
                 f"{where}: {name} has shape {list(shape)}, but the layer has {experts} "
                 "experts"
             )
+        # Bounds an [E, E] array before it is read.
         if max(shape, default=0) > MAX_EXPERTS:
             raise ValueError(f"{where}: {name} has shape {list(shape)}")
 
@@ -108,6 +114,7 @@ def check_numbers(arrays: Mapping[str, Array], where: str) -> None:
             wrong |= array != np.floor(array)
         if wrong.any():
             raise ValueError(f"{where}: {name} contains {array[wrong][0]:g}")
+        # To the bit, as it is measured: which triangle is read must not decide a tie.
         if allowed.symmetric and (array != array.T).any():
             raise ValueError(f"{where}: {name} is not symmetric")
     _check_together(arrays, where)

@@ -31,6 +31,7 @@ class Nothing(torch.nn.Module):
 
     def forward(self, x_bTD: torch.Tensor) -> torch.Tensor:
         """Zero, of no shape."""
+        # Broadcasts in residual + mlp(x): no array of zeros is made.
         return x_bTD.new_zeros(())
 
 
@@ -55,8 +56,10 @@ def stock_config(checkpoint: Checkpoint) -> Any:
             values["head_dim"] = values[arch.config.hidden] // heads
     with _refusing(checkpoint, "a model"):
         config = find_class(arch.hf_config).from_dict(values)
+        # Unset, transformers takes eager attention: [T, T] scores of every head.
         config._attn_implementation = "sdpa"
     with _refusing(checkpoint, "a decoder layer"):
+        # Built and thrown away: sizes that do not go together fail here.
         stock_layer(arch, config, 0)
     return config
 
@@ -97,7 +100,9 @@ def _refusing(checkpoint: Checkpoint, what: str) -> Iterator[None]:
 def stock_layer(arch: MoeArch, config: Any, index: int) -> torch.nn.Module:
     """A decoder layer on the meta device that adds its attention and nothing else."""
     with torch.device("meta"):
+        # Its MoE block is made too, and replaced below: no memory on this device.
         layer: torch.nn.Module = find_class(arch.hf_layer)(config, index)
+    # Run apart from the layer, since router and experts read what it gives.
     setattr(layer, MOE_NORM, torch.nn.Identity())
     setattr(layer, MLP, Nothing())
     return layer.eval()

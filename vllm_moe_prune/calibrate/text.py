@@ -40,6 +40,7 @@ def read_documents(source: str, tokenizer: Any) -> Iterator[Document]:
     else:
         pieces, records = read_file(Path(source))
     for piece in pieces:
+        # Pieces of one text: no end-of-text token belongs between them.
         yield Document(piece, ends=False)
     for where, record in records:
         yield as_document(record, where, tokenizer)
@@ -51,6 +52,7 @@ def _hub_records(source: str) -> Iterator[Record]:
     import datasets
 
     try:
+        # Streaming: the data set is not downloaded whole.
         records = datasets.load_dataset(name, config, split=split, streaming=True)
         for number, record in enumerate(records):
             yield f"{source}: record {number}", record
