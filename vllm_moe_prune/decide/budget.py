@@ -40,6 +40,7 @@ class Budget:
 
 def whole_experts(share: float, experts: int) -> int:
     """A share as whole experts, rounded half up (0.145 of 100 is 15, not 14)."""
+    # 0.145 * 100 is 14.499999999999998 in floating point; the slack mends it.
     return math.floor(share * experts * (1.0 + 1e-12) + 0.5)
 
 
@@ -68,6 +69,7 @@ def most_removed(layer: int, shape: LayerShape, stage: ExpertStage) -> int:
     """How many experts a layer can lose."""
     most = shape.num_experts - fewest_experts(layer, shape, stage)
     most = most if stage.max_removed is None else min(most, stage.max_removed)
+    # With equal groups experts go in whole rounds, one of each group.
     return most - most % together(shape, stage)
 
 
@@ -132,6 +134,7 @@ def spend_global(
         most: How many steps each layer may take.
         target: At most the sum of ``most``.
     """
+    # Heights never fall within a layer, so the lowest steps are a prefix of each.
     ranked = sorted(
         (step.height, layer, position)
         for layer, sequence in sequences.items()
@@ -179,6 +182,7 @@ def _check_keep(layers: Layers, stage: ExpertStage) -> None:
         return
     least = {layer: fewest_experts(layer, layers[layer], stage) for layer in layers}
     first = min(least, key=lambda layer: (least[layer], layer))
+    # Refused here only if it is too few for every layer.
     if stage.keep < least[first]:
         tightest = {first: layers[first]}
         raise RecipeError(
@@ -199,6 +203,7 @@ def _too_many(
     if cap is not None:
         limits += f" and at most {cap} removed from each"
         lower += ", raise experts.max_removed"
+    # Where max_removed binds everywhere, a lower minimum would not help.
     capped = cap is not None and room == cap * len(layers)
     fewer = "" if capped else _or_allow_fewer(layers, stage)
     return (

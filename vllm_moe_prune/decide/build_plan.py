@@ -71,6 +71,7 @@ def check_recipe(recipe: Recipe, facts: ModelFacts) -> None:
         RecipeError: If what was asked for cannot be done.
     """
     if not needed_statistics(recipe):
+        # Nothing is to be measured: the whole plan can be tried, with all its errors.
         make_plan(None, recipe, facts, tool_version="")
         return
     _check_stages(recipe, facts)
@@ -125,6 +126,7 @@ def resolved(recipe: Recipe, facts: ModelFacts, stats: Stats | None) -> Recipe:
     drop = wanted / removable if removable else 0.0
     if share == 1.0 and experts:
         unit = max(together(layer, recipe.experts) for layer in facts.layers)
+        # The slack keeps rounding from turning a whole number of rounds into one more.
         drop = unit * math.ceil(drop * experts / unit * (1.0 - 1e-12)) / experts
     stage = recipe.experts.model_copy(update={"drop": drop})
     return recipe.model_copy(update={"experts": stage, "structured_share": None})

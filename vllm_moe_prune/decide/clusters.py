@@ -41,8 +41,10 @@ def merge_sequence(distance_EE: Array) -> list[Merge]:
         if np.isinf(linkage_EE[first, second]):
             break
         merges.append(Merge(float(linkage_EE[first, second]), first, second))
+        # Complete linkage: the farthest members count. The diagonal stays infinite.
         joined_E = np.maximum(linkage_EE[first], linkage_EE[second])
         linkage_EE[first] = linkage_EE[:, first] = joined_E
+        # The cluster lives on under its smallest member alone.
         linkage_EE[second] = linkage_EE[:, second] = np.inf
     return merges
 

@@ -84,6 +84,7 @@ class Measurement(Strict):
     """Source, SHA-256 of the token ids, samples, sequence length, seed."""
 
 
+# Weights written as decimals, 0.3333333, need not add up to 1 exactly.
 WEIGHT_SLACK = 1e-6
 
 
@@ -96,6 +97,7 @@ class LayerPlan(Strict):
     """Experts in the input (0 for a dense layer or one whose MoE is gone)."""
     keep: Indices
     """Surviving experts as input ids, in their new order."""
+    # fail_fast: a hostile plan with millions of wrong items costs one error.
     clusters: Annotated[tuple[Indices, ...], Field(fail_fast=True)] | None = None
     """``clusters[new]`` are the input experts that ``keep[new]`` stands for."""
     unserved: Indices = ()
@@ -200,6 +202,7 @@ def load_plan(path: Path) -> CutPlan:
     """Read and validate a plan file (structure only; see ``check_plan``)."""
     data = read_json(path, PLAN)
     found = data.get("format_version")
+    # Before validation, which would blame the fields of another format.
     if found != FORMAT_VERSION:
         raise PlanError(
             f"{path}: plan format {found!r} is not {FORMAT_VERSION}. Install the "
@@ -224,6 +227,7 @@ def dump_plan(plan: CutPlan) -> str:
 
 def trimming(plan: CutPlan) -> str:
     """Identifies what stage 1 leaves: equal for plans that differ in zeros only."""
+    # Zeros are written after the outliers are counted, so they play no part.
     left = [layer.model_copy(update={"sparsity": 0.0}) for layer in plan.layers]
     said = [plan.routing, *(layer.model_dump_json() for layer in left)]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()
@@ -254,6 +258,7 @@ def check_plan(
             f"checkpoint has layers 0 to {len(layers) - 1}, each to be listed once."
         )
     if all(
+        # An MTP layer is no model by itself: it reads what the last block gives.
         layer.action == "drop-block" or shape.mtp
         for layer, shape in zip(plan.layers, layers, strict=True)
     ):
@@ -278,6 +283,7 @@ def _check_layer(layer: LayerPlan, shape: LayerShape, routing: str, where: str) 
             f"{at}: keeps no expert. Keep at least one, or set its action to drop-moe."
         )
     _check_ids(layer.keep, experts, f"{at}: keep")
+    # A redirecting router keeps all its rows, and its groups with them.
     if routing == "drop" and shape.groups is not None:
         _check_groups(layer, shape.groups, shape.group_floor, at)
     if layer.clusters is None and (routing == "redirect" or layer.reconstruct):
@@ -312,6 +318,7 @@ def _check_clusters(
             f"{at}: {len(clusters)} clusters for {len(layer.keep)} kept experts."
         )
     members = tuple(expert for cluster in clusters for expert in cluster)
+    # Every expert of the input exactly once: kept, merged or unserved.
     members += layer.unserved
     _check_ids(members, layer.experts, f"{at}: clusters")
     if len(members) != layer.experts:

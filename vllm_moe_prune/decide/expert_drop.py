@@ -61,6 +61,7 @@ def best_set(
         RecipeError: If there are too many sets to try them all.
     """
     free = [expert for expert in range(len(gram_EE)) if expert not in protected]
+    # Counted, not listed: C(64, 8) is 4.4e9.
     sets = comb(len(free), count)
     if sets > MOST_SETS:
         raise RecipeError(

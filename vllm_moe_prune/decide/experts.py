@@ -70,6 +70,7 @@ def check_experts(layers: Sequence[LayerShape], recipe: Recipe) -> None:
     """
     actions = fixed_actions(layers, recipe.layers)
     _check_protected(layers, actions, recipe.experts)
+    # With layers yet to be chosen nobody knows whose experts are left.
     if not chooses_layers(recipe.layers):
         _check_budget(_staying(layers, actions), recipe.experts)
 
@@ -185,10 +186,12 @@ def _removed(
         layer: _sequence(known.get(layer), layer, shape, stage)
         for layer, shape in moe.items()
     }
+    # Room in steps: one expert, or one of every group.
     most = {
         layer: most_removed(layer, shape, stage) // unit for layer, shape in moe.items()
     }
     budget = spend_global(sequences, most, target // unit)
+    # With reverse heights are negated scores; a threshold is told as a score.
     height = budget.threshold
     return {
         layer: _experts(sequences[layer][:count])
@@ -261,6 +264,7 @@ def _untouched(layer: int, shape: LayerShape, action: Action) -> LayerPlan:
     if action != "keep" or not experts:
         return LayerPlan(layer=layer, action=action, experts=experts, keep=())
     everyone = tuple(range(experts))
+    # Each its own cluster: routing: redirect needs clusters in every layer.
     clusters = tuple((expert,) for expert in everyone)
     return LayerPlan(layer=layer, experts=experts, keep=everyone, clusters=clusters)
 
@@ -278,6 +282,7 @@ def _dropped_plan(
         experts=shape.num_experts,
         keep=keep,
         clusters=tuple((expert,) for expert in keep),
+        # preserve: rows of removed experts stay, and what they are chosen for is lost.
         unserved=removed,
     )
 

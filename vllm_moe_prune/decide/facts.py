@@ -115,6 +115,7 @@ class Slimming:
             found = groups_in(self.method, matrix.rows, matrix.cols, self.group)
             for size, count in found.items():
                 groups[size] += count * copies
+        # Unary plus leaves out sizes of which no group is left.
         return +groups
 
 
@@ -182,6 +183,7 @@ def left_matrices(layer: LayerFacts, plan: LayerPlan) -> Iterator[tuple[Matrix, 
     for matrix in layer.expert_matrices:
         yield matrix, len(plan.keep)
     for matrix in layer.others:
+        # Shared experts leave with the MoE sublayer, the rest only with the block.
         gone = plan.action == "drop-block" or (
             plan.action != "keep" and matrix.part == "shared"
         )
@@ -195,6 +197,7 @@ def _removed(layer: LayerFacts, plan: LayerPlan, routing: Routing) -> int:
         return layer.moe_parameters
     if plan.action == "drop-moe-keep-norm":
         return layer.moe_parameters - layer.moe_norm_parameters
+    # Under redirect the router keeps its rows and biases.
     rows = layer.router_parameters_per_expert if routing == "drop" else 0
     return (plan.experts - len(plan.keep)) * (layer.expert_parameters + rows)
 

@@ -46,6 +46,7 @@ def grouped_room(layer: int, shape: LayerShape, stage: ExpertStage) -> int:
     """How many experts the groups of a layer can lose in all."""
     rooms = _rooms(layer, shape, stage).values()
     if together(shape, stage) > 1:
+        # All lose equally many, so the tightest group sets the number.
         return min(rooms) * len(rooms)
     return sum(rooms)
 
@@ -73,11 +74,13 @@ def in_groups(
     allowed = []
     for step in steps:
         group = shape.groups[expert_of(step)]
+        # A group without room is passed over: each loses a prefix of its own steps.
         if len(taken[group]) < rooms[group]:
             taken[group].append(step)
             allowed.append(step)
     if stage.groups == "uneven":
         return [Together((step,)) for step in allowed]
+    # The n-th step of every group at once; it ends with the tightest group.
     return [Together(one_each) for one_each in zip(*taken.values(), strict=False)]
 
 
@@ -91,6 +94,7 @@ def _rooms(layer: int, shape: LayerShape, stage: ExpertStage) -> dict[int, int]:
     groups = shape.groups or (0,) * shape.num_experts
     protected = [groups[expert] for expert in stage.protected.get(layer, ())]
     return {
+        # Protected experts count towards the floor.
         group: max(0, size - max(shape.group_floor, protected.count(group)))
         for group, size in _sizes(shape).items()
     }

@@ -34,6 +34,7 @@ def decide_layers(
     blocks = number_of(stage.block_count, stage.block_share, len(decoders))
     if blocks:
         free = [layer for layer in decoders if layer not in protected]
+        # One block stays at least, protected or not.
         _check_count("block_count", blocks, len(free), len(decoders) - 1)
         for layer in choose_blocks(stats, stage, blocks, free):
             actions[layer] = "drop-block"
@@ -64,6 +65,7 @@ def number_of(count: int | None, share: float | None, total: int) -> int:
     """How many are asked for, outright or as a part of all there are."""
     if share is None:
         return count or 0
+    # A share above 0 asks for something, however few layers there are.
     return max(1, round(share * total)) if share else 0
 
 
@@ -97,6 +99,7 @@ def rank_moe(
 def rank_blocks(stats: Stats | None, layers: Iterable[int]) -> list[int]:
     """Blocks by the cosine of their input and output, the most redundant first."""
     cosine_HH = _hidden_cosines(stats)
+    # Row i enters block i. All sums are of the same tokens, so no mean is needed.
     return sorted(layers, key=lambda layer: (-cosine_HH[layer, layer + 1], layer))
 
 
@@ -149,6 +152,7 @@ def fixed_actions(layers: Sequence[LayerShape], stage: LayerStage) -> list[Actio
                 f"layers.drop_moe: layer {layer} has no MoE sublayer. "
                 "List it in layers.drop_blocks to remove the whole block."
             )
+    # None is listed twice and none is MTP, so counting is enough.
     if len(stage.drop_blocks) == sum(not shape.mtp for shape in layers):
         raise RecipeError(
             f"layers.drop_blocks: lists all {len(layers)} blocks. Keep at least one."

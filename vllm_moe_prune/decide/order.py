@@ -49,9 +49,11 @@ def halves(
     )
     dry = complete.model_copy(update={"experts": anyone})
     layers, _ = decide_experts(stats, facts.layers, dry)
+    # Allocation is uniform here, so all that is not 0 is equal.
     sparsity = max(slim_sparsities(dry, facts, layers, stats), default=0.0)
     grouped = complete.slim.is_grouped
     slim = complete.slim.model_copy(
+        # A pattern n:m sets its own sparsity; a recipe may not name both.
         update={"sparsity": None if grouped else sparsity},
     )
     same = {
@@ -64,6 +66,7 @@ def halves(
         "name": f"{recipe.name}-zeros",
         "experts": ExpertStage(method="none"),
         "layers": LayerStage(),
+        # No expert leaves in the first cut: no row to redirect or preserve.
         "routing": "drop",
         "slim": slim,
     }

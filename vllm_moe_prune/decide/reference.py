@@ -49,6 +49,7 @@ def reference_clusters(distance_EE: Array, threshold: float, most: int) -> Clust
         if widest < threshold:
             open_EE[ones, two] = open_EE[twos, one] = np.inf
             union = ones + twos
+            # One list for all members: id() tells clusters apart at the end.
             cluster_of.update(dict.fromkeys(union, union))
             removed += 1
         else:

@@ -62,6 +62,7 @@ def _of_experts(stage: ExpertStage) -> set[str]:
                 fields.add("router_norm")
         if stage.coactivation_weight:
             fields.add("coactivation_EE")
+    # Eq. 14-17 need distances between weights; other rules need their score.
     if stage.representative == "nearest-mean":
         fields.add("weight_sqdist_EE")
     else:

@@ -59,6 +59,7 @@ def expert_scores(
         advice = MEASURE_ROUTER if criterion == "router-norm" else MEASURE_SCORES
         value = getattr(stats, name) if stats is not None else None
         value = measured(value, name, advice, layer=layer)
+        # Shape []: the count of tokens, which all experts share.
         if value.shape not in ((), (experts,)):
             raise PlanError(
                 f"layer {layer}: {name} is of {len(value)} experts, but the checkpoint "
@@ -112,6 +113,7 @@ def removal_loss(of: Measured) -> Array:
 
 def random_score(layer: int, experts: int, seed: int) -> Array:
     """Uniform numbers that depend on the seed and the layer alone."""
+    # A seed per layer: dropping one layer does not change the draw of another.
     return np.random.default_rng((seed, layer)).random(experts)
 
 

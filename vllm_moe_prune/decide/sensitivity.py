@@ -144,6 +144,7 @@ def _curve(stats: Stats, layer: int, most: int) -> Array:
     if points_P2.ndim != 2 or points_P2.shape[1] != 2 or not len(points_P2):
         raise PlanError(f"layer {layer}: sensitivity needs pairs of removed and loss.")
     removed_P, loss_P = points_P2.T
+    # np.interp does not check that its points rise.
     if removed_P[0] != 0 or (np.diff(removed_P) <= 0).any():
         raise PlanError(
             f"layer {layer}: sensitivity points must start at 0 experts removed and "

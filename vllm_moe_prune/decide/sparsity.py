@@ -26,6 +26,7 @@ def zeros_needed(
     Raises:
         RecipeError: If more is removed already than was asked in total.
     """
+    # The slack keeps a whole product from being rounded up by one.
     asked = math.ceil(parameters * total * (1.0 - 1e-12))
     if removed > asked + rounding:
         raise RecipeError(
@@ -83,5 +84,6 @@ def not_enough(zeros: int, groups: Mapping[int, int]) -> RecipeError:
 
 def _first_step(zeros: int, size: int, groups: Mapping[int, int]) -> float:
     """The smallest k / size that zeroes enough; 1.0 where none does."""
+    # Zeros never fall as k rises, so bisection finds the first k that suffices.
     step = bisect_left(range(size), zeros, key=lambda k: zeros_at(k / size, groups))
     return step / size

@@ -26,11 +26,13 @@ def slim_sparsities(
     pairs = list(zip(facts.layers, layers, strict=True))
     groups = _groups(slimming, pairs)
     of_experts = recipe.total_sparsity is not None and recipe.sparsity_of == "experts"
+    # Zeros outside the experts are written too, but count towards no total of experts.
     counted = _groups(slimming, pairs, experts_only=True) if of_experts else groups
     zeros = _zeros_wanted(recipe, facts, layers, counted)
     if not zeros:
         return [0.0] * len(layers)
     if recipe.slim.allocation == "uniform":
+        # A sparsity asked for is kept as it is; only a total is met from above.
         asked = _asked(recipe.slim) if recipe.total_sparsity is None else None
         everywhere = asked or least_sparsity(zeros, _sum(counted))
         spread = dict.fromkeys(groups, everywhere)
@@ -84,6 +86,7 @@ def _zeros_wanted(
 def _asked(stage: SlimStage) -> float:
     """The sparsity that the pattern or ``sparsity`` asks for."""
     pattern = parse_pattern(stage.pattern)
+    # n of every m neighbors stay.
     return (stage.sparsity or 0.0) if pattern is None else 1 - pattern[0] / pattern[1]
 
 
@@ -113,11 +116,13 @@ def _rounding(recipe: Recipe, facts: ModelFacts) -> int:
     ]
     if recipe.experts.drop is None or not experts:
         return 0
+    # per-layer rounds once in every layer, the other budgets once in all.
     return sum(experts) if recipe.experts.budget == "per-layer" else max(experts)
 
 
 def counted_size(recipe: Recipe, layer: LayerFacts) -> int:
     """Parameters that leave with one expert, as far as the total counts them."""
+    # Router rows are no experts, and under redirect they stay.
     if recipe.sparsity_of == "experts" or plan_routing(recipe) == "redirect":
         return layer.expert_parameters
     return layer.expert_parameters + layer.router_parameters_per_expert
@@ -149,6 +154,7 @@ def check_slimming(recipe: Recipe, facts: ModelFacts) -> None:
     pattern = parse_pattern(stage.pattern)
     slimming = slimming_of(recipe)
     for at, matrix in matrices:
+        # Groups of m lie within a row; a remainder would belong to none.
         if pattern and slimming.takes(matrix) and matrix.cols % pattern[1]:
             raise RecipeError(
                 f"layer {at}: slim.pattern {stage.pattern} needs rows of a multiple of "
