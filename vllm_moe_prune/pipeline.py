@@ -117,6 +117,7 @@ def _cut(
     with output_transaction(out, key, [checkpoint], **ours) as space:
         # Sizes are known only when every zero is: compressed in a second pass.
         dense = space.work / "dense"
+        # Always resumed: whatever lies in this folder is of the same key.
         result = execute_plan(checkpoint, decided, dense, **how, resume=True)
         packed = convert_checkpoint(
             open_checkpoint(dense),
@@ -155,6 +156,7 @@ def recover(
     validate_input(checkpoint, options.device)
     validate_output(checkpoint, out, options)
     if original is not None:
+        # The output may replace neither of the two checkpoints.
         check_folder(out, original.folder)
     return recover_checkpoint(
         checkpoint,
@@ -200,6 +202,8 @@ def run(
     validate_output(checkpoint, out, options)
     if stats_file is not None:
         check_file(stats_file, checkpoint.folder)
+    # Other recipes are checked in parts: a search leaves out candidates that cannot be
+    # followed, and unstructured-first is two runs of their own.
     if recipe.tune is None and recipe.order == "structured-first":
         check_recipe(checkpoint, recipe)
     tokens = calibration_tokens(checkpoint, recipe)
@@ -207,9 +211,11 @@ def run(
     ours = {"resume": options.resume, "overwrite": options.overwrite}
     if is_complete(out, key, **ours):
         decided = load_plan(out / "plan.json")
+        # After unstructured-first the plan is of the model between, which is gone.
         of_source = decided.model.fingerprint == checkpoint.fingerprint
         verified = verify(out, checkpoint if of_source else None, options.report)
         return decided, finished_cut(checkpoint, decided, out), verified
+    # Inside the work folder, which is of this key, everything is resumed.
     inner = dataclasses.replace(options, resume=True, overwrite=False)
     with output_transaction(out, key, [checkpoint], **ours) as space:
         if recipe.order == "unstructured-first":
@@ -246,6 +252,7 @@ def _run_key(
         recipe.model_copy(update={"calibration": calibration}).model_dump_json(),
         (options.storage, options.max_shard_bytes),
         (tokens.sha256 if tokens is not None else None, heldout),
+        # By its name: before the first run there is no content to hash.
         None if stats_file is None else str(stats_file.resolve()),
     )
     return hashlib.sha256(repr(said).encode()).hexdigest()
@@ -264,6 +271,7 @@ def _planned(
     kept = stats_file or space.work / "stats.safetensors"
     if kept.is_file():
         stats = load_stats(kept)
+        # Left there by a kill between writing the file and removing the folder.
         if resumed:
             remove_work(kept)
     else:
@@ -280,6 +288,7 @@ def _best(
 ) -> Stages:
     """Search for a plan and carry it out; the plan found survives a kill."""
     found, out = space.work / "plan.json", space.result
+    # The search is the long part; its result outlives a kill of the cut.
     if not found.is_file():
         tuned = tune(checkpoint, recipe, options, work=space.work / "tune")
         save_plan(tuned.best.plan, found)
@@ -308,6 +317,7 @@ def _zeros_first(
         stats = measure(checkpoint, layers, tokens, options)
     first, second = halves(stats, recipe, model_facts(checkpoint))
     between = space.work / "zeros"
+    # Dense: the second run reads it at once, and the last output alone is kept.
     run(checkpoint, first, between, dataclasses.replace(options, storage="dense"))
     between_opened = open_checkpoint(between, trust_code=checkpoint.trust_code)
     return run(between_opened, second, space.result, options)

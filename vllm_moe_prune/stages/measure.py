@@ -82,6 +82,7 @@ def measure_into(
         CheckpointError: A file of the checkpoint has changed meanwhile.
     """
     stats = measure(checkpoint, recipe, tokens, options, _work(file))
+    # Before it is written: files that changed meanwhile make sums of a mixture.
     check_states(checkpoint.folder, checkpoint.files)
     with writing(file, REPEAT):
         file.parent.mkdir(exist_ok=True)
@@ -125,11 +126,13 @@ def collect(
     clusters = any(recipe.experts.method == "stun" for recipe in recipes)
     kept = None
     if work is not None and needed & LATER:
+        # Named by what was asked for: what another recipe left may lack something.
         asked = json.dumps([clusters, sorted(needed - LATER)])
         name = hashlib.sha256(asked.encode()).hexdigest()[:16]
         kept = work / f"measured-{name}.safetensors"
     if kept is not None and kept.is_file():
         return resumed_stats(kept, tokens)
+    # All of it is tried out later: no pass is needed here.
     if needed & LATER and not needed - LATER and tokens is not None:
         calibration = tokens.describe()
         return Stats(

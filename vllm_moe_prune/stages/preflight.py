@@ -57,6 +57,7 @@ def validate_output(checkpoint: Checkpoint, out: Path, options: RunOptions) -> N
     """
     check_folder(out, checkpoint.folder)
     check_output(out, resume=options.resume, overwrite=options.overwrite)
+    # Called for their errors: what lies beside the weights must be fit to copy.
     companions(checkpoint)
     source_card(checkpoint)
 
@@ -86,6 +87,7 @@ def check_device(name: str) -> None:
         RecipeError: Saying which there are.
     """
     there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    # Plain cuda is PyTorch's current device, if there is any.
     if name not in there and not (name == "cuda" and len(there) > 1):
         raise RecipeError(
             f"device {name!r} is not one of this machine's: {', '.join(there)}."

@@ -60,6 +60,7 @@ def with_sensitivity(
         for layer, shape in zip(intact.layers, facts.layers, strict=True)
         if layer.keep
     }
+    # The intact model first: its loss is every curve's point at 0.
     plans = [intact]
     for layer, counts in removals.items():
         for count in counts:
@@ -119,6 +120,7 @@ def with_owl(
 def _points(most: int) -> list[int]:
     """At most ``POINTS`` counts up to ``most``, evenly spread, the last included."""
     spread = np.linspace(0, most, min(POINTS, most) + 1)[1:]
+    # Rounded up, but not where linspace misses a whole number by rounding.
     return [int(count) for count in np.unique(np.ceil(spread - 1e-9))]
 
 

@@ -40,6 +40,7 @@ def refinements(candidate: Candidate, tune: TuneStage) -> list[Candidate]:
     recipe = candidate.recipe
     if recipe.slim.method == "none":
         return []
+    # The first method is left out: structures were judged with it.
     ways: list[tuple[str, dict[str, Any]]] = [
         (slim, {"slim": {"method": slim}}) for slim in tune.slims[1:]
     ]
@@ -61,6 +62,7 @@ def _structures(
         choosers = product(tune.experts, tune.budgets) if share else [None]
         for chosen in choosers:
             yield _by_experts(share, chosen, zeros)
+    # One chooser where layers go too, or candidates would multiply.
     chosen = (tune.experts[0], tune.budgets[0])
     layers = [layer for layer in layers if not layer.mtp]
     moe = sum(layer.has_moe for layer in layers)
@@ -68,6 +70,7 @@ def _structures(
         ("moe_count", "MoE sublayers", moe),
         ("block_count", "blocks", len(layers)),
     ):
+        # A set: in small models several shares are the same count.
         for count in sorted({max(1, round(part * most)) for part in tune.layers}):
             for share in tune.shares:
                 name, data = _by_experts(share, chosen if share else None, zeros)
@@ -83,6 +86,7 @@ def _by_experts(
         data: dict[str, Any] = {"experts": {"method": "none"}, "slim": slim}
         return zeros, {**data, "structured_share": None}
     chooser, budget = chosen
+    # The total says how many go, so the numbers of the recipe do not.
     stage: dict[str, Any] = {"budget": budget, "drop": None, "keep": None}
     stage |= {"method": "stun"} if chooser == "stun" else _scored(chooser)
     data = {"experts": stage, "slim": slim, "structured_share": share}
@@ -99,5 +103,6 @@ def _candidate(recipe: Recipe, name: str, data: dict[str, Any]) -> Candidate:
     values = recipe.model_dump()
     for key, value in data.items():
         values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    # Validated as a whole below: parts that exclude each other are refused.
     values |= {"name": name, "description": "Found by tune.", "tune": None}
     return Candidate(name, parse_recipe(values, name))

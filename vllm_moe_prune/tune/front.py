@@ -15,6 +15,7 @@ FORMATS = (".png", ".svg")
 def front(judged: Iterable[Judged]) -> list[Judged]:
     """Those that no other one beats in both size and loss, smallest first."""
     found: list[Judged] = []
+    # By size: what follows is on the front only if it loses less than the last one.
     for one in sorted(judged, key=lambda one: (one.file_bytes, one.loss.mean)):
         if not found or one.loss.mean < found[-1].loss.mean:
             found.append(one)
@@ -35,8 +36,10 @@ def check_plot(path: Path) -> None:
 
 def plot_front(tuned: Tuned, path: Path) -> None:
     """Draw all that was judged on everything; the front as a line."""
+    # Not pyplot, which keeps figures in global state.
     from matplotlib.figure import Figure
 
+    # Losses on fewer windows are of other tokens, so they do not compare.
     finite = [one for one in tuned.judged if one.final and math.isfinite(one.loss.mean)]
     best, line = tuned.best, front([*finite, tuned.intact])
     figure = Figure(figsize=(8, 5), layout="constrained")

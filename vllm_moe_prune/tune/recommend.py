@@ -198,15 +198,19 @@ def costs_of(checkpoint: Checkpoint, plan: CutPlan) -> Costs:
         is_scale = checkpoint.is_scale(source)
         used, of_all = 1, 1
         if tensor.name == checkpoint.arch.embedding:
+            # One row of the table is read for a token.
             used, of_all = 1, tensor.shape[0]
         elif layer is not None and (
             tensor.is_expert or source.removesuffix(SUFFIX) in experts
         ):
             of_all = len(plan.layers[layer.index].keep)
+            # At batch 1 a token reads no more than its top-k of the experts left.
             used = min(layer.top_k, of_all)
         decode += size * used // of_all
+        # Scales are read with their weights, but are no product of their own.
         if _multiplies(checkpoint, tensor) and not is_scale:
             flops += 2 * CONTEXT * tensor.parameters * used // of_all
+    # Tied: stored once, but as the head all of the table is read and multiplied.
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
     if tied and checkpoint.arch.head not in checkpoint.tensors:
         table = checkpoint.tensors[checkpoint.arch.embedding]

@@ -30,6 +30,7 @@ from .candidates import Candidate, refinements, structures, zeros_alone
 RUNGS = (0.25, 0.5)
 """Shares of the tokens on which all, then the better half, are judged first."""
 MOST_TOTAL = 0.99
+# The total comes out to within MOST_TOTAL / 2^16.
 BISECTIONS = 16
 
 
@@ -132,6 +133,7 @@ class _Search:
             plans = {one.name: plans[one.name] for one in better}
         judged = self._judge(plans, 1.0)
         refined = self._refined(self._split(judged, 0)[0], stats)
+        # What was judged on all windows is in the journal: only refinements run.
         judged = self._judge({**plans, **refined}, 1.0)
         early.sort(key=lambda one: (one.loss.mean, one.file_bytes, one.name))
         check_states(self.checkpoint.folder, self.checkpoint.files)
@@ -183,6 +185,7 @@ class _Search:
             except RecipeError:  # more than this structure can remove
                 high = total
                 continue
+            # Size falls as the total rises: the least total that fits keeps most.
             if self._fits(tried):
                 high, found = total, tried
             else:
@@ -194,6 +197,7 @@ class _Search:
     def _judge(self, plans: Mapping[str, CutPlan], share: float) -> list[Judged]:
         """Judge plans on a share of the windows; best first."""
         heldout_ST, calibration_ST = (
+            # The first windows: those of a rung are among the next one's.
             tokens.ids_ST[: max(1, round(share * len(tokens.ids_ST)))]
             for tokens in (self.heldout, self.tokens)
         )
@@ -202,6 +206,7 @@ class _Search:
             Judged(name, found, loss, final=share == 1.0)
             for (name, found), loss in zip(plans.items(), losses, strict=True)
         ]
+        # Ties by size, then name: a repeated search ranks alike.
         return sorted(judged, key=lambda one: (one.loss.mean, one.file_bytes, one.name))
 
     def _split(
