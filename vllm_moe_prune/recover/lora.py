@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from .model import TrainableModel
 
+# lora_alpha / r, by which peft multiplies B A.
 SCALE = 2
 
 
@@ -30,6 +31,7 @@ class MaskedLinear(lora.Linear):
         base = self.get_base_layer()
         if self.merged:
             return base(x)
+        # Masked element by element, B A no longer factors into B (A x).
         delta = self.get_delta_weight(self.active_adapters[0])
         merged = (base.weight + delta).to(base.weight.dtype)
         return functional.linear(x, merged, base.bias)
@@ -37,6 +39,7 @@ class MaskedLinear(lora.Linear):
 
 def _adapted(base: nn.Linear, adapter: str, **kwargs: Any) -> lora.Linear:
     zeros = bool((base.weight == 0).any())
+    # Where no zero has to stay, peft's B (A x) needs no [out, in] per step.
     return (MaskedLinear if zeros else lora.Linear)(base, adapter, **kwargs)
 
 
@@ -53,6 +56,7 @@ def with_adapters(model: TrainableModel, pattern: str, rank: int) -> PeftModel:
         lora_alpha=SCALE * rank,
         target_modules=pattern,
         bias="none",
+        # B starts at zero: the first step sees the pruned model itself.
         init_lora_weights=True,
     )
     # peft's way for layers of one's own.

@@ -59,6 +59,7 @@ class TrainableModel(nn.Module):
         self.stock_config, self.rotary = stream.config, stream.rotary
         table_VD = stream.read(arch.embedding)
         vocabulary, hidden = table_VD.shape
+        # On meta: no [V, D] is filled at random only to be replaced.
         self.embedding = nn.Embedding(vocabulary, hidden, device="meta")
         self.embedding.weight = nn.Parameter(table_VD)
         self.blocks = nn.ModuleList(
@@ -88,6 +89,7 @@ class TrainableModel(nn.Module):
             labels: The same; each sequence predicts its tokens 1 to T - 1.
         """
         logits_bTV = self.logits(input_ids)
+        # In fp32, as the streaming forward's nll has it.
         loss = functional.cross_entropy(
             logits_bTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
         )
@@ -103,12 +105,14 @@ class TrainableModel(nn.Module):
             "position_ids": position_ids,
         }
         for block in self.blocks:
+            # Activations of one block at a time in memory, for one more forward.
             if torch.is_grad_enabled():
                 hidden_bTD = recomputed(block, hidden_bTD, inputs, use_reentrant=False)
             else:
                 hidden_bTD = block(hidden_bTD, inputs)
         normed_bTD = self.norm(hidden_bTD)
         if self.head is None:
+            # Tied: one parameter, which gets the gradients of both its uses.
             return functional.linear(normed_bTD, self.embedding.weight)
         logits_bTV: torch.Tensor = self.head(normed_bTD)
         return logits_bTV
@@ -144,6 +148,7 @@ class Block(nn.Module):
     def forward(self, hidden_bTD: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """The hidden states that leave the layer."""
         x_bTD = None
+        # Arctic's experts read what enters the block, before attention adds to it.
         if self.moe_norm is not None and self.reads_input:
             x_bTD = self.moe_norm(hidden_bTD)
         hidden_bTD = self.attention(hidden_bTD, **inputs)
@@ -171,8 +176,10 @@ class MixtureOfExperts(nn.Module):
         checkpoint, like = stream.checkpoint, torch.empty(0, dtype=stream.dtype)
         found = router_of(checkpoint, layer, like)
         rule = checkpoint.rule
+        # DeepSeek's gates are fp32 products; other logits are of the stored dtype.
         rows_RD = found.rows_RD.float() if rule.fp32 else found.rows_RD
         self.router = linear(rows_RD)
+        # Buffers follow the module to its device but are not trained.
         self.register_buffer("bias_R", found.bias_R, persistent=False)
         self.register_buffer("groups_R", found.groups_R, persistent=False)
         self.experts = nn.ModuleList(
@@ -242,6 +249,7 @@ def keep_zeros(weight: torch.Tensor) -> None:
     """No gradient where a weight is zero: Adam then leaves it exactly as it is."""
 
     def masked(gradient: torch.Tensor) -> torch.Tensor:
+        # Adam's moments stay zero there, and weight decay is off.
         return gradient.masked_fill(weight == 0, 0)
 
     weight.register_hook(masked)  # type: ignore[no-untyped-call]
@@ -268,6 +276,7 @@ def _places(checkpoint: Checkpoint, layer: Layer, block: nn.Module) -> dict[str,
         f"attention.{name}": Place(prefix + name)
         for name, _ in block.get_submodule("attention").named_parameters()
     }
+    # Counted apart, as Block has them in two lists: with a norm, and shared.
     numbers = {True: 0, False: 0}
     for part in dense_parts(checkpoint, layer):
         alone = part.norm is not None

@@ -42,6 +42,7 @@ def patterns(arch: MoeArch) -> dict[str, str]:
         "experts": rf"blocks\.\d+\.moe\.experts\.\d+\.{mlp}",
         "dense": rf"blocks\.\d+\.(dense|moe\.shared)\.\d+\.{mlp}",
         "router": r"blocks\.\d+\.moe\.router",
+        # input_layernorm, q_norm, dense_norms.0, and the final norm alone.
         "norms": r"(.*\.)?\w*norm(s\.\d+)?",
         "embeddings": r"embedding|head",
     }
@@ -85,6 +86,7 @@ def training(
         ("--rank", rank, 1, None),
         ("--warmup", warmup, 0, 1),
     ):
+        # Not value < low, which NaN would pass.
         if not value >= low or (high is not None and value > high):
             most = "more" if high is None else str(high)
             raise RecipeError(f"{name} is {value}, but must be {low} to {most}.")

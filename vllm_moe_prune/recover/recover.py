@@ -174,6 +174,7 @@ def recover(
         with writing(space.result):
             write_hashes(space.result, writer)
             write_rest(checkpoint, space.result)
+        # Judged as it lies on the disk, not as it was in memory.
         written = StreamingModel(open_checkpoint(space.result), device)
         loss_after = _mean_loss(written, heldout, report, "after")
         counts = [int(torch.count_nonzero(tensor)) for tensor in changed.values()]
@@ -188,6 +189,7 @@ def recover(
             file_bytes=sum(shard.file_bytes for shard in shards),
         )
         with writing(space.result):
+            # Provenance holds the loss of the output, so it comes after the weights.
             record = as_record(checkpoint, result, tokens, heldout)
             write_record(checkpoint, space.result, history, record)
     return result
@@ -202,6 +204,7 @@ def _key(
 ) -> str:
     """Hash of everything that determines the output's bytes."""
     teacher = None if original is None else original.fingerprint
+    # The repr of a dataclass has every field: all options are in the key.
     said = (__version__, training, checkpoint.fingerprint, teacher)
     digest = hashlib.sha256(repr(said).encode())
     for part in (companions_sha256(checkpoint), *(text.sha256 for text in texts)):
@@ -274,6 +277,7 @@ def _train(
 ) -> tuple[dict[str, torch.Tensor], tuple[LayerError, ...]]:
     """What changed, by tensor; of distillation also what each layer made of it."""
     if original is not None:
+        # Held-out windows run along, so that each layer can be judged on them.
         ids_ST = torch.cat([tokens.ids_ST, heldout.ids_ST])
         teacher, taught = (
             StreamingModel(one, device) for one in (original, checkpoint)
@@ -281,8 +285,10 @@ def _train(
         lesson = Distillation(teacher, taught, training, ids_ST, len(heldout.ids_ST))
         return _distil(checkpoint, lesson, training, space, report)
     kept = space.work / TRAINED
+    # The training had ended before the kill; what is left is to write.
     if kept.is_file():
         return load_trained(kept, checkpoint), ()
+    # Only here: peft and accelerate, which it needs, are an extra.
     from .train import train
 
     changed = train(
@@ -319,6 +325,7 @@ def _distil(
         kept = space.work / f"router-{layer.index:05d}.safetensors"
         if layer.index in done:
             changed |= load_trained(kept, checkpoint)
+            # Run but not trained: later layers read what this one gives.
             lesson.layer(layer, changed[name])
             tell(training.steps)
             continue
@@ -327,6 +334,7 @@ def _distil(
             continue
         rows_RD, error = found
         changed[name] = rows_RD.to(DTYPES[checkpoint.tensors[name].dtype])
+        # Before the journal's line, which vouches for the file.
         save_trained(kept, {name: changed[name]})
         done[layer.index] = error
         entry: dict[str, object] = {"distilled": dataclasses.asdict(error)}

@@ -30,6 +30,7 @@ from ..recipes.numbers import Count
 from .model import keep_zeros, mixed
 from .options import Training
 
+# Tokens that an error is summed of at a time: bounds its fp32 copies.
 CHUNK = 1 << 13
 TINY = torch.finfo(torch.float32).tiny
 """Instead of zero, where experts give nothing that a distance could be a share of."""
@@ -73,6 +74,7 @@ class Distillation:
         self.original, self.pruned, self.training = original, pruned, training
         self.entries = pruned.checkpoint.remap.layers
         self.sequences, self.length = ids_ST.shape
+        # Held-out windows are the last ones, so what is trained on is a slice of N.
         self.tokens = (self.sequences - heldout) * self.length
         self.aim_STD = original.embed(ids_ST)
         self.hidden_STD = pruned.embed(ids_ST)
@@ -96,6 +98,7 @@ class Distillation:
             it was known.
         """
         entry = self.entries[layer.index]
+        # Blocks that the cut dropped: the original runs through them alone.
         while self._next < entry.original_layer:
             self._run(self.original, self._next, self.aim_STD)
             self._next += 1
@@ -132,7 +135,9 @@ class Distillation:
         _, x_ND = model.enter(index, hidden_STD)
         if x_ND is None:
             return None
+        # The aim leaves out shared experts, which routers have no say in.
         routed_ND = routed(model, index, x_ND)
+        # A clone: leave adds the shared experts in place.
         leave(model, index, hidden_STD, x_ND, routed_ND.clone())
         return routed_ND
 
@@ -146,10 +151,12 @@ class Distillation:
         keep_zeros(rows_RD)
         adam = torch.optim.Adam([rows_RD], lr=asked.learning_rate)
         rising = round(asked.warmup * asked.steps)
+        # As the Trainer's for the other methods: up linearly, down along a cosine.
         schedule = get_cosine_schedule_with_warmup(adam, rising, asked.steps)
         order = torch.Generator().manual_seed(asked.seed)
         count = min(asked.batch_size * self.length, self.tokens)
         for _ in range(asked.steps):
+            # Tokens of any windows: without attention they are independent here.
             at_n = torch.randperm(self.tokens, generator=order)[:count]
             adam.zero_grad()
             taught.loss(at_n.to(rows_RD.device)).backward()  # type: ignore[no-untyped-call]
@@ -175,7 +182,9 @@ class _TaughtLayer:
         self.where = f"{checkpoint.folder}: layer {layer.index}"
         self.x_ND, self.target_ND, self.tokens = x_ND, target_ND, tokens
         self.router = router_of(checkpoint, layer, x_ND)
+        # In fp32: Adam's small steps would vanish in bf16.
         self.rows_RD = self.router.rows_RD.float()
+        # Every step runs all of them, so one layer's stay in memory.
         self.experts = [
             place(read_expert(checkpoint, layer, number), x_ND)
             for number in range(layer.num_experts)

@@ -55,6 +55,7 @@ def train(
             no number after the training.
         RecipeError: Nothing of what is to be trained is there.
     """
+    # Adapters draw their A at random.
     torch.manual_seed(training.seed)
     model = TrainableModel(checkpoint)
     if training.method == "full" or model.embedding.weight.dtype == torch.float16:
@@ -110,6 +111,7 @@ class _Windows(Dataset[dict[str, torch.Tensor]]):
         return len(self.ids_ST)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        # Not shifted: TrainableModel.forward does that.
         return {"input_ids": self.ids_ST[index], "labels": self.ids_ST[index]}
 
 
@@ -148,6 +150,7 @@ class _Trainer(Trainer):
                 f"the disk, then {RESUME}."
             ) from error
         with writing(newest):
+            # The mark comes last, and only then does the older save go.
             write_file(newest / SAVED, b"")
             for older in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
                 if older != newest:
@@ -197,6 +200,7 @@ def _run(
     )
     # It prints to stdout, which is the result's.
     trainer.remove_callback(PrinterCallback)
+    # get_last_checkpoint takes the highest number, whole or not.
     for save in work.glob("checkpoint-*"):
         if not (save / SAVED).is_file():
             shutil.rmtree(save)
@@ -221,9 +225,11 @@ def _stored(
         if place.row is None:
             changed[info.name] = weight
             continue
+        # Packed experts: rows that were not trained stay as they are stored.
         whole = changed.setdefault(info.name, read_tensor(info))
         part = whole[place.row]
         if place.half is not None:
+            # A view, so that copy_ reaches the whole tensor.
             part = part.chunk(2, dim=0)[place.half]
         part.copy_(weight)
     return changed

@@ -47,7 +47,9 @@ def same_shards(
     shards = []
     for path, infos in by_file.items():
         head = read_head(path)
+        # safetensors: the length of the JSON as a little-endian uint64, then the JSON.
         header = struct.pack("<Q", len(head)) + head
+        # The order of the file, in which write_weights goes through it.
         infos.sort(key=lambda info: info.offset)
         shards.append(
             ShardPlan(
@@ -68,11 +70,13 @@ def write_weights(
     """Fill the planned files, in their order."""
     for shard in writer.shards:
         for name in shard.offsets:
+            # Whole shards are finished or not: the others of this one are too.
             if not writer.needs(name):
                 break
             info = stored[name]
             if name in changed:
                 view = tensor_view(changed[name])
+                # The header is copied, so every size in it has to stay true.
                 assert len(view) == info.nbytes, f"{name}: {len(view)} bytes"
                 writer.write(name, view)
                 continue
@@ -85,6 +89,7 @@ def write_rest(checkpoint: Checkpoint, folder: Path) -> None:
     """What stands beside the weights, all but the record of what was done."""
     copy_companions(checkpoint, folder)
     copy_records(checkpoint, folder)
+    # Names, shapes and files are the input's, so these are too.
     for name in (INDEX_NAME, "config.json"):
         path = checkpoint.folder / name
         if path.is_file():
@@ -105,6 +110,7 @@ def write_record(
 ) -> None:
     """Add to the provenance, and to the model card if there is one."""
     earlier = history.get(RECOVERED)
+    # A list, since an output may be recovered again.
     history[RECOVERED] = [*(earlier if isinstance(earlier, list) else []), record]
     text = json.dumps(history, indent=2) + "\n"
     write_file(folder / "provenance.json", text.encode())
