@@ -39,6 +39,7 @@ def peak_rss_bytes() -> int:
     if status.is_file():
         for line in read_bounded(status, MIB).decode().splitlines():
             if line.startswith("VmHWM:"):
+                # The kernel says kB and means KiB.
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -179,6 +179,7 @@ def _removed(
             for layer, count in touched.items()
         }, None
     target = global_target(moe, stage)
+    # Where nothing leaves no score is asked for: it may not be measured.
     if target == 0:
         return {}, None
     unit = unit_of(moe, stage)

@@ -50,6 +50,7 @@ def _removes_experts(recipe: Recipe) -> bool:
 def _of_experts(stage: ExpertStage) -> set[str]:
     fields = {"sensitivity_P2"} if stage.budget == "sensitivity" else set()
     if stage.method == "score":
+        # This search goes by the Gram matrix alone, whatever the criterion.
         if stage.search == "exhaustive":
             return fields | {"contribution_gram_EE"}
         return fields | set(FIELDS[stage.criterion])

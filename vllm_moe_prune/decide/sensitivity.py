@@ -32,6 +32,7 @@ SCORE_FIELDS = ("criterion", "reverse", "search")
 def rule(recipe: Recipe) -> str:
     """By which rule experts leave a layer: curves hold for one rule only."""
     stage = recipe.experts
+    # Budget, drop and keep are not in it: they say how many leave, not which.
     names = STUN_FIELDS if stage.method == "stun" else SCORE_FIELDS
     values = stage.model_dump(mode="json")
     chosen = {
@@ -150,6 +151,7 @@ def _curve(stats: Stats, layer: int, most: int) -> Array:
             f"layer {layer}: sensitivity points must start at 0 experts removed and "
             f"rise, but are at {removed_P.tolist()}. {MEASURE_SENSITIVITY}"
         )
+    # Nothing is extrapolated: the curve ends with its last point.
     reached = np.arange(min(most, int(removed_P[-1])) + 1)
     # Between measured points the loss is taken to be linear.
     loss_R: Array = np.interp(reached, removed_P, loss_P)

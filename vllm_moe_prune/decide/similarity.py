@@ -72,6 +72,7 @@ def _coactivation_term(stats: LayerStats, layer: int) -> Array:
     )
     # Over all E * E entries, the zero diagonal included, as in the official code.
     mean = float(np.abs(counts_EE).mean())
+    # Eq. 7 takes experts that are chosen together for alike, so distances fall.
     return -counts_EE / mean if mean else np.zeros_like(counts_EE)
 
 

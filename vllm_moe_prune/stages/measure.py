@@ -33,6 +33,7 @@ def tokens_of(checkpoint: Checkpoint, calibration: Calibration) -> Tokens:
 
 def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
     """The calibration tokens, or None where the recipe needs no data at all."""
+    # The cut may need activations where no decision needs data.
     if not (needs_tokens(recipe) or recipe.needs_activations):
         return None
     return tokens_of(checkpoint, recipe.calibration)

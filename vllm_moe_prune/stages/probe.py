@@ -89,6 +89,7 @@ def with_sensitivity(
             (0, losses[0]),
             *((count, min(next(rest), worst)) for count in counts),
         ]
+        # A rule that reads no statistics, such as random, leaves layers without any.
         known = layers.get(layer, LayerStats())
         layers[layer] = replace(known, sensitivity_P2=np.array(points, np.float64))
     return replace(

@@ -137,6 +137,7 @@ def plan_of_anyone(facts: ModelFacts, recipe: Recipe) -> CutPlan:
         max_removed=stage.max_removed,
         protected=stage.protected,
     )
+    # How zeros are spread takes statistics and changes no size.
     slim = recipe.slim.model_copy(update={"allocation": "uniform"})
     if recipe.slim.is_grouped:
         slim = slim.model_copy(update={"sparsity": None})

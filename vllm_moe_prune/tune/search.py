@@ -145,6 +145,7 @@ class _Search:
         stats = collect(self.checkpoint, recipes, self.tokens, self.options, self.work)
         found: dict[str, Stats] = {}
         for recipe in recipes:
+            # Curves hold for one rule by which experts leave; its recipes share them.
             key = rule(recipe)
             if key in found or "sensitivity_P2" not in needed_statistics(recipe):
                 continue
@@ -167,6 +168,7 @@ class _Search:
                 known = stats[rule(candidate.recipe)]
                 plans[candidate.name] = self._plan(candidate.recipe, known)
             except RecipeError as error:
+                # One structure that cannot reach the size does not end the search.
                 self.left_out.append((candidate.name, str(error)))
         return plans
 
