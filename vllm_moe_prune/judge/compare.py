@@ -48,12 +48,14 @@ class Column:
 
 def size_of(checkpoint: Checkpoint) -> Size:
     """Sizes and FLOPs of a checkpoint as it is."""
+    # Parts are what quantized matrices are stored as.
     held = [*checkpoint.tensors.values(), *checkpoint.parts.values()]
     try:
         flops = costs_as_is(checkpoint).flops
     except PlanError:  # redirect routing
         flops = None
     return Size(
+        # Each file once, however many tensors it holds.
         sum(file.stat().st_size for file in {info.file for info in held}),
         checkpoint.stored_bytes,
         checkpoint.parameters,

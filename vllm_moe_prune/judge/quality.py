@@ -91,6 +91,7 @@ def judge(subject: Subject, questions: Questions, report: Report) -> Quality:
         if subject.endpoint is not None:
             scores = _asked(subject, subject.endpoint, questions.suite, questions.bars)
         else:
+            # Only after the perplexity, so that the two never need memory at once.
             with subject.serve(questions.flags) as server:
                 endpoint = find_endpoint(server.url, server.model)
                 scores = _asked(subject, endpoint, questions.suite, questions.bars)
@@ -102,6 +103,7 @@ def _asked(
 ) -> list[Score]:
     folder, trusted = subject.checkpoint.folder, subject.checkpoint.trust_code
     code = needs_code(folder, trust_code=trusted)
+    # lm-eval loads the tokenizer anew, by what the folder's files say.
     with tokenizer_folder(folder, trust_code=trusted) as tokenizer:
         return ask(suite, endpoint, tokenizer, bars=bars, trust_code=code)
 
@@ -116,6 +118,7 @@ def as_data(quality: Quality) -> dict[str, Any]:
                 "tokens": text.tokens,
                 "nll": text.nll_sum,
                 "perplexity": (
+                    # JSON has no infinity; nll and tokens still say what was measured.
                     text.perplexity if math.isfinite(text.perplexity) else None
                 ),
             }
@@ -128,6 +131,7 @@ def as_data(quality: Quality) -> dict[str, Any]:
 
 class _Text(Printed):
     source: str
+    # At least one: the perplexity divides by it.
     tokens: Annotated[int, Field(ge=1, lt=1 << 63)]
     nll: Annotated[float, Field(ge=0, le=1e18)]
 

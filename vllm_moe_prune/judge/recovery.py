@@ -40,6 +40,7 @@ def recovery(score: Score, original: Score) -> Recovery:
     ratio = score.value / original.value
     if score.stderr is None or original.stderr is None:
         return Recovery(score.task, 100 * ratio, None)
+    # Var(a/b) = (Var a + (a/b)^2 Var b) / b^2 to first order, covariance left out.
     error = math.hypot(score.stderr, ratio * original.stderr) / abs(original.value)
     return Recovery(score.task, 100 * ratio, 100 * error)
 
@@ -53,6 +54,7 @@ def mean(scores: Sequence[Score]) -> Score:
         task=MEAN,
         metric=MEAN,
         value=math.fsum(score.value for score in scores) / count,
+        # Tasks are independent: their variances add, over count squared.
         stderr=math.hypot(*errors) / count if known else None,
         samples=sum(score.samples for score in scores),
     )

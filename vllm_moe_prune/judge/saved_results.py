@@ -10,6 +10,7 @@ from ..files.json_file import read_json
 from ..files.regular import MIB, Kind
 from ..recipes.schema import first_problem
 
+# `vllm bench serve --save-detailed` lists one number per generated token.
 RESULT = Kind(name="result of a command", max_bytes=64 * MIB, error=EvaluationError)
 
 

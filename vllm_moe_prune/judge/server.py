@@ -21,6 +21,7 @@ from ..errors import ServeError
 from ..files.regular import MIB, read_bounded
 from ..plugin.launch import serve_command
 
+# Seconds between SIGTERM and SIGKILL.
 STOP_S = 30.0
 OURS = ("--host", "--port", "--served-model-name")
 
@@ -67,6 +68,7 @@ def served(
     command = serve_command(
         source, revision, None, [*own, *flags], allow_links=allow_links
     )
+    # A file, since a pipe that nobody reads would block the server once it is full.
     with tempfile.TemporaryFile("w+b") as log:
         try:
             with running(command, port, log) as (url, process):
@@ -112,6 +114,7 @@ def running(
             env=os.environ | env,
             stdout=output,
             stderr=output,
+            # Its own process group, for killpg to reach the engine's processes too.
             start_new_session=True,
         ) as process,
     ):
@@ -132,6 +135,7 @@ def _ending_on_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # 128 + number is the status that shells give a process ended by a signal.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
@@ -158,6 +162,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
     with suppress(subprocess.TimeoutExpired):  # then it is killed
         process.wait(STOP_S)
     with suppress(ProcessLookupError):
+        # Workers may outlive the leader; the group keeps its number meanwhile.
         os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -166,6 +171,7 @@ def _last_error(log: IO[bytes]) -> str:
     log.seek(0)
     lines = log.read().decode("utf-8", "replace").splitlines()
     for line in lines:
+        # vLLM's lines are `LEVEL DATE [FILE:LINE] MESSAGE`.
         found = line.rpartition("] ")[2].strip()
         name, colon, _ = found.partition(": ")
         if colon and name.split(".")[-1].endswith(("Error", "Exception", "error")):
@@ -191,6 +197,7 @@ def _of_group(group: int, line: str) -> Iterator[int]:
     """A size in bytes from the status of each process of a group."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
+            # proc(5): the command, which may hold `)`; behind it state, ppid, pgrp.
             if int(_proc(stat).rpartition(")")[2].split()[2]) != group:
                 continue
             status = _proc(stat.parent / "status").splitlines()
@@ -209,5 +216,6 @@ def _proc(path: Path) -> str:
 def free_port() -> int:
     """A port nobody listens on."""
     with socket.socket() as probe:
+        # Port 0: the kernel picks one. Another process could take it before vLLM.
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -99,6 +99,7 @@ def sweep_for(
     Raises:
         EvaluationError: A context and its new tokens are more than a model takes.
     """
+    # The shortest of all models: every row has the same contexts.
     most = min(
         positive(one.config, "max_position_embeddings", one.folder / "config.json")
         for one in checkpoints
@@ -106,6 +107,7 @@ def sweep_for(
     told = _length_in(flags)
     room = min(most, told or most) - new_tokens
     if contexts is None:
+        # Contexts that are too long become one, the longest prompt that fits.
         contexts = [min(context, room) for context in CONTEXTS]
     asked = tuple(sorted(set(contexts)))
     if not asked or asked[0] < 2 or asked[-1] > room:
@@ -114,9 +116,12 @@ def sweep_for(
             f"models take 2 to {room} tokens of prompt. Give others, or fewer new "
             "tokens."
         )
+    # The warm-up sends the first prompt: cached, its prefill would cost little.
     own = ["--no-enable-prefix-caching"]
     if told is None:
+        # Else vLLM does not start unless the model's longest context fits the KV cache.
         own += [MAX_LENGTH, str(asked[-1] + new_tokens)]
+    # The user's flags come last: of a flag given twice argparse takes the last.
     return Sweep(asked, new_tokens, repeats, (*own, *flags))
 
 
@@ -129,15 +134,18 @@ def _length_in(flags: Sequence[str]) -> int | None:
     told = None
     for at, flag in enumerate(flags):
         name, equals, value = flag.partition("=")
+        # vLLM's parser reads underscores in flags as hyphens.
         if name.replace("_", "-") == MAX_LENGTH:
             told = value if equals else "".join(flags[at + 1 : at + 2])
     if told is None:
         return None
+    # As human_readable_int in vllm/utils/argparse_utils.py: 1k is 1000, 1K is 1024.
     number, unit = told[:-1], UNITS.get(told[-1:])
     try:
         length = round(float(number) * unit) if unit else int(told)
     except ValueError:
         length = 0
+    # vLLM also takes -1 and auto, which tell no number of tokens.
     if length < 1:
         raise EvaluationError(
             f"{MAX_LENGTH} {told}: speeds need a number of tokens there, or no such "
@@ -182,11 +190,13 @@ def measure_context(
         command = [
             *(find_vllm(), "bench", "serve", "--backend", "openai"),
             *("--base-url", server.url, "--model", server.model),
+            # With random prompts the benchmark ignores EOS: answers have full length.
             *("--tokenizer", str(tokenizer), "--dataset-name", "random"),
             *("--random-input-len", str(context)),
             *("--random-output-len", str(sweep.new_tokens)),
             *("--num-prompts", str(sweep.repeats), "--num-warmups", "1"),
             *("--max-concurrency", "1", "--temperature", "0", "--disable-tqdm"),
+            # Without --save-detailed the times of single requests are left out.
             *("--save-result", "--save-detailed"),
             *([TRUST] if trust_code else ()),
             *("--result-dir", folder, "--result-filename", "result.json"),
@@ -207,6 +217,7 @@ def at_context(context: int, result: dict[str, Any]) -> AtContext:
     Raises:
         EvaluationError: A request failed.
     """
+    # vllm bench serve may end with status 0 although requests failed.
     if failed := [error for error in result["errors"] if error]:
         said = failed[0].strip().splitlines()[-1]
         raise EvaluationError(
@@ -224,6 +235,7 @@ def at_context(context: int, result: dict[str, Any]) -> AtContext:
     )
     return AtContext(
         context,
+        # Time to first token includes HTTP and scheduling: the model itself is faster.
         prefill=_spread([tokens / first for tokens, _, first, _ in requests]),
         # Tokens may come several at a time; the time between arrivals is all the time.
         decode=_spread([(new - 1) / sum(gaps) for _, new, _, gaps in requests]),

@@ -230,12 +230,15 @@ def ask(
                 model=endpoint.model,
                 tokenizer=str(tokenizer),
                 tokenizer_backend="huggingface",
+                # lm-eval's default, main, is meant for the Hub; this is a folder.
                 revision=None,
                 trust_remote_code=trust_code,
                 # As its own backends have it: the tokenizer says if there is a BOS.
                 add_bos_token=True,
+                # lm-eval itself keeps one of these tokens for the answer.
                 max_length=endpoint.max_length,
                 num_concurrent=CONCURRENT,
+                # Seconds; on CPUs a request waits long behind the others.
                 timeout=3600,
             )
             found = simple_evaluate(
@@ -264,6 +267,7 @@ def score_of(found: dict[str, Any], name: str) -> Score:
         EvaluationError: There is none.
     """
     measured = found["results"].get(name, {})
+    # lm-eval: `METRIC,FILTER` and `METRIC_stderr,FILTER`; other keys have no comma.
     keys = [
         key
         for key, value in measured.items()
@@ -273,10 +277,12 @@ def score_of(found: dict[str, Any], name: str) -> Score:
         raise EvaluationError(f"{name}: lm-eval gave no score for it.")
     key = min(keys, key=_rank)
     metric, _, way = key.partition(",")
+    # Shares are 0 to 1, correlations such as mcc -1 to 1.
     if not -1 <= measured[key] <= 1:
         raise EvaluationError(
             f"{name}: {metric} is {measured[key]:g}, which is no share of answers."
         )
+    # "N/A" where lm-eval has no standard error.
     error = measured.get(f"{metric}_stderr,{way}")
     return Score(
         task=name,
@@ -299,6 +305,7 @@ def _rank(key: str) -> tuple[int, int]:
 def _samples(found: dict[str, Any], name: str) -> int:
     if name in found["n-samples"]:
         return int(found["n-samples"][name]["effective"])
+    # A group has no count of its own: it is the sum over its tasks.
     members = found.get("group_subtasks", {}).get(name, [])
     return sum(_samples(found, member) for member in members)
 

@@ -22,6 +22,7 @@ def role_of(checkpoint: Checkpoint, original: Checkpoint, plan: CutPlan | None) 
         original: What it was pruned from.
         plan: The plan it carries, if any; zeros that are stored show nowhere else.
     """
+    # A dropped block makes the list shorter, so it counts as trimmed too.
     trimmed = _experts(checkpoint) != _experts(original)
     slimmed = (
         (plan is not None and (plan.is_slimmed or plan.is_quantized))
@@ -71,4 +72,5 @@ def slimming_of(plan: CutPlan) -> CutPlan:
 
 
 def _with(plan: CutPlan, **update: object) -> CutPlan:
+    # What was predicted is true of the original plan only.
     return plan.model_copy(update={**update, "predicted": None})

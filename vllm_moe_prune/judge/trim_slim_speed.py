@@ -143,6 +143,7 @@ def plans_to_make(roles: Mapping[Role, Subject]) -> dict[Role, CutPlan]:
     wanted = [role for role in MISSING if role not in roles]
     plan = plan_of(roles["both"].checkpoint)
     original = roles["baseline"].checkpoint
+    # A plan numbers its source's experts: after a second cut not the original's.
     if wanted and (
         plan is None or difference(plan.model.fingerprint, original.fingerprint)
     ):
@@ -189,10 +190,12 @@ def make_roles(
     made: dict[Role, Subject] = {}
     for role, plan in plans.items():
         out = folder / role
+        # Trim-only has no zeros to leave out: it is stored dense.
         compressed = plan.is_slimmed and roles["both"].checkpoint.storage is not None
         storage: StorageName = "bitmask" if compressed else "dense"
         if not out.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
+            # resume: with --work, what a killed call left is continued.
             asked = replace(options, storage=storage, resume=True)
             cut(original, plan, out, asked, where=role, text=text)
         found = open_checkpoint(out)
@@ -242,6 +245,7 @@ def measure_rows(
     """
     rows = []
     for role in ROLES:
+        # One server at a time: two would share memory bandwidth and be slower.
         if role in roles:
             subject = roles[role]
             tell(f"{role}: serving {subject.source}")
@@ -277,6 +281,7 @@ def plot_rows(found: Rows, path: Path) -> None:
         axes.set_xlabel("tokens of context")
         axes.set_ylabel("tokens/s")
         axes.set_xscale("log", base=2)
+        # From zero, so that heights compare as speeds do.
         axes.set_ylim(bottom=0)
         axes.grid(visible=True, alpha=0.25)
     axes.legend()

@@ -31,6 +31,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     """Read a shipped recipe by name, or any YAML file."""
     path = Path(name_or_path)
     shipped = resources.files(__package__) / f"{name_or_path}.yaml"
+    # A shipped name wins over a file called so; ./NAME means the file.
     known = name_or_path in shipped_recipes()
     if not known and (path.is_dir() or not path.exists()):
         raise RecipeError(
@@ -115,6 +116,7 @@ def swept(recipe: Recipe, sweep: str) -> list[Recipe]:
     """
     key, _, values = sweep.partition("=")
     try:
+        # Decimal: in floats 0.1 steps would miss LAST by rounding.
         first, last, step = (Decimal(part) for part in values.split(":"))
         count = int((last - first) / step) + 1 if step > 0 else 0
     except (ValueError, ArithmeticError) as error:
@@ -160,6 +162,7 @@ def parse_size(text: str) -> int:
     else:
         number, unit = cleaned, ""
     try:
+        # float takes nan and inf; int refuses them.
         size = int(float(number) * units.get(unit, 1))
     except (ValueError, OverflowError) as error:
         raise RecipeError(f"{text!r} is not a size; write e.g. 5GB or 2GiB.") from error

@@ -29,6 +29,7 @@ Criterion = Literal[
 Chooser = Literal["stun"] | Criterion
 Budget = Literal["global", "per-layer", "sensitivity"]
 SlimMethod = Literal["wanda", "wanda-variant", "magnitude", "sparsegpt", "none"]
+# magnitude looks at weights only.
 NEEDS_ACTIVATIONS = ("wanda", "wanda-variant", "sparsegpt")
 QuantMethod = Literal["rtn", "gptq", "awq", "none"]
 Part = Literal["experts", "attention", "shared", "mlp"]
@@ -331,6 +332,7 @@ class Recipe(Strict):
         total, share = self.total_sparsity, self.structured_share
         experts, slim = self.experts, self.slim
         number = experts.drop is not None or experts.keep is not None
+        # OWL moves zeros between layers: n of n:m then differs by layer.
         fixed = slim.is_grouped and slim.allocation == "uniform"
         refuse(
             (total is not None and slim.sparsity is not None)

@@ -49,6 +49,7 @@ def write_figures(numbers: Numbers, folder: Path) -> list[Path]:
     with mpl.rc_context(STYLE):
         for name, size, draw in _figures(numbers):
             figure = Figure(figsize=size)
+            # Not pyplot, which keeps every figure alive and may look for a display.
             FigureCanvasAgg(figure)
             draw(figure)
             path = folder / f"{name}.png"
@@ -66,7 +67,9 @@ def save_figure(figure: Any, path: Path, **options: Any) -> None:
 
     kind = path.suffix.removeprefix(".").lower()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    # In memory first: write_file then replaces an old file in one step.
     drawn = BytesIO()
+    # Without a salt matplotlib gives the elements of an SVG random ids.
     with mpl.rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(drawn, format=kind, metadata=metadata, **options)
     with writing(path, REPEAT):
@@ -78,6 +81,7 @@ _Figure = tuple[str, tuple[float, float], Callable[[Any], None]]
 
 def _figures(numbers: Numbers) -> Iterator[_Figure]:
     layers = max(1, len(numbers.layers))
+    # Inches; models with many layers get narrower columns instead of wider figures.
     wide = min(14.0, 3.0 + 0.35 * layers)
     yield "size", (6.0, 1.8), lambda figure: _size(figure, numbers)
     yield "survivors", (wide, 4.5), lambda figure: _survivors(figure, numbers)
@@ -113,6 +117,7 @@ def _size(figure: Any, numbers: Numbers) -> None:
     whole = numbers.parameters_before
     zeros, after = numbers.zeros, numbers.parameters_after
     rows = {"before": (whole, 0, 0), "after": (after - zeros, zeros, whole - after)}
+    # barh stacks nothing by itself: each part starts where the last one ended.
     for row, parts in rows.items():
         left = 0.0
         for part, color in zip(parts, (KEPT, ZEROED, GONE), strict=True):
@@ -147,6 +152,7 @@ def _experts(figure: Any, layer: LayerNumbers, numbers: Numbers) -> None:
     order = list(leaf_order(layer.merges, layer.experts))
     lowest = min((merge.height for merge in layer.merges), default=0.0)
     highest = max((merge.height for merge in layer.merges), default=1.0)
+    # Distances of Eq. 7 can be negative: leaves stand below the lowest merge, not at 0.
     floor = lowest - 0.08 * (highest - lowest)
     for fork in forks(layer.merges, order, layer.clusters):
         ends = [floor if at is None else at for at in (fork.left_base, fork.right_base)]
@@ -166,14 +172,17 @@ def _experts(figure: Any, layer: LayerNumbers, numbers: Numbers) -> None:
     tree.spines["bottom"].set_visible(False)
     scale = distance_scale(numbers.layers)
     distance_EE = layer.distance_EE[np.ix_(order, order)]
+    # np.ix_ made a copy. NaN leaves cells blank.
     np.fill_diagonal(distance_EE, np.nan)
     image = cells.imshow(
         distance_EE, cmap="Blues_r", vmin=scale.low, vmax=scale.high, aspect="auto"
     )
     clusters = [cluster for cluster in layer.clusters or () if len(cluster) > 1]
     for x, y, width, height in outlines(order, clusters):
+        # imshow centers its cells on whole numbers.
         corner = (x - 0.5, y - 0.5)
         cells.add_patch(_rectangle(corner, width, height))
+    # More numbers than that would overlap.
     if layer.experts <= 32:
         cells.set_xticks(range(layer.experts), order)
         cells.set_yticks(range(layer.experts), order)
@@ -220,6 +229,7 @@ def _kurtosis(figure: Any, layers: list[LayerNumbers]) -> None:
         values = [getattr(layer.kurtosis, stage) for layer in layers]
         axes.scatter(
             [layer.layer for layer in layers],
+            # NaN: the point is left out, its layer keeps its place.
             [np.nan if value is None else value for value in values],
             s=size,
             facecolors=face,

@@ -58,6 +58,7 @@ def page(numbers: Numbers) -> str:
     }
     return template.render(
         n=numbers,
+        # Our own file, to go in as it is.
         css=Markup((files / "page.css").read_text("utf-8")),
         tiles=_tiles(numbers),
         sections=_sections(drawn),
@@ -174,6 +175,7 @@ def _alike(numbers: Numbers) -> dict[str, Any] | None:
     scale = distance_scale(layers)
     stage = numbers.plan.recipe.experts
     threshold = numbers.plan.threshold if stage.method == "stun" else None
+    # One scale for all layers: merges and the threshold compare across them.
     heights = svg.scale_of(
         [merge.height for layer in layers for merge in layer.merges] or [0.0],
         *([] if threshold is None else [threshold]),
@@ -204,6 +206,7 @@ def distance_scale(layers: Sequence[LayerNumbers]) -> svg.Scale:
             if layer.distance_EE is not None
         ]
     )
+    # No pairs: one expert per layer, or none that are finite.
     low, high = np.percentile(found, (2, 98)) if len(found) else (0.0, 0.0)
     return svg.Scale(float(low), float(high))
 
@@ -214,6 +217,7 @@ def _about_distance(numbers: Numbers) -> str:
         return "Distance between the experts' outputs on the same tokens."
     parts = [
         f"{weight:g} × {name}"
+        # As in STUN's Eq. 7: experts chosen together are nearer.
         for weight, name in (
             (stage.router_weight, "distance of router rows"),
             (-stage.coactivation_weight, "co-activation over its mean"),
@@ -226,6 +230,7 @@ def _about_distance(numbers: Numbers) -> str:
 def _clusters(layer: LayerNumbers) -> list[tuple[str, str]]:
     return [
         (str(kept), ", ".join(str(each) for each in cluster if each != kept))
+        # clusters[i] are the experts that keep[i] stands for; method score has none.
         for kept, cluster in zip(layer.keep, layer.clusters or (), strict=False)
         if len(cluster) > 1
     ]
@@ -259,6 +264,7 @@ def _routing(numbers: Numbers) -> list[dict[str, Any]]:
         ]
         if not rows:
             continue
+        # From zero, so that twice as far along is twice the share.
         scale = svg.scale_of([float(x) for _, found in rows for x in found], 0.0)
         drawn.append(
             {
@@ -378,5 +384,6 @@ def _facts(numbers: Numbers) -> list[tuple[str, str]]:
 
 
 def _recipe(numbers: Numbers) -> str:
+    # What differs from the defaults, as a recipe file would have it.
     recipe = numbers.plan.recipe.model_dump(mode="json", exclude_defaults=True)
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip()

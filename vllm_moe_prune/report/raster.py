@@ -26,9 +26,11 @@ def opacity_png(share_YX: Array) -> bytes:
     index_YX = np.rint(clipped_YX * 255).astype(np.uint8)
     # Each row starts with the number of its filter: none.
     rows = np.concatenate([np.zeros((height, 1), np.uint8), index_YX], axis=1)
+    # 8 bits, color type 3 (palette); compression 0, filter 0, not interlaced.
     header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
     parts = (
         (b"IHDR", header),
+        # Every entry is the one color; tRNS gives entry i the opacity i / 255.
         (b"PLTE", bytes(COLOR) * 256),
         (b"tRNS", bytes(range(256))),
         (b"IDAT", zlib.compress(rows.tobytes(), 9)),
@@ -43,5 +45,6 @@ def data_uri(png: bytes) -> str:
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
+    # PNG, 5.3: the length is that of the data, the CRC is of type and data.
     check = struct.pack(">I", zlib.crc32(kind + data))
     return struct.pack(">I", len(data)) + kind + data + check

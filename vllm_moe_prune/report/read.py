@@ -125,6 +125,7 @@ def read_numbers(
         [one.layers[layer.layer] for one in stats if layer.layer in one.layers]
         for layer in plan.layers
     ]
+    # Only of layers whose weights the cut zeroed or quantized.
     powers = {entry.layer: entry for entry in record.weight_powers}
     sums = [
         _power_sums(layer, found, powers.get(layer.layer))
@@ -182,6 +183,7 @@ def _check(plan: CutPlan, record: Provenance, folder: Path) -> None:
 
 def _statistics(folder: Path, files: Sequence[Path], plan: CutPlan) -> list[Stats]:
     """What the output keeps, then the files, all of them of the plan's source."""
+    # The output's own first: what several have measured is taken from the first.
     kept = folder / STATS_FILE
     paths = [*([kept] if kept.is_file() else []), *files]
     found = [load_stats(path) for path in paths]
@@ -216,6 +218,7 @@ def _layer(
     whole: CutPlan,
     sums: _Sums,
 ) -> LayerNumbers:
+    # Experts of one layer are of one size: their share is that of their weights.
     removed = 1.0 - len(plan.keep) / plan.experts if plan.experts else 0.0
     distance_EE = _first(_distance(one, whole, plan.layer) for one in found)
     return LayerNumbers(
@@ -225,6 +228,7 @@ def _layer(
         keep=plan.keep,
         clusters=plan.clusters,
         removed=removed,
+        # Of two shares rounded apart the difference may be a hair below zero.
         zeroed=max(0.0, count.sparsity - removed),
         unseen=count.unseen_experts,
         kurtosis=Kurtosis(*map(_kurtosis, sums)),
@@ -249,6 +253,7 @@ def _mean(total: Array | None, found: LayerStats) -> Array | None:
     if total is None or found.tokens is None or not float(found.tokens):
         return None
     mean: Array = np.asarray(total / float(found.tokens))
+    # Statistics are untrusted, and nothing can be drawn to an infinite scale.
     return mean if bool(np.isfinite(mean).all()) else None
 
 
@@ -260,6 +265,7 @@ def _blocks(stats: Stats, layers: int) -> Array | None:
     if stats.block_cosine_HH is None or stats.block_tokens is None:
         return None
     mean_HH: Array = stats.block_cosine_HH / max(1.0, float(stats.block_tokens))
+    # H is layers + 1: what enters the first block, then what leaves each.
     fits = mean_HH.shape == (layers + 1, layers + 1) and np.isfinite(mean_HH).all()
     return mean_HH if fits else None
 
@@ -290,6 +296,7 @@ def _pooled(plan: CutPlan, sums: Sequence[_Sums]) -> Kurtosis:
     stages = zip(*of_experts, strict=True)
     return Kurtosis(
         *(
+            # Kurtosis does not average; the power sums behind it add.
             None if any(one is None for one in stage) else _kurtosis(sum(stage))
             for stage in stages
         )
@@ -298,6 +305,7 @@ def _pooled(plan: CutPlan, sums: Sequence[_Sums]) -> Kurtosis:
 
 def _depth(earlier: dict[str, JsonValue] | None) -> int:
     depth = 0
+    # A cut of a cut holds the record of the cut before, and so on.
     while isinstance(earlier, dict):
         depth += 1
         earlier = earlier.get("earlier")  # type: ignore[assignment]

@@ -18,6 +18,7 @@ from ..files.json_file import read_json
 from ..recipes.numbers import Count, Fraction, Index, Indices
 from ..recipes.schema import first_problem
 
+# Bounded as weight_powers_E5 is in the statistics.
 Sum = Annotated[float, Field(ge=-1e160, le=1e160)]
 Positive = Annotated[float, Field(ge=0.0, le=1e160)]
 Powers = tuple[Positive, Sum, Positive, Sum, Positive]

@@ -34,6 +34,7 @@ class Scale:
     def share(self, value: float) -> float:
         """Where a value lies: 0 at ``low``, 1 at ``high``."""
         span = self.high - self.low
+        # All values are equal: any place on the line is as good.
         return (value - self.low) / span if span else 0.0
 
 
@@ -60,6 +61,7 @@ def heat_map(
 ) -> Markup:
     """A matrix as cells; the nearer, the stronger. Its diagonal is left empty."""
     share_YX = (matrix_YX - scale.low) / ((scale.high - scale.low) or 1.0)
+    # The weakest cell still differs from the empty diagonal.
     share_YX = 0.04 + 0.96 * (1.0 - share_YX if near_is_low else share_YX)
     np.fill_diagonal(share_YX, 0.0)
     uri = data_uri(opacity_png(share_YX))
@@ -87,12 +89,15 @@ def merge_tree(layer: LayerNumbers, scale: Scale, threshold: float | None) -> Ma
     order = leaf_order(layer.merges, layer.experts)
 
     def y(height: float | None) -> float:
+        # Leaves stand at the bottom, with 6 % below the lowest merge.
         share = 0.0 if height is None else 0.06 + 0.94 * scale.share(height)
+        # SVG's y grows downwards; 7 px above and 1 px below are for the strokes.
         return round((TREE_PX - 8) * (1.0 - share) + 7, 2)
 
     paths: dict[bool, list[str]] = {True: [], False: []}
     for fork in forks(layer.merges, order, layer.clusters):
         paths[fork.within].append(
+            # + 0.5: a leaf stands over the middle of its column in the map below.
             f"M{fork.left + 0.5:g} {y(fork.left_base)}V{y(fork.height)}"
             f"H{fork.right + 0.5:g}V{y(fork.right_base)}"
         )
@@ -130,6 +135,7 @@ def strip(
     for expert in experts:
         kind, fate = ("kept", "kept") if expert in kept else ("gone", "removed")
         said = f"expert {expert}: {value_E[expert]:.4g} {unit}, {fate}"
+        # Radius in px, the place across in per cent of the width.
         dots.append((kind, _inset(scale.share(float(value_E[expert]))), 5, said))
     said = _said(layer, value_E, unit)
     return _draw("strip", said, dots, _inset(scale.share(even)))

@@ -29,6 +29,7 @@ def leaf_order(merges: Sequence[Merge], experts: int) -> tuple[int, ...]:
     """Experts from left to right, so that no two branches of the tree cross."""
     rows = {expert: [expert] for expert in range(experts)}
     for merge in merges:
+        # Clusters are named by their smallest member, so the first name stays.
         rows[merge.first] += rows.pop(merge.second)
     return tuple(expert for _, row in sorted(rows.items()) for expert in row)
 
@@ -80,5 +81,6 @@ def outlines(
                 runs[-1][1] += 1
             else:
                 runs.append([at, 1])
+        # Every run with every other: cells between two runs are the cluster's too.
         found += [(x, y, width, height) for x, width in runs for y, height in runs]
     return found
