@@ -42,6 +42,7 @@ def _root(
     debug: Annotated[bool, flag("Show tracebacks of errors.", "--debug")] = False,
 ) -> None:
     if debug:
+        # main() handles the errors and has no Typer context to read it from.
         os.environ["MOE_PRUNE_DEBUG"] = "1"
 
 
@@ -84,6 +85,7 @@ def main() -> None:
     """Entry point: what is refused becomes one line and status 2."""
     try:
         arguments = sys.argv[1:] or ["--help"]
+        # standalone_mode would print errors in Typer's way and exit.
         status = app(arguments, prog_name=NAME, standalone_mode=False) or 0
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else NAME
@@ -112,6 +114,7 @@ def _unexpected(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "out of memory. What is finished is kept; free some, then try again."
     step = error.__traceback__
+    # The innermost frame is where it was raised.
     while step is not None and step.tb_next is not None:
         step = step.tb_next
     where = (
@@ -128,6 +131,7 @@ def _unexpected(error: BaseException) -> str:
 
 def _fail(label: str, message: str, status: int) -> NoReturn:
     """One line on stderr; what a hostile file had printed stays harmless."""
+    # Both ends: errors say first where, and last what to do.
     if len(message) > MAX_LINE:
         message = f"{message[: MAX_LINE // 2]} ... {message[-MAX_LINE // 2 :]}"
     line = "".join(sign if sign.isprintable() else " " for sign in message)

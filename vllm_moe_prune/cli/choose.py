@@ -63,6 +63,7 @@ def recommend(
 
     if memory is None and speed is None:
         raise RecipeError("say what for: --memory 24GiB, --speed 2x, or both.")
+    # Limits are read before the Hub is asked for headers.
     size = parse_size(memory) if memory is not None else None
     times = choosing.parse_speed(speed) if speed is not None else None
     checkpoint = open_headers(source, revision, allow_links=allow_links)
@@ -130,11 +131,13 @@ def tune(
     checkpoint = open_checkpoint(
         source, revision, trust_code=trust_remote_code, allow_links=allow_links
     )
+    # Everything is checked before the search, which takes long.
     pipeline.validate_input(checkpoint, device)
     check_file(output, checkpoint.folder)
     if plot is not None:
         check_file(plot, checkpoint.folder)
         check_plot(plot)
+    # Beside the plan, by its name: the same command finds a killed search's work.
     work = output.with_name(output.name + ".work")
     with resumable(REPEAT), watching(as_json) as report:
         options = pipeline.RunOptions(
@@ -144,5 +147,6 @@ def tune(
         pipeline.save_plan(tuned.best.plan, output)
         if plot is not None:
             plot_front(tuned, plot)
+        # Last: until plan and plot are written, repeating the command needs it.
         remove_folder(work)
     show_tuned(checkpoint, tuned, output, as_json)

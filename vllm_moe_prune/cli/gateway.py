@@ -23,9 +23,11 @@ def add_gateway(app: typer.Typer, panel: str) -> None:
             _not_installed
         )
         return
+    # A distribution of its own, imported only where it is installed.
     from moe_prune_gateway.cli import gateway
     from moe_prune_gateway.gateway_error import GatewayError
 
+    # Typer reads the options from the signature, which wraps keeps.
     @wraps(gateway)
     def command(**options: Any) -> None:
         try:

@@ -107,8 +107,10 @@ def evaluate(
     checkpoint = open_checkpoint(
         source, revision, trust_code=trust_remote_code, allow_links=allow_links
     )
+    # Asked before the perplexity, which may take hours.
     endpoint = find_endpoint(server, model) if server is not None else None
     subject = Subject(checkpoint, source, revision, endpoint)
+    # A result that lacks a task is refused before anything is measured.
     known = _known(against, questions)
     original = None
     if against is not None and known is None:
@@ -188,10 +190,12 @@ def compare(
         )
         for source in sources
     ]
+    # By folder name, as `speed --json` knows no paths.
     known = find_speeds(speed_from, subjects) if speed_from is not None else {}
     sweep = None
     if speed:
         opened = [one.checkpoint for one in subjects]
+        # One sweep for all, of contexts that every model takes.
         sweep = sweep_for(opened, None, NEW_TOKENS, REPEATS, questions.flags)
     columns = []
     for one in subjects:
@@ -278,6 +282,7 @@ def speed(
     if plot is not None:
         check_plot(plot)
         check_file(plot, opened[0].checkpoint.folder)
+    # Roles, contexts and texts are checked before anything is cut.
     timing = prepare(
         opened[0],
         opened[1:],
@@ -287,6 +292,7 @@ def speed(
         flags=split_flags(vllm_flags),
         calibration=calibration,
     )
+    # Checkpoints that are cut here are served from it, so it stays until the end.
     with tempfile.TemporaryDirectory(prefix="moe-prune-speed-") as temporary:
         with watching(as_json) as report:
             options = RunOptions(device=device, report=report)
@@ -326,6 +332,7 @@ def _questions(
     check_device(device)
     flags = split_flags(vllm_flags)
     bars = err.is_terminal and not as_json
+    # With their data: without a network it fails here, not after hours.
     suite = find_tasks(names, task_dir, bars=bars) if names else None
     return Questions(
         texts=text or (),
@@ -346,6 +353,7 @@ def split_flags(text: str | None) -> list[str]:
     from ..judge.server import check_flags
 
     try:
+        # shlex parts quotes as a shell would; no shell ever runs it.
         flags = shlex.split(text or "")
     except ValueError as error:
         raise ServeError(f"--vllm-flags {text!r}: {error}.") from error

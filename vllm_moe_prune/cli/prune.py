@@ -89,6 +89,7 @@ def measure(
     )
     pipeline.validate_input(checkpoint, device)
     check_file(output, checkpoint.folder)
+    # None where no decision of the recipe needs data.
     tokens = pipeline.measuring_tokens(checkpoint, asked)
     with resumable(REPEAT), watching(as_json) as report:
         options = pipeline.RunOptions(device=device, report=report)
@@ -160,6 +161,7 @@ def plan(
         check_folder(output, checkpoint.folder)
     loaded = load_stats(stats) if stats is not None else None
     if sweep is not None:
+        # All from one measurement: decisions read statistics, never weights.
         recipes = swept(asked, sweep)
         plans = pipeline.plan_sweep(
             checkpoint, recipes, loaded, output, max_shard_bytes

@@ -80,6 +80,7 @@ def recover(
     from .output.show_recovered import show_recovered
 
     started = time.monotonic()
+    # Before checkpoints are opened, which may fetch them from the Hub.
     pipeline.check_device(device)
     checkpoint = open_checkpoint(
         pruned, trust_code=trust_remote_code, allow_links=allow_links
@@ -107,6 +108,7 @@ def recover(
         "heldout": heldout,
         "seed": seed,
     }
+    # A recipe for its calibration alone: the same defaults, the same checks.
     text = with_overrides(Recipe(), flags).calibration
     with resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(

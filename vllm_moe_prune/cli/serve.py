@@ -41,6 +41,7 @@ def serve(
     from ..plugin.launch import run_server, serve_command, split_model
     from .output.draw import err
 
+    # Unknown options pass through to vLLM, so -h arrives as MODEL.
     if model == ["-h"]:
         typer.echo(context.get_help())
         return
@@ -81,12 +82,14 @@ def report(
     from .output.show import show_report
 
     folder = output.resolve()
+    # `.` has no name: its page goes beside the folder it stands for.
     beside = output.parent if output.name else folder.parent
     page = html or beside / f"{folder.name}.report.html"
     check_file(page, folder)
     if png is not None:
         check_folder(png, folder)
     numbers = read_numbers(output, stats or (), allow_links=allow_links)
+    # First: a missing matplotlib is told of before anything is written.
     pictures = write_figures(numbers, png) if png is not None else []
     write_page(numbers, page)
     show_report(numbers, page, pictures, as_json)

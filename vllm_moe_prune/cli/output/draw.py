@@ -27,6 +27,7 @@ err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=
 
 def duration(seconds: float) -> str:
     """Seconds as a person says them."""
+    # From 59.95 on it would be shown as 60.0 s.
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -37,6 +38,7 @@ def duration(seconds: float) -> str:
 
 def print_json(data: dict[str, Any]) -> None:
     """Machine-readable result on stdout."""
+    # default: paths as text. Not by rich, which would wrap long lines.
     sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
 
 
@@ -129,6 +131,7 @@ def _is_done(progress: Progress) -> bool:
 class _BarReport:
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
+        # By stage: its bar, and when it began, so that rates are of the stage alone.
         self._tasks: dict[str, tuple[TaskID, float]] = {}
 
     def __call__(self, progress: Progress) -> None:
@@ -154,6 +157,7 @@ class _LineReport:
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
         start = self._start.setdefault(progress.stage, now)
+        # A stage's end is always shown: logs tell how long each took.
         if now - self._shown < 2.0 and not _is_done(progress):
             return
         self._shown = now

@@ -101,6 +101,7 @@ def experts_text(counts: Sequence[int]) -> str:
 def source_of(checkpoint: Checkpoint) -> str:
     """How the next command names a checkpoint."""
     origin = checkpoint.origin
+    # A Hub id as it was typed: its folder is one in the cache.
     return str(checkpoint.folder) if origin.revision is None else origin.name
 
 

@@ -22,6 +22,7 @@ def show_compared(columns: Sequence["Column"], as_json: bool) -> None:
         return
     rows = [*_sizes(columns), *_texts(columns), *_tasks(columns), *_speeds(columns)]
     names = [column.quality.model for column in columns]
+    # Folders of one name are told apart by their paths.
     unique = len(set(names)) == len(names)
     heads = names if unique else [column.source for column in columns]
     table("Comparison", ["", *heads], rows)
@@ -81,6 +82,7 @@ def _beside_first(
 
 def _texts(columns: Sequence["Column"]) -> Iterator[list[str]]:
     for at, text in enumerate(columns[0].quality.texts):
+        # Every column was judged on the same texts in the same order.
         found = [column.quality.texts[at].perplexity for column in columns]
         name = f"perplexity: {text.source}"
         yield [name, *_beside_first(found, "{:.3f}".format)]
@@ -101,6 +103,7 @@ def _tasks(columns: Sequence["Column"]) -> Iterator[list[str]]:
 
 def _speeds(columns: Sequence["Column"]) -> Iterator[list[str]]:
     timed = [column.speed for column in columns]
+    # A file of speeds may hold other contexts for each checkpoint.
     contexts = sorted(
         {one.context for speed in timed if speed for one in speed.contexts}
     )
@@ -151,6 +154,7 @@ def show_speed(found: "Rows", as_json: bool) -> None:
     rates = []
     for at, before in enumerate(first.speed.contexts):
         for row in found.rows:
+            # One sweep for all rows: the same contexts in the same order.
             one = row.speed.contexts[at]
             rates.append(
                 [

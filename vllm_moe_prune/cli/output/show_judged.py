@@ -46,6 +46,7 @@ def _show_texts(
         for one in texts
     ]
     if original is not None:
+        # By name: a result from a file may be of other texts.
         before = {one.source: one for one in original}
         heads += ["original", "times as high"]
         for row, one in zip(rows, texts, strict=True):

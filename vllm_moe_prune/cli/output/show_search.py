@@ -145,6 +145,7 @@ def show_tuned(
             {
                 "name": one.name,
                 "file_bytes": one.file_bytes,
+                # JSON has no infinity.
                 "loss": one.loss.mean if math.isfinite(one.loss.mean) else None,
                 "tokens": one.loss.tokens,
                 "final": one.final,
@@ -158,6 +159,7 @@ def show_tuned(
     if as_json:
         print_json(data)
         return
+    # Losses compare only where all held-out tokens were judged: the final ones.
     on_front = {one.name for one in front(one for one in tuned.judged if one.final)}
     rows = [
         (
