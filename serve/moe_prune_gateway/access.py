@@ -40,6 +40,7 @@ class AccessGuard:
         self.refused = refused
         self.hosts = settings.host_names
         self.origins = {origin.lower() for origin in settings.allowed_origins}
+        # Digests are of one length: comparing them tells nothing of a key's.
         self.keys = [_digest(_bytes(key)) for key in settings.api_keys]
         self.open = OPEN | set(pages)
 
@@ -70,6 +71,7 @@ class AccessGuard:
     def _check_host(self, host: str) -> None:
         """A web page can give its own name this machine's address, but no other."""
         assert self.hosts is not None
+        # IPv6 addresses have colons too, but end with a bracket.
         name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
         if name.lower() not in self.hosts and not _is_address(name):
             raise ApiError(
@@ -83,6 +85,7 @@ class AccessGuard:
         """A web page may use its own server only, or one that allows it."""
         for value in _values(headers, b"origin"):
             origin = value.decode("latin-1").lower()
+            # Without the scheme: behind a proxy that ends TLS the two differ.
             own = host is not None and origin.partition("://")[2] == host.lower()
             if not own and not {origin, "*"} & self.origins:
                 raise ApiError(

@@ -48,8 +48,10 @@ class ApiError(Exception):
         more = dict(self.headers)
         if self.retry_after_s is not None:
             more["Retry-After"] = str(self.retry_after_s)
+        # RFC 9110, 15.5.2: a 401 must say how to authenticate.
         if self.status == 401:
             more["WWW-Authenticate"] = "Bearer"
+        # Part of the body may still come and would be read as the next request.
         if self.status == 408:
             more["Connection"] = "close"
         return Response(self.body, self.status, more, "application/json")

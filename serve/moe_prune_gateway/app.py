@@ -97,12 +97,14 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         pages=pages,
         refused=lambda code: metrics.errors.labels("", code).inc(),
     )
+    # Last added is outermost: preflights are answered before a key is asked for.
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
             allow_methods=METHODS,
             allow_headers=["*"],
+            # Else scripts see only the headers that the Fetch standard calls safe.
             expose_headers=["Retry-After"],
         )
     app.add_exception_handler(HTTPException, _http_error)
@@ -151,6 +153,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     async def show_model(model: str) -> Response:
         """One model, as its backend lists it."""
         backend = backends.serving(model)[0]
+        # serving() raises unless a backend lists the model.
         return _json(next(m.json for m in backend.models or () if m.id == model))
 
     app.add_exception_handler(ApiError, _api_error)

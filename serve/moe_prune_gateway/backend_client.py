@@ -57,10 +57,12 @@ class BackendClient:
     def open(self) -> None:
         """Called in the event loop, before the first request."""
         self._session = aiohttp.ClientSession(
+            # aiohttp would queue requests beyond 100 connections.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
             # Cookies of one client's answer are not sent with another's request.
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(
+                # aiohttp's default of 5 minutes would end long answers.
                 total=None,
                 connect=self.connect_timeout_s,
                 sock_read=self.read_timeout_s,
@@ -105,12 +107,15 @@ class BackendClient:
         )
         limit_s = self.connect_timeout_s + self.read_timeout_s
         try:
+            # sock_read begins anew with every byte: headers could trickle in for ever.
             async with asyncio.timeout(limit_s):
                 response = await self._session.request(
                     method,
+                    # encoded: yarl would rewrite escapes; the path goes as received.
                     URL(self.url + path.decode("ascii"), encoded=True),
                     headers=_decoded(headers),
                     data=data,
+                    # It could lead anywhere; the client gets it and decides.
                     allow_redirects=False,
                 )
         except (aiohttp.ClientError, OSError) as error:
@@ -201,6 +206,7 @@ def _check(status: int, headers: Sequence[Header]) -> None:
 def _translate(error: Exception) -> NoReturn:
     """aiohttp's exceptions in terms of what is known to have been sent."""
     said = f"{type(error).__name__}: {error}"
+    # Before TimeoutError, of which aiohttp's ConnectionTimeoutError is a kind.
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
         raise Unreachable(said) from error
     if isinstance(error, TimeoutError):

@@ -96,11 +96,13 @@ def _checked_model(entry: dict[str, Any]) -> ListedModel:
             f"{MAX_ID_CHARACTERS} are allowed"
         )
     _check_json(entry)
+    # Once here, not for every client that lists models.
     return ListedModel(name, msgspec.json.encode(entry))
 
 
 def _check_json(entry: object) -> None:
     """Refuse nesting and integers that some client's JSON reader could not take."""
+    # Level by level: the depth is counted, and nothing recurses.
     level: list[object] = [entry]
     for _ in range(MAX_DEPTH):
         inner: list[object] = []

@@ -124,8 +124,10 @@ class BackendPool:
         """
         found = [backend for backend in self.all if model in backend.model_ids]
         if found:
+            # Sorting is stable: of equals the first in the settings.
             return sorted(found, key=lambda one: (not one.up, one.in_flight))
         for backend in self.all:
+            # It may serve the model: 503 says to try again, 404 would not.
             if backend.models is None:
                 raise backend_unreachable(backend.name)
         names = sorted({name for each in self.all for name in each.model_ids})
@@ -153,6 +155,7 @@ class BackendPool:
         except FAILURES as error:
             why = f"{type(error).__name__}: {error}"
         finally:
+            # Provenance is read when it comes back, perhaps with another checkpoint.
             returned = up and not backend.up
             self._set_up(backend, up, why)
             backend.polled.set()

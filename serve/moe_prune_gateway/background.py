@@ -16,6 +16,7 @@ class BackgroundTasks:
 
     def __init__(self, restart_s: float = RESTART_S) -> None:
         self.restart_s = restart_s
+        # asyncio itself holds its tasks weakly.
         self._running: set[asyncio.Task[None]] = set()
         self._closing = False
 
@@ -37,6 +38,7 @@ class BackgroundTasks:
     def _restart(self, task: asyncio.Task[None], name: str, job: Job) -> None:
         self._running.discard(task)
         if self._closing:
+            # Else asyncio logs that the exception was never retrieved.
             with suppress(asyncio.CancelledError):
                 task.exception()
             return

@@ -72,6 +72,7 @@ def gateway(
     if dry_run:
         typer.echo(settings.model_dump_json(indent=2))
         return
+    # Only now: --help and --dry-run need no web server.
     from .run import run_gateway
 
     run_gateway(settings)

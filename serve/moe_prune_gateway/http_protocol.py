@@ -55,6 +55,7 @@ def bounded_protocol(
             self._unset_keepalive_if_required()
             size = len(data)
             try:
+                # More than one turn only where an upgrade was declined.
                 while data:
                     data = self._parsed(data)
             except httptools.HttpParserError:
@@ -106,6 +107,7 @@ def bounded_protocol(
 
         def pause_writing(self) -> None:
             super().pause_writing()
+            # abort, as close would wait for what the client does not read.
             self.stall_timer = self.loop.call_later(
                 stall_timeout_s, self.transport.abort
             )
@@ -124,6 +126,7 @@ def bounded_protocol(
             except httptools.HttpParserUpgrade as upgrade:
                 head = self._head_without_upgrade()
                 self.parser = httptools.HttpRequestParser(self)
+                # As uvicorn sets up its own parser.
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
                 return head + data[upgrade.args[0] :]
             return b""

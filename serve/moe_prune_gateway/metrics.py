@@ -13,6 +13,7 @@ PATHS = frozenset(
         *("models", "score", "rerank", "audio/transcriptions", "audio/translations"),
     }
 )
+# Up to 10 minutes for long generations; prometheus_client adds +Inf.
 SECONDS = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1, 2.5, 5, 10, 30, 60, 120, 300, 600),

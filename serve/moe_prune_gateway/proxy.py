@@ -127,6 +127,7 @@ class ProxiedRequest:
         candidates = self._candidates(name, body.data)
         limit_s = self.proxy.settings.request_timeout_s
         answering = asyncio.create_task(self._try_backends(candidates, body))
+        # uvicorn reports that a client has gone only through receive().
         leaving = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait(
@@ -143,6 +144,7 @@ class ProxiedRequest:
         finally:
             leaving.cancel()
             answering.cancel()
+            # Ended only with the backend's connection closed, by which vLLM aborts.
             await asyncio.gather(answering, leaving, return_exceptions=True)
 
     def _candidates(self, name: str | None, data: bytes) -> Sequence[Backend]:
@@ -205,6 +207,7 @@ class ProxiedRequest:
             response = await backend.client.request(
                 method, path, self._request_headers(), data
             )
+            # The backend has it all: a long answer need not hold it in memory.
             del data
             body.release()
             try:
@@ -227,6 +230,7 @@ class ProxiedRequest:
         headers = dict(response.headers)
         kind = headers.get(b"content-type", b"")
         encoded = b"content-encoding" in headers
+        # Compressed events show no ends to cut at; they pass like any body.
         self.streaming = kind.startswith(b"text/event-stream") and not encoded
         body: EventStream | PlainBody = (
             EventStream()
@@ -311,6 +315,7 @@ def backend_and_path(scope: Scope) -> tuple[str | None, bytes]:
     raw: bytes = scope["raw_path"]
     name = None
     if raw.startswith(b"/backends/"):
+        # A trailing slash makes sure of four parts; rest[:-1] takes it off again.
         _, _, encoded, rest = (raw + b"/").split(b"/", 3)
         name, raw = unquote(encoded), b"/" + rest[:-1]
     # Decoded as a server may decode it, so that `..` leads nowhere else.

@@ -70,6 +70,7 @@ class RequestBody:
             async with asyncio.timeout(whole_s) as whole:
                 self.data = await self._received(receive)
         except TimeoutError:
+            # Raised elsewhere, not by this timer.
             if not whole.expired():
                 raise
             raise _too_slow(f"The body was not complete after {whole_s:g} s.") from None
@@ -84,6 +85,7 @@ class RequestBody:
             piece = message.get("body", b"")
             more = message.get("more_body", False)
             self._count(len(piece))
+            # All in one piece, as is usual: bytes() of bytes copies nothing.
             if not received and not more:
                 return bytes(piece)
             received += piece
@@ -102,10 +104,12 @@ class RequestBody:
     def _check_announced(self, scope: Scope) -> None:
         """Refuse by the header already, so that nothing of it is read."""
         for name, value in scope["headers"]:
+            # llhttp has refused what is no number.
             if name == b"content-length" and int(value) > self._budget.largest:
                 raise self._too_large()
 
     def _count(self, size: int) -> None:
+        # Before it is refused: release() gives back all that was counted.
         self._counted += size
         self._budget.held += size
         if self._counted > self._budget.largest:

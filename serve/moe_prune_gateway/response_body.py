@@ -40,6 +40,7 @@ class EventStream:
         if not whole:
             return whole
         if USAGE.search(whole):
+            # Two at most: vLLM may report usage in every event.
             self.usages = [*self.usages[:1], whole]
         self.ended = self.ended or whole.rstrip().endswith(DONE)
         return whole
@@ -119,6 +120,7 @@ def token_counts(data: bytes) -> dict[str, int]:
     for kind, keys in names.items():
         for key in keys:
             count = usage.get(key)
+            # Not isinstance: JSON's true is an int to it.
             if type(count) is int and 0 <= count <= LARGEST_COUNT:
                 found[kind] = count
                 break

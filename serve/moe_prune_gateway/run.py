@@ -30,11 +30,13 @@ def run_gateway(settings: GatewaySettings) -> NoReturn:
     Raises:
         GatewayError: The address is taken or does not exist.
     """
+    # Here, so that a taken port is our error of one line; uvicorn would log and exit.
     listener = _listen(settings.host, settings.port)
     _raise_open_files()
     config = uvicorn.Config(
         create_app(settings),
         http=bounded_protocol(settings.client_timeout_s),
+        # bounded_protocol declines every offer to upgrade.
         ws="none",
         lifespan="on",
         log_config=_logging(),

@@ -28,6 +28,7 @@ class GatewaySettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True)
 
+    # NoDecode: pydantic-settings would take such variables for JSON.
     backends: Annotated[dict[str, str], NoDecode] = {}
     """Name → address; as a variable ``NAME=URL,NAME=URL``."""
     host: str = "127.0.0.1"
@@ -181,6 +182,7 @@ def _read_keys(path: Path) -> str:
         os.close(fd)
         raise GatewayError(f"{path}: is not a regular file with one key per line.")
     with os.fdopen(fd, "rb") as file:
+        # One byte more tells a file that is too large from one that just fits.
         data = file.read(MIB + 1)
     if len(data) > MIB:
         raise GatewayError(f"{path}: is larger than 1 MiB, too large for keys.")
@@ -198,6 +200,7 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     place = ".".join(str(part) for part in problem["loc"])
     said = problem["msg"].removeprefix("Value error, ")
+    # Our own validators name the value themselves, except for keys.
     if problem["type"] == "value_error":
         return f"{place}: {said}"
     return f"{place}: {said} (got {reprlib.repr(problem['input'])})"
@@ -230,6 +233,7 @@ def _checked_backend(name: str, url: str) -> str:
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError(f"{name}: {url!r} is not an http:// or https:// address")
     try:
+        # urlsplit checks a port only when asked for it.
         _ = parts.port
     except ValueError:
         raise ValueError(f"{name}: {url!r} has a port that is none") from None
