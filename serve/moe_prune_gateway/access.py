@@ -40,7 +40,7 @@ class AccessGuard:
         self.refused = refused
         self.hosts = settings.host_names
         self.origins = {origin.lower() for origin in settings.allowed_origins}
-        # Digests are of one length: comparing them tells nothing of a key's.
+        # Digests are of one length: comparing them does not tell the key's length.
         self.keys = [_digest(_bytes(key)) for key in settings.api_keys]
         self.open = OPEN | set(pages)
 

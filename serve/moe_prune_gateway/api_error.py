@@ -51,7 +51,7 @@ class ApiError(Exception):
         # RFC 9110, 15.5.2: a 401 must say how to authenticate.
         if self.status == 401:
             more["WWW-Authenticate"] = "Bearer"
-        # Part of the body may still come and would be read as the next request.
+        # The rest of the body is not awaited, and no request can follow before it.
         if self.status == 408:
             more["Connection"] = "close"
         return Response(self.body, self.status, more, "application/json")

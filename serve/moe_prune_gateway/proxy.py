@@ -144,7 +144,7 @@ class ProxiedRequest:
         finally:
             leaving.cancel()
             answering.cancel()
-            # Ended only with the backend's connection closed, by which vLLM aborts.
+            # Waits until the connection to the backend is closed, so that vLLM aborts.
             await asyncio.gather(answering, leaving, return_exceptions=True)
 
     def _candidates(self, name: str | None, data: bytes) -> Sequence[Backend]:
