@@ -1,6 +1,8 @@
 """Rules for every file in archs/, with no further code when one is added."""
 
+import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tests.reference import LayerCut, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.archs import find_arch, supported
-from vllm_moe_prune.archs.spec import GatedMlp
+from vllm_moe_prune.archs.spec import GatedMlp, Key
 from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.calibrate.perplexity import run_layer
 from vllm_moe_prune.calibrate.stock import find_class
@@ -50,6 +52,29 @@ def test_names_are_consistent(checkpoint: Checkpoint) -> None:
         assert arch.shared.prefix.startswith(arch.moe_members)
     if arch.residual is not None:
         assert not arch.residual.mlp.prefix.startswith(arch.moe_members)
+
+
+def keys_of(table: object) -> Iterator[Key]:
+    """Every key of config.json that a family's table reads."""
+    for field in dataclasses.fields(table):  # type: ignore[arg-type]
+        value = getattr(table, field.name)
+        if isinstance(value, Key):
+            yield value
+        elif dataclasses.is_dataclass(value):
+            yield from keys_of(value)
+
+
+def test_absent_keys_mean_what_they_mean_to_transformers(
+    checkpoint: Checkpoint,
+) -> None:
+    config = find_class(checkpoint.arch.hf_config)()
+    expected = {
+        key.name: found
+        for key in keys_of(checkpoint.arch)
+        if key.name and (found := getattr(config, key.name, None)) is not None
+    }
+    found = {key.name: key.default for key in keys_of(checkpoint.arch)}
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_its_transformers_classes_exist(checkpoint: Checkpoint) -> None:

@@ -106,8 +106,18 @@ def test_equal_groups_are_what_transformers_computes(
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "keep",
+    [
+        # 12 experts in every layer, which 4 groups would divide.
+        (0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13),
+        # 4, 3, 4 and 3 of each group: what rounding makes of 14 rows in 4 groups.
+        (0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14),
+    ],
+    ids=["12", "14"],
+)
 def test_uneven_groups_are_refused_by_who_knows_none(
-    family: str, tmp_path: Path
+    family: str, keep: tuple[int, ...], tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.integrations.heterogeneity import (
@@ -115,9 +125,7 @@ def test_uneven_groups_are_refused_by_who_knows_none(
     )
 
     folder = tiny(tmp_path / "in", family, layers=2, first_k_dense_replace=0)
-    keep = (0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13)
     out = pruned(folder, {0: LayerCut(keep=keep), 1: LayerCut(keep=keep)})
-    # Every layer has 12 experts, which 4 groups would divide.
     assert read_json(out / "config.json")["per_layer_config"] == {
         "0": {"n_group": None},
         "1": {"n_group": None},

@@ -273,6 +273,10 @@ def test_power_sums_are_of_rows_longer_than_a_piece() -> None:
     torch.testing.assert_close(power_sums(weights_EP), expected_E5)
 
 
+def test_kurtosis_beyond_fp64_is_not_defined() -> None:
+    assert kurtosis([1, 1e160, 1e160, 1e160, 1e160]) is None
+
+
 def test_kurtosis_of_nothing_and_of_equal_weights_is_not_defined() -> None:
     for weights in (torch.zeros(4), torch.full((4,), 2.0)):
         assert kurtosis(power_sums(weights).tolist()) is None

@@ -210,6 +210,7 @@ def test_a_sweep_gives_a_recipe_for_each_value() -> None:
         ("total=0.2:0.7", "write KEY=FIRST:LAST:STEP"),
         ("total=0.7:0.2:0.1", "upwards"),
         ("total=0.2:0.7:0", "upwards"),
+        ("total=0.2:0.7:Infinity", "write KEY=FIRST:LAST:STEP"),
         ("total=0:0.9:0.0001", "at most 1,000"),
         ("seed=1:3:1", "sweeps total, drop, keep"),
         ("keep=2:4:0.5", "whole numbers"),

@@ -25,6 +25,7 @@ ARCH = replace(
         # DeepseekV2TopkRouter of transformers casts input and weight to fp32.
         fp32=True,
     ),
+    shared_count=Key("n_shared_experts", 2),
     attention=LATENT_ATTENTION,
     hf_config=f"{HF}configuration_deepseek_v2:DeepseekV2Config",
     hf_layer=f"{HF}modeling_deepseek_v2:DeepseekV2DecoderLayer",

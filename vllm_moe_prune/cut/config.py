@@ -169,4 +169,5 @@ def _equal_groups(entry: RemapLayer, count: int) -> bool:
         return True
     # vLLM's grouped_topk views the scores as [N, groups, rows / groups].
     rows = len(entry.groups)
-    return entry.groups == tuple(row * count // rows for row in range(rows))
+    in_order = tuple(row * count // rows for row in range(rows))
+    return rows % count == 0 and entry.groups == in_order

@@ -233,6 +233,11 @@ def at_context(context: int, result: dict[str, Any]) -> AtContext:
             strict=True,
         )
     )
+    if not all(sum(gaps) > 0 and first > 0 for *_, first, gaps in requests):
+        raise EvaluationError(
+            f"requests with {context} tokens: an answer came in one piece, so decoding "
+            "cannot be timed. Do not buffer the stream, or ask for more tokens."
+        )
     return AtContext(
         context,
         # Time to first token includes HTTP and scheduling: the model itself is faster.

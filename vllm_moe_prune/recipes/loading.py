@@ -119,6 +119,8 @@ def swept(recipe: Recipe, sweep: str) -> list[Recipe]:
         # Decimal: in floats 0.1 steps would miss LAST by rounding.
         first, last, step = (Decimal(part) for part in values.split(":"))
         count = int((last - first) / step) + 1 if step > 0 else 0
+        if not step.is_finite():
+            raise ValueError(step)
     except (ValueError, ArithmeticError) as error:
         raise RecipeError(
             f"sweep {sweep!r}: write KEY=FIRST:LAST:STEP, such as total=0.2:0.7:0.1."

@@ -4,8 +4,10 @@ STUN's argument: unstructured pruning takes the small weights and with them kurt
 removing whole experts leaves it. Zeros are not counted: they are no weights any more.
 """
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,13 +46,16 @@ def kurtosis(sums: Sequence[float]) -> float | None:
         sums: Of ``power_sums``, perhaps added up over several matrices.
 
     Returns:
-        None where it is not defined: of no weights, or of equal ones.
+        None where it is not defined: of no weights, of equal ones, or beyond fp64.
     """
     count = sums[0]
     if not count:
         return None
-    mean, second, third, fourth = (total / count for total in sums[1:])
-    # Central moments from raw ones: sums add up over matrices, deviations do not.
-    variance = second - mean**2
-    central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
-    return central / variance**2 if variance > 0 else None
+    # Damaged records hold anything: beyond fp64 it is infinite, not an error.
+    with np.errstate(all="ignore"):
+        mean, second, third, fourth = np.array(sums[1:], dtype=np.float64) / count
+        # Central moments from raw ones: sums add up over matrices, deviations do not.
+        variance = second - mean**2
+        central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
+        found = float(central / variance**2) if variance > 0 else math.nan
+    return found if math.isfinite(found) else None
