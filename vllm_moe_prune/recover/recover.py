@@ -3,8 +3,9 @@
     check -> loss on windows kept apart -> train -> write -> the loss again -> publish
 
 Routers are trained one layer at a time beside the original model
-(``router_distillation.py``); adapters and full finetuning have the model in memory (``train.py``). Either way what
-was trained is kept until the output is complete, so that a killed run continues.
+(``router_distillation.py``); adapters and full finetuning have the model in memory
+(``train.py``). Either way what was trained is kept until the output is complete, so
+that a killed run continues.
 """
 
 import dataclasses
