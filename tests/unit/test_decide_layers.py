@@ -22,7 +22,7 @@ def test_actions_are_listed_by_layer() -> None:
     ("stage", "says"),
     [
         ({"drop_moe": (3,)}, "layers.drop_moe: there is no layer 3; the model has"),
-        ({"drop_blocks": (-1,)}, "layers.drop_blocks: there is no layer -1"),
+        ({"drop_blocks": (3,)}, "layers.drop_blocks: there is no layer 3"),
         ({"drop_moe": (1, 1)}, "layer 1 is listed more than once"),
         ({"drop_moe": (0,)}, "layer 0 has no MoE sublayer"),
         ({"drop_moe": (1,), "drop_blocks": (1,)}, r"\[1\] are in both"),

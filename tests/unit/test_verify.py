@@ -38,9 +38,9 @@ SLIMMED = MOE.format(0) + "experts.1.w2.weight"
 AVERAGED = MOE.format(1) + "experts.0.w3.weight"
 
 
-def make_pair(folder: Path, layout: str = PER_EXPERT, slim: str = "magnitude") -> Path:
-    """A model and its cut, each in one file."""
-    model = tiny_checkpoint(
+def make_model(folder: Path, layout: str = PER_EXPERT) -> Path:
+    """A model in one file."""
+    return tiny_checkpoint(
         folder / "model",
         layout=layout,
         layers=3,
@@ -51,11 +51,21 @@ def make_pair(folder: Path, layout: str = PER_EXPERT, slim: str = "magnitude") -
         shards=1,
         tokenizer=False,
     )
-    checkpoint = open_checkpoint(model)
+
+
+def cut_model(folder: Path, slim: str = "magnitude") -> None:
+    """Its cut, in one file."""
+    checkpoint = open_checkpoint(folder / "model")
     plan = load_plan(write_plan(folder / "plan.json", checkpoint, CUTS, slim=slim))
     ids_ST = torch.arange(64).remainder(32).reshape(4, 16)
     tokens = Tokens(ids_ST=ids_ST, source="counting", sha256="0" * 64)
     execute_plan(checkpoint, plan, folder / "out", tokens=tokens)
+
+
+def make_pair(folder: Path, layout: str = PER_EXPERT, slim: str = "magnitude") -> Path:
+    """A model and its cut."""
+    make_model(folder, layout)
+    cut_model(folder, slim)
     return folder
 
 
@@ -174,35 +184,26 @@ def test_zeros_of_the_source_come_on_top(tmp_path: Path) -> None:
     check(folder)
 
 
-def say_cut_from_what_is_there(pair: Path) -> None:
-    """Let the plan name the source as it is now, which else is another model."""
-    path = pair / "out" / "plan.json"
-    plan = json.loads(path.read_text())
-    plan["model"]["fingerprint"] = open_checkpoint(pair / "model").fingerprint
-    path.write_text(json.dumps(plan))
+def set_head(file: Path, value: float) -> None:
+    """One weight of the head, which a cut copies."""
+    tensors = load_file(file)
+    tensors["lm_head.weight"][0, 0] = value
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
-def test_negative_zero_is_not_zero(pair: Path) -> None:
+def test_negative_zero_is_not_zero(tmp_path: Path) -> None:
     """Copies are compared bit for bit."""
-    model = pair / "model" / "model.safetensors"
-    for path, value in ((model, 0.0), (pair / "out" / "model.safetensors", -0.0)):
-        tensors = load_file(path)
-        tensors["lm_head.weight"][0, 0] = value
-        save_file(tensors, path, metadata={"format": "pt"})
-    say_cut_from_what_is_there(pair)
+    set_head(make_model(tmp_path) / "model.safetensors", 0.0)
+    cut_model(tmp_path)
+    set_head(tmp_path / "out" / "model.safetensors", -0.0)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight: 1 values differ"):
-        check(pair)
+        check(tmp_path)
 
 
-def test_nan_that_was_there_before_is_no_difference(pair: Path) -> None:
-    for name in ("model", "out"):
-        path = pair / name / "model.safetensors"
-        tensors = load_file(path)
-        tensors["lm_head.weight"][0, 0] = float("nan")
-        save_file(tensors, path, metadata={"format": "pt"})
-    (pair / "out" / HASHES).unlink()
-    say_cut_from_what_is_there(pair)
-    check(pair)
+def test_nan_that_was_there_before_is_no_difference(tmp_path: Path) -> None:
+    set_head(make_model(tmp_path) / "model.safetensors", float("nan"))
+    cut_model(tmp_path)
+    check(tmp_path)
 
 
 def test_a_missing_tensor_is_named(pair: Path) -> None:
