@@ -113,6 +113,7 @@ def test_compare_streams_from_vllm(servers: tuple[Process, str]) -> None:
         expect(verdict).to_contain_text("Both answers are the same.", timeout=30_000)
         for side in range(2):
             facts = page.locator(".speed").nth(side)
+            # A busy machine may hand over all of it at once, which gives no rate.
             expect(facts).to_contain_text(
-                re.compile(r"tokens/s\s*[\d.]+\s*tokens\s*80$")
+                re.compile(r"tokens/s\s*([\d.]+|–)\s*tokens\s*80$")
             )
