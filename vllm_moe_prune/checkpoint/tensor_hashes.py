@@ -1,6 +1,6 @@
 """``tensor_hashes.json``: what every tensor of an output was when it was written.
 
-``cut``, ``convert`` and ``recover`` hash each tensor on its way to the disk; ``verify``
+``cut``, ``convert`` and ``recover`` hash each tensor while writing it; ``verify``
 reads the tensors again and names those that are not the same any more.
 """
 

@@ -2,7 +2,7 @@
 
 The safetensors library can only write a shard that is in memory whole; a shard may be
 larger than a layer, so the header is written here and the tensors stream in after it.
-Each is hashed on its way: the journal knows a shard by the hashes of its tensors, and
+Each is hashed while written: the journal knows a shard by its tensors' hashes, and
 the finished folder carries them (see ``tensor_hashes``).
 """
 

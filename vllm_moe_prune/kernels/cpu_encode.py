@@ -8,7 +8,8 @@ compiled library. N outputs, K inputs.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,36 +62,20 @@ def encode(sources: Sequence[Tensor], scales: Sequence[Tensor] | None = None) ->
         source.shape == (outputs, inputs) and source.dtype == sources[0].dtype
         for source in sources
     )
-    # Sizes as in blocks.encode: whole blocks of 16 outputs, whole pairs of blocks.
-    count = round_up(len(sources) * (round_up(outputs, BLOCK) // BLOCK), 2)
-    masks_BS = torch.empty(
-        count, round_up(inputs, STEP) // 2, dtype=torch.int32, device="cpu"
-    )
-    starts_B1 = torch.empty(count + 1, dtype=torch.int64, device="cpu")
     size = sources[0].element_size()
     assert size in blocks.BITS
     # Counted first: the library fills a buffer of just this size.
     stored = sum(
         int(torch.count_nonzero(source.view(blocks.BITS[size]))) for source in sources
     )
-    values = torch.empty(stored + TAIL, dtype=blocks.BITS[size], device="cpu")
-    values[stored:] = 0
     pointers = (ctypes.c_void_p * len(sources))(*(s.data_ptr() for s in sources))
-    found.moe_prune_encode(
+    return _encoded(
+        found.moe_prune_encode,
         pointers,
-        ctypes.c_int64(len(sources)),
-        ctypes.c_int64(outputs),
-        ctypes.c_int64(inputs),
-        ctypes.c_int32(size),
-        ctypes.c_void_p(masks_BS.data_ptr()),
-        ctypes.c_void_p(starts_B1.data_ptr()),
-        ctypes.c_void_p(values.data_ptr()),
-    )
-    return Blocks(
-        masks_BS[None],
-        starts_B1[None],
-        values.view(sources[0].dtype),
-        None if scales is None else blocks.alternate(scales)[None],
+        (outputs, inputs),
+        sources[0].dtype,
+        stored,
+        scales,
     )
 
 
@@ -141,14 +126,36 @@ def encode_stored(
             for parts in held
         )
     )
+    return _encoded(
+        found.moe_prune_encode_stored,
+        structs,
+        (outputs, inputs),
+        dtype,
+        at_most,
+        scales,
+    )
+
+
+def _encoded(
+    run: Callable[..., None],
+    sources: "ctypes.Array[Any]",
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    at_most: int,
+    scales: Sequence[Tensor] | None,
+) -> Blocks:
+    """What the library makes of sources with ``at_most`` values to store."""
+    outputs, inputs = shape
+    # Sizes as in blocks.encode: whole blocks of 16 outputs, whole pairs of blocks.
     count = round_up(len(sources) * (round_up(outputs, BLOCK) // BLOCK), 2)
     masks_BS = torch.empty(
         count, round_up(inputs, STEP) // 2, dtype=torch.int32, device="cpu"
     )
     starts_B1 = torch.empty(count + 1, dtype=torch.int64, device="cpu")
+    bits = blocks.BITS[dtype.itemsize]
     values = torch.empty(at_most + TAIL, dtype=bits, device="cpu")
-    found.moe_prune_encode_stored(
-        structs,
+    run(
+        sources,
         ctypes.c_int64(len(sources)),
         ctypes.c_int64(outputs),
         ctypes.c_int64(inputs),

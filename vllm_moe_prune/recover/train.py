@@ -226,8 +226,9 @@ def _stored(
             changed[info.name] = weight
             continue
         # Packed experts: rows that were not trained stay as they are stored.
-        whole = changed.setdefault(info.name, read_tensor(info))
-        part = whole[place.row]
+        if info.name not in changed:  # a packed tensor is read once, not per expert
+            changed[info.name] = read_tensor(info)
+        part = changed[info.name][place.row]
         if place.half is not None:
             # A view, so that copy_ reaches the whole tensor.
             part = part.chunk(2, dim=0)[place.half]
