@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -82,3 +84,26 @@ def test_bad_input_is_refused(
         )
     ]
     assert left == []
+
+
+def test_warnings_of_libraries_do_not_stand_before_the_error(tmp_path: Path) -> None:
+    # compressed-tensors warns of `dynamic` without an observer, once a process.
+    cases_quantized.block(
+        config_groups={
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "group_size": 32, "dynamic": True}
+                | {"strategy": "group", "observer": "minmax"},
+            }
+        }
+    )(tmp_path)
+    ran = subprocess.run(
+        [sys.executable, "-m", "vllm_moe_prune", "serve", "quantized", "--dry-run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: "), ran.stderr
+    assert ran.stderr.count("\n") == 1, ran.stderr

@@ -1,7 +1,8 @@
-"""``python -m tests.faults [PART OF A CASE'S NAME ...]``: every event of every command.
+"""``python -m tests.faults [NAME ...]``: every event of every command, or of those.
 
 Prints a row per command as docs/reliability.md has them, and what went wrong. ``-n``
-takes so many faults of each kind, evenly spread, instead of all.
+takes so many faults of each kind, evenly spread, instead of all. A name is that of a
+case, or a part of the names of several.
 """
 
 import argparse
@@ -20,7 +21,7 @@ HEAD = "| command | write events | kills | right | errors | right | seconds |"
 def main() -> int:
     """The number of faults after which something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="parts of names of cases")
+    parser.add_argument("names", nargs="*", help="cases, or parts of their names")
     parser.add_argument("-n", type=int, default=sys.maxsize, help="of each kind")
     asked = parser.parse_args()
     base = "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -32,7 +33,7 @@ def main() -> int:
             tell(HEAD)
             tell("|---" * HEAD.count(" |") + "|")
             for case in CASES:
-                if asked.names and not any(part in case.name for part in asked.names):
+                if asked.names and not any(map(case.called, asked.names)):
                     continue
                 began = time.monotonic()
                 world = make_world(running, case, scratch)

@@ -34,6 +34,10 @@ class Case:
     """Whether an earlier output of that name is there, to be replaced."""
     slow: bool = False
 
+    def called(self, name: str) -> bool:
+        """Whether a name means this case: its own, or a part if it is no case's own."""
+        return name == self.name if name in NAMES else name in self.name
+
     @property
     def arguments(self) -> list[str]:
         return self.command.split()
@@ -134,7 +138,7 @@ CASES = [
         "",
     ),
 ]
-
+NAMES = {case.name for case in CASES}
 
 MADE = (
     f"measure {MODEL} -o ../inputs/stats.safetensors {TEXT}",
@@ -188,5 +192,7 @@ def make_inputs(folder: Path) -> None:
         "quantize: {method: rtn, weights: int4, group_size: 32}\n" + said
     )
     (folder / "tuned.yaml").write_text(
-        "name: tuned\ntotal_sparsity: 0.4\ntune: {finalists: 1}\n" + said
+        "name: tuned\ntotal_sparsity: 0.4\ntune: {experts: [reap, stun], "
+        "budgets: [global], shares: [0.5, 1], layers: [0.5], slims: [wanda], "
+        "owl: false, finalists: 1}\n" + said
     )

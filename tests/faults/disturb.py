@@ -37,6 +37,8 @@ class World:
     folder: Path
     wanted: dict[str, str] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
+    resumed: dict[tuple[tuple[str, str], ...], list[str]] = field(default_factory=dict)
+    """What resuming came to, by what was in the folder: each state is resumed once."""
 
     def undisturbed(self) -> None:
         copied(self.before, self.folder)
@@ -53,10 +55,17 @@ class World:
         copied(self.before, self.folder)
         ran = self.server.run(self.folder, self.case.arguments, fault)
         found = [] if ran.status == 0 else self._stopped(ran, fault)
+        state = tuple(contents(self.folder, times=True).items())
+        if state not in self.resumed:
+            self.resumed[state] = self._resume()
+        return found + self.resumed[state]
+
+    def _resume(self) -> list[str]:
+        """What is wrong after resuming."""
         resumed = self.server.run(self.folder, self.case.resuming)
         if resumed.status != 0:
-            return [*found, f"resuming exits {resumed.status}: {resumed.said[-400:]}"]
-        return found + difference(contents(self.folder), self.wanted)
+            return [f"resuming exits {resumed.status}: {resumed.said[-400:]}"]
+        return difference(contents(self.folder), self.wanted)
 
     def _stopped(self, ran: Ran, fault: Fault) -> list[str]:
         """What is wrong with how it ended."""

@@ -23,6 +23,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import FlakyFailure
 
 from tests.fuzz.command import Ran, run_command
 from tests.fuzz.spoil import SPECIAL, SPOILERS, put_special
@@ -180,6 +181,11 @@ class Fuzzer:
             cases()
         except Found as finding:
             self._note(number, finding)
+        except FlakyFailure as flaky:  # a fault that a second call no longer shows
+            for each in flaky.exceptions:
+                if not isinstance(each, Found):
+                    raise
+                self._note(number, each)
 
     def _note(self, number: int, finding: Found) -> None:
         said, file, what, kept, ran = finding.args

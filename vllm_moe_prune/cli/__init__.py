@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -83,6 +84,8 @@ gateway.add_gateway(app, panel="Serve")
 
 def main() -> None:
     """Entry point: what is refused becomes one line and status 2."""
+    if not sys.warnoptions:  # those of libraries are for their callers, not for users
+        warnings.simplefilter("ignore")
     try:
         arguments = sys.argv[1:] or ["--help"]
         # standalone_mode would print errors in Typer's way and exit.
