@@ -4,218 +4,45 @@ A recipe names no tensor and no layer count; ``decide`` turns it, together with 
 statistics of one checkpoint, into a plan that does.
 """
 
-import re
-import reprlib
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ..errors import RecipeError
-from .numbers import MOST, MOST_TOKENS, Index, Indices, Seed
+from .expert_stage import Budget, Chooser, Criterion, ExpertStage
+from .numbers import MOST, MOST_TOKENS, Indices, Seed
+from .slim_stage import (
+    NEEDS_ACTIVATIONS,
+    Part,
+    QuantizeStage,
+    QuantMethod,
+    SlimMethod,
+    SlimStage,
+    parse_pattern,
+)
+from .strict import Part01, Share, Strict, first_problem, refuse
 
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Part01 = Annotated[float, Field(ge=0.0, le=1.0)]
-Criterion = Literal[
-    "routing-score",
-    "routing-score-selected",
-    "frequency",
-    "reap",
-    "total-output",
-    "router-norm",
-    "removal-loss",
-    "random",
+__all__ = [
+    "NEEDS_ACTIVATIONS",
+    "Budget",
+    "Calibration",
+    "Chooser",
+    "Criterion",
+    "ExpertStage",
+    "LayerStage",
+    "Part",
+    "QuantMethod",
+    "QuantizeStage",
+    "Recipe",
+    "SlimMethod",
+    "SlimStage",
+    "Strict",
+    "TuneStage",
+    "first_problem",
+    "parse_pattern",
+    "parse_recipe",
+    "refuse",
 ]
-"""How much an expert matters; the formulas are in ``decide/scores.py``."""
-Chooser = Literal["stun"] | Criterion
-Budget = Literal["global", "per-layer", "sensitivity"]
-SlimMethod = Literal["wanda", "wanda-variant", "magnitude", "sparsegpt", "none"]
-# magnitude looks at weights only.
-NEEDS_ACTIVATIONS = ("wanda", "wanda-variant", "sparsegpt")
-QuantMethod = Literal["rtn", "gptq", "awq", "none"]
-Part = Literal["experts", "attention", "shared", "mlp"]
-"""What can be slimmed: routed experts; attention; shared experts; other MLPs, that is
-dense layers and Arctic's residual MLP. The router is none of them."""
-
-
-class Strict(BaseModel):
-    """Base of every model read from a file: unknown keys are errors, values frozen."""
-
-    # Docstrings of fields become the descriptions of the JSON Schema.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-def refuse(*problems: str | Literal[False]) -> None:
-    """Raise the first problem, each given as ``condition and message``."""
-    if found := [problem for problem in problems if problem]:
-        raise ValueError(found[0])
-
-
-class ExpertStage(Strict):
-    """Stage 1: which experts are removed."""
-
-    method: Literal["stun", "score", "none"] = "stun"
-    """``stun`` keeps one expert of each cluster, ``score`` drops the lowest scores."""
-    criterion: Criterion = "total-output"
-    """The score of method ``score``."""
-    reverse: bool = False
-    """Drop the highest scores instead; a control."""
-    search: Literal["greedy", "exhaustive"] = "greedy"
-    """``exhaustive`` tries every set of experts (Lu et al.), up to 200,000 sets."""
-    drop: Share | None = None
-    """Share of the experts to remove, rounded to whole experts."""
-    keep: int | None = Field(default=None, ge=1, lt=MOST)
-    """Experts kept per MoE layer, on average; replaces ``drop``."""
-    budget: Budget = "global"
-    """Split over layers: lowest scores of the model, equal, or by measured loss."""
-    protected: dict[Index, Indices] = {}
-    """Layer -> experts that are always kept."""
-    seed: Seed = 0
-    """Seed of criterion ``random``."""
-    cluster_by: Literal["behavior", "outputs"] = "behavior"
-    """Distance of experts: STUN's Eq. 7, or of their outputs on the same tokens."""
-    linkage: Literal["complete", "reference"] = "complete"
-    """``reference`` follows STUN's published code, for comparison."""
-    representative: Literal["nearest-mean"] | Criterion = "nearest-mean"
-    """The expert kept of a cluster: nearest to the mean, or the highest score."""
-    merge: Literal["mean", "frequency"] = "mean"
-    """Weights of the mean where clusters are averaged: equal, or tokens routed."""
-    router_weight: float = Field(default=1.0, ge=0.0, le=1e6)
-    """Lambda 1 of STUN's Eq. 7: weight of the distance between router rows."""
-    coactivation_weight: float = Field(default=1.0, ge=0.0, le=1e6)
-    """Lambda 2 of STUN's Eq. 7: weight of the co-activation counts."""
-    divide_by_router_norm: bool = True
-    """Divide router distances by the norm of the layer's router."""
-    min_experts: int | None = Field(default=None, ge=0, lt=MOST)
-    """Minimum of experts per layer; default: the model's top-k. With 0 and method
-    ``score`` a layer may lose all experts: its MoE is dropped, its norm kept."""
-    groups: Literal["equal", "uneven"] = "equal"
-    """Expert groups (DeepSeek-V2, V3): ``equal`` removes as many from each, as stock
-    routers need; ``uneven`` removes the lowest of the layer and needs the plugin."""
-    max_removed: int | None = Field(default=None, ge=0, lt=MOST)
-    """Maximum of experts removed from one layer."""
-    reconstruct: Literal["selective", "never", "always"] = "selective"
-    """Replace kept experts by the mean of their cluster (STUN, Algorithm 2)."""
-    reconstruct_below: int = Field(default=3, ge=1, lt=MOST)
-    """Kappa: ``selective`` averages in layers with fewer clusters than this."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "ExpertStage":
-        weights = self.router_weight or self.coactivation_weight
-        exhaustive = self.search == "exhaustive"
-        by_loss = self.criterion == "removal-loss" and not self.reverse
-        twice = [at for at, ids in self.protected.items() if len(set(ids)) < len(ids)]
-        refuse(
-            (self.drop is not None and self.keep is not None)
-            and "give drop or keep, not both",
-            (self.clusters_by_behavior and not weights)
-            and "router_weight and coactivation_weight are both zero",
-            (self.method != "score" and (self.reverse or exhaustive))
-            and "reverse and search: exhaustive need method: score",
-            (exhaustive and not by_loss)
-            and "search: exhaustive needs criterion: removal-loss, not reversed",
-            (exhaustive and self.budget == "global")
-            and "search: exhaustive needs budget: per-layer or sensitivity",
-            bool(twice) and f"protected: layer {twice[0]} lists an expert twice",
-        )
-        return self
-
-    @property
-    def clusters_by_behavior(self) -> bool:
-        """Whether STUN's Eq. 7 decides."""
-        return self.method == "stun" and self.cluster_by == "behavior"
-
-
-class SlimStage(Strict):
-    """Stage 2: zeros in the kept experts and other matrices."""
-
-    method: SlimMethod = "wanda"
-    """How the weights to zero are chosen."""
-    sparsity: Share | None = None
-    """Share of zeros among the kept weights; default: from ``total_sparsity``."""
-    pattern: str = "unstructured"
-    """``unstructured``, or ``n:m``: keep n of every m neighbors in a row, as in 2:4."""
-    allocation: Literal["uniform", "owl"] = "uniform"
-    """``owl`` gives layers with many outliers fewer zeros, at the same total."""
-    owl_m: float = Field(default=3.0, gt=0.0, le=1e6)
-    """An outlier's score exceeds this many times the mean of its layer."""
-    owl_lambda: float = Field(default=0.08, ge=0.0, lt=0.5)
-    """Maximum distance of a layer's sparsity from the mean."""
-    router_weighted: bool = False
-    """Weight Wanda's inputs by the router's weight for the expert (MoE-Pruner)."""
-    scope: tuple[Part, ...] = ("experts",)
-    """What is slimmed. ``mlp``: dense layers and Arctic's residual MLP."""
-    exclude: tuple[str, ...] = ()
-    """Matrices whose name contains one of these strings stay dense."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "SlimStage":
-        by_wanda = self.method in ("wanda", "wanda-variant")
-        repeated = len(set(self.scope)) < len(self.scope)
-        refuse(
-            (self.is_grouped and self.method == "wanda-variant")
-            and "method: wanda-variant needs pattern: unstructured",
-            (self.is_grouped and self.sparsity is not None)
-            and f"pattern {self.pattern} sets the sparsity; give no other",
-            (self.router_weighted and not by_wanda)
-            and "router_weighted needs method: wanda or wanda-variant",
-            (not self.scope or repeated) and "scope needs at least one part, each once",
-            "" in self.exclude and "exclude: an empty string is in every name",
-        )
-        return self
-
-    @property
-    def is_grouped(self) -> bool:
-        """Whether the pattern is n:m."""
-        return parse_pattern(self.pattern) is not None
-
-
-def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """(n, m) of ``n:m``, None for ``unstructured``."""
-    if pattern == "unstructured":
-        return None
-    match = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", pattern)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise ValueError("pattern is unstructured, or n:m with n < m, such as 2:4")
-    return int(match[1]), int(match[2])
-
-
-class QuantizeStage(Strict):
-    """Fewer bits for the kept routed experts, in the formats of compressed-tensors. All
-    other tensors keep their dtype."""
-
-    method: QuantMethod = "none"
-    """``rtn`` rounds to nearest without data; ``gptq`` and ``awq`` need calibration."""
-    weights: Literal["int4", "int8", "fp8"] = "int4"
-    """int8 has one scale per row, fp8 one per 128 x 128 block, else per row."""
-    group_size: Literal[32, 64, 128] | None = None
-    """int4: neighbors that share a scale; default: the largest that fits."""
-    zero_point: bool = False
-    """int4: asymmetric ranges, with a zero point per group."""
-    act_order: bool = False
-    """gptq: columns with the largest inputs first."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "QuantizeStage":
-        refuse(
-            (self.weights != "int4" and self.method in ("gptq", "awq"))
-            and f"weights: {self.weights} needs method: rtn",
-            (self.weights == "int8" and self.group_size is not None)
-            and "group_size needs weights: int4 or fp8",
-            (self.weights == "fp8" and self.group_size not in (None, 128))
-            and f"group_size {self.group_size} needs weights: int4; fp8 has 128",
-            (self.weights != "int4" and self.zero_point)
-            and "zero_point needs weights: int4",
-            (self.act_order and self.method != "gptq")
-            and "act_order needs method: gptq",
-        )
-        return self
-
-    @property
-    def needs_activations(self) -> bool:
-        """Whether it needs calibration activations."""
-        return self.method in ("gptq", "awq")
 
 
 class Calibration(Strict):
@@ -381,15 +208,3 @@ def parse_recipe(data: object, where: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(f"recipe {where}: {first_problem(error)}") from error
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first problem pydantic found, as ``field.path: message (got value)``."""
-    problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"]) or "top level"
-    said = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in {"missing", "value_error"}:
-        return f"{place}: {said}"  # what was got is everything around it
-    got = reprlib.repr(problem["input"])
-    shown = got if len(got) <= 60 else got[:57] + "..."
-    return f"{place}: {said} (got {shown})"
