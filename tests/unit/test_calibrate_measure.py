@@ -1,5 +1,6 @@
 """What measure counts, against naive recounts; its forward passes, resume, memory."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -264,6 +265,11 @@ def test_the_work_of_another_run_is_refused(
         measure(checkpoint, tokens=some_tokens(), work=work, report=killing(2))
     with pytest.raises(OutputError, match="belongs to a run of another"):
         measure(checkpoint, tokens=some_tokens(seed=2), work=work)
+    # The same bytes, as far as a fingerprint tells, but written since.
+    touched = open_checkpoint(shutil.copytree(checkpoint.folder, tmp_path / "copy"))
+    assert touched.fingerprint == checkpoint.fingerprint
+    with pytest.raises(OutputError, match="changed or copied since"):
+        measure(touched, tokens=some_tokens(), work=work)
 
 
 def test_progress_ends_at_the_total(checkpoint: Checkpoint) -> None:

@@ -100,6 +100,8 @@ class _Measure:
         parts = (
             FORMAT_VERSION,
             self.checkpoint.fingerprint,
+            # The fingerprint samples large tensors: what changed since may hide in one.
+            self.checkpoint.files,
             self.router,
             self.weights,
             self.tokens.sha256 if self.tokens else None,

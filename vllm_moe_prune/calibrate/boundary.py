@@ -96,7 +96,8 @@ class BoundaryStore:
             ) from error
         if hidden is None:
             raise OutputError(
-                f"{path}: belongs to a run of another model, plan or calibration text. "
+                f"{path}: belongs to a run of another model, plan or calibration text, "
+                "or the model's files were changed or copied since. "
                 f"Delete {self.folder}, or resume with what that run was started with."
             )
         log.info("continuing before layer %s", layer)
