@@ -32,7 +32,8 @@ from .decide.cut_plan import CutPlan, load_plan, save_plan
 from .decide.order import halves
 from .decide.required_stats import needed_statistics
 from .progress import Report, ignore
-from .recipes.schema import Calibration, ExpertStage, Recipe, SlimStage
+from .recipes.calibration import Calibration, Texts
+from .recipes.schema import ExpertStage, Recipe, SlimStage
 from .recover.options import Training
 from .recover.recover import Recovered
 from .recover.recover import recover as recover_checkpoint
@@ -63,7 +64,7 @@ def cut(
     options: RunOptions,
     tokens: Tokens | None = None,
     where: str = "plan",
-    text: str | None = None,
+    text: Texts | None = None,
     stats: Stats | None = None,
 ) -> CutResult:
     """Validate and execute a plan: read each layer once, write each shard once.

@@ -9,7 +9,14 @@ SWEEP = "plan ckpt --stats stats.safetensors -o plans --json --sweep"
 
 CASES = [
     Case("tune: no text", "tune ckpt -o best.json --total 0.5", ("--calibration",)),
-    Case("tune: no such text", f"{TUNE} --calibration no.txt", ("no.txt", "no such")),
+    Case(
+        "tune: no such text", TUNE.replace("text.txt", "no.txt"), ("no.txt", "no such")
+    ),
+    Case(
+        "tune: two texts without names",
+        f"{TUNE} --calibration no.txt",
+        ("text.txt", "--calibration code="),
+    ),
     Case(
         "tune: text too short to keep some apart",
         f"{TUNE} --total 0.5 --heldout 100000",

@@ -66,6 +66,9 @@ def test_perplexity_equals_that_of_transformers(
     assert found.nll_sum == pytest.approx(total, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
     assert found.source == "text.txt"
+    if length == 10_000:
+        named = perplexity(checkpoint, str(path), name="miller", max_tokens=8)
+        assert named.source == "miller"
 
 
 @torch.no_grad()

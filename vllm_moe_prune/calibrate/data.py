@@ -1,15 +1,17 @@
-"""Text to tokens: windows of equal length, chosen by a seed.
+"""Text to tokens: windows of equal length, chosen by a seed, of one or more sources.
 
 No more text is read than four times the tokens asked for: of a huge file or data set
-that is its beginning, of which the seed chooses windows.
+that is its beginning, of which the seed chooses windows. The windows of several sources
+are mixed, so that the first of them are of all sources too.
 
 Axes: S sequences (windows), T tokens of a window.
 """
 
+import copy
 import hashlib
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from ..checkpoint.open import Checkpoint
 from ..checkpoint.panics import panics_raised
 from ..checkpoint.tokenizer import load_tokenizer
 from ..errors import CalibrationError
-from ..recipes.schema import Calibration
+from ..recipes.calibration import Calibration, NamedText
 from .text import EXAMPLE, Document, name_of, read_documents
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,19 @@ ENCODE_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one source gave."""
+
+    name: str
+    """Empty where the only source has no name."""
+    source: str
+    samples: int
+    windows: int
+    """How many windows there were to choose from."""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tokens:
     """Calibration tokens and where they came from."""
 
@@ -41,12 +56,27 @@ class Tokens:
     """int64; each window starts with the BOS token if the tokenizer adds one."""
     source: str
     sha256: str
-    """Of the ids, little-endian int64, after their shape."""
+    """Of the ids, little-endian int64, after their shape; of several sources also which
+    window is of which."""
     seed: int = 0
     length_asked: int | None = None
     """The sequence length asked for, where the model's maximum is shorter."""
     windows: int | None = None
     """How many windows there were to choose from."""
+    parts: tuple[Part, ...] = ()
+    """The sources that have names."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the sources; none where there is one without a name."""
+        return tuple(part.name for part in self.parts)
+
+    @property
+    def source_S(self) -> torch.Tensor:
+        """The index in ``names`` of each window's source, int64; 0 without names."""
+        if not self.parts:
+            return torch.zeros(len(self.ids_ST), dtype=torch.int64)
+        return torch.tensor(_mixed([part.samples for part in self.parts]))
 
     def describe(self) -> dict[str, Any]:
         """What provenance records: only what determines the ids."""
@@ -62,6 +92,8 @@ class Tokens:
             record["sequence_length_asked"] = self.length_asked
         if self.windows is not None:
             record["windows"] = self.windows
+        if self.parts:
+            record["sources"] = [asdict(part) for part in self.parts]
         return record
 
 
@@ -71,36 +103,87 @@ def load_tokens(checkpoint: Checkpoint, calibration: Calibration) -> Tokens:
     Raises:
         CalibrationError: No source, an unusable one, no tokenizer, or too little text.
     """
-    return _chosen(checkpoint, calibration, 0, calibration.samples)
+    return _load(checkpoint, calibration.texts, calibration)
 
 
 def load_heldout(checkpoint: Checkpoint, calibration: Calibration) -> Tokens:
-    """Windows to judge candidates on: of a text of their own, or kept apart.
+    """Windows to judge candidates on: of texts of their own, or kept apart.
 
     Raises:
         CalibrationError: As ``load_tokens``, or the text is too short for both.
     """
     if calibration.heldout_source is not None:
-        own = {"source": calibration.heldout_source, "samples": calibration.heldout}
-        return load_tokens(checkpoint, calibration.model_copy(update=own))
-    first = calibration.samples
-    return _chosen(checkpoint, calibration, first, first + calibration.heldout)
+        own = calibration.model_copy(update={"samples": calibration.heldout})
+        return _load(checkpoint, calibration.heldout_texts, own)
+    return _load(checkpoint, calibration.texts, calibration, apart=True)
 
 
-def _chosen(
-    checkpoint: Checkpoint, calibration: Calibration, first: int, last: int
+def _load(
+    checkpoint: Checkpoint,
+    texts: Sequence[NamedText],
+    calibration: Calibration,
+    *,
+    apart: bool = False,
 ) -> Tokens:
-    """Windows ``first`` to ``last`` of the order in which the seed takes them."""
-    source = calibration.source
-    if source is None:
+    """The windows of all texts, mixed; with ``apart`` the held-out ones."""
+    if not texts:
         raise CalibrationError(
             "calibration text is needed: pass a text file with --calibration FILE, "
             f"or a data set of the Hub, such as --calibration {EXAMPLE}."
         )
-    text = TokenReader(checkpoint, source)
-    length = text.cap(calibration.sequence_length)
+    reader = TokenReader(checkpoint, texts[0].text)
+    weights = [text.weight for text in texts]
+    samples = _shared(calibration.samples, weights, "--samples")
+    heldout = [0] * len(texts)
+    if apart:
+        heldout = _shared(calibration.heldout, weights, "--heldout")
+    asked = calibration.sequence_length
+    length = reader.cap(asked)
+    rows, parts = [], []
+    for text, count, held in zip(texts, samples, heldout, strict=True):
+        last = count + held
+        found, windows = _chosen(
+            reader.reading(text.text), length, calibration.seed, count, last
+        )
+        rows.append(found)
+        parts.append(
+            Part(
+                name=text.name,
+                source=name_of(text.text),
+                samples=len(found),
+                windows=windows,
+                weight=text.weight,
+            )
+        )
+    named = bool(texts[0].name)
+    # Of each source its windows in order: the next one of whichever source comes next.
+    taken = [iter(found) for found in rows]
+    mixed = np.stack([next(taken[at]) for at in _mixed([len(one) for one in rows])])
+    ids_ST = reader.with_bos(mixed)
+    sha256 = sha256_of(ids_ST)
+    if named:
+        told = [(part.name, part.samples) for part in parts]
+        sha256 = hashlib.sha256(f"{told} {sha256}".encode()).hexdigest()
+    return Tokens(
+        ids_ST=ids_ST,
+        source=" + ".join(part.source for part in parts),
+        sha256=sha256,
+        seed=calibration.seed,
+        length_asked=None if length == asked else asked,
+        windows=sum(part.windows for part in parts),
+        parts=tuple(parts) if named else (),
+    )
+
+
+def _chosen(
+    text: "TokenReader", length: int, seed: int, samples: int, last: int
+) -> tuple[Ids, int]:
+    """Windows of one source in the order in which they stand, and how many there are.
+
+    Those that calibrate are the first ``samples`` that the seed takes, held-out ones
+    those from there to ``last``.
+    """
     payload = text.payload(length)
-    samples = calibration.samples
     # By samples alone, whatever is held out: both calls must rank the same windows, or
     # what is judged on could also calibrate.
     ids = text.read(READ_MULTIPLE * samples * payload)
@@ -108,24 +191,47 @@ def _chosen(
     if windows < last:
         apart = last - samples
         raise CalibrationError(
-            f"{source}: gives {windows} windows of {length} tokens, but {samples} are "
-            f"asked for{f' and {apart} apart to judge on' if first else ''}. "
+            f"{text.source}: gives {windows} windows of {length} tokens, but {samples} "
+            f"are asked for{f' and {apart} apart to judge on' if apart else ''}. "
             "Use a longer text, or fewer or shorter windows: --samples, --heldout, "
             "--sequence-length."
         )
-    chosen = sorted(_ranked(windows, calibration.seed)[first:last])
-    rows = ids[: windows * payload].reshape(windows, payload)[chosen]
-    ids_ST = text.with_bos(rows)
-    return Tokens(
-        ids_ST=ids_ST,
-        source=name_of(source),
-        sha256=sha256_of(ids_ST),
-        seed=calibration.seed,
-        length_asked=None
-        if length == calibration.sequence_length
-        else calibration.sequence_length,
-        windows=windows,
-    )
+    first = samples if last > samples else 0
+    chosen = sorted(_ranked(windows, seed)[first:last])
+    rows: Ids = ids[: windows * payload].reshape(windows, payload)[chosen]
+    return rows, windows
+
+
+def _shared(total: int, weights: Sequence[float], flag: str) -> list[int]:
+    """Whole windows in proportion to the weights, at least one of each source.
+
+    Raises:
+        CalibrationError: There are fewer windows than sources.
+    """
+    if total < len(weights):
+        raise CalibrationError(
+            f"{flag} {total}: is less than one window of each of the {len(weights)} "
+            "sources. Ask for more windows, or leave sources out."
+        )
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [max(1, int(share)) for share in exact]
+    # What is missing goes where most is missing; what is too much leaves the largest.
+    while sum(counts) < total:
+        gaps = [share - count for share, count in zip(exact, counts, strict=True)]
+        counts[gaps.index(max(gaps))] += 1
+    while sum(counts) > total:
+        counts[counts.index(max(counts))] -= 1
+    return counts
+
+
+def _mixed(counts: Sequence[int]) -> list[int]:
+    """The source of each window: every source evenly spread, ties to the first."""
+    places = [
+        ((at + 0.5) / count, source)
+        for source, count in enumerate(counts)
+        for at in range(count)
+    ]
+    return [source for _, source in sorted(places)]
 
 
 def sha256_of(ids_ST: torch.Tensor) -> str:
@@ -158,6 +264,12 @@ class TokenReader:
         self.max_length = checkpoint.config.get("max_position_embeddings")
         embedding = checkpoint.tensors.get(checkpoint.arch.embedding)
         self.vocabulary = embedding.shape[0] if embedding else None
+
+    def reading(self, source: str) -> "TokenReader":
+        """The same tokenizer for another text."""
+        other = copy.copy(self)
+        other.source = source
+        return other
 
     def cap(self, length: int) -> int:
         """The sequence length, no longer than the model's positions."""

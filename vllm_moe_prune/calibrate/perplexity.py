@@ -51,6 +51,7 @@ def perplexity(
     checkpoint: Checkpoint,
     source: str,
     *,
+    name: str = "",
     sequence_length: int = 2048,
     max_tokens: int | None = None,
     device: torch.device | str = "cpu",
@@ -61,6 +62,7 @@ def perplexity(
     Args:
         checkpoint: Any checkpoint that can be opened, cut or not.
         source: As in ``calibrate.text``.
+        name: What the result is called; default: as the source is.
         sequence_length: Of a window, BOS included; at most what the model allows.
         max_tokens: Only the first this many tokens of the text.
         device: Where to run.
@@ -85,7 +87,7 @@ def perplexity(
             "Use a longer text."
         )
     total, count = summed_loss(model, windows_ST, source, report)
-    return Perplexity(count, total, name_of(source))
+    return Perplexity(count, total, name or name_of(source))
 
 
 def summed_loss(

@@ -92,8 +92,12 @@ def tune(
         int | None, flag("Number of held-out windows for judging candidates.")
     ] = None,
     judge_on: Annotated[
-        str | None,
-        flag("Text to take the held-out windows from, e.g. of the served domain."),
+        list[str] | None,
+        flag(
+            "Text to take the held-out windows from, e.g. of the served domain; "
+            "several as for --calibration.",
+            "--judge-on",
+        ),
     ] = None,
     plot: Annotated[
         Path | None, flag("Plot size against perplexity into this .png or .svg file.")

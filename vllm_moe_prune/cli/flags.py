@@ -53,10 +53,11 @@ Routing = Annotated[
     ),
 ]
 Text = Annotated[
-    str | None,
+    list[str] | None,
     flag(
         "Calibration text: a .txt, .json, .jsonl (each also .gz) or .parquet file, "
-        "or hub:NAME[/CONFIG]."
+        "or hub:NAME[/CONFIG]. Several: NAME=TEXT each, or NAME:WEIGHT=TEXT.",
+        "--calibration",
     ),
 ]
 Samples = Annotated[int | None, flag("Number of calibration windows.")]

@@ -14,7 +14,7 @@ Texts = Annotated[
     list[str] | None,
     flag(
         "Held-out text for perplexity: a .txt, .json, .jsonl (each also .gz) or "
-        ".parquet file, or hub:NAME[/CONFIG]; repeatable.",
+        ".parquet file, or hub:NAME[/CONFIG]; repeatable, also as NAME=TEXT.",
         "--text",
     ),
 ]
@@ -215,8 +215,11 @@ def speed(
         typer.Argument(help="Checkpoints cut from it; one trimmed and slimmed."),
     ],
     calibration: Annotated[
-        str | None,
-        flag("Calibration text, if cutting the slim-only checkpoint needs it."),
+        list[str] | None,
+        flag(
+            "Calibration text, if cutting the slim-only checkpoint needs it.",
+            "--calibration",
+        ),
     ] = None,
     work: Annotated[
         Path | None,
@@ -267,6 +270,7 @@ def speed(
         prepare,
     )
     from ..pipeline import RunOptions, check_device
+    from ..recipes.calibration import parse_texts
     from ..tune.front import check_plot
     from .output.draw import err, watching
     from .output.show_compared import show_speed
@@ -290,7 +294,7 @@ def speed(
         new_tokens=new_tokens,
         repeats=repeats,
         flags=split_flags(vllm_flags),
-        calibration=calibration,
+        calibration=parse_texts(calibration, "--calibration") if calibration else None,
     )
     # Checkpoints that are cut here are served from it, so it stays until the end.
     with tempfile.TemporaryDirectory(prefix="moe-prune-speed-") as temporary:
@@ -322,6 +326,7 @@ def _questions(
     from ..judge.quality import Questions
     from ..judge.tasks import find_tasks
     from ..pipeline import check_device
+    from ..recipes.calibration import parse_text
     from .output.draw import err
 
     names = [one.strip() for item in tasks or () for one in item.split(",")]
@@ -335,7 +340,7 @@ def _questions(
     # With their data: without a network it fails here, not after hours.
     suite = find_tasks(names, task_dir, bars=bars) if names else None
     return Questions(
-        texts=text or (),
+        texts=[parse_text(one) for one in text or ()],
         sequence_length=sequence_length,
         max_tokens=max_tokens,
         device=device,

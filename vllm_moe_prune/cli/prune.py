@@ -195,6 +195,7 @@ def cut(
     from .. import pipeline
     from ..checkpoint.source import open_checkpoint
     from ..decide.cut_plan import load_plan
+    from ..recipes.calibration import parse_texts
     from ..recipes.loading import parse_size
     from .output.draw import resumable, watching
     from .output.show import show_cut
@@ -202,6 +203,7 @@ def cut(
     started = time.monotonic()
     stored = pipeline.parse_storage_name(storage)
     max_shard_bytes = parse_size(shard_size)
+    text = parse_texts(calibration, "--calibration") if calibration else None
     decided = load_plan(plan)
     checkpoint = open_checkpoint(
         source, revision, trust_code=trust_remote_code, allow_links=allow_links
@@ -216,7 +218,7 @@ def cut(
             storage=stored,
         )
         result = pipeline.cut(
-            checkpoint, decided, output, options, text=calibration, where=str(plan)
+            checkpoint, decided, output, options, text=text, where=str(plan)
         )
     show_cut(checkpoint, decided, result, time.monotonic() - started, as_json)
 

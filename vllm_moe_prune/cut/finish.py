@@ -13,6 +13,7 @@ import yaml
 
 from ..calibrate.data import Tokens
 from ..calibrate.stats import Stats, save_stats
+from ..calibrate.text import name_of
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.remap import FILE_NAME, dump_remap
 from ..checkpoint.writer import ShardPlan, index_json, index_needed
@@ -21,6 +22,7 @@ from ..errors import CheckpointError
 from ..files.atomic import write_file
 from ..files.json_file import read_json
 from ..files.regular import MIB, Kind
+from ..recipes.calibration import with_texts
 from .achieved import Achieved, achieved
 from .build_remap import build_remap
 from .card import model_card
@@ -101,12 +103,16 @@ def _renumber_copies(checkpoint: Checkpoint, plan: CutPlan, folder: Path) -> lis
 
 
 def _without_paths(plan: CutPlan) -> CutPlan:
-    """The plan with the calibration file's name for its path, which is private."""
-    calibration = plan.recipe.calibration
-    if calibration.source is None or calibration.source.startswith("hub:"):
-        return plan
-    named = calibration.model_copy(update={"source": Path(calibration.source).name})
-    recipe = plan.recipe.model_copy(update={"calibration": named})
+    """The plan with the names of calibration files for their paths, which are
+    private."""
+    asked = plan.recipe.calibration
+    calibration = asked.model_copy(
+        update={
+            "source": with_texts(asked.source, name_of),
+            "heldout_source": with_texts(asked.heldout_source, name_of),
+        }
+    )
+    recipe = plan.recipe.model_copy(update={"calibration": calibration})
     return plan.model_copy(update={"recipe": recipe})
 
 

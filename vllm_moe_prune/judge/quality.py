@@ -13,6 +13,7 @@ from ..calibrate.perplexity import Perplexity, perplexity
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.tokenizer import needs_code, tokenizer_folder
 from ..progress import Report
+from ..recipes.calibration import NamedText
 from .recovery import Score, mean
 from .saved_results import Printed, read_printed
 from .server import Server, served
@@ -32,7 +33,7 @@ class Quality:
 class Questions:
     """What models are judged by."""
 
-    texts: Sequence[str]
+    texts: Sequence[NamedText]
     sequence_length: int
     max_tokens: int | None
     device: str
@@ -78,7 +79,8 @@ def judge(subject: Subject, questions: Questions, report: Report) -> Quality:
     texts = [
         perplexity(
             subject.checkpoint,
-            text,
+            text.text,
+            name=text.name,
             sequence_length=questions.sequence_length,
             max_tokens=questions.max_tokens,
             device=questions.device,

@@ -12,6 +12,7 @@ from ..cut.convert import StorageName
 from ..decide.cut_plan import CutPlan, load_plan
 from ..errors import EvaluationError
 from ..pipeline import RunOptions, cut
+from ..recipes.calibration import Texts
 from ..report.figures import save_figure
 from .compare import Size, size_of
 from .quality import Subject
@@ -56,7 +57,7 @@ class Timing:
     plans: dict[Role, CutPlan]
     """Of the roles that have to be cut first."""
     sweep: Sweep
-    calibration: str | None
+    calibration: Texts | None
 
 
 def prepare(
@@ -67,7 +68,7 @@ def prepare(
     new_tokens: int,
     repeats: int,
     flags: Sequence[str],
-    calibration: str | None,
+    calibration: Texts | None,
 ) -> Timing:
     """Say who plays which role, what has to be cut, and which contexts are timed.
 
@@ -155,15 +156,17 @@ def plans_to_make(roles: Mapping[Role, Subject]) -> dict[Role, CutPlan]:
     return {role: MISSING[role](plan) for role in wanted if plan is not None}
 
 
-def check_calibration(plans: Iterable[CutPlan], text: str | None) -> None:
+def check_calibration(plans: Iterable[CutPlan], text: Texts | None) -> None:
     """Refuse plans that need a text nobody named: checkpoints keep but its file's name.
 
     Raises:
         EvaluationError: Asking for it.
     """
     for plan in plans:
-        named = plan.recipe.calibration.source or ""
-        if plan.needs_activations and text is None and not named.startswith("hub:"):
+        texts = [one.text for one in plan.recipe.calibration.texts]
+        found = bool(texts) and all(one.startswith("hub:") for one in texts)
+        if plan.needs_activations and text is None and not found:
+            named = " + ".join(texts)
             raise EvaluationError(
                 f"slim-only is cut anew and {plan.by_data}: give the text it was "
                 f"calibrated on ({named or 'see its provenance.json'}) with "
@@ -176,7 +179,7 @@ def make_roles(
     plans: Mapping[Role, CutPlan],
     folder: Path,
     options: RunOptions,
-    text: str | None,
+    text: Texts | None,
 ) -> dict[Role, Subject]:
     """Cut the checkpoints that nobody gave; those of an earlier call are kept.
 

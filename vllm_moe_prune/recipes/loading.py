@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import RecipeError
 from ..files.regular import KIB, Kind
 from ..files.yaml_file import parse_yaml, read_yaml
+from .calibration import parse_texts
 from .old_spelling import current_spelling
 from .schema import Recipe, parse_recipe
 
@@ -59,12 +60,22 @@ FLAGS = {
     "judge_on": ("calibration", "heldout_source"),
 }
 
+TEXTS = {"calibration": "--calibration", "judge_on": "--judge-on"}
+"""Flags that name texts, each perhaps several times."""
+
 
 def with_overrides(recipe: Recipe, flags: Mapping[str, Any]) -> Recipe:
     """The recipe with the flags that are not None put over it, validated again."""
     data = recipe.model_dump()
-    given = {name: value for name, value in flags.items() if value is not None}
+    # Of a repeatable flag that was not given Typer makes an empty list.
+    given = {
+        name: value
+        for name, value in flags.items()
+        if value is not None and value != []
+    }
     for name, value in given.items():
+        if name in TEXTS and isinstance(value, list):
+            value = parse_texts(value, TEXTS[name])
         *path, last = FLAGS[name]
         target = data
         for key in path:

@@ -9,8 +9,9 @@ from typing import Literal
 from pydantic import Field, ValidationError, model_validator
 
 from ..errors import RecipeError
+from .calibration import Calibration
 from .expert_stage import Budget, Chooser, Criterion, ExpertStage
-from .numbers import MOST, MOST_TOKENS, Indices, Seed
+from .numbers import MOST, Indices
 from .slim_stage import (
     NEEDS_ACTIVATIONS,
     Part,
@@ -43,23 +44,6 @@ __all__ = [
     "parse_recipe",
     "refuse",
 ]
-
-
-class Calibration(Strict):
-    """The calibration text and how much of it is used."""
-
-    source: str | None = None
-    """Text or JSONL file, or ``hub:NAME[/CONFIG]``; required where data is needed."""
-    samples: int = Field(default=128, ge=1, le=MOST_TOKENS)
-    """Number of windows."""
-    sequence_length: int = Field(default=2048, ge=2, le=MOST_TOKENS)
-    """Tokens per window."""
-    seed: Seed = 0
-    """Seed for choosing the windows."""
-    heldout: int = Field(default=16, ge=1, le=MOST_TOKENS)
-    """Held-out windows for judging candidates: ``tune``, ``budget: sensitivity``."""
-    heldout_source: str | None = None
-    """Text for the held-out windows, e.g. of the served domain; default: ``source``."""
 
 
 class LayerStage(Strict):
