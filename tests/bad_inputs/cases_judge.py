@@ -60,6 +60,50 @@ CASES = [
         "eval ckpt --text text.txt --task-dir .",
         ("--task-dir", "--tasks"),
     ),
+    Case("eval: no such prompts", "eval ckpt --generate no.txt", ("no.txt", "no such")),
+    Case(
+        "eval: prompts that are none",
+        "eval ckpt --generate prompts.jsonl",
+        ("prompts.jsonl: line 1", "only answer", "'prompt'"),
+        holding("prompts.jsonl", '{"answer": "4"}'),
+    ),
+    Case(
+        "eval: no prompt",
+        "eval ckpt --generate prompts.txt",
+        ("prompts.txt", "is empty"),
+        holding("prompts.txt", "\n \n"),
+    ),
+    Case(
+        "eval: answers against a result",
+        "eval ckpt --generate text.txt --against result.json",
+        ("result.json", "token by token", "checkpoint"),
+        holding("result.json", RESULT),
+    ),
+    Case(
+        "eval: an unknown condition",
+        "eval ckpt --text text.txt --fail-if lops>0.02",
+        ("'lops'", "Names: loops, repetition"),
+    ),
+    Case(
+        "eval: a condition that is none",
+        "eval ckpt --text text.txt --fail-if loops",
+        ("'loops'", "loops>0.02"),
+    ),
+    Case(
+        "eval: a condition on what is not measured",
+        "eval ckpt --text text.txt --fail-if 'kl>1'",
+        ("kl", "--generate and --against"),
+    ),
+    Case(
+        "compare: a condition on what is not measured",
+        "compare ckpt out --fail-if 'perplexity_ratio>1'",
+        ("perplexity_ratio", "without --text."),
+    ),
+    Case(
+        "eval: a card without a place",
+        "eval ckpt --text text.txt --card",
+        ("README.md", "no place for scores"),
+    ),
     Case("eval: an empty name", "eval ckpt --tasks mine,", ("--tasks", "empty")),
     Case(
         "eval: no folder of tasks",

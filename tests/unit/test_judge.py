@@ -18,8 +18,8 @@ from vllm_moe_prune.calibrate.perplexity import perplexity
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cli import app
-from vllm_moe_prune.cli.judge import split_flags
 from vllm_moe_prune.cli.output.show_compared import show_speed, speed_data
+from vllm_moe_prune.cli.questions import split_flags
 from vllm_moe_prune.decide.cut_plan import CutPlan, load_plan
 from vllm_moe_prune.errors import EvaluationError, ServeError
 from vllm_moe_prune.judge.compare import find_speeds, size_of

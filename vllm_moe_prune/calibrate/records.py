@@ -31,6 +31,10 @@ FORMS = (
     "neither 'text' nor 'messages' (or 'conversations'), nor 'instruction' (or "
     "'prompt', 'question') with 'output' (or 'response', 'completion', 'answer')"
 )
+PROMPTS = (
+    "A prompt is a line of text, or an object with 'prompt', 'messages', or 'text' to "
+    "be continued."
+)
 MAX_NAMED = 12
 
 
@@ -40,6 +44,51 @@ class Document(NamedTuple):
     text: str
     ends: bool
     """Whether unrelated text follows, so that an end-of-text token fits between."""
+
+
+def as_prompt(record: Any, where: str, tokenizer: Any) -> Document:
+    """What a model is to answer: a record without its answer, as the model is used.
+
+    Args:
+        record: ``text`` (continued as it is), a question, or a conversation, of which a
+            last turn of the assistant is left out.
+        where: How errors name it.
+        tokenizer: Renders questions and conversations with its chat template; without
+            one a question is continued like a text.
+
+    Returns:
+        ``ends``: whether special tokens, such as BOS, are to be added to it.
+
+    Raises:
+        CalibrationError: Its form is none of those known; the fields found are named.
+    """
+    fields = {"prompt": record} if isinstance(record, str) else record
+    if not isinstance(fields, dict):
+        raise CalibrationError(f"{where}: is {kind_of(record)}. {PROMPTS}")
+    if isinstance(fields.get(TEXT), str):
+        return Document(fields[TEXT], ends=True)
+    messages = _first(fields, CONVERSATIONS)
+    question = _first(fields, QUESTIONS)
+    if messages is None and isinstance(question, str):
+        context = _first(fields, CONTEXTS)
+        # `input` may be either; what is the question already is not its context too.
+        given = [] if context in (None, "") or context is question else [context]
+        asked = "\n\n".join(_text(one, "prompt", where) for one in (question, *given))
+        if not getattr(tokenizer, "chat_template", None):
+            return Document(asked, ends=True)
+        messages = [{"role": "user", "content": asked}]
+    elif messages is None:
+        messages = question
+    if messages is None:
+        raise CalibrationError(
+            f"{where}: has only {', '.join(map(str, fields)) or 'nothing'}. {PROMPTS}"
+        )
+    _need_template(where, tokenizer)
+    conversation = _messages(messages, where)
+    if conversation and conversation[-1]["role"] == "assistant":
+        conversation.pop()
+    rendered = _render(conversation, fields, where, tokenizer, to_answer=True)
+    return Document(rendered, ends=False)
 
 
 def as_document(record: Any, where: str, tokenizer: Any) -> Document:
@@ -214,13 +263,20 @@ def _text(value: Any, what: str, where: str) -> str:
 
 
 def _render(
-    messages: list[dict[str, Any]], record: dict[str, Any], where: str, tokenizer: Any
+    messages: list[dict[str, Any]],
+    record: dict[str, Any],
+    where: str,
+    tokenizer: Any,
+    *,
+    to_answer: bool = False,
 ) -> str:
     tools = record.get(TOOLS) or None
     if tools is not None and not isinstance(tools, list):
         raise CalibrationError(f"{where}: its tools are {kind_of(tools)}, not a list.")
     try:
-        rendered = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+        rendered = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=to_answer
+        )
     except Exception as error:  # a template can raise anything
         reason = " ".join(str(error).split())[:300]
         raise CalibrationError(

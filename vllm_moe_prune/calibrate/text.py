@@ -9,9 +9,9 @@ from typing import Any
 
 from ..errors import CalibrationError, require_extra
 from .record_files import Record, read_file
-from .records import Document, as_document
+from .records import Document, as_document, as_prompt
 
-__all__ = ["EXAMPLE", "HUB", "Document", "name_of", "read_documents"]
+__all__ = ["EXAMPLE", "HUB", "Document", "name_of", "read_documents", "read_prompts"]
 
 HUB = "hub:"
 EXAMPLE = f"{HUB}allenai/c4/en"
@@ -44,6 +44,30 @@ def read_documents(source: str, tokenizer: Any) -> Iterator[Document]:
         yield Document(piece, ends=False)
     for where, record in records:
         yield as_document(record, where, tokenizer)
+
+
+def read_prompts(source: str, tokenizer: Any) -> Iterator[Document]:
+    """What a model is to answer: every line of a text file, every record of others.
+
+    Args:
+        source: As in ``read_documents``.
+        tokenizer: Renders questions and conversations with its chat template.
+
+    Raises:
+        CalibrationError: While reading, when the source turns out unusable.
+    """
+    pieces: Iterator[str] = iter(())
+    if source.startswith(HUB):
+        records = _hub_records(source)
+    else:
+        pieces, records = read_file(Path(source))
+    # Pieces end at a line break, which is no line of its own.
+    lines = (line for piece in pieces for line in piece.removesuffix("\n").split("\n"))
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield as_prompt(line, f"{source}: line {number}", tokenizer)
+    for where, record in records:
+        yield as_prompt(record, where, tokenizer)
 
 
 def _hub_records(source: str) -> Iterator[Record]:

@@ -1,43 +1,29 @@
 """The commands that judge models: quality, all of it side by side, speed."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .flags import AllowLinks, Device, Json, Revision, Source, TrustCode, flag
+from .questions import (
+    ANSWER_TOKENS,
+    FAILED,
+    FailIf,
+    MaxTokens,
+    NewTokens,
+    PromptsFrom,
+    TaskDir,
+    Tasks,
+    Texts,
+    VllmFlags,
+    Window,
+    find_questions,
+    find_result,
+    split_flags,
+    with_prompts,
+)
 
-if TYPE_CHECKING:
-    from ..judge.quality import Quality, Questions
-
-Texts = Annotated[
-    list[str] | None,
-    flag(
-        "Held-out text for perplexity: a .txt, .json, .jsonl (each also .gz) or "
-        ".parquet file, or hub:NAME[/CONFIG]; repeatable, also as NAME=TEXT.",
-        "--text",
-    ),
-]
-Tasks = Annotated[
-    list[str] | None,
-    flag(
-        "lm-eval tasks, comma-separated; or a group: zero-shot, paper.",
-        "--tasks",
-    ),
-]
-TaskDir = Annotated[
-    Path | None,
-    flag("Folder of your own lm-eval task files. They can run code."),
-]
-Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
-MaxTokens = Annotated[
-    int | None,
-    typer.Option(min=2, help="Evaluate at most this many tokens per text."),
-]
-VllmFlags = Annotated[
-    str | None,
-    flag("Flags for the vLLM servers it starts, as one string.", "--vllm-flags"),
-]
 NEW_TOKENS, REPEATS = 32, 5
 
 
@@ -52,49 +38,71 @@ def evaluate(
     device: Device = "cpu",
     tasks: Tasks = None,
     task_dir: TaskDir = None,
+    generate: PromptsFrom = None,
+    new_tokens: NewTokens = ANSWER_TOKENS,
     server: Annotated[
         str | None,
-        flag("URL of a running server for the tasks; otherwise one is started."),
+        flag("URL of a running server to ask; otherwise one is started."),
     ] = None,
     model: Annotated[
         str | None, flag("Name of the model on the server, if it serves several.")
     ] = None,
     against: Annotated[
         str | None,
-        flag("Original checkpoint, or its `eval --json` output: adds recovery."),
+        flag("Original checkpoint, or its `eval --json` output: compares with it."),
     ] = None,
+    fail_if: FailIf = None,
+    card: Annotated[
+        bool, flag("Write the scores into the checkpoint's model card.", "--card")
+    ] = False,
     vllm_flags: VllmFlags = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a model: held-out perplexity and lm-eval tasks.
+    """Evaluate a model: held-out perplexity, lm-eval tasks, answers to prompts.
 
     Perplexity comes from the streaming forward; the model need not fit in memory.
-    Tasks run against a vLLM server, which is started unless --server names one.
-    `zero-shot` are UNIFIED's eight tasks, `paper` adds GSM8K. --against adds recovery:
-    scores in per cent of the original's, with standard errors.
+    Tasks and prompts are put to a vLLM server, which is started unless --server names
+    one. `zero-shot` are UNIFIED's eight tasks, `paper` adds GSM8K. Of answers it counts
+    repetition, loops, length and how many end by themselves. --against adds recovery
+    (scores in per cent of the original's, with standard errors) and how far the answers
+    are from the original's.
 
     Example: `vllm-moe-prune eval OUT --text heldout.txt`
 
     Example: `vllm-moe-prune eval OUT --tasks paper --against ORIGINAL`
 
     Example: `vllm-moe-prune eval OUT --tasks demo --task-dir examples/tasks --json`
+
+    Example: `vllm-moe-prune eval OUT --generate prompts.txt --fail-if "loops>0.02"`
     """
     from ..checkpoint.source import open_checkpoint
     from ..errors import EvaluationError
+    from ..judge.gate import check_measured, failures, parse_conditions
     from ..judge.quality import Subject, judge
+    from ..judge.scored_card import check_card, write_scores
     from ..judge.tasks import find_endpoint
     from .output.draw import watching
     from .output.show_judged import show_quality
 
-    if not text and not tasks:
+    if not (text or tasks or generate):
         raise EvaluationError(
-            "say what by: --text heldout.txt, --tasks paper, or both."
+            "say what by: --text heldout.txt, --tasks paper, --generate prompts.txt."
         )
-    if server is not None and not tasks:
-        raise EvaluationError("--server is asked for tasks only; add --tasks.")
+    if server is not None and not (tasks or generate):
+        raise EvaluationError(
+            "--server is asked for tasks and answers only; add --tasks or --generate."
+        )
     if model is not None and server is None:
         raise EvaluationError("--model names one of a server's models; add --server.")
-    questions = _questions(
+    conditions = parse_conditions(fail_if or ())
+    check_measured(
+        conditions,
+        answers=generate is not None,
+        texts=bool(text),
+        tasks=bool(tasks),
+        original=against is not None,
+    )
+    questions = find_questions(
         text,
         tasks,
         task_dir,
@@ -107,11 +115,13 @@ def evaluate(
     checkpoint = open_checkpoint(
         source, revision, trust_code=trust_remote_code, allow_links=allow_links
     )
+    if card:
+        check_card(checkpoint)
     # Asked before the perplexity, which may take hours.
     endpoint = find_endpoint(server, model) if server is not None else None
     subject = Subject(checkpoint, source, revision, endpoint)
     # A result that lacks a task is refused before anything is measured.
-    known = _known(against, questions)
+    known = find_result(against, questions, generate)
     original = None
     if against is not None and known is None:
         original = Subject(
@@ -120,12 +130,19 @@ def evaluate(
             ),
             against,
         )
-    with watching(as_json) as report:
-        quality = judge(subject, questions, report)
+    questions = with_prompts(questions, checkpoint, generate, new_tokens)
+    # The original first: its answers are what others are compared with.
     if original is not None:
         with watching(as_json) as report:
             known = judge(original, questions, report)
-    show_quality(quality, known, as_json)
+    with watching(as_json) as report:
+        quality = judge(subject, questions, report, known)
+    if card:
+        write_scores(checkpoint, quality, known)
+    failed = failures(conditions, quality, known)
+    show_quality(quality, known, failed, as_json)
+    if failed:
+        raise typer.Exit(FAILED)
 
 
 def compare(
@@ -140,6 +157,9 @@ def compare(
     device: Device = "cpu",
     tasks: Tasks = None,
     task_dir: TaskDir = None,
+    generate: PromptsFrom = None,
+    new_tokens: NewTokens = ANSWER_TOKENS,
+    fail_if: FailIf = None,
     speed: Annotated[
         bool, flag("Serve and time each checkpoint, as `speed` does.", "--speed")
     ] = False,
@@ -153,7 +173,8 @@ def compare(
     """Compare checkpoints: size, FLOPs, quality and speed in one table.
 
     Sizes and FLOPs come from headers. Quality and speed are measured on request.
-    Values in brackets and recovery are relative to the first checkpoint.
+    Values in brackets, recovery and agreement are relative to the first checkpoint;
+    --fail-if judges the others.
 
     Example: `vllm-moe-prune compare CKPT OUT --text heldout.txt`
 
@@ -162,6 +183,7 @@ def compare(
     from ..checkpoint.source import open_checkpoint
     from ..errors import EvaluationError
     from ..judge.compare import Column, find_speeds, size_of
+    from ..judge.gate import check_measured, failures, parse_conditions
     from ..judge.quality import Subject, judge
     from ..judge.speed import measure_speed, sweep_for
     from .output.draw import watching
@@ -171,7 +193,15 @@ def compare(
         raise EvaluationError("compare needs two checkpoints, the original first.")
     if speed and speed_from is not None:
         raise EvaluationError("give --speed or --speed-from, not both.")
-    questions = _questions(
+    conditions = parse_conditions(fail_if or ())
+    check_measured(
+        conditions,
+        answers=generate is not None,
+        texts=bool(text),
+        tasks=bool(tasks),
+        original=True,
+    )
+    questions = find_questions(
         text,
         tasks,
         task_dir,
@@ -197,13 +227,22 @@ def compare(
         opened = [one.checkpoint for one in subjects]
         # One sweep for all, of contexts that every model takes.
         sweep = sweep_for(opened, None, NEW_TOKENS, REPEATS, questions.flags)
-    columns = []
+    questions = with_prompts(questions, subjects[0].checkpoint, generate, new_tokens)
+    columns: list[Column] = []
     for one in subjects:
+        first = columns[0].quality if columns else None
         with watching(as_json) as report:
-            quality = judge(one, questions, report)
+            quality = judge(one, questions, report, first)
         timed = measure_speed(one, sweep) if sweep else known.get(one.name)
         columns.append(Column(one.source, size_of(one.checkpoint), quality, timed))
-    show_compared(columns, as_json)
+    failed = [
+        failure
+        for column in columns[1:]
+        for failure in failures(conditions, column.quality, columns[0].quality)
+    ]
+    show_compared(columns, failed, as_json)
+    if failed:
+        raise typer.Exit(FAILED)
 
 
 def speed(
@@ -309,75 +348,3 @@ def speed(
     if plot is not None:
         plot_rows(found, plot)
     show_speed(found, as_json)
-
-
-def _questions(
-    text: list[str] | None,
-    tasks: list[str] | None,
-    task_dir: Path | None,
-    sequence_length: int,
-    max_tokens: int | None,
-    device: str,
-    vllm_flags: str | None,
-    as_json: bool,
-) -> "Questions":
-    """What the flags ask for; tasks are looked up, their data too."""
-    from ..errors import EvaluationError
-    from ..judge.quality import Questions
-    from ..judge.tasks import find_tasks
-    from ..pipeline import check_device
-    from ..recipes.calibration import parse_text
-    from .output.draw import err
-
-    names = [one.strip() for item in tasks or () for one in item.split(",")]
-    if not all(names):
-        raise EvaluationError("--tasks: an empty name. Write e.g. arc_challenge,piqa.")
-    if task_dir is not None and not names:
-        raise EvaluationError("--task-dir holds tasks; say which with --tasks.")
-    check_device(device)
-    flags = split_flags(vllm_flags)
-    bars = err.is_terminal and not as_json
-    # With their data: without a network it fails here, not after hours.
-    suite = find_tasks(names, task_dir, bars=bars) if names else None
-    return Questions(
-        texts=[parse_text(one) for one in text or ()],
-        sequence_length=sequence_length,
-        max_tokens=max_tokens,
-        device=device,
-        suite=suite,
-        flags=flags,
-        bars=bars,
-    )
-
-
-def split_flags(text: str | None) -> list[str]:
-    """Flags for vLLM as a shell would part them, without those that we set."""
-    import shlex
-
-    from ..errors import ServeError
-    from ..judge.server import check_flags
-
-    try:
-        # shlex parts quotes as a shell would; no shell ever runs it.
-        flags = shlex.split(text or "")
-    except ValueError as error:
-        raise ServeError(f"--vllm-flags {text!r}: {error}.") from error
-    check_flags(flags)
-    return flags
-
-
-def _known(against: str | None, questions: "Questions") -> "Quality | None":
-    """The original's result, if a file holds it."""
-    from ..errors import EvaluationError
-    from ..judge.quality import load_quality
-
-    if against is None or not Path(against).is_file():
-        return None
-    found = load_quality(Path(against))
-    asked = questions.suite.names if questions.suite else ()
-    if missing := set(asked) - {score.task for score in found.scores}:
-        raise EvaluationError(
-            f"{against}: holds no score in {', '.join(sorted(missing))}. "
-            "Evaluate the original by the same tasks."
-        )
-    return found

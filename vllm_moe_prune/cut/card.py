@@ -1,8 +1,11 @@
 """The model card of the output: front matter, what was removed, how to serve it."""
 
 import re
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
+
+import yaml
 
 from ..checkpoint.index import is_inside
 from ..checkpoint.open import Checkpoint
@@ -11,7 +14,9 @@ from ..decide.quantize import form_of
 from ..errors import CheckpointError
 from ..files.regular import KIB, MIB, Kind, read_file
 from ..files.yaml_file import parse_yaml
+from ..progress import gib
 from .achieved import Achieved
+from .card_places import cell
 
 CARD = Kind(name="model card", max_bytes=16 * MIB, error=CheckpointError)
 FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\n---\s*?(?:\n|\Z)", re.DOTALL)
@@ -22,9 +27,24 @@ INHERITED = ("license", "license_name", "license_link", "language")
 
 
 def model_card(
-    checkpoint: Checkpoint, plan: CutPlan, result: Achieved, architecture: str
+    checkpoint: Checkpoint,
+    plan: CutPlan,
+    result: Achieved,
+    architecture: str,
+    *,
+    tensor_bytes: int,
+    calibration: Mapping[str, Any] | None,
 ) -> str:
-    """README.md of the output."""
+    """README.md of the output.
+
+    Args:
+        checkpoint: The input.
+        plan: What was done.
+        result: What came of it.
+        architecture: Of the output's config.json.
+        tensor_bytes: Size of the output's tensors.
+        calibration: What it was calibrated on, as provenance has it.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     name = checkpoint.origin.name
@@ -50,6 +70,16 @@ def model_card(
         fingerprint=plan.model.fingerprint[:16],
         revision=plan.model.revision or "local",
         serving=_serving(checkpoint, plan, architecture),
+        size_before=gib(checkpoint.stored_bytes),
+        size_after=gib(tensor_bytes),
+        limits=_limits(result, calibration),
+        values=yaml.safe_dump(
+            plan.recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False
+        ).strip(),
+        calibration=[
+            (cell(key.replace("_", " ")), cell(_said(value)))
+            for key, value in (calibration or {}).items()
+        ],
     )
     return f"{str(card).rstrip()}\n"
 
@@ -74,6 +104,34 @@ def _serving(checkpoint: Checkpoint, plan: CutPlan, architecture: str) -> str:
             "vllm-moe-prune`) dequantizes them while they load."
         )
     return "Its layers are uniform: unmodified vLLM and transformers load it."
+
+
+def _said(value: object) -> str:
+    """A value of provenance as a person reads it."""
+    if isinstance(value, list | tuple):
+        return "; ".join(map(_said, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_said(item)}" for key, item in value.items())
+    return str(value)
+
+
+def _limits(result: Achieved, calibration: Mapping[str, Any] | None) -> str:
+    """What a user should know before relying on it."""
+    said = [
+        "Nothing was trained after the cut, unless a section below says so. Perplexity "
+        "hides what answers lose: look at loops and at agreement with the original."
+    ]
+    if calibration:
+        said.append(
+            "What stays was chosen on the calibration text below; on text unlike it "
+            "the model may have lost more."
+        )
+    if unseen := sum(len(layer.unseen) for layer in result.layers):
+        said.append(
+            f"No calibration token reached {unseen} of its experts: their weights were "
+            "chosen by magnitude."
+        )
+    return " ".join(said)
 
 
 def source_card(checkpoint: Checkpoint) -> str | None:

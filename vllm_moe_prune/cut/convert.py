@@ -34,9 +34,10 @@ from ..decide.cut_plan import load_plan
 from ..errors import CheckpointError, RecipeError
 from ..files.atomic import write_file, writing
 from ..kernels.bitmask import INTEGERS, fits, pack
-from ..progress import Progress, Report, ignore
+from ..progress import Progress, Report, gib, ignore
 from ..recipes.schema import parse_pattern
 from .card import source_card
+from .card_places import BYTES, fill
 from .copy import tensor_view
 from .output import companions_sha256, copy_companions, copy_records
 from .slice import names_in_order
@@ -138,6 +139,7 @@ def convert(
     shards = plan_shards(
         [part for item in plan for part in item.parts], max_shard_bytes
     )
+    stored = sum(sum(shard.sizes.values()) for shard in shards)
     config = _config(checkpoint, storage, dense_layers)
     # All that determines the output's bytes; a resumed run must have the same key.
     said = (__version__, checkpoint.fingerprint, companions_sha256(checkpoint), storage)
@@ -165,14 +167,14 @@ def convert(
                 write_hashes(folder, writer)
                 copy_companions(checkpoint, folder)
                 copy_records(checkpoint, folder)
-                _write_card(checkpoint, folder, storage)
+                _write_card(checkpoint, folder, storage, stored)
                 text = json.dumps(config, indent=2) + "\n"
                 write_file(folder / "config.json", text.encode())
     return Converted(
         out=out,
         storage=storage,
         dense_bytes=checkpoint.tensor_bytes,
-        stored_bytes=sum(sum(shard.sizes.values()) for shard in shards),
+        stored_bytes=stored,
         file_bytes=sum(shard.file_bytes for shard in shards),
         dense_layers=dense_layers,
     )
@@ -300,13 +302,16 @@ def _config(
     )
 
 
-def _write_card(checkpoint: Checkpoint, folder: Path, storage: StorageName) -> None:
+def _write_card(
+    checkpoint: Checkpoint, folder: Path, storage: StorageName, stored_bytes: int
+) -> None:
     text = source_card(checkpoint)
     if text is None:
         return
     # The input may carry the note already; a dense output must not.
     note = NOTE if storage == "bitmask" else ""
-    write_file(folder / "README.md", (text.removesuffix(NOTE) + note).encode())
+    text = fill(text.removesuffix(NOTE) + note, BYTES, gib(stored_bytes))
+    write_file(folder / "README.md", text.encode())
 
 
 def _tell(report: Report, stage: str, checkpoint: Checkpoint, layers_done: int) -> None:

@@ -76,12 +76,19 @@ def write_companions(
         write_file(folder / name, index_json(shards, result.parameters_after))
     write_file(folder / FILE_NAME, dump_remap(remap))
     write_file(folder / "plan.json", dump_plan(plan).encode())
-    # What the user chose, without the defaults around it.
-    recipe = plan.recipe.model_dump(mode="json", exclude_defaults=True)
+    # Defaults too: a later version may have others.
+    recipe = plan.recipe.model_dump(mode="json")
     text = yaml.safe_dump(recipe, sort_keys=False)
     write_file(folder / "moe_prune.yaml", text.encode())
     _write_json(folder / "provenance.json", history)
-    card = model_card(checkpoint, plan, result, config["architectures"][0])
+    card = model_card(
+        checkpoint,
+        plan,
+        result,
+        config["architectures"][0],
+        tensor_bytes=sum(sum(shard.sizes.values()) for shard in shards),
+        calibration=history["calibration"] or plan.measurement.calibration,
+    )
     write_file(folder / "README.md", card.encode())
     # A folder without config.json is taken for no checkpoint.
     _write_json(folder / "config.json", config)

@@ -1,9 +1,9 @@
-"""The quality of one model: perplexity and tasks, measured or read from a result."""
+"""The quality of one model: perplexity, tasks and answers, or read from a result."""
 
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,8 @@ from ..checkpoint.open import Checkpoint
 from ..checkpoint.tokenizer import needs_code, tokenizer_folder
 from ..progress import Report
 from ..recipes.calibration import NamedText
+from .generation import Generated, generate
+from .prompts import Prompts
 from .recovery import Score, mean
 from .saved_results import Printed, read_printed
 from .server import Server, served
@@ -27,6 +29,8 @@ class Quality:
     model: str
     texts: tuple[Perplexity, ...]
     scores: tuple[Score, ...]
+    generated: Generated | None = None
+    """What it answered to prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,9 @@ class Questions:
     max_tokens: int | None
     device: str
     suite: Suite | None
+    prompts: Prompts | None = None
+    new_tokens: int = 0
+    """Per answer to a prompt, at most."""
     flags: Sequence[str] = ()
     """For the servers that are started."""
     bars: bool = False
@@ -70,11 +77,22 @@ class Subject:
         )
 
 
-def judge(subject: Subject, questions: Questions, report: Report) -> Quality:
-    """Perplexity by the streaming forward, then tasks by a server.
+def judge(
+    subject: Subject,
+    questions: Questions,
+    report: Report,
+    original: Quality | None = None,
+) -> Quality:
+    """Perplexity by the streaming forward, then tasks and prompts by a server.
+
+    Args:
+        subject: The model.
+        questions: What it is asked.
+        report: Called as it goes on.
+        original: What the original answered, to be compared with.
 
     Raises:
-        MoePruneError: A text, a task or the server does not do.
+        MoePruneError: A text, a task, a prompt or the server does not do.
     """
     texts = [
         perplexity(
@@ -88,16 +106,37 @@ def judge(subject: Subject, questions: Questions, report: Report) -> Quality:
         )
         for text in questions.texts
     ]
-    scores: list[Score] = []
+    found = Quality(subject.name, tuple(texts), ())
+    if questions.suite is None and questions.prompts is None:
+        return found
+    if subject.endpoint is not None:
+        return _ask(found, subject, subject.endpoint, questions, report, original)
+    # Only after the perplexity, so that the two never need memory at once.
+    with subject.serve(questions.flags) as server:
+        endpoint = find_endpoint(server.url, server.model)
+        return _ask(found, subject, endpoint, questions, report, original)
+
+
+def _ask(
+    found: Quality,
+    subject: Subject,
+    endpoint: Endpoint,
+    questions: Questions,
+    report: Report,
+    original: Quality | None,
+) -> Quality:
+    """What was found, and what a server answers."""
+    # Prompts first: they take minutes where tasks take hours, and may be refused.
+    if questions.prompts is not None:
+        before = None if original is None else original.generated
+        generated = generate(
+            endpoint, questions.prompts, questions.new_tokens, before, report
+        )
+        found = replace(found, generated=generated)
     if questions.suite is not None:
-        if subject.endpoint is not None:
-            scores = _asked(subject, subject.endpoint, questions.suite, questions.bars)
-        else:
-            # Only after the perplexity, so that the two never need memory at once.
-            with subject.serve(questions.flags) as server:
-                endpoint = find_endpoint(server.url, server.model)
-                scores = _asked(subject, endpoint, questions.suite, questions.bars)
-    return Quality(subject.name, tuple(texts), tuple(scores))
+        scores = _asked(subject, endpoint, questions.suite, questions.bars)
+        found = replace(found, scores=tuple(scores))
+    return found
 
 
 def _asked(
@@ -128,6 +167,7 @@ def as_data(quality: Quality) -> dict[str, Any]:
         ],
         "tasks": [asdict(score) for score in quality.scores],
         "mean": asdict(mean(quality.scores)) if len(quality.scores) > 1 else None,
+        "generation": quality.generated.as_data() if quality.generated else None,
     }
 
 

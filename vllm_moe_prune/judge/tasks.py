@@ -71,14 +71,8 @@ def find_endpoint(server: str, model: str | None) -> Endpoint:
         EvaluationError: It does not answer, or serves no such model.
     """
     url = server.rstrip("/").removesuffix("/v1") + "/v1"
-    key = os.environ.get("OPENAI_API_KEY", "")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        # This machine's own addresses are not behind a proxy.
-        elsewhere = httpx.URL(url).host not in LOOPBACK
-        answer = httpx.get(
-            f"{url}/models", headers=headers, timeout=30, trust_env=elsewhere
-        )
+        answer = httpx.get(f"{url}/models", timeout=30, **connection(url))
         answer.raise_for_status()
         found = {str(one["id"]): one for one in answer.json()["data"]}
     # Of a proxy variable that is wrong, or needs a package: ValueError, ImportError.
@@ -106,6 +100,20 @@ def find_endpoint(server: str, model: str | None) -> Endpoint:
             "vLLM does; ask a vLLM server."
         )
     return Endpoint(url, model, length)
+
+
+def connection(url: str) -> dict[str, Any]:
+    """How httpx is to reach a server: its key, and whether through a proxy.
+
+    Raises:
+        httpx.InvalidURL: It is no address.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "")
+    return {
+        "headers": {"Authorization": f"Bearer {key}"} if key else {},
+        # This machine's own addresses are not behind a proxy.
+        "trust_env": httpx.URL(url).host not in LOOPBACK,
+    }
 
 
 def find_tasks(

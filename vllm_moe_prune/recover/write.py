@@ -26,6 +26,7 @@ from ..checkpoint.open import Checkpoint
 from ..checkpoint.reader import read_tensor
 from ..checkpoint.writer import CHUNK_BYTES, ShardPlan, ShardWriter
 from ..cut.card import source_card
+from ..cut.card_places import without_scores
 from ..cut.copy import tensor_view
 from ..cut.finish import PROVENANCE
 from ..cut.output import RECOVERED, copy_companions, copy_records
@@ -116,7 +117,9 @@ def write_record(
     write_file(folder / "provenance.json", text.encode())
     card = source_card(checkpoint)
     if card is not None:
-        write_file(folder / "README.md", (card + _note(record)).encode())
+        # What was measured before the training is not true of this output.
+        text = without_scores(card) + _note(record)
+        write_file(folder / "README.md", text.encode())
 
 
 def _note(record: dict[str, Any]) -> str:

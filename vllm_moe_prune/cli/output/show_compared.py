@@ -7,20 +7,37 @@ from typing import TYPE_CHECKING, Any
 
 from ...progress import gib
 from .draw import hint, print_json, table
-from .show_judged import recovery_text, score_text
+from .show_judged import (
+    AGREEMENT,
+    HABITS,
+    recovery_text,
+    score_text,
+    show_failures,
+)
 
 if TYPE_CHECKING:
     from ...judge.compare import Column, Size
+    from ...judge.gate import Failure
     from ...judge.speed import Speed, Spread
     from ...judge.trim_slim_speed import Rows
 
 
-def show_compared(columns: Sequence["Column"], as_json: bool) -> None:
+def show_compared(
+    columns: Sequence["Column"], failed: Sequence["Failure"], as_json: bool
+) -> None:
     """Checkpoints side by side; the first is what the others are measured against."""
     if as_json:
-        print_json({"checkpoints": [_column_data(one, columns[0]) for one in columns]})
+        found = [_column_data(one, columns[0]) for one in columns]
+        print_json({"checkpoints": found, "failed": [asdict(one) for one in failed]})
+        show_failures(failed)
         return
-    rows = [*_sizes(columns), *_texts(columns), *_tasks(columns), *_speeds(columns)]
+    rows = [
+        *_sizes(columns),
+        *_texts(columns),
+        *_tasks(columns),
+        *_answers(columns),
+        *_speeds(columns),
+    ]
     names = [column.quality.model for column in columns]
     # Folders of one name are told apart by their paths.
     unique = len(set(names)) == len(names)
@@ -31,6 +48,7 @@ def show_compared(columns: Sequence["Column"], as_json: bool) -> None:
         hint("± is one standard error, of samples drawn anew.")
     if any(column.speed for column in columns):
         hint("Speeds: median of repeats (lowest–highest), one request at a time.")
+    show_failures(failed)
 
 
 def _column_data(column: "Column", first: "Column") -> dict[str, Any]:
@@ -99,6 +117,19 @@ def _tasks(columns: Sequence["Column"]) -> Iterator[list[str]]:
     for at, task in enumerate(scores[0]):
         yield [f"{task.task}, %", *(score_text(one[at]) for one in scores)]
         yield ["  recovered", "", *(recovery_text(one[at]) for one in found[1:])]
+
+
+def _answers(columns: Sequence["Column"]) -> Iterator[list[str]]:
+    from ...judge.generation import habits
+
+    found = [column.quality.generated for column in columns]
+    for kind in ("greedy", "sampled"):
+        every = [habits(getattr(one, kind)) for one in found if one is not None]
+        for name, text in HABITS if every else ():
+            yield [f"{kind}: {name}", *(text(one) for one in every)]
+    pairs = [one.against for one in found if one is not None and one.against]
+    for name, text_of in AGREEMENT if pairs else ():
+        yield [name, "", *(text_of(one) for one in pairs)]
 
 
 def _speeds(columns: Sequence["Column"]) -> Iterator[list[str]]:

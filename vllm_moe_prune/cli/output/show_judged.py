@@ -1,19 +1,27 @@
 """What the commands that judge models print: quality, comparisons, speed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from .draw import hint, print_json, table
+from .draw import err, hint, print_json, table
 
 if TYPE_CHECKING:
     from ...calibrate.perplexity import Perplexity
+    from ...judge.divergence import Agreement
+    from ...judge.gate import Failure
+    from ...judge.generation import Generated, Habits
     from ...judge.quality import Quality
     from ...judge.recovery import Recovery, Score
 
 
-def show_quality(quality: "Quality", original: "Quality | None", as_json: bool) -> None:
+def show_quality(
+    quality: "Quality",
+    original: "Quality | None",
+    failed: Sequence["Failure"],
+    as_json: bool,
+) -> None:
     """What ``eval`` measured, beside the original if there is one."""
     from ...judge.quality import as_data
     from ...judge.recovery import recoveries
@@ -24,12 +32,17 @@ def show_quality(quality: "Quality", original: "Quality | None", as_json: bool) 
         if original is not None:
             data["against"] = as_data(original)
             data["recovery"] = [asdict(one) for one in found]
+        data["failed"] = [asdict(one) for one in failed]
         print_json(data)
+        show_failures(failed)
         return
     if quality.texts:
         _show_texts(quality.texts, original.texts if original else None)
     if quality.scores:
         _show_tasks(quality.scores, found, original)
+    if quality.generated:
+        _show_answers(quality.generated, original.generated if original else None)
+    show_failures(failed)
 
 
 def _show_texts(
@@ -86,6 +99,46 @@ def _show_tasks(
             ]
     table("Tasks, in %", heads, rows, text=["metric"])
     hint("± is one standard error, of samples drawn anew.")
+
+
+def _show_answers(found: "Generated", original: "Generated | None") -> None:
+    from ...judge.generation import habits
+
+    rows = []
+    for kind in ("greedy", "sampled"):
+        ours = habits(getattr(found, kind))
+        rows.append([kind, *(text(ours) for _, text in HABITS)])
+        if original is not None:
+            theirs = habits(getattr(original, kind))
+            rows.append(["  original", *(text(theirs) for _, text in HABITS)])
+    count = len(found.greedy)
+    title = f"Answers to {count} prompts of {found.prompts.source}"
+    table(title, ["", *(name for name, _ in HABITS)], rows)
+    if found.against is not None:
+        rows = [[name, text(found.against)] for name, text in AGREEMENT]
+        table("Along the original's greedy answers", ["", ""], rows)
+    hint(f"At most {found.new_tokens} tokens each. Definitions: docs/methods.md.")
+
+
+HABITS: list[tuple[str, Callable[["Habits"], str]]] = [
+    ("tokens", lambda one: f"{one.length:.1f}"),
+    ("end by themselves", lambda one: f"{one.ended:.1%}"),
+    ("repetition", lambda one: f"{one.repetition:.1%}"),
+    ("loops", lambda one: f"{one.loops:.1%}"),
+]
+AGREEMENT: list[tuple[str, Callable[["Agreement"], str]]] = [
+    ("tokens chosen alike", lambda one: f"{one.agreement:.1%}"),
+    ("same beginning", lambda one: f"{one.prefix:.1%}"),
+    ("KL per token, at least", lambda one: f"{one.kl:.4f}"),
+]
+
+
+def show_failures(failed: Sequence["Failure"]) -> None:
+    """One line on stderr for each condition that made the command fail."""
+    for one in failed:
+        err.print(
+            f"failed: {one.condition}: {one.value:.4g} ({one.where}, {one.model})"
+        )
 
 
 def score_text(score: "Score") -> str:
