@@ -6,6 +6,7 @@ the folder to run in and the fault.
 """
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -15,7 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import typer
+
 import vllm_moe_prune
+from vllm_moe_prune import cli
 
 LEFT_OUT = (
     "vllm_moe_prune.plugin",
@@ -45,6 +49,10 @@ def serve() -> None:
     for name in (*names, *OTHERS):
         if not name.startswith(LEFT_OUT):
             importlib.import_module(name)
+    # Built once; what is there need not be gone through by each child's collector.
+    cli.app = typer.main.get_command(cli.app)
+    gc.collect()
+    gc.freeze()
     answer({"ready": True})
     for line in sys.stdin:
         answer({"status": run(json.loads(line))})
@@ -65,8 +73,6 @@ def run(request: dict[str, Any]) -> int:
 
 
 def _be_the_command(request: dict[str, Any]) -> None:
-    from vllm_moe_prune.cli import main
-
     status = 99
     try:
         signal.alarm(LIMIT_S)
@@ -87,7 +93,7 @@ def _be_the_command(request: dict[str, Any]) -> None:
             fault["path"].encode(),
             ctypes.c_long(fault["nth"]),
         )
-        main()
+        cli.main()
         status = 0
     except SystemExit as error:
         status = (
