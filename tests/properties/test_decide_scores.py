@@ -42,6 +42,10 @@ def by_formula(layer: ToyLayer, criterion: Criterion, expert: int) -> float:
         return sum(outputs) / len(chosen) if chosen else 0.0
     if criterion == "total-output":
         return sum(outputs)
+    if criterion in ("man", "msan"):
+        power = {"man": 1, "msan": 2}[criterion]
+        own = [math.hypot(*layer.outputs_TED[t, expert]) ** power for t in chosen]
+        return sum(own) / len(own) if own else 0.0
     if criterion == "router-norm":
         return math.hypot(*layer.router_ED[expert])
     assert criterion == "removal-loss"

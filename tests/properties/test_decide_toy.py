@@ -47,6 +47,7 @@ class ToyLayer:
         pairs_EE = chosen_TE.T @ chosen_TE
         np.fill_diagonal(pairs_EE, 0.0)
         norms_TE = np.linalg.norm(self.contributions_TED, axis=-1)
+        own_TE = np.linalg.norm(self.outputs_TED, axis=-1)
         apart_TEED = self.outputs_TED[:, :, None] - self.outputs_TED[:, None]
         after_TD = self.x_TD + self.contributions_TED.sum(1)
         return LayerStats(
@@ -61,6 +62,9 @@ class ToyLayer:
             score_selected_sum_E=(self.scores_TE * chosen_TE).sum(0),
             weighted_norm_sum_E=norms_TE.sum(0),
             weighted_sqnorm_sum_E=(norms_TE**2).sum(0),
+            activation_norm_sum_E=(own_TE * chosen_TE).sum(0),
+            activation_sqnorm_sum_E=(own_TE**2 * chosen_TE).sum(0),
+            activation_max_E=(np.abs(self.outputs_TED).max(-1) * chosen_TE).max(0),
             contribution_gram_EE=np.einsum(
                 "tid,tjd->ij", self.contributions_TED, self.contributions_TED
             ),

@@ -198,7 +198,7 @@ def test_a_file_that_is_not_of_this_format_is_refused(
     tmp_path: Path, metadata: dict[str, str] | None
 ) -> None:
     save_file({"x": np.zeros(1)}, tmp_path / "stats", metadata=metadata)
-    with pytest.raises(PlanError, match="not a statistics file of format 1"):
+    with pytest.raises(PlanError, match="not a statistics file of format 2"):
         load_stats(tmp_path / "stats")
 
 

@@ -53,6 +53,9 @@ def naive(checkpoint: Checkpoint, tokens: Tokens) -> tuple[list[dict], list]:
             "selected": torch.zeros(EXPERTS, dtype=torch.float64),
             "norm": torch.zeros(EXPERTS, dtype=torch.float64),
             "sqnorm": torch.zeros(EXPERTS, dtype=torch.float64),
+            "own_norm": torch.zeros(EXPERTS, dtype=torch.float64),
+            "own_sqnorm": torch.zeros(EXPERTS, dtype=torch.float64),
+            "own_max": torch.zeros(EXPERTS, dtype=torch.float64),
             "with_norm": 0.0,
             "only_moe": 0.0,
         }
@@ -65,6 +68,11 @@ def naive(checkpoint: Checkpoint, tokens: Tokens) -> tuple[list[dict], list]:
             ):
                 gate, up, down = read_expert(checkpoint, layer, expert)
                 inner = torch.nn.functional.silu(gate @ x[t]) * (up @ x[t])
+                output = (down @ inner).double()
+                found["own_norm"][expert] += output.norm()
+                found["own_sqnorm"][expert] += output.norm() ** 2
+                most = max(float(found["own_max"][expert]), float(output.abs().max()))
+                found["own_max"][expert] = most
                 part = weight * (down @ inner)
                 out += part
                 found["selected"][expert] += probs[expert]
@@ -94,6 +102,9 @@ def test_sums_equal_loops_over_tokens_in_every_layer(
             ("score_selected_sum_E", expected["selected"]),
             ("weighted_norm_sum_E", expected["norm"]),
             ("weighted_sqnorm_sum_E", expected["sqnorm"]),
+            ("activation_norm_sum_E", expected["own_norm"]),
+            ("activation_sqnorm_sum_E", expected["own_sqnorm"]),
+            ("activation_max_E", expected["own_max"]),
             ("moe_cosine_sum", expected["with_norm"]),
             ("moe_only_cosine_sum", expected["only_moe"]),
         ):
@@ -189,7 +200,7 @@ def test_only_what_was_asked_for_is_measured(
 
 def test_blocks_sample_evenly_from_long_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routed, "SAMPLED_TOKENS", 3)
-    samples = routed.BlockSamples()
+    samples = routed.BlockSamples(routed.Sources(torch.zeros(5, dtype=torch.int64), 1))
     hidden = torch.eye(5).view(1, 5, 5)
     samples.add(hidden)
     samples.add(hidden.flip(1))
@@ -210,6 +221,8 @@ def test_criteria_plan_from_what_measure_collects(
         "routing-score-selected",
         "frequency",
         "reap",
+        "man",
+        "msan",
         "total-output",
         "router-norm",
         "removal-loss",

@@ -80,9 +80,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         criterion: {"experts": {"method": "score", "criterion": criterion, "drop": 0.3}}
         for criterion in (
             *("routing-score", "routing-score-selected", "frequency", "reap"),
-            *("total-output", "router-norm", "removal-loss", "random"),
+            *("total-output", "man", "msan"),
+            *("router-norm", "removal-loss", "random"),
         )
     },
+    "super": {"experts": {"method": "score", "drop": 0.3, "protect": "super"}},
     "exhaustive": {
         "experts": {
             "method": "score",

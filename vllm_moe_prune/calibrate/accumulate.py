@@ -22,13 +22,10 @@ from . import routed
 from .boundary import BoundaryStore
 from .data import Tokens
 from .distances import router_distances, router_row_norms, weight_distances
-from .expert_forward import Routing, run_experts
+from .expert_forward import run_experts
 from .forward import StreamingModel
 from .memory import release_freed
-from .stats import FORMAT_VERSION, LayerStats, Stats
-
-# Counts of at most this many tokens are exact in fp32; sums of them are fp64.
-COUNT_TOKENS = 1 << 16
+from .stats import FORMAT_VERSION, Array, LayerStats, SourceStats, Stats, together
 
 
 def measure(
@@ -121,10 +118,16 @@ class _Measure:
         layers = self.checkpoint.layers
         last = len(layers) - 1
         last = last if whole else self.checkpoint.moe_layers[-1].index
-        blocks = routed.BlockSamples()
+        names = self.tokens.names if self.tokens else ()
+        blocks = routed.BlockSamples(self._sources(len(names)))
         model = StreamingModel(self.checkpoint, self.device) if self.tokens else None
         hidden = torch.empty(0)
-        start, stats = 0, Stats(fingerprint=self.checkpoint.fingerprint, layers={})
+        start = 0
+        stats = Stats(
+            fingerprint=self.checkpoint.fingerprint,
+            layers={},
+            sources={name: SourceStats() for name in names},
+        )
         # Without text an empty tensor is saved: its file says where to continue.
         shape_STD = (0,) if self.tokens is None else self._shape_STD(self.tokens)
         saved = store.load(shape_STD, not_after=last) if store else None
@@ -142,7 +145,11 @@ class _Measure:
                     hidden = model.further(layer.index, hidden, self.tokens.ids_ST)
                 if whole and layer.index == 0:
                     blocks.add(hidden)
-                hidden, found = self._forward(model, layer, hidden, found, go_on)
+                hidden, sums = self._forward(model, layer, hidden, go_on)
+                found = replace(found, **_joined(sums))
+                for at, name in enumerate(names):
+                    own = {key: np.asarray(sums[key][at]) for key in sums}
+                    stats.sources[name].layers[layer.index] = LayerStats(**own)
                 # MTP states have fewer tokens, so they do not compare with the others.
                 if whole and not layer.mtp:
                     blocks.add(hidden)
@@ -160,8 +167,21 @@ class _Measure:
         stats = replace(stats, forward_passes=math.ceil(run), calibration=calibration)
         if not (whole and model):
             return stats
+        for at, name in enumerate(names):
+            cosine_HH, count = blocks.sums(at)
+            stats.sources[name] = replace(
+                stats.sources[name], block_cosine_HH=cosine_HH, block_tokens=count
+            )
         cosine_HH, count = blocks.sums()
         return replace(stats, block_cosine_HH=cosine_HH, block_tokens=count)
+
+    def _sources(self, names: int, length: int | None = None) -> routed.Sources:
+        """The source of each token; of ``length`` tokens in each window."""
+        if self.tokens is None:
+            return routed.Sources(torch.zeros(0, dtype=torch.int64), 1)
+        length = self.tokens.ids_ST.shape[1] if length is None else length
+        of_N = self.tokens.source_S.repeat_interleave(length)
+        return routed.Sources(of_N.to(self.device), max(1, names))
 
     def _weight_stats(self, layer: Layer) -> LayerStats:
         found = LayerStats()
@@ -181,34 +201,31 @@ class _Measure:
         return found
 
     def _forward(
-        self,
-        model: StreamingModel,
-        layer: Layer,
-        hidden: torch.Tensor,
-        found: LayerStats,
-        go_on: bool,
-    ) -> tuple[torch.Tensor, LayerStats]:
+        self, model: StreamingModel, layer: Layer, hidden: torch.Tensor, go_on: bool
+    ) -> tuple[torch.Tensor, routed.Sums]:
         """Run one layer and sum; the last one only as far as something is summed."""
         hidden, x_ND = model.enter(layer.index, hidden)
-        if x_ND is None:
-            return hidden, found
+        if x_ND is None or self.tokens is None:
+            return hidden, {}
+        # MTP layers see fewer tokens of each window.
+        sources = self._sources(len(self.tokens.names), hidden.shape[1])
         routing = model.route(layer, x_ND)
-        found = _with_counts(found, routing, layer.num_experts)
+        sums = routed.counted(routing, layer.num_experts, sources)
         if self.fields & routed.SCORES:
-            found = routed.with_scores(found, routing)
+            sums |= routed.scores(routing, sources)
         if self.fields & routed.OUTPUTS:
-            found = routed.with_outputs(
-                found,
+            sums |= routed.outputs(
                 x_ND,
                 routing,
                 layer.num_experts,
                 lambda expert: read_expert(self.checkpoint, layer, expert),
                 model.act,
+                sources,
             )
         # Only routing is asked of the last layer: its experts need not run.
         if not go_on and not self.fields & (routed.CONTRIBUTIONS | routed.COSINES):
-            return hidden, found
-        contributions = routed.Contributions(layer.num_experts)
+            return hidden, sums
+        contributions = routed.Contributions(layer.num_experts, sources)
         out_ND = run_experts(
             x_ND,
             routing,
@@ -218,32 +235,19 @@ class _Measure:
             contributions if self.fields & routed.CONTRIBUTIONS else None,
         )
         if self.fields & routed.CONTRIBUTIONS:
-            found = contributions.added_to(found)
+            sums |= contributions.sums
         # After contributions, which are of routed experts alone; before the cosines, as
         # MoE(x) in Eq. 8 and 9 is the whole sublayer.
         model.add_shared(layer.index, x_ND, out_ND)
         if self.fields & routed.COSINES:
-            found = routed.with_cosines(found, hidden.flatten(0, 1), x_ND, out_ND)
+            sums |= routed.cosines(hidden.flatten(0, 1), x_ND, out_ND, sources)
         hidden += out_ND.view_as(hidden)
-        return hidden, found
+        return hidden, sums
 
 
-def _with_counts(found: LayerStats, routing: Routing, experts: int) -> LayerStats:
-    """Add how often each expert, and each pair of experts, was chosen."""
-    pairs_EE = np.zeros((experts, experts))
-    for ids_nK in torch.split(routing.ids_NK, COUNT_TOKENS):
-        chosen_nE = torch.zeros(len(ids_nK), experts, device=ids_nK.device)
-        chosen_nE.scatter_(1, ids_nK, 1.0)
-        pairs_EE += (chosen_nE.T @ chosen_nE).double().cpu().numpy()
-    # Pairs of an expert with itself are the tokens that chose it.
-    routed_E = pairs_EE.diagonal().copy()
-    np.fill_diagonal(pairs_EE, 0.0)
-    return replace(
-        found,
-        tokens=np.array(float(len(routing.ids_NK))),
-        routed_E=routed_E,
-        coactivation_EE=pairs_EE,
-    )
+def _joined(sums: routed.Sums) -> dict[str, Array]:
+    """The sums of all sources together."""
+    return {name: together(name, list(value_Q)) for name, value_Q in sums.items()}
 
 
 class _Meter:

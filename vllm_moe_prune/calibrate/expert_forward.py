@@ -21,7 +21,20 @@ from ..errors import CheckpointError
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 Read = Callable[[int], Expert]
-Visit = Callable[[int, torch.Tensor], None]
+
+
+class Served(NamedTuple):
+    """What one expert gave for some of its tokens."""
+
+    token_n: torch.Tensor
+    """Which tokens."""
+    down_nD: torch.Tensor
+    """What its down projection gave."""
+    scaled_nD: torch.Tensor
+    """The same times the router's weight."""
+
+
+Visit = Callable[[int, Served], None]
 
 TEMPORARY_BYTES = 256 << 20
 
@@ -189,7 +202,7 @@ def run_experts(
         read: Gives an expert's weights; called once per expert that has tokens, in
             ascending order.
         act: The activation between gate and up.
-        visit: Sees every expert's weighted outputs, some tokens at a time.
+        visit: Sees every expert's outputs, some tokens at a time.
     """
     out_ND = torch.zeros_like(x_ND)
     for number in range(layer.num_experts):
@@ -216,7 +229,7 @@ def add_expert(
     weight_n: torch.Tensor,
     expert: Expert,
     act: Activation = functional.silu,
-    see: Callable[[torch.Tensor], None] | None = None,
+    see: Callable[[Served], None] | None = None,
 ) -> None:
     """Add one expert's weighted output for its tokens to ``out_ND``, in place."""
     for at_n, weight in token_chunks(token_n, weight_n, expert):
@@ -225,7 +238,7 @@ def add_expert(
         # fp32 weight times stored dtype, rounded once: as transformers does it.
         scaled_nD = (down_nD * weight.unsqueeze(1)).to(out_ND.dtype)
         if see is not None:
-            see(scaled_nD)
+            see(Served(at_n, down_nD, scaled_nD))
         # index_add_ is single-threaded on CPU; no token comes twice, so copy does it.
         scaled_nD += out_ND.index_select(0, at_n)
         out_ND.index_copy_(0, at_n, scaled_nD)

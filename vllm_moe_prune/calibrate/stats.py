@@ -5,8 +5,11 @@ tokens in float64, so that parts measured on different machines can be added.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,15 @@ import numpy as np
 from ..checkpoint.index import TensorInfo, read_bytes, read_header
 from ..errors import CheckpointError, PlanError
 from ..files.json_file import parse_json
+from ..recipes.calibration import MOST_SOURCES, NAME
 from ..recipes.numbers import MOST
 from .container import TensorBytes, write_safetensors
 from .stats_ranges import Array as Array
 from .stats_ranges import check_blocks, check_numbers, check_shapes
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+READ_VERSIONS = ("1", FORMAT_VERSION)
+"""Version 1 knew no sources, and no statistics of outputs without router weight."""
 MAX_BYTES = 2 << 30
 """Of all arrays together; those of 61 layers of 512 experts are a third of it."""
 
@@ -58,6 +64,12 @@ class LayerStats:
     """Sum over tokens of ||c_i(t)||."""
     weighted_sqnorm_sum_E: Array | None = None
     """Sum over tokens of ||c_i(t)||^2."""
+    activation_norm_sum_E: Array | None = None
+    """Sum over the expert's own tokens of ||E_i(x)||, without the router's weight."""
+    activation_sqnorm_sum_E: Array | None = None
+    """Sum over the expert's own tokens of ||E_i(x)||^2."""
+    activation_max_E: Array | None = None
+    """Largest magnitude in what the down projection gave for the expert's tokens."""
     contribution_gram_EE: Array | None = None
     """Sum over tokens of <c_i(t), c_j(t)>, perhaps over a part of the tokens only."""
     output_sqdist_EE: Array | None = None
@@ -83,14 +95,28 @@ SUMS = (
     *("tokens", "routed_E", "coactivation_EE"),
     *("score_full_sum_E", "score_selected_sum_E"),
     *("weighted_norm_sum_E", "weighted_sqnorm_sum_E", "contribution_gram_EE"),
+    *("activation_norm_sum_E", "activation_sqnorm_sum_E"),
     *("output_sqdist_EE", "output_sqnorm_E"),
     *("moe_cosine_sum", "moe_only_cosine_sum"),
 )
 
-
+# Of parts of the text the larger one stays.
+MAXIMA = ("activation_max_E",)
+PER_SOURCE = frozenset({*SUMS, *MAXIMA})
+"""What is kept for each source of text; the layer's own is put together from it."""
 QUANTITIES = frozenset(item.name for item in fields(LayerStats))
 MODEL_ARRAYS = ("block_cosine_HH", "block_tokens")
 """Fields of ``Stats`` that are arrays."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceStats:
+    """What one named source of the calibration text adds to the statistics."""
+
+    layers: dict[int, LayerStats] = field(default_factory=dict)
+    """Only what is in ``PER_SOURCE``, and the source's own ``sensitivity_P2``."""
+    block_cosine_HH: Array | None = None
+    block_tokens: Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +138,8 @@ class Stats:
     trimming: str = ""
     """What stage 1 left when ``owl_outliers_E`` was counted, by
     ``decide.cut_plan.trimming``; empty where it was not."""
+    sources: dict[str, SourceStats] = field(default_factory=dict)
+    """By name, of texts that had names. Their sums are in ``layers`` too."""
 
     def __add__(self, other: "Stats") -> "Stats":
         """Add the sums of two parts of the same checkpoint's calibration data."""
@@ -119,6 +147,10 @@ class Stats:
             other.layers.keys()
         ):
             raise PlanError("statistics of two different checkpoints cannot be added.")
+        if bool(self.sources) != bool(other.sources):
+            raise PlanError(
+                "of two parts to be added both name their sources, or none."
+            )
         layers = {
             index: _add_layers(mine, other.layers[index])
             for index, mine in self.layers.items()
@@ -136,15 +168,41 @@ class Stats:
             block_tokens=_add(self.block_tokens, other.block_tokens),
             sensitivity=self.sensitivity or other.sensitivity,
             trimming=self.trimming or other.trimming,
+            sources={
+                name: _add_sources(
+                    self.sources.get(name, SourceStats()),
+                    other.sources.get(name, SourceStats()),
+                )
+                for name in {**self.sources, **other.sources}
+            },
         )
+
+
+def _add_sources(one: SourceStats, two: SourceStats) -> SourceStats:
+    none = LayerStats()
+    return SourceStats(
+        layers={
+            index: _add_layers(one.layers.get(index, none), two.layers.get(index, none))
+            for index in {**one.layers, **two.layers}
+        },
+        block_cosine_HH=_add(one.block_cosine_HH, two.block_cosine_HH),
+        block_tokens=_add(one.block_tokens, two.block_tokens),
+    )
+
+
+def together(name: str, parts: Sequence[Array]) -> Array:
+    """What a layer has of a quantity of which each source has a part."""
+    # One after the other: NumPy's own sum would depend on how many there are.
+    return np.asarray(reduce(np.maximum if name in MAXIMA else np.add, parts))
 
 
 def _add_layers(one: LayerStats, two: LayerStats) -> LayerStats:
     merged: dict[str, Array | None] = {}
     for item in fields(LayerStats):
         a, b = getattr(one, item.name), getattr(two, item.name)
-        if item.name in SUMS:
-            merged[item.name] = _add(a, b)
+        if item.name in PER_SOURCE:
+            known = [part for part in (a, b) if part is not None]
+            merged[item.name] = together(item.name, known) if known else None
         else:
             merged[item.name] = a if a is not None else b
     return LayerStats(**merged)
@@ -158,15 +216,11 @@ def _add(one: Array | None, two: Array | None) -> Array | None:
 
 def save_stats(stats: Stats, path: Path) -> None:
     """Write ``stats.safetensors`` atomically."""
-    arrays = {
-        f"layers.{index}.{item.name}": np.asarray(value, np.float64, order="C")
-        for index, layer in stats.layers.items()
-        for item in fields(LayerStats)
-        if (value := getattr(layer, item.name)) is not None
-    }
-    for name in MODEL_ARRAYS:
-        if (whole := getattr(stats, name)) is not None:
-            arrays[f"model.{name}"] = np.asarray(whole, np.float64, order="C")
+    # Of sources only the parts are written, so that they cannot contradict their sum.
+    arrays = _arrays(stats, skip=PER_SOURCE if stats.sources else frozenset())
+    for source, part in stats.sources.items():
+        found = _arrays(part)
+        arrays |= {f"sources.{source}.{name}": value for name, value in found.items()}
     header = {
         "moe_prune_stats": FORMAT_VERSION,
         "fingerprint": stats.fingerprint,
@@ -175,6 +229,7 @@ def save_stats(stats: Stats, path: Path) -> None:
         "calibration": json.dumps(stats.calibration, sort_keys=True),
         "sensitivity": json.dumps(stats.sensitivity, sort_keys=True),
         "trimming": stats.trimming,
+        "sources": json.dumps(list(stats.sources)),
     }
     parts = {
         name: TensorBytes("F64", array.shape, array.reshape(-1).data)
@@ -183,8 +238,24 @@ def save_stats(stats: Stats, path: Path) -> None:
     write_safetensors(path, parts, header)
 
 
+def _arrays(
+    stats: Stats | SourceStats, skip: frozenset[str] = frozenset()
+) -> dict[str, Array]:
+    """Every array by its name in a file."""
+    arrays = {
+        f"layers.{index}.{item.name}": np.asarray(value, np.float64, order="C")
+        for index, layer in stats.layers.items()
+        for item in fields(LayerStats)
+        if (value := getattr(layer, item.name)) is not None and item.name not in skip
+    }
+    for name in MODEL_ARRAYS:
+        if (whole := getattr(stats, name)) is not None:
+            arrays[f"model.{name}"] = np.asarray(whole, np.float64, order="C")
+    return arrays
+
+
 def load_stats(path: Path) -> Stats:
-    """Read a statistics file; refuse one that this version did not write.
+    """Read a statistics file of this version or an earlier one.
 
     Raises:
         PlanError: It is missing or damaged, or holds what no measurement gives.
@@ -192,12 +263,29 @@ def load_stats(path: Path) -> Stats:
     try:
         found = read_header(path)
         header = found.metadata
-        if header.get("moe_prune_stats") != FORMAT_VERSION:
+        if header.get("moe_prune_stats") not in READ_VERSIONS:
             raise PlanError(
                 f"{path}: not a statistics file of format {FORMAT_VERSION}; "
                 "make it with `vllm-moe-prune measure`."
             )
-        layers, whole = _read_arrays(header, found.tensors)
+        if sum(info.nbytes for info in found.tensors.values()) > MAX_BYTES:
+            raise ValueError(f"it holds more than {MAX_BYTES} bytes of numbers")
+        indices = [_index(index) for index in parse_json(header["layers"])]
+        sources = {}
+        for source, infos in _by_source(header, found.tensors).items():
+            parts, model = _read_arrays(indices, infos, f"source {source}: ")
+            if wrong := {*chain(*parts.values())} - PER_SOURCE - {"sensitivity_P2"}:
+                raise ValueError(f"source {source}: {min(wrong)} is of no source")
+            known = {index: LayerStats(**items) for index, items in parts.items()}
+            sources[source] = SourceStats(layers=known, **model)
+        own = {
+            name: info
+            for name, info in found.tensors.items()
+            if not name.startswith("sources.")
+        }
+        layers, whole = _read_arrays(indices, own)
+        for index, items in layers.items() if sources else ():
+            _join(items, [one.layers[index] for one in sources.values()], index)
         return Stats(
             fingerprint=header["fingerprint"],
             layers={index: LayerStats(**items) for index, items in layers.items()},
@@ -205,6 +293,7 @@ def load_stats(path: Path) -> Stats:
             calibration=_object(header["calibration"]),
             sensitivity=_object(header.get("sensitivity", "{}")),
             trimming=header.get("trimming", ""),
+            sources=sources,
             **whole,
         )
     except FileNotFoundError as error:
@@ -217,13 +306,43 @@ def load_stats(path: Path) -> Stats:
         ) from error
 
 
-def _read_arrays(
+def _by_source(
     header: Mapping[str, str], tensors: Mapping[str, TensorInfo]
+) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of each source, by their names within it."""
+    names = parse_json(header.get("sources", "[]"))
+    if not isinstance(names, list) or len(names) > MOST_SOURCES:
+        raise ValueError("its sources are no short list")
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(NAME, name) or name in found:
+            raise ValueError(f"{str(name)[:40]!r} is no source, or is there twice")
+        found[name] = {}
+    for name, info in tensors.items():
+        if name.startswith("sources."):
+            _, source, rest = name.split(".", 2)
+            # KeyError for a source that the header does not list: told as damage.
+            found[source][rest] = info
+    return found
+
+
+def _join(items: dict[str, Array], parts: Sequence[LayerStats], index: int) -> None:
+    """Put a layer's statistics together from those of the sources, in place."""
+    for name in sorted(PER_SOURCE):
+        known = [part for one in parts if (part := getattr(one, name)) is not None]
+        if known and (len(known) < len(parts) or name in items):
+            raise ValueError(f"layer {index}: {name} is not of every source, or twice")
+        if known:
+            items[name] = together(name, known)
+    check_shapes({name: item.shape for name, item in items.items()}, f"layer {index}")
+    check_numbers(items, f"layer {index}")
+
+
+def _read_arrays(
+    indices: Sequence[int], tensors: Mapping[str, TensorInfo], where: str = ""
 ) -> tuple[dict[int, dict[str, Array]], dict[str, Array]]:
     """The arrays of every layer, and those of the whole model."""
-    layers: dict[int, dict[str, TensorInfo]] = {
-        _index(index): {} for index in parse_json(header["layers"])
-    }
+    layers: dict[int, dict[str, TensorInfo]] = {index: {} for index in indices}
     whole: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         if info.dtype != "F64":
@@ -239,16 +358,14 @@ def _read_arrays(
     # Shapes and sizes first: no data is read of a file that does not fit.
     for layer, infos in layers.items():
         shapes = {quantity: info.shape for quantity, info in infos.items()}
-        check_shapes(shapes, f"layer {layer}")
-    check_shapes({name: info.shape for name, info in whole.items()}, "model")
-    if sum(info.nbytes for info in tensors.values()) > MAX_BYTES:
-        raise ValueError(f"it holds more than {MAX_BYTES} bytes of numbers")
+        check_shapes(shapes, f"{where}layer {layer}")
+    check_shapes({name: info.shape for name, info in whole.items()}, f"{where}model")
     arrays = {
         layer: {quantity: _array(info) for quantity, info in infos.items()}
         for layer, infos in layers.items()
     }
     for layer, found in arrays.items():
-        check_numbers(found, f"layer {layer}")
+        check_numbers(found, f"{where}layer {layer}")
     blocks = {name: _array(info) for name, info in whole.items()}
     check_blocks(blocks)
     return arrays, blocks

@@ -47,6 +47,9 @@ RANGES = {
     "score_selected_sum_E": Range(),
     "weighted_norm_sum_E": Range(),
     "weighted_sqnorm_sum_E": Range(),
+    "activation_norm_sum_E": Range(),
+    "activation_sqnorm_sum_E": Range(),
+    "activation_max_E": Range(),
     # Inner products, and cosines, may be negative.
     "contribution_gram_EE": ANY,
     "output_sqdist_EE": DISTANCES,

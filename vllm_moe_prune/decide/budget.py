@@ -230,7 +230,7 @@ def _group_minimum(layers: Layers, stage: ExpertStage) -> int:
 def _minimum(layers: Layers, stage: ExpertStage) -> str:
     if _held_by_protection(layers, stage):
         layer = min(layers)
-        return f"{len(stage.protected[layer])} are in experts.protected"
+        return f"{len(stage.protected.get(layer, ()))} are protected"
     if held := _group_minimum(layers, stage):
         return f"routing by groups needs {held}"
     if stage.min_experts is None:

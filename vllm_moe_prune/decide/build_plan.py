@@ -14,6 +14,7 @@ from .groups import together
 from .layer_drop import chooses_layers, decide_layers
 from .quantize import resolved_form
 from .required_stats import needed_statistics
+from .super_experts import found_in, protecting
 from .zeros import check_slimming, counted_size, plan_routing, slim_sparsities
 
 
@@ -45,6 +46,7 @@ def make_plan(
     layers, threshold = decide_experts(stats, facts.layers, complete)
     sparsities = slim_sparsities(complete, facts, layers, stats)
     pattern = parse_pattern(recipe.slim.pattern)
+    found = found_in(stats, facts.layers, recipe)
     return CutPlan(
         tool_version=tool_version,
         model=facts.model,
@@ -57,6 +59,7 @@ def make_plan(
         router_weighted=recipe.slim.router_weighted,
         quantize=quantize,
         threshold=threshold,
+        super_experts=found,
         layers=tuple(
             layer.model_copy(update={"sparsity": _snapped(sparsity, pattern)})
             for layer, sparsity in zip(layers, sparsities, strict=True)
@@ -76,7 +79,8 @@ def check_recipe(recipe: Recipe, facts: ModelFacts) -> None:
         return
     _check_stages(recipe, facts)
     # A share of experts can be counted only once it is known which layers stay.
-    counted = recipe if chooses_layers(recipe.layers) else resolved(recipe, facts, None)
+    chosen = chooses_layers(recipe.layers)
+    counted = recipe if chosen else _with_drop(recipe, facts, None)
     check_experts(facts.layers, counted)
 
 
@@ -92,6 +96,12 @@ def _check_stages(recipe: Recipe, facts: ModelFacts) -> QuantizeStage:
 
 
 def resolved(recipe: Recipe, facts: ModelFacts, stats: Stats | None) -> Recipe:
+    """The recipe with what follows from the model in place of what asks for it: its
+    super-experts are protected, ``experts.drop`` replaces ``structured_share``."""
+    return _with_drop(protecting(recipe, stats, facts.layers), facts, stats)
+
+
+def _with_drop(recipe: Recipe, facts: ModelFacts, stats: Stats | None) -> Recipe:
     """The recipe with ``experts.drop`` in place of ``structured_share``.
 
     What dropped layers remove counts towards the share. A share of 1 is rounded up to

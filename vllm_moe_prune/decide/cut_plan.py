@@ -157,8 +157,20 @@ class CutPlan(Strict):
     threshold: float | None = None
     """Merge height up to which clusters were formed (STUN's t), or score up to which
     experts were dropped, if one holds for the whole model."""
+    super_experts: dict[Index, Indices] = Field(default={})
+    """Layer -> experts that make the massive activations, where ``experts.protect``
+    asked for them."""
     layers: Annotated[tuple[LayerPlan, ...], Field(fail_fast=True)]
     predicted: Predicted | None = None
+
+    @property
+    def super_text(self) -> str:
+        """The super-experts in words."""
+        found = (
+            f"layer {layer}: {', '.join(map(str, experts))}"
+            for layer, experts in self.super_experts.items()
+        )
+        return "; ".join(found) or "none found"
 
     @property
     def is_slimmed(self) -> bool:

@@ -34,7 +34,12 @@ def halves(
             "order: unstructured-first needs experts of one size in all layers, but "
             f"they have {sorted(sizes)} parameters."
         )
-    complete = resolved(recipe, facts, stats)
+    protect = {"protect": recipe.experts.protect}
+    # Super-experts are found in the second half, in the slimmed model.
+    unprotected = recipe.experts.model_copy(update={"protect": "none"})
+    complete = resolved(
+        recipe.model_copy(update={"experts": unprotected}), facts, stats
+    )
     # Who goes does not matter here, only how many.
     stage = complete.experts
     anyone = ExpertStage(
@@ -73,6 +78,7 @@ def halves(
     second = {
         **same,
         "name": f"{recipe.name}-experts",
+        "experts": complete.experts.model_copy(update=protect),
         "slim": SlimStage(method="none"),
     }
     return complete.model_copy(update=first), complete.model_copy(update=second)

@@ -21,8 +21,10 @@ DATA_FREE = frozenset(
 def needed_statistics(recipe: Recipe) -> frozenset[str]:
     """The fields without which ``make_plan`` cannot follow the recipe."""
     fields: set[str] = set()
-    if _removes_experts(recipe):
+    if removes_experts(recipe):
         fields |= _of_experts(recipe.experts)
+        if recipe.experts.protect == "super":
+            fields.add("activation_max_E")
     if recipe.layers.moe_count or recipe.layers.moe_share:
         norm = recipe.layers.moe_norm
         fields |= {
@@ -41,7 +43,8 @@ def needs_tokens(recipe: Recipe) -> bool:
     return not needed_statistics(recipe) <= DATA_FREE
 
 
-def _removes_experts(recipe: Recipe) -> bool:
+def removes_experts(recipe: Recipe) -> bool:
+    """Whether any expert may leave a layer that stays."""
     stage = recipe.experts
     asked = stage.drop or stage.keep or recipe.structured_share
     return stage.method != "none" and bool(asked)

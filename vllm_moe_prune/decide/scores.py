@@ -25,6 +25,8 @@ FIELDS: dict[Criterion, tuple[str, ...]] = {
     "frequency": ("tokens", "routed_E"),
     "reap": ("routed_E", "weighted_norm_sum_E"),
     "total-output": ("weighted_norm_sum_E",),
+    "man": ("routed_E", "activation_norm_sum_E"),
+    "msan": ("routed_E", "activation_sqnorm_sum_E"),
     "router-norm": ("router_row_norm_E",),
     "removal-loss": ("weighted_sqnorm_sum_E",),
     "random": (),
@@ -95,6 +97,16 @@ def total_output(of: Measured) -> Array:
     return of("weighted_norm_sum_E")
 
 
+def man(of: Measured) -> Array:
+    """Mean over the expert's own tokens of ||output||, without the router's weight."""
+    return _over(of("activation_norm_sum_E"), of("routed_E"))
+
+
+def msan(of: Measured) -> Array:
+    """Mean over the expert's own tokens of ||output||^2, likewise."""
+    return _over(of("activation_sqnorm_sum_E"), of("routed_E"))
+
+
 def router_norm(of: Measured) -> Array:
     """L2 norm of the expert's router row; no data needed."""
     return of("router_row_norm_E")
@@ -123,6 +135,8 @@ SCORES: dict[Criterion, Callable[[Measured], Array]] = {
     "frequency": frequency,
     "reap": reap,
     "total-output": total_output,
+    "man": man,
+    "msan": msan,
     "router-norm": router_norm,
     "removal-loss": removal_loss,
 }

@@ -38,6 +38,9 @@ def rule(recipe: Recipe) -> str:
     chosen = {
         name: values[name] for name in ("method", "protected", "seed", "groups", *names)
     }
+    # Left out where nothing is asked: rules of earlier versions had no such word.
+    if stage.protect != "none":
+        chosen["protect"] = stage.protect
     return json.dumps({**chosen, "routing": recipe.routing}, sort_keys=True)
 
 

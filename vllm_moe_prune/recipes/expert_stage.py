@@ -13,6 +13,8 @@ Criterion = Literal[
     "frequency",
     "reap",
     "total-output",
+    "man",
+    "msan",
     "router-norm",
     "removal-loss",
     "random",
@@ -41,6 +43,8 @@ class ExpertStage(Strict):
     """Split over layers: lowest scores of the model, equal, or by measured loss."""
     protected: dict[Index, Indices] = Field(default={})
     """Layer -> experts that are always kept."""
+    protect: Literal["none", "super"] = "none"
+    """``super`` also keeps super-experts: those that make the massive activations."""
     seed: Seed = 0
     """Seed of criterion ``random``."""
     cluster_by: Literal["behavior", "outputs"] = "behavior"

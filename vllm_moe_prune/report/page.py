@@ -374,6 +374,8 @@ def _facts(numbers: Numbers) -> list[tuple[str, str]]:
         facts.append(("Quantized experts", how))
     if plan.threshold is not None:
         facts.append(("Threshold", f"{plan.threshold:.6g}"))
+    if plan.recipe.experts.protect != "none":
+        facts.append(("Super-experts, kept", plan.super_text))
     facts += [
         (f"Calibration: {name.replace('_', ' ')}", str(value))
         for name, value in calibration.items()

@@ -21,6 +21,7 @@ from ..decide.cut_plan import CutPlan, LayerPlan
 from ..decide.experts import decide_experts, remove_counts
 from ..decide.facts import ModelFacts
 from ..decide.sensitivity import rule
+from ..decide.super_experts import protecting
 from ..decide.zeros import plan_routing
 from ..errors import CheckpointError
 from ..progress import Report, ignore
@@ -54,6 +55,7 @@ def with_sensitivity(
         CheckpointError: The intact model's loss is not finite.
     """
     facts = model_facts(model.checkpoint)
+    recipe = protecting(recipe, stats, facts.layers)
     intact = _dry(facts, recipe, remove_counts(stats, facts.layers, recipe, {}))
     removals = {
         layer.layer: _points(most_removed(layer.layer, shape, recipe.experts))

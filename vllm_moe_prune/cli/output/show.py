@@ -160,6 +160,7 @@ def show_plan(
                 "predicted": predicted.model_dump(),
                 "bytes_before": checkpoint.tensor_bytes,
                 "layers": layers,
+                "super_experts": plan.super_experts,
             }
         )
         return
@@ -183,6 +184,7 @@ def show_plan(
         "Predicted",
         [
             ("experts per layer", f"{experts_text(before)} -> {experts_text(kept)}"),
+            *_super(plan),
             ("sparsity of experts", f"{predicted.expert_sparsity:.2%}"),
             ("of all parameters", f"{predicted.total_sparsity:.2%}"),
             (
@@ -198,6 +200,12 @@ def show_plan(
     )
     if not brief:
         hint(f"Next: vllm-moe-prune cut {source_of(checkpoint)} --plan {path} -o OUT")
+
+
+def _super(plan: "CutPlan") -> list[tuple[str, str]]:
+    if plan.recipe.experts.protect == "none":
+        return []
+    return [("super-experts, kept", plan.super_text)]
 
 
 def _removed(layer: "LayerPlan") -> list[int]:
