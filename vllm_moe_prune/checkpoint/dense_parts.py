@@ -26,14 +26,13 @@ def dense_parts(checkpoint: "Checkpoint", layer: "Layer") -> list[DensePart]:
     parts = []
     dense = not layer.has_moe and not layer.dropped
     if dense and arch.dense_mlp is not None:
-        parts.append(DensePart(arch.dense_mlp, config[arch.dense_width], MOE_NORM))
+        parts.append(DensePart(arch.dense_mlp, layer.dense_width, MOE_NORM))
     residual = arch.residual
     # It reads what attention gives, so it stays where the MoE sublayer was dropped.
     if not dense and residual is not None and residual.present.read(config):
         # As wide as the hidden size by definition; no key of Arctic's config says so.
         width = config[arch.config.hidden]
         parts.append(DensePart(residual.mlp, width, residual.norm))
-    shared = arch.shared_count.read(config)
-    if layer.has_moe and arch.shared is not None and shared:
-        parts.append(DensePart(arch.shared, shared * layer.width, None))
+    if layer.has_moe and arch.shared is not None and layer.shared_width:
+        parts.append(DensePart(arch.shared, layer.shared_width, None))
     return parts

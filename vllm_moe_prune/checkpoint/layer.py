@@ -7,7 +7,7 @@ from typing import Any
 from ..archs.spec import Layout, MoeArch, RouterRule, TensorRule
 from ..errors import CheckpointError, RemapError
 from .block_fp8 import DTYPE, ScaleBlocks
-from .config_values import FLOATS, positive
+from .config_values import FLOATS, positive, whole
 from .expert_tensors import ExpertTensors
 from .index import TensorInfo
 from .quantized_tensors import PartedTensor
@@ -23,7 +23,12 @@ class Layer:
     """Experts with weights; 0 where there is no MoE sublayer."""
     top_k: int
     width: int
+    """Channels of each of its experts."""
     has_moe: bool
+    shared_width: int = 0
+    """Channels of the experts that every token uses, as one MLP."""
+    dense_width: int = 0
+    """Channels of the MLP that stands where other layers have experts."""
     dropped: bool = False
     """The MoE sublayer was removed by an earlier cut."""
     norm_only: bool = False
@@ -68,6 +73,7 @@ class LayerReader:
         top_k = positive(view, keys.top_k, where)
         width = positive(view, keys.width, where)
         self._check_beside(index, view)
+        shared_width, dense_width = self._beside(view)
         has_moe = experts > 0 and not dense
         if not has_moe:
             if dense:
@@ -81,6 +87,8 @@ class LayerReader:
                 top_k=top_k,
                 width=width,
                 has_moe=False,
+                shared_width=shared_width,
+                dense_width=dense_width,
                 dropped=dropped,
                 norm_only=norm_only,
                 mtp=mtp,
@@ -109,6 +117,8 @@ class LayerReader:
             top_k=top_k,
             width=width,
             has_moe=True,
+            shared_width=shared_width,
+            dense_width=dense_width,
             redirect=entry.redirect if entry is not None else None,
             groups=self._groups(index, rows, entry),
             group_floor=self.rule.group_floor(top_k) if self.rule.groups > 1 else 1,
@@ -120,6 +130,18 @@ class LayerReader:
             return None
         entries = self.remap.all_layers
         return entries[index] if index < len(entries) else None
+
+    def _beside(self, view: dict[str, Any]) -> tuple[int, int]:
+        """How wide shared experts are, and the MLP of a layer without experts."""
+        arch, where = self.arch, self.folder / "config.json"
+        shared = dense = 0
+        if arch.shared is not None:
+            key = arch.shared_count
+            count = whole(key.read(view), key.name, where, least=0)
+            shared = count * view[arch.config.width]
+        if arch.dense_mlp is not None:
+            dense = positive(view, arch.dense_width, where)
+        return shared, dense
 
     def _check_beside(self, index: int, view: dict[str, Any]) -> None:
         """MLPs beside the experts that config.json does not know would be left out."""

@@ -1,12 +1,13 @@
 """config.json of the output: every field kept that the plan does not change."""
 
 import copy
+import dataclasses
 import hashlib
 from typing import Any
 
 from ..checkpoint.build import MTP_OVERRIDES, OVERRIDES
 from ..checkpoint.module_names import CONFIG_KEY
-from ..checkpoint.open import Checkpoint
+from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.remap import (
     CONFIG_BLOCK,
     FILE_NAME,
@@ -49,10 +50,11 @@ def pruned_config(
     config[keys.top_k] = min(
         top_k, max(len(entry.router_rows) for entry in remap.all_layers)
     )
+    _set_widths(checkpoint, plan, left, config)
     patterns = _patterns(checkpoint, survivors, remap, config)
     overrides = {
-        OVERRIDES: _overrides(checkpoint, survivors, remap, config, patterns),
-        MTP_OVERRIDES: _mtp_overrides(checkpoint, further, remap, config),
+        OVERRIDES: _overrides(checkpoint, plan, survivors, remap, config, patterns),
+        MTP_OVERRIDES: _mtp_overrides(checkpoint, plan, further, remap, config),
     }
     # The overrides of an earlier cut speak of other layers and counts.
     for key, values in overrides.items():
@@ -87,6 +89,7 @@ def pruned_config(
 
 def _overrides(
     checkpoint: Checkpoint,
+    plan: CutPlan,
     survivors: list[int],
     remap: ExpertRemap,
     config: dict[str, Any],
@@ -104,8 +107,10 @@ def _overrides(
         if entry.moe or entry.moe_dropped:
             groups = checkpoint.arch.router.groups.name
             rewritten |= {keys.experts, keys.top_k, groups or ""}
+        rewritten |= {keys.width, checkpoint.arch.shared_count.name or ""}
         layer = {key: told[key] for key in told if key not in rewritten}
         layer |= patterns.get(new, {})
+        layer |= _widths(checkpoint, plan, old, config)
         if entry.moe_dropped:
             # A count of 0 makes readers of the global count fail, as they must.
             skipped = [name for name in told.get("skip", ()) if name != skip_name]
@@ -115,6 +120,47 @@ def _overrides(
         if layer:
             overrides[str(new)] = layer
     return overrides
+
+
+def _set_widths(
+    checkpoint: Checkpoint, plan: CutPlan, left: list[int], config: dict[str, Any]
+) -> None:
+    """Give all layers the widest experts' width; what differs is said of each layer."""
+    arch = checkpoint.arch
+    widths = {
+        layer.width: layer.shared_width
+        for layer in (_left(checkpoint, plan, index) for index in left)
+        if layer.has_moe and not plan.layers[layer.index].drops_moe
+    }
+    config[arch.config.width] = widest = max(widths)
+    shared, count = arch.shared_count, widths[widest] // widest
+    if shared.name is not None and shared.read(config) != count:
+        config[shared.name] = count
+
+
+def _left(checkpoint: Checkpoint, plan: CutPlan, index: int) -> Layer:
+    """A layer with the width that its experts have afterwards."""
+    layer, width = checkpoint.layers[index], plan.layers[index].width
+    return layer if width is None else dataclasses.replace(layer, width=width)
+
+
+def _widths(
+    checkpoint: Checkpoint, plan: CutPlan, old: int, config: dict[str, Any]
+) -> dict[str, int | None]:
+    """A layer's widths where they are not what the global keys make of it."""
+    arch, layer = checkpoint.arch, _left(checkpoint, plan, old)
+    found: dict[str, int | None] = {}
+    if layer.has_moe and not plan.layers[old].drops_moe:
+        if layer.width != config[arch.config.width]:
+            found[arch.config.width] = layer.width
+        shared, count = arch.shared_count, layer.shared_width // layer.width
+        if shared.name is not None and count != shared.read(config):
+            found[shared.name] = count
+    # Arctic's dense layers go by the key of the experts' width.
+    dense = not layer.has_moe and not layer.dropped and layer.dense_width > 0
+    if dense and layer.dense_width != config[arch.dense_width]:
+        found[arch.dense_width] = layer.dense_width
+    return found
 
 
 def _counts(
@@ -135,6 +181,7 @@ def _counts(
 
 def _mtp_overrides(
     checkpoint: Checkpoint,
+    plan: CutPlan,
     further: list[int],
     remap: ExpertRemap,
     config: dict[str, Any],
@@ -142,6 +189,7 @@ def _mtp_overrides(
     """The same for layers that predict further tokens, counted from 0."""
     overrides = {
         str(new): _counts(checkpoint, old, entry, config)
+        | _widths(checkpoint, plan, old, config)
         for new, (old, entry) in enumerate(zip(further, remap.mtp_layers, strict=True))
     }
     return {key: values for key, values in overrides.items() if values}

@@ -43,17 +43,30 @@ def group_mean(checkpoint: Checkpoint, group: Group) -> torch.Tensor:
     return mean_of(tensors, [piece.weight for piece in group])
 
 
-def stored_view(info: TensorInfo, slimmed: torch.Tensor) -> memoryview:
+def stored_view(
+    info: TensorInfo,
+    slimmed: torch.Tensor,
+    kept_K: torch.Tensor | None = None,
+    axis: int = 0,
+) -> memoryview:
     """The bytes of a slimmed tensor as the checkpoint stores it.
 
     FP8 values are the stored ones, zero where the slimmed ones are; their scales stay.
+
+    Args:
+        info: The tensor as it is stored.
+        slimmed: What became of it.
+        kept_K: Which of its channels are left in ``slimmed``; None: all.
+        axis: The axis of channels.
     """
     slimmed = slimmed.cpu()
     if info.dtype != FP8:
         return tensor_view(slimmed)
-    stored = read_tensor(info)
+    stored = read_tensor(info).view(torch.uint8)
+    if kept_K is not None:
+        stored = stored.index_select(axis, kept_K.cpu())
     # By bytes: 0x00 is +0.0 in e4m3, under any scale.
-    stored.view(torch.uint8).masked_fill_(slimmed == 0, 0)
+    stored.masked_fill_(slimmed == 0, 0)
     return tensor_view(stored)
 
 

@@ -309,14 +309,19 @@ class _Cut:
         )
 
     def _changes(self, cut: LayerCut) -> bool:
-        """Whether zeros may be written into a layer, or its experts quantized."""
-        slims = cut.writes_zeros and not cut.drops_block
+        """Whether a layer is slimmed, or its experts narrowed or quantized."""
+        slims = cut.changes_experts and not cut.drops_block
         return slims or (self.plan.is_quantized and bool(cut.keep))
 
     def _changes_experts(self, layer: int) -> bool:
         """Whether its experts are, all or some matrices of each."""
         return any(
-            tensor.is_expert and (tensor.sparsity > 0 or tensor.made == "quantized")
+            tensor.is_expert
+            and (
+                tensor.sparsity > 0
+                or tensor.made == "quantized"
+                or tensor.channels is not None
+            )
             for tensor in self._by_layer.get(layer, [])
         )
 
@@ -325,6 +330,7 @@ class _Cut:
         elsewhere = layer is not None and self._changes_experts(layer)
         for tensor in self._by_layer.get(layer, []):
             here = tensor.sparsity == 0 and tensor.made == "copied"
+            here &= tensor.channels is None
             if here and not (tensor.is_expert and elsewhere):
                 write_tensor(self.checkpoint, tensor, self.writer)
 

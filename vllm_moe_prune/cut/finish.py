@@ -26,6 +26,7 @@ from ..recipes.calibration import with_texts
 from .achieved import Achieved, achieved
 from .build_remap import build_remap
 from .card import model_card
+from .channels import write_channels
 from .config import pruned_config
 from .output import STATS_FILE, copy_companions
 from .renumbered_config import renumbered
@@ -72,6 +73,7 @@ def write_companions(
         path = folder / STATS_FILE
         path.parent.mkdir(exist_ok=True)
         save_stats(stats, path)
+    write_channels(folder, records)
     if name := index_needed(shards):
         write_file(folder / name, index_json(shards, result.parameters_after))
     write_file(folder / FILE_NAME, dump_remap(remap))

@@ -43,6 +43,11 @@ class LayerCut:
         return self.layer_plan.sparsity > 0 and self.plan.slim != "none"
 
     @property
+    def changes_experts(self) -> bool:
+        """Whether its experts are written otherwise than copied or averaged."""
+        return self.writes_zeros or self.layer_plan.narrows
+
+    @property
     def old_prefix(self) -> str:
         """What the names of its tensors begin with in the input."""
         return self.checkpoint.arch.layer_prefix.format(layer=self.index)
@@ -115,6 +120,7 @@ class LayerCut:
         return dataclasses.replace(
             self.layer,
             num_experts=len(self.keep),
+            width=self.layer_plan.width or self.layer.width,
             top_k=min(self.layer.top_k, rows),
             redirect=self.redirect if self.keeps_router else None,
             groups=self.row_groups,

@@ -1,6 +1,9 @@
 """The matrices of a layer that can be slimmed besides its experts, by name and part."""
 
+import math
+
 from ..archs.spec import ATTENTION
+from ..checkpoint.block_fp8 import DTYPE as FP8
 from ..checkpoint.dense_parts import dense_parts
 from ..checkpoint.open import Checkpoint, Layer
 from ..decide.cut_plan import CutPlan
@@ -31,6 +34,16 @@ def dense_matrices(checkpoint: Checkpoint, layer: Layer) -> tuple[Matrix, ...]:
         Matrix(name, part, *checkpoint.tensors[prefix + name].shape)
         for name, part in parts.items()
     )
+
+
+def channel_block(checkpoint: Checkpoint, layer: Layer) -> int:
+    """Channels that can only leave together, since their weights share FP8 scales."""
+    blocks = checkpoint.blocks
+    fp8 = any(
+        checkpoint.tensors[name].dtype == FP8 for name in checkpoint.expert_names(layer)
+    )
+    # Rows of gate and up, columns of down.
+    return math.lcm(blocks.rows, blocks.cols) if blocks is not None and fp8 else 1
 
 
 def expert_names(checkpoint: Checkpoint, layer: Layer) -> tuple[str, str, str]:

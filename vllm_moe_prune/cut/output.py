@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 STATS_FILE = Path("moe_prune", "stats.safetensors")
 """In a folder of its own: loaders take every safetensors file beside config.json."""
+CHANNELS_FILE = STATS_FILE.with_name("channels.safetensors")
+"""Which channels narrowed experts kept; see ``cut/channels.py``."""
 RECOVERED = "recovered"
 """The key of provenance.json that lists trainings after the cut."""
 RECORDS = {
@@ -26,6 +28,7 @@ RECORDS = {
     "moe_prune.yaml",
     "provenance.json",
     STATS_FILE.as_posix(),
+    CHANNELS_FILE.as_posix(),
 }
 # Written anew for the output of a cut, so never copied from its input.
 OWN_FILES = {"config.json", "README.md", HASHES, RUN_FILE} | RECORDS

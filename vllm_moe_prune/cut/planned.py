@@ -197,7 +197,8 @@ def _key(
     if plan.needs_activations and calibration_ST is not None:
         tokens.append(sha256_of(calibration_ST))
     said = (plan.model.fingerprint, plan.routing, slim, plan.slim_exclude, layers)
-    return hashlib.sha256(repr((said, tokens)).encode()).hexdigest()
+    narrows = plan.narrow.model_dump_json() if plan.is_narrowed else None
+    return hashlib.sha256(repr((said, narrows, tokens)).encode()).hexdigest()
 
 
 class _Sweep:
@@ -288,7 +289,9 @@ class _Sweep:
         """Everything a plan says about one layer."""
         plan, cut = self.plans[member], self._cuts[member][layer.index]
         how = (plan.slim, plan.pattern, plan.router_weighted, plan.slim_exclude)
-        return plan.routing, cut.layer_plan, how if cut.writes_zeros else None
+        slims = how if cut.writes_zeros else None
+        narrows = plan.narrow if cut.layer_plan.narrows else None
+        return plan.routing, cut.layer_plan, slims, narrows
 
     def _moe(
         self,
@@ -310,7 +313,7 @@ class _Sweep:
             return [torch.full_like(state, math.nan) for state in states]
         outputs = [torch.zeros_like(x_ND) for x_ND in inputs]
         slimmed = None
-        if cut.writes_zeros:
+        if cut.changes_experts:
             by_data = cut.plan.needs_activations
             # The calibration's input is the last one; see planned_losses.
             slimmed = slimmed_experts(

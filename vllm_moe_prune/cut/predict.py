@@ -4,7 +4,7 @@ from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.writer import MAX_SHARD_BYTES, plan_shards
 from ..decide.cut_plan import CutPlan, ModelId, Predicted
 from ..decide.facts import LayerFacts, ModelFacts, count_plan
-from .matrices import dense_matrices, expert_names
+from .matrices import channel_block, dense_matrices, expert_names
 from .slice import output_tensors
 
 
@@ -59,6 +59,8 @@ def _layer_facts(checkpoint: Checkpoint, layer: Layer) -> LayerFacts:
             (layer.width, hidden),
             (hidden, layer.width),
         ),
+        channel_block=channel_block(checkpoint, layer),
+        shared_width=layer.shared_width,
         router_parameters_per_expert=sum(
             # A router row is D long; of a router bias an expert has one value.
             hidden if rule.axes == "E D" else 1

@@ -37,8 +37,10 @@ from .slim_layer import (
     ExpertTokens,
     LayerRecord,
     SlimContext,
+    Trimmed,
     add_powers,
     naming,
+    packed_bits,
     trimmed_experts,
     trimmed_routing,
 )
@@ -74,7 +76,7 @@ def quantize_layer(
         if input_scale_D is not None and context.writer.needs(tensor.name):
             _write_scaled(context.writer, cut, tensor, input_scale_D)
     out_ND = torch.zeros_like(x_ND) if want_output and x_ND is not None else None
-    for new, trimmed, served in run.experts():
+    for new, trimmed, served, kept_K in run.experts():
         x_nD = None if x_ND is None or served is None else x_ND
         with naming(cut, new):
             made = _quantize(trimmed, stage, x_nD, served, run.act, input_scale_D)
@@ -87,6 +89,8 @@ def quantize_layer(
         record.expert_parameters += sum(matrix.numel() for matrix in trimmed)
         add_powers(record.trimmed_powers_5, trimmed)
         add_powers(record.slimmed_powers_5, made.computes)
+        if kept_K is not None:
+            record.channels.append(packed_bits(kept_K, cut.layer.width))
         _write(context.writer, cut, new, made)
     return out_ND
 
@@ -100,18 +104,20 @@ class _QuantizedLayer:
         cut: LayerCut,
         x_ND: torch.Tensor | None,
     ) -> None:
-        self._cut, self._x_ND = cut, x_ND
+        self._cut, self._model, self._x_ND = cut, model, x_ND
         self._routing: Routing | None = None
         self.act: Activation = torch.nn.functional.silu if model is None else model.act
         if model is not None and x_ND is not None:
             self._routing = trimmed_routing(model, cut, x_ND)
 
-    def experts(self) -> Iterator[tuple[int, Expert, ExpertTokens | None]]:
+    def experts(self) -> Iterator[Trimmed]:
         """Each expert, trimmed, with its tokens; None where there are no tokens."""
-        for new, expert, served in trimmed_experts(self._cut, self._routing):
+        found = trimmed_experts(self._cut, self._model, self._routing, self._x_ND)
+        for one in found:
             if self._x_ND is not None:
-                expert = Expert(*(part.to(self._x_ND.device) for part in expert))
-            yield new, expert, served
+                placed = Expert(*(part.to(self._x_ND.device) for part in one.expert))
+                one = one._replace(expert=placed)
+            yield one
 
     def input_scale(self) -> torch.Tensor:
         """AWQ's scale of the experts' input, one for the layer, judged by all."""
@@ -120,7 +126,7 @@ class _QuantizedLayer:
         scales = awq.candidates(_mean_size(self._x_ND))
         # All experts read the same x, so errors are summed for one common choice.
         total_A = torch.zeros(len(scales), dtype=torch.float64)
-        for new, expert, served in self.experts():
+        for new, expert, served, _ in self.experts():
             if served is None or len(served.token_n) == 0:
                 continue
             x_nD = self._x_ND.index_select(0, awq.sampled(served.token_n))

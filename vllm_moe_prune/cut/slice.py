@@ -51,6 +51,10 @@ class OutputTensor:
     made: Literal["copied", "quantized", "scaled"] = "copied"
     """Whether it is written from its pieces, or by quantizing: as a part of a quantized
     matrix, or (by AWQ) multiplied by powers of two."""
+    channels: int | None = None
+    """The axis of its matrix along which some channels are taken; None: it is whole."""
+    expert: int | None = None
+    """Whose it is in the output; None where it is of none, or of all."""
     stands_for: int | None = None
     """Parameters it holds; None: as many as elements. Of the parts of a quantized
     matrix the first holds them all."""
@@ -59,6 +63,11 @@ class OutputTensor:
     def is_expert(self) -> bool:
         """Whether it holds weights of routed experts."""
         return self.role is not None and self.role not in ROUTER_ROLES
+
+    @property
+    def of_experts(self) -> bool:
+        """The same, their scales included."""
+        return self.is_expert or self.expert is not None
 
     @property
     def parameters(self) -> int:
@@ -215,7 +224,14 @@ def _experts(cut: LayerCut) -> Iterator[OutputTensor]:
     def build(
         rule: TensorRule, new: int | None, groups: tuple[Group, ...], one: TensorInfo
     ) -> OutputTensor:
-        shape = one.shape if rule.per_expert else (len(groups), *one.shape[1:])
+        each = one.shape if rule.per_expert else one.shape[1:]
+        channels = None
+        if (width := cut.layer_plan.width) is not None:
+            channels = 1 if rule.role == "down" else 0
+            # Gate rows, then up rows, where both are one matrix.
+            wide = 2 * width if rule.role == "gate_up" else width
+            each = (each[0], wide) if channels else (wide, each[1])
+        shape = each if rule.per_expert else (len(groups), *each)
         name = rule.name(new_index, new)
         share = sparsity if rule.role in slimmed else 0.0
         return OutputTensor(
@@ -226,6 +242,8 @@ def _experts(cut: LayerCut) -> Iterator[OutputTensor]:
             layer=index,
             role=rule.role,
             sparsity=share,
+            channels=channels,
+            expert=new,
         )
 
     for new, members in enumerate(cut.survivors):
@@ -248,7 +266,8 @@ def _experts(cut: LayerCut) -> Iterator[OutputTensor]:
                 scale = first.name + SUFFIX
                 if checkpoint.is_scale(scale):
                     name = rule.name(new_index, new) + SUFFIX
-                    yield _copy(checkpoint.tensors[scale], name, index)
+                    scales = _scales(cut, rule, checkpoint.tensors[scale], name)
+                    yield replace(scales, expert=new)
         for extra in checkpoint.extras(cut.layer):
             # One member: validate_plan.py refuses to average such experts.
             old = cut.old_prefix + extra.name(members[0][0])
@@ -265,6 +284,20 @@ def _experts(cut: LayerCut) -> Iterator[OutputTensor]:
             yield build(rule, None, groups, checkpoint.tensors[name])
 
 
+def _scales(
+    cut: LayerCut, rule: TensorRule, info: TensorInfo, name: str
+) -> OutputTensor:
+    """The scales of an FP8 matrix; channels leave in whole blocks, with theirs."""
+    copied = _copy(info, name, cut.index)
+    blocks, width = cut.checkpoint.blocks, cut.layer_plan.width
+    if width is None or blocks is None:
+        return copied
+    hidden = cut.checkpoint.config[cut.checkpoint.arch.config.hidden]
+    down = rule.role == "down"
+    shape = (hidden, width) if down else (width, hidden)
+    return replace(copied, shape=blocks.scale_shape(shape), channels=int(down))
+
+
 def _parts(matrix: OutputTensor, plan: CutPlan) -> Iterator[OutputTensor]:
     """What a matrix is stored in once it is quantized."""
     rows, cols = matrix.shape
@@ -277,6 +310,8 @@ def _parts(matrix: OutputTensor, plan: CutPlan) -> Iterator[OutputTensor]:
             dtype=dtype,
             shape=shape,
             sparsity=0.0,
+            # Of the matrix, not of its parts.
+            channels=None,
             made="quantized",
             stands_for=left,
         )

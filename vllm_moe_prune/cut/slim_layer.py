@@ -11,22 +11,27 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field, FiniteFloat
 
+from ..archs.spec import TensorRule
 from ..calibrate.expert_forward import Routing, add_expert, expert_tokens, place
 from ..calibrate.forward import StreamingModel
-from ..checkpoint.reader import Expert
+from ..checkpoint.block_fp8 import SUFFIX
+from ..checkpoint.reader import Expert, read_tensor
 from ..checkpoint.writer import ShardWriter
 from ..errors import CalibrationError, CheckpointError
-from ..recipes.numbers import Count
+from ..recipes.numbers import MOST, Count
 from ..slim.kurtosis import power_sums
-from .copy import stored_view
+from .copy import stored_view, tensor_view
 from .layer_cut import LayerCut
-from .matrices import taken
+from .matrices import channel_block, taken
+from .narrow_expert import narrow_expert
 from .slim_expert import slim_by_data, slim_by_magnitude
 from .trimmed import survivor, trimmed_router
 
+Channels = Annotated[str, Field(pattern=r"^[0-9a-f]*$", max_length=MOST // 4)]
 Powers = Annotated[list[FiniteFloat], Field(min_length=5, max_length=5)]
 
 
@@ -40,6 +45,8 @@ class LayerRecord:
     """Zeros among the layer's surviving expert weights, those there before included."""
     dense_zeros: Count = 0
     """Zeros among its other matrices that were slimmed: attention, MLPs."""
+    channels: list[Channels] = field(default_factory=list)
+    """Of a narrowed layer: which channels each survivor keeps, see ``packed_bits``."""
     unseen: list[Count] = field(default_factory=list)
     """Input ids of experts no calibration token reached: pruned by magnitude, or
     rounded to nearest."""
@@ -93,7 +100,9 @@ def slim_layer(
         record.zeros += sum(_zeros(matrix) for matrix in found.expert)
         add_powers(record.trimmed_powers_5, found.trimmed)
         add_powers(record.slimmed_powers_5, found.expert)
-        _write_expert(context.writer, cut, found.new, found.expert)
+        if found.kept_K is not None:
+            record.channels.append(packed_bits(found.kept_K, cut.layer.width))
+        _write_expert(context.writer, cut, found)
     return out_ND
 
 
@@ -113,6 +122,17 @@ class Slimmed(NamedTuple):
     expert: Expert
     served: ExpertTokens | None
     """Of the calibration tokens; None where no data is used."""
+    kept_K: torch.Tensor | None
+    """The channels that are left of it, ascending; None: all of them."""
+
+
+class Trimmed(NamedTuple):
+    """One expert of a layer as it is before its weights are slimmed or quantized."""
+
+    new: int
+    expert: Expert
+    served: ExpertTokens | None
+    kept_K: torch.Tensor | None
 
 
 def slimmed_experts(
@@ -130,26 +150,47 @@ def slimmed_experts(
     routing = None
     if x_ND is not None and model is not None:
         routing = trimmed_routing(model, cut, x_ND)
-    for new, trimmed_expert, served in trimmed_experts(cut, routing):
+    for new, trimmed, served, kept_K in trimmed_experts(cut, model, routing, x_ND):
+        expert = trimmed
         with naming(cut, new):
-            if served is None or x_ND is None or model is None:
-                expert = slim_by_magnitude(trimmed_expert, plan, sparsity, wanted)
+            if not cut.writes_zeros:
+                pass
+            elif served is None or x_ND is None or model is None:
+                expert = slim_by_magnitude(trimmed, plan, sparsity, wanted)
             else:
                 expert = slim_by_data(
-                    trimmed_expert, plan, sparsity, x_ND, *served, model.act, wanted
+                    trimmed, plan, sparsity, x_ND, *served, model.act, wanted
                 )
-        yield Slimmed(new, trimmed_expert, expert, served)
+        yield Slimmed(new, trimmed, expert, served, kept_K)
 
 
 def trimmed_experts(
-    cut: LayerCut, routing: Routing | None
-) -> Iterator[tuple[int, Expert, ExpertTokens | None]]:
-    """Each expert a layer is left with, and its tokens; None where no data is used."""
+    cut: LayerCut,
+    model: StreamingModel | None,
+    routing: Routing | None,
+    x_ND: torch.Tensor | None,
+) -> Iterator[Trimmed]:
+    """Each expert a layer is left with, narrowed if the plan says so, and its tokens.
+
+    Args:
+        cut: The layer.
+        model: For its activation.
+        routing: Of the calibration tokens; None where no data is used.
+        x_ND: What enters the MoE sublayer; None likewise.
+    """
+    width, block = cut.layer_plan.width, channel_block(cut.checkpoint, cut.layer)
     for new in range(cut.trimmed.num_experts):
-        served = None
+        served, kept_K = None, None
         if routing is not None:
             served = ExpertTokens(*expert_tokens(routing, new, cut.trimmed.redirect))
-        yield new, survivor(cut, new), served
+        expert = survivor(cut, new)
+        if width is not None and served and x_ND is not None and model is not None:
+            stage = cut.plan.narrow
+            with naming(cut, new):
+                expert, kept_K = narrow_expert(
+                    expert, stage, width, block, x_ND, *served, model.act
+                )
+        yield Trimmed(new, expert, served, kept_K)
 
 
 @contextmanager
@@ -178,20 +219,20 @@ def add_powers(powers_5: list[float], expert: Expert) -> None:
             powers_5[power] += total
 
 
+def packed_bits(kept_K: torch.Tensor, width: int) -> str:
+    """Some of ``width`` channels as hexadecimal digits: bit c % 8 of byte c // 8."""
+    bits_F = np.zeros(width, np.bool_)
+    bits_F[kept_K.cpu().numpy()] = True
+    return np.packbits(bits_F, bitorder="little").tobytes().hex()
+
+
 def _zeros(matrix: torch.Tensor) -> int:
     return matrix.numel() - int(torch.count_nonzero(matrix))
 
 
-def _write_expert(writer: ShardWriter, cut: LayerCut, new: int, expert: Expert) -> None:
-    """Hand one finished expert to the writer, in the checkpoint's own layout.
-
-    Args:
-        writer: Of the output.
-        cut: The layer.
-        new: The expert's id in the output.
-        expert: Its weights, as the model computes with them.
-    """
-    checkpoint = cut.checkpoint
+def _write_expert(writer: ShardWriter, cut: LayerCut, found: Slimmed) -> None:
+    """Hand one finished expert to the writer, in the checkpoint's own layout."""
+    checkpoint, new, expert = cut.checkpoint, found.new, found.expert
     pieces = {
         "gate": expert.gate_FD,
         "up": expert.up_FD,
@@ -209,6 +250,29 @@ def _write_expert(writer: ShardWriter, cut: LayerCut, new: int, expert: Expert) 
         )
         # For the stored dtype; of FP8 the bytes that stay are taken from it.
         source = checkpoint.tensors[rule.name(cut.index, cut.keep[new])]
-        data = stored_view(source, matrix)
+        data = stored_view(source, matrix, found.kept_K, int(rule.role == "down"))
         # In a packed tensor slices are equal, and come in order as they have to.
         writer.write(name, data, 0 if rule.per_expert else new * len(data))
+        scale = source.name + SUFFIX
+        if found.kept_K is not None and checkpoint.is_scale(scale):
+            _write_scales(writer, cut, found.kept_K, rule, scale, name + SUFFIX)
+
+
+def _write_scales(
+    writer: ShardWriter,
+    cut: LayerCut,
+    kept_K: torch.Tensor,
+    rule: TensorRule,
+    source: str,
+    name: str,
+) -> None:
+    """The scales of the FP8 blocks that are left of a narrowed matrix."""
+    blocks = cut.checkpoint.blocks
+    assert blocks is not None
+    down = rule.role == "down"
+    # Blocks leave whole, so each one left has its first channel among those left.
+    kept_B = torch.unique_consecutive(kept_K // (blocks.cols if down else blocks.rows))
+    scales = read_tensor(cut.checkpoint.tensors[source])
+    left = scales.index_select(int(down), kept_B.cpu())
+    if writer.needs(name):
+        writer.write(name, tensor_view(left))

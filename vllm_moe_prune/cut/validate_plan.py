@@ -6,6 +6,7 @@ from ..checkpoint.open import Checkpoint, Layer
 from ..decide.cut_plan import CutPlan
 from ..decide.quantize import form_of
 from ..errors import PlanError
+from .matrices import channel_block
 
 
 def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
@@ -25,11 +26,17 @@ def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
         _check_fp8(plan)
     if checkpoint.form is not None:
         _check_means(plan, "quantized")
-    check_stored(checkpoint, zeros=plan.is_slimmed, quantizes=plan.is_quantized)
+    check_stored(
+        checkpoint,
+        zeros=plan.is_slimmed,
+        quantizes=plan.is_quantized,
+        narrows=plan.is_narrowed,
+    )
     if plan.is_quantized:
         _check_form(checkpoint, plan)
     for layer in checkpoint.moe_layers:
         _check_unknown(checkpoint, layer, plan)
+        _check_width(checkpoint, layer, plan)
     _check_beside(checkpoint, plan)
     # A cut takes rows with their experts; redirected rows have none of their own.
     for layer in checkpoint.layers:
@@ -41,22 +48,25 @@ def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
             )
 
 
-def check_stored(checkpoint: Checkpoint, *, zeros: bool, quantizes: bool) -> None:
+def check_stored(
+    checkpoint: Checkpoint, *, zeros: bool, quantizes: bool, narrows: bool
+) -> None:
     """Refuse what the way in which weights are stored does not allow.
 
     Args:
         checkpoint: The input.
         zeros: Whether weights will be zeroed.
         quantizes: Whether experts will be quantized.
+        narrows: Whether experts will lose channels.
 
     Raises:
         PlanError: They are quantized already, or packed.
     """
-    if checkpoint.form is not None and (zeros or quantizes):
+    if checkpoint.form is not None and (zeros or quantizes or narrows):
         raise PlanError(
             f"{checkpoint.folder}: its weights are quantized already, so a cut copies "
-            "them. Set slim.method: none and quantize.method: none, or start from "
-            "bf16 weights."
+            "them. Set slim.method: none, quantize.method: none and narrow.share: 0, "
+            "or start from bf16 weights."
         )
     packed = not all(rule.per_expert for rule in checkpoint.layout.experts)
     if quantizes and packed:
@@ -78,9 +88,16 @@ def _check_form(checkpoint: Checkpoint, plan: CutPlan) -> None:
         raise PlanError("the plan writes zeros and quantizes; only one can be done.")
     form = form_of(plan.quantize)
     for layer in checkpoint.moe_layers:
-        for name in checkpoint.expert_names(layer):
-            if why := form.misfit(*checkpoint.tensors[name].shape):
-                raise PlanError(f"the plan's quantize: {name}: {why}.")
+        width = plan.layers[layer.index].width
+        for rule in checkpoint.layout.experts:
+            for expert in range(layer.num_experts):
+                name = rule.name(layer.index, expert)
+                rows, cols = checkpoint.tensors[name].shape
+                if width is not None:
+                    down = rule.role == "down"
+                    rows, cols = (rows, width) if down else (width, cols)
+                if why := form.misfit(rows, cols):
+                    raise PlanError(f"the plan's quantize: {name}: {why}.")
 
 
 def _check_means(plan: CutPlan, kind: str) -> None:
@@ -109,6 +126,11 @@ def _check_unknown(checkpoint: Checkpoint, layer: Layer, plan: CutPlan) -> None:
                 f"{what} is not known of this family, so experts with it cannot be "
                 "averaged. Set experts.reconstruct: never."
             )
+        if layer_plan.narrows:
+            raise PlanError(
+                f"{what} is not known of this family, so experts with it cannot be "
+                "narrowed. Set narrow.share: 0, or save the model without it."
+            )
         if plan.is_quantized:
             raise PlanError(
                 f"{what} is not known of this family, so experts with it cannot be "
@@ -135,6 +157,26 @@ def _check_unknown(checkpoint: Checkpoint, layer: Layer, plan: CutPlan) -> None:
                 "changes. Keep all experts of the layer in their order, or save the "
                 "model without it."
             )
+
+
+def _check_width(checkpoint: Checkpoint, layer: Layer, plan: CutPlan) -> None:
+    """Refuse a width that no config could describe, or that breaks FP8 blocks up."""
+    width = plan.layers[layer.index].width
+    if width is None:
+        return
+    at = f"layer {layer.index}: width {width}"
+    if layer.shared_width % width:
+        raise PlanError(
+            f"{at}: its shared experts' {layer.shared_width} channels are no multiple "
+            "of it, so no config could describe both. Choose a width that divides them."
+        )
+    block = channel_block(checkpoint, layer)
+    if block > 1 and (width % block or plan.narrow.refit != "none"):
+        raise PlanError(
+            f"{at}: fp8 experts lose whole blocks of {block} channels and are not "
+            f"refitted. Choose a multiple of {block} and narrow.refit: none, or start "
+            "from bf16 weights."
+        )
 
 
 def _check_beside(checkpoint: Checkpoint, plan: CutPlan) -> None:

@@ -24,13 +24,14 @@ from ..files.json_file import parse_json, read_json
 from ..progress import Progress, Report, ignore
 from ..slim.quota import zeros_in_matrix
 from .build_remap import build_remap
+from .channels import read_channels, take_channels
 from .config import pruned_config
 from .copy import group_mean
 from .finish import PROVENANCE
 from .output import RECOVERED
 from .slice import OutputTensor, output_tensors
 from .verify_files import check_companions
-from .verify_quantized import check_quantized, check_scaled
+from .verify_quantized import check_quantized, check_scaled, is_refitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +102,17 @@ def verify(
     check_companions(folder, source)
     zeros, dense_zeros, done, at = 0, 0, 0, 0
     tensors = output_tensors(source, plan)
+    kept = _KeptChannels(folder, source, plan)
     total = sum(output.stored(tensor.name).nbytes for tensor in tensors)
     for tensor in tensors:
         found = 0
         if tensor.made == "copied":
-            found = _compare(source, output, tensor, plan)
+            found = _compare(source, output, tensor, plan, kept)
         elif tensor.made == "scaled":
             check_scaled(source, output, tensor)
         # The first part of a matrix; the others are compared together with it.
         elif tensor.stands_for:
-            check_quantized(source, output, tensor, plan)
+            check_quantized(source, output, tensor, plan, kept.of(tensor, 0))
         if tensor.is_expert:
             zeros += found
         else:
@@ -179,8 +181,36 @@ def _check_names(output: Checkpoint, source: Checkpoint, plan: CutPlan) -> None:
         )
 
 
+class _KeptChannels:
+    """The channels that narrowed experts kept; one layer's in memory at a time."""
+
+    def __init__(self, folder: Path, source: Checkpoint, plan: CutPlan) -> None:
+        self._folder, self._source, self._plan = folder, source, plan
+        self._layer: int | None = None
+        self._kept: list[torch.Tensor] = []
+
+    def of(self, tensor: OutputTensor, position: int) -> torch.Tensor | None:
+        """Those of the expert that a tensor, or one row of it, is of; None: all."""
+        if tensor.layer is None or not tensor.of_experts:
+            return None
+        layer = self._plan.layers[tensor.layer]
+        if layer.width is None:
+            return None
+        if tensor.layer != self._layer:
+            before = self._source.layers[tensor.layer].width
+            self._kept = read_channels(
+                self._folder, tensor.layer, len(layer.keep), before, layer.width
+            )
+            self._layer = tensor.layer
+        return self._kept[position if tensor.expert is None else tensor.expert]
+
+
 def _compare(
-    source: Checkpoint, output: Checkpoint, tensor: OutputTensor, plan: CutPlan
+    source: Checkpoint,
+    output: Checkpoint,
+    tensor: OutputTensor,
+    plan: CutPlan,
+    kept: _KeptChannels,
 ) -> int:
     """Compare one tensor group by group; returns the zeros in a slimmed matrix."""
     info = output.stored(tensor.name)
@@ -188,15 +218,20 @@ def _compare(
     zeros = 0
     for position, group in enumerate(tensor.groups):
         expected = group_mean(source, group)
+        if (kept_K := kept.of(tensor, position)) is not None:
+            block = _scale_block(source, tensor)
+            expected = take_channels(expected, tensor, kept_K, block)
         found = _read_group(info, position, len(tensor.groups), expected)
         same = _bits(found) == _bits(expected)
         if found.dtype == torch.float8_e4m3fn:
             # Few operations know FP8; every value of it is one of fp32.
             found, expected = found.float(), expected.float()
         if tensor.sparsity > 0:
-            # SparseGPT changes the weights that stay: only their being finite is sure.
-            updates = plan.slim == "sparsegpt"
+            # SparseGPT and refitting change what stays: only its being finite is sure.
+            updates = plan.slim == "sparsegpt" or is_refitted(tensor, plan)
             same |= torch.isfinite(found) if updates else found == 0
+        elif is_refitted(tensor, plan):
+            same |= torch.isfinite(found)
         if not bool(same.all()):
             wrong = int((~same).sum())
             raise CheckpointError(
@@ -211,6 +246,14 @@ def _compare(
         if counted:
             zeros += found.numel() - int(torch.count_nonzero(found))
     return zeros
+
+
+def _scale_block(source: Checkpoint, tensor: OutputTensor) -> int:
+    """Channels that each entry along a tensor's axis of channels stands for."""
+    blocks = source.blocks
+    if blocks is None or not source.is_scale(tensor.groups[0][0].source):
+        return 1
+    return blocks.cols if tensor.channels else blocks.rows
 
 
 def _check_zeros(

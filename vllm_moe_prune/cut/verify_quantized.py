@@ -19,10 +19,28 @@ from .copy import build_tensor, group_mean, tensor_view
 from .slice import OutputTensor
 
 
+def is_refitted(tensor: OutputTensor, plan: CutPlan) -> bool:
+    """Whether it holds down projections of narrowed experts, fitted to the text."""
+    if tensor.layer is None or tensor.role != "down" or plan.narrow.refit == "none":
+        return False
+    return plan.layers[tensor.layer].narrows
+
+
 def check_quantized(
-    source: Checkpoint, output: Checkpoint, tensor: OutputTensor, plan: CutPlan
+    source: Checkpoint,
+    output: Checkpoint,
+    tensor: OutputTensor,
+    plan: CutPlan,
+    kept_K: torch.Tensor | None,
 ) -> None:
     """Check one matrix, of which ``tensor`` holds the values.
+
+    Args:
+        source: The input.
+        output: What was written.
+        tensor: The first part of the matrix.
+        plan: What was done.
+        kept_K: The channels that its expert kept; None: all.
 
     Raises:
         CheckpointError: It is not what the plan leads to.
@@ -33,8 +51,10 @@ def check_quantized(
     if not isinstance(info, QuantizedTensor):
         raise CheckpointError(f"{info.file}: {name}: is not quantized.")
     found = info.load()
-    if plan.quantize.method == "rtn":
+    if plan.quantize.method == "rtn" and not is_refitted(tensor, plan):
         weight = group_mean(source, tensor.groups[0])
+        if kept_K is not None:
+            weight = weight.index_select(int(tensor.role == "down"), kept_K)
         expected = pack(rtn(weight, form), form)
         wrong = [
             part

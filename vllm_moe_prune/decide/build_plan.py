@@ -15,6 +15,7 @@ from .layer_drop import chooses_layers, decide_layers
 from .quantize import resolved_form
 from .required_stats import needed_statistics
 from .super_experts import found_in, protecting
+from .widths import narrow_widths, narrowed_facts, resolved_narrow, with_widths
 from .zeros import check_slimming, counted_size, plan_routing, slim_sparsities
 
 
@@ -41,9 +42,11 @@ def make_plan(
             f"the statistics are of {other}. "
             "Run `vllm-moe-prune measure` on this checkpoint."
         )
-    quantize = _check_stages(recipe, facts)
+    widths = narrow_widths(recipe.narrow, facts)
+    quantize = _check_stages(recipe, narrowed_facts(facts, widths))
     complete = resolved(recipe, facts, stats)
-    layers, threshold = decide_experts(stats, facts.layers, complete)
+    removed, threshold = decide_experts(stats, facts.layers, complete)
+    layers = with_widths(removed, widths)
     sparsities = slim_sparsities(complete, facts, layers, stats)
     pattern = parse_pattern(recipe.slim.pattern)
     found = found_in(stats, facts.layers, recipe)
@@ -58,6 +61,7 @@ def make_plan(
         slim_exclude=recipe.slim.exclude,
         router_weighted=recipe.slim.router_weighted,
         quantize=quantize,
+        narrow=resolved_narrow(recipe.narrow, facts),
         threshold=threshold,
         super_experts=found,
         layers=tuple(
@@ -77,7 +81,7 @@ def check_recipe(recipe: Recipe, facts: ModelFacts) -> None:
         # Nothing is to be measured: the whole plan can be tried, with all its errors.
         make_plan(None, recipe, facts, tool_version="")
         return
-    _check_stages(recipe, facts)
+    _check_stages(recipe, narrowed_facts(facts, narrow_widths(recipe.narrow, facts)))
     # A share of experts can be counted only once it is known which layers stay.
     chosen = chooses_layers(recipe.layers)
     counted = recipe if chosen else _with_drop(recipe, facts, None)
@@ -111,7 +115,8 @@ def _with_drop(recipe: Recipe, facts: ModelFacts, stats: Stats | None) -> Recipe
     if share is None or total is None:
         return recipe
     actions = decide_layers(stats, facts.layers, recipe)
-    layers = [
+    widths = narrow_widths(recipe.narrow, facts)
+    whole = [
         LayerPlan(
             layer=at,
             action=action,
@@ -120,10 +125,14 @@ def _with_drop(recipe: Recipe, facts: ModelFacts, stats: Stats | None) -> Recipe
         )
         for at, action in enumerate(actions)
     ]
+    # What narrowing takes from all experts counts towards the share, too.
+    layers = with_widths(whole, widths)
     count = count_layers(facts, layers, Slimming("none"), plan_routing(recipe))
     staying = [
         (layer.num_experts, counted_size(recipe, layer))
-        for layer, plan in zip(facts.layers, layers, strict=True)
+        for layer, plan in zip(
+            narrowed_facts(facts, widths).layers, layers, strict=True
+        )
         if plan.keep
     ]
     experts = sum(number for number, _ in staying)

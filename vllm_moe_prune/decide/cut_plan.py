@@ -19,10 +19,19 @@ from ..errors import PlanError
 from ..files.atomic import REPEAT, write_file, writing
 from ..files.json_file import read_json
 from ..files.regular import MIB, Kind
-from ..recipes.numbers import Count, Fraction, Fractions, Index, Indices, repeated
+from ..recipes.numbers import (
+    MOST,
+    Count,
+    Fraction,
+    Fractions,
+    Index,
+    Indices,
+    repeated,
+)
 from ..recipes.old_spelling import current_spelling
 from ..recipes.schema import (
     NEEDS_ACTIVATIONS,
+    NarrowStage,
     Part,
     QuantizeStage,
     Recipe,
@@ -53,6 +62,9 @@ class LayerShape(Protocol):
 
     @property
     def top_k(self) -> int: ...
+
+    @property
+    def width(self) -> int | None: ...
 
     @property
     def has_moe(self) -> bool: ...
@@ -108,9 +120,16 @@ class LayerPlan(Strict):
     merge_weights: Annotated[tuple[Fractions, ...], Field(fail_fast=True)] | None = None
     """With ``reconstruct``: weights of that mean, as ``clusters`` lists the members;
     they add up to 1 in each cluster. Absent: a plain mean."""
+    width: Annotated[int, Field(ge=1, lt=MOST)] | None = None
+    """Channels that each survivor keeps; None: all of them."""
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of zeros to write into each matrix that is slimmed: the layer's surviving
     experts and the other matrices in ``CutPlan.slim_parts``."""
+
+    @property
+    def narrows(self) -> bool:
+        """Whether experts lose channels."""
+        return self.width is not None
 
     @property
     def drops_moe(self) -> bool:
@@ -153,6 +172,8 @@ class CutPlan(Strict):
     """Wanda's input norms are of inputs times routing weights."""
     quantize: QuantizeStage = QuantizeStage()
     """How the experts that survive are quantized."""
+    narrow: NarrowStage = NarrowStage()
+    """How channels are chosen where ``width`` of a layer says that some leave."""
     measurement: Measurement = Measurement()
     threshold: float | None = None
     """Merge height up to which clusters were formed (STUN's t), or score up to which
@@ -189,14 +210,21 @@ class CutPlan(Strict):
     def needs_activations(self) -> bool:
         """Whether executing the plan needs calibration activations."""
         by_data = self.slim in NEEDS_ACTIVATIONS and self.is_slimmed
-        return by_data or self.quantize.needs_activations
+        return by_data or self.quantize.needs_activations or self.is_narrowed
 
     @property
     def by_data(self) -> str:
         """What needs the activations, for errors."""
         if self.quantize.needs_activations:
             return f"quantizes by {self.quantize.method}"
-        return f"slims by {self.slim}"
+        if self.slim in NEEDS_ACTIVATIONS and self.is_slimmed:
+            return f"slims by {self.slim}"
+        return "narrows experts by their activations"
+
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether experts of any layer lose channels."""
+        return any(layer.narrows for layer in self.layers)
 
     @property
     def is_quantized(self) -> bool:
@@ -289,12 +317,20 @@ def _check_layer(layer: LayerPlan, shape: LayerShape, routing: str, where: str) 
     if layer.action != "keep" or not shape.has_moe:
         if layer.keep:
             raise PlanError(f"{at}: {layer.action} but keeps experts {layer.keep}.")
+        if layer.narrows:
+            raise PlanError(f"{at}: width {layer.width}, but there are no experts.")
         return
     if not layer.keep:
         raise PlanError(
             f"{at}: keeps no expert. Keep at least one, or set its action to drop-moe."
         )
     _check_ids(layer.keep, experts, f"{at}: keep")
+    before = shape.width
+    if layer.width is not None and before is not None and layer.width >= before:
+        raise PlanError(
+            f"{at}: width {layer.width}, but its experts have {before} channels. "
+            "Name fewer, or none."
+        )
     # A redirecting router keeps all its rows, and its groups with them.
     if routing == "drop" and shape.groups is not None:
         _check_groups(layer, shape.groups, shape.group_floor, at)

@@ -5,7 +5,7 @@ Plain values, filled in from the checkpoint's headers by whoever opened it.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..recipes.schema import Part, SlimMethod
@@ -39,6 +39,10 @@ class LayerFacts:
     """What leaves with the MoE sublayer: experts, router, shared experts, norm."""
     expert_shapes: tuple[tuple[int, int], ...] = ()
     """[rows, cols] of the matrices of one expert, as they are slimmed."""
+    channel_block: int = 1
+    """Neighboring channels that can only leave together: those of an FP8 block."""
+    shared_width: int = 0
+    """Channels of the shared experts, as one MLP; 0: there are none."""
     router_parameters_per_expert: int = 0
     """What an expert takes with it besides its matrices: router row, biases."""
     moe_norm_parameters: int = 0
@@ -56,9 +60,22 @@ class LayerFacts:
     """Behind the last layer of the model, predicting further tokens ahead."""
 
     @property
+    def width(self) -> int | None:
+        """Channels of one expert; None where shapes are not known."""
+        return self.expert_shapes[0][0] if self.expert_shapes else None
+
+    @property
     def expert_parameters(self) -> int:
         """Parameters of one expert."""
         return sum(rows * cols for rows, cols in self.expert_shapes)
+
+    def with_width(self, width: int | None) -> "LayerFacts":
+        """The layer with experts of another width; None: of their own."""
+        if width is None or not self.expert_shapes:
+            return self
+        hidden = self.expert_shapes[0][1]
+        rows = (width, hidden)
+        return replace(self, expert_shapes=(rows, rows, (hidden, width)))
 
     @property
     def expert_matrices(self) -> tuple[Matrix, ...]:
@@ -161,7 +178,8 @@ def count_layers(
     return SparsityCount(
         expert_parameters=facts.expert_parameters,
         expert_parameters_removed=sum(
-            (plan.experts - len(plan.keep)) * layer.expert_parameters
+            plan.experts * layer.expert_parameters
+            - len(plan.keep) * layer.with_width(plan.width).expert_parameters
             for layer, plan in pairs
         ),
         all_parameters=facts.all_parameters,
@@ -180,7 +198,7 @@ def count_layers(
 
 def left_matrices(layer: LayerFacts, plan: LayerPlan) -> Iterator[tuple[Matrix, int]]:
     """The matrices that could be slimmed in what a plan leaves, with their number."""
-    for matrix in layer.expert_matrices:
+    for matrix in layer.with_width(plan.width).expert_matrices:
         yield matrix, len(plan.keep)
     for matrix in layer.others:
         # Shared experts leave with the MoE sublayer, the rest only with the block.
@@ -199,7 +217,9 @@ def _removed(layer: LayerFacts, plan: LayerPlan, routing: Routing) -> int:
         return layer.moe_parameters - layer.moe_norm_parameters
     # Under redirect the router keeps its rows and biases.
     rows = layer.router_parameters_per_expert if routing == "drop" else 0
-    return (plan.experts - len(plan.keep)) * (layer.expert_parameters + rows)
+    gone = (plan.experts - len(plan.keep)) * (layer.expert_parameters + rows)
+    left = layer.with_width(plan.width).expert_parameters
+    return gone + len(plan.keep) * (layer.expert_parameters - left)
 
 
 def _zeros(groups: Counter[int], sparsity: float) -> int:

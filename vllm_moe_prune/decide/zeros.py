@@ -103,15 +103,16 @@ def _zeros_for_total(
             if of_experts
             else count.all_parameters_removed
         ),
-        rounding=_rounding(recipe, facts),
+        rounding=_rounding(recipe, facts, layers),
     )
 
 
-def _rounding(recipe: Recipe, facts: ModelFacts) -> int:
+def _rounding(recipe: Recipe, facts: ModelFacts, layers: Sequence[LayerPlan]) -> int:
     """Parameters by which rounding ``drop`` to whole experts may exceed a total."""
     experts = [
-        counted_size(recipe, layer) * together(layer, recipe.experts)
-        for layer in facts.layers
+        counted_size(recipe, layer.with_width(plan.width))
+        * together(layer, recipe.experts)
+        for layer, plan in zip(facts.layers, layers, strict=True)
         if layer.has_moe
     ]
     if recipe.experts.drop is None or not experts:

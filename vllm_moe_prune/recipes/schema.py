@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from ..errors import RecipeError
 from .calibration import Calibration
 from .expert_stage import Budget, Chooser, Criterion, ExpertStage
+from .narrow_stage import NarrowStage
 from .numbers import MOST, Indices
 from .slim_stage import (
     NEEDS_ACTIVATIONS,
@@ -31,6 +32,7 @@ __all__ = [
     "Criterion",
     "ExpertStage",
     "LayerStage",
+    "NarrowStage",
     "Part",
     "QuantMethod",
     "QuantizeStage",
@@ -127,6 +129,7 @@ class Recipe(Strict):
     experts: ExpertStage = ExpertStage()
     slim: SlimStage = SlimStage()
     quantize: QuantizeStage = QuantizeStage()
+    narrow: NarrowStage = NarrowStage()
     layers: LayerStage = LayerStage()
     routing: Literal["drop", "redirect", "preserve"] = "drop"
     """Router rows of removed experts: deleted, redirected, or preserved (a control)."""
@@ -167,6 +170,8 @@ class Recipe(Strict):
             and "tune does not try out quantized weights; leave out quantize",
             (self.quantize.method != "none" and self.order == "unstructured-first")
             and "order: unstructured-first is about zeros; leave out quantize",
+            (self.narrow.share > 0 and self.order == "unstructured-first")
+            and "order: unstructured-first cannot narrow experts; leave out narrow",
             (self.order == "unstructured-first" and slim.allocation == "owl")
             and "order: unstructured-first needs slim.allocation: uniform",
         )
@@ -183,7 +188,7 @@ class Recipe(Strict):
     def needs_activations(self) -> bool:
         """Whether the cut needs calibration activations."""
         by_data = self.slim.method in NEEDS_ACTIVATIONS
-        return by_data or self.quantize.needs_activations
+        return by_data or self.quantize.needs_activations or self.narrow.share > 0
 
 
 def parse_recipe(data: object, where: str) -> Recipe:

@@ -102,5 +102,8 @@ def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
         PlanError: Its weights are stored in a way that does not allow it.
     """
     quantizes = recipe.quantize.method != "none"
-    check_stored(checkpoint, zeros=recipe.asks_zeros, quantizes=quantizes)
+    narrows = recipe.narrow.share > 0
+    check_stored(
+        checkpoint, zeros=recipe.asks_zeros, quantizes=quantizes, narrows=narrows
+    )
     build_plan.check_recipe(recipe, model_facts(checkpoint))

@@ -85,7 +85,7 @@ class PruningLoader(BaseModelLoader):
             raise PlanError(
                 f"{where}: {plan.by_data}, which needs calibration activations. "
                 "Run `vllm-moe-prune cut` and serve what it writes, or plan with "
-                "slimming by magnitude or none."
+                "slimming by magnitude or none, and without narrow."
             )
         if plan.is_quantized:
             raise PlanError(

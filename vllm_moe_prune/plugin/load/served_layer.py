@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...archs.spec import MoeArch, RouterRule
+from ...archs.spec import Key, MoeArch, RouterRule
 from ...checkpoint.remap import ExpertRemap, RemapLayer
 from ...errors import RemapError
 
@@ -19,6 +19,12 @@ class ServedLayer:
     top_k: int
     router_rows: int
     """Rows of the router; more than ``experts`` where routing redirects."""
+    width: int = 0
+    """Channels of each expert; 0 where there are none."""
+    shared_width: int = 0
+    """Channels of the experts that every token uses, as one MLP."""
+    dense_width: int = 0
+    """Channels of the dense MLP, where ``dense``."""
     redirect: tuple[int | None, ...] | None = None
     """Router row -> expert (None: nothing serves it); None where rows are experts."""
     norm_only: bool = False
@@ -86,6 +92,7 @@ def _layer(
             f"{at}: config.json says {arch.config.experts} is {experts}, the remap "
             f"table lists {len(entry.kept)} kept experts."
         )
+    width = getattr(view, arch.config.width)
     rows = len(entry.router_rows)
     if entry.moe and not 1 <= top_k <= rows:
         raise RemapError(
@@ -95,6 +102,9 @@ def _layer(
         index=entry.layer,
         experts=len(entry.kept),
         top_k=top_k,
+        width=width,
+        shared_width=width * (_read(view, arch.shared_count) or 0),
+        dense_width=getattr(view, arch.dense_width) if dense else 0,
         router_rows=rows,
         redirect=entry.redirect,
         norm_only=entry.norm_kept,
@@ -102,6 +112,11 @@ def _layer(
         groups=rule.groups,
         row_groups=_row_groups(entry, rule, at) if entry.moe else None,
     )
+
+
+def _read(view: Any, key: Key) -> Any:
+    value = getattr(view, key.name, None) if key.name is not None else None
+    return key.default if value is None else value
 
 
 def _row_groups(entry: RemapLayer, rule: RouterRule, at: str) -> tuple[int, ...] | None:

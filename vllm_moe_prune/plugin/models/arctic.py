@@ -70,10 +70,9 @@ class ArcticMLP(nn.Module):
 class ArcticDense(nn.Module):
     """The ``block_sparse_moe`` of layers that ``moe_layer_frequency`` skips."""
 
-    def __init__(self, vllm_config: VllmConfig, *, prefix: str) -> None:
-        """As wide as one expert."""
+    def __init__(self, width: int, vllm_config: VllmConfig, *, prefix: str) -> None:
+        """As wide as one expert of the original."""
         super().__init__()
-        width = vllm_config.model_config.hf_config.intermediate_size
         self.mlp = ArcticMLP(width, vllm_config, prefix=f"{prefix}.mlp")
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -101,7 +100,9 @@ class ArcticDecoderLayer(nn.Module):
         at = f"{prefix}.block_sparse_moe"
         self.block_sparse_moe: nn.Module | None = None
         if layer.dense:
-            self.block_sparse_moe = ArcticDense(vllm_config, prefix=at)
+            self.block_sparse_moe = ArcticDense(
+                layer.dense_width, vllm_config, prefix=at
+            )
         elif layer.has_moe:
             self.block_sparse_moe = MoePruneMixtralMoE(
                 layer,
@@ -217,10 +218,13 @@ class MoePruneArcticForCausalLM(ArcticForCausalLM):
 def original_layers(config: Any) -> tuple[ServedLayer, ...]:
     """Every layer of an unpruned Arctic."""
     experts, top_k = config.num_local_experts, config.num_experts_per_tok
+    width = config.intermediate_size
+    sparse = {"experts": experts, "router_rows": experts, "width": width}
+    dense = {"experts": 0, "router_rows": 0, "dense": True, "dense_width": width}
     return tuple(
-        ServedLayer(index=index, experts=experts, top_k=top_k, router_rows=experts)
+        ServedLayer(index=index, top_k=top_k, **sparse)
         # modeling_arctic.py counts from 1: at frequency 2, layers 1, 3, 5 have experts.
         if (index + 1) % config.moe_layer_frequency == 0
-        else ServedLayer(index=index, experts=0, top_k=top_k, router_rows=0, dense=True)
+        else ServedLayer(index=index, top_k=top_k, **dense)
         for index in range(config.num_hidden_layers)
     )

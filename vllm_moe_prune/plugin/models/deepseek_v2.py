@@ -103,11 +103,10 @@ class MoePruneDeepseekV2MoE(DeepseekV2MoE):
         self.is_rocm_aiter_moe_enabled = False
         self.is_fused_shared_expert_enabled = False
         self.shared_experts = None
-        if config.n_shared_experts is not None:
+        if layer.shared_width:
             self.shared_experts = DeepseekV2MLP(
                 hidden_size=config.hidden_size,
-                intermediate_size=config.moe_intermediate_size
-                * config.n_shared_experts,
+                intermediate_size=layer.shared_width,
                 hidden_act=config.hidden_act,
                 quant_config=vllm_config.quant_config,
                 is_sequence_parallel=self.is_sequence_parallel,
@@ -125,7 +124,7 @@ class MoePruneDeepseekV2MoE(DeepseekV2MoE):
             num_experts=layer.experts,
             top_k=layer.top_k,
             hidden_size=config.hidden_size,
-            intermediate_size=config.moe_intermediate_size,
+            intermediate_size=layer.width,
             renormalize=rule.renormalize,
             quant_config=vllm_config.quant_config,
             use_grouped_topk=not routed,

@@ -78,7 +78,7 @@ class MoePruneMixtralMoE(MixtralMoE):
             num_experts=layer.experts,
             top_k=layer.top_k,
             hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
+            intermediate_size=layer.width,
             renormalize=renormalize,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.experts",

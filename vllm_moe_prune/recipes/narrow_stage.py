@@ -1,0 +1,25 @@
+"""What a recipe says about narrowing experts."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from .strict import Share, Strict
+
+
+class NarrowStage(Strict):
+    """Fewer channels in the kept routed experts: as many in every expert of a layer, so
+    that every server reads them. Shared experts and dense layers stay as they are."""
+
+    share: Share = 0.0
+    """Share of each expert's channels (its intermediate size) to remove, at least."""
+    scope: Literal["model", "layer"] = "model"
+    """``model``: one width in all layers, as stock servers need. ``layer``: layers of
+    one total, those that lose least lose most; needs the plugin."""
+    multiple: Literal[32, 64, 128] = 64
+    """Widths are multiples of this; FP8 experts lose whole blocks besides."""
+    refit: Literal["ridge", "none"] = "ridge"
+    """``ridge`` fits the columns that stay to what the whole expert gave. Experts that
+    stay FP8 are not refitted."""
+    ridge: float = Field(default=0.1, gt=0.0, le=1e6)
+    """Its penalty, relative to the mean of the activations' squares."""
