@@ -13,11 +13,9 @@ class NarrowStage(Strict):
 
     share: Share = 0.0
     """Share of each expert's channels (its intermediate size) to remove, at least."""
-    scope: Literal["model", "layer"] = "model"
-    """``model``: one width in all layers, as stock servers need. ``layer``: layers of
-    one total, those that lose least lose most; needs the plugin."""
-    multiple: Literal[32, 64, 128] = 64
-    """Widths are multiples of this; FP8 experts lose whole blocks besides."""
+    multiple: Literal[32, 64, 128] = 32
+    """Widths are multiples of this; FP8 experts lose whole blocks besides. GPU kernels
+    for 4-bit experts want 64 or 128, per tensor-parallel process."""
     refit: Literal["ridge", "none"] = "ridge"
     """``ridge`` fits the columns that stay to what the whole expert gave. Experts that
     stay FP8 are not refitted."""

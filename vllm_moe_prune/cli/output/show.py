@@ -150,6 +150,7 @@ def show_plan(
                 "experts_before": layer.experts,
                 "experts_after": len(layer.keep),
                 "removed": _removed(layer),
+                "width": layer.width,
                 "sparsity": layer.sparsity,
             }
             for layer in plan.layers
@@ -185,6 +186,7 @@ def show_plan(
         [
             ("experts per layer", f"{experts_text(before)} -> {experts_text(kept)}"),
             *_super(plan),
+            *_widths(checkpoint, plan),
             ("sparsity of experts", f"{predicted.expert_sparsity:.2%}"),
             ("of all parameters", f"{predicted.total_sparsity:.2%}"),
             (
@@ -206,6 +208,17 @@ def _super(plan: "CutPlan") -> list[tuple[str, str]]:
     if plan.recipe.experts.protect == "none":
         return []
     return [("super-experts, kept", plan.super_text)]
+
+
+def _widths(checkpoint: Checkpoint, plan: "CutPlan") -> list[tuple[str, str]]:
+    """What narrowing leaves of the experts' channels; nothing where it does not."""
+    if not plan.is_narrowed:
+        return []
+    pairs = list(zip(checkpoint.layers, plan.layers, strict=True))
+    before = [layer.width for layer, one in pairs if one.keep]
+    after = [one.width or layer.width for layer, one in pairs if one.keep]
+    said = f"{experts_text(before)} -> {experts_text(after)}"
+    return [("channels per expert", said)]
 
 
 def _removed(layer: "LayerPlan") -> list[int]:
