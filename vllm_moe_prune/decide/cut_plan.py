@@ -19,15 +19,7 @@ from ..errors import PlanError
 from ..files.atomic import REPEAT, write_file, writing
 from ..files.json_file import read_json
 from ..files.regular import MIB, Kind
-from ..recipes.numbers import (
-    MOST,
-    Count,
-    Fraction,
-    Fractions,
-    Index,
-    Indices,
-    repeated,
-)
+from ..recipes.numbers import Count, Fraction, Fractions, Index, Indices, repeated
 from ..recipes.old_spelling import current_spelling
 from ..recipes.schema import (
     NEEDS_ACTIVATIONS,
@@ -120,7 +112,7 @@ class LayerPlan(Strict):
     merge_weights: Annotated[tuple[Fractions, ...], Field(fail_fast=True)] | None = None
     """With ``reconstruct``: weights of that mean, as ``clusters`` lists the members;
     they add up to 1 in each cluster. Absent: a plain mean."""
-    width: Annotated[int, Field(ge=1, lt=MOST)] | None = None
+    width: Annotated[Index, Field(ge=1)] | None = None
     """Channels that each survivor keeps; None: all of them."""
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of zeros to write into each matrix that is slimmed: the layer's surviving
