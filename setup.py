@@ -37,12 +37,22 @@ PAIRS = {
     **{"portable": "generic.cpp", "avx2": "generic.cpp"},
     **{"avx512": "fma.cpp", "vbmi2": "fma.cpp"},
 }
+DOTS = {
+    "avx2": AVX2,
+    # Compilers know AVX-512 VNNI as long as VBMI2.
+    "avx512vnni": [*AVX512, "-mavx512vnni"],
+}
+"""Dot products of bytes, by which tokens rounded to int8 are multiplied."""
 ACTIVATIONS = ("portable", "avx2", "avx512")
 X86 = platform.machine() in {"x86_64", "AMD64"}
 STEPS = {
     "MOE_PRUNE_X86": ("loading.cpp", VBMI2),
     "MOE_PRUNE_BF16": ("expand.cpp", BF16),
     "MOE_PRUNE_AMX": ("amx.cpp", [*AMX, "-DMOE_PRUNE_ISA=amx"]),
+    "MOE_PRUNE_AVXVNNI": (
+        "dots.cpp",
+        [*AVX2, "-mavxvnni", "-DMOE_PRUNE_ISA=avxvnni"],
+    ),
 }
 """What a compiler may be too old for, each with all before it: the macro that asks for
 it, the source behind it and its flags."""
@@ -55,11 +65,17 @@ def units(steps: Iterable[str]) -> list[tuple[str, list[str]]]:
     }
     pairs = [(source, levels[name]) for name, source in PAIRS.items()]
     activations = [("activation.cpp", levels[name]) for name in ACTIVATIONS]
-    common: list[tuple[str, list[str]]] = [("moe.cpp", []), ("encode.cpp", [])]
+    common: list[tuple[str, list[str]]] = [
+        (name, []) for name in ("moe.cpp", "paths.cpp", "encode.cpp")
+    ]
     macros = [f"-D{step}" for step in steps]
     if not macros:
         return [*common, pairs[0], activations[0]]
-    x86 = [*common, *pairs, *activations, *(STEPS[step] for step in steps)]
+    dots = [
+        ("dots.cpp", [*flags, f"-DMOE_PRUNE_ISA={name}"])
+        for name, flags in DOTS.items()
+    ]
+    x86 = [*common, *pairs, *dots, *activations, *(STEPS[step] for step in steps)]
     return [(name, [*flags, *macros]) for name, flags in x86]
 
 

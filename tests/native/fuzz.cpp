@@ -23,17 +23,20 @@ struct MoePruneLayer {
   const uint32_t* w13_masks;
   const int64_t* w13_starts;
   const void* w13_values;
-  const float *w13_scales, *w13_offsets;
+  const void* w13_scales;
+  const int8_t* w13_zeros;
   const uint32_t* w2_masks;
   const int64_t* w2_starts;
   const void* w2_values;
-  const float *w2_scales, *w2_offsets;
+  const void* w2_scales;
+  const int8_t* w2_zeros;
   void* out;
   int64_t tokens, top_k, hidden, width, experts, map_size, tile_from, dot_to, threads;
-  int64_t w13_group, w2_group;
-  int32_t type, storage, level;
+  int64_t w13_group, w2_group, w13_scale_type, w2_scale_type;
+  int32_t type, storage, level, dots;
 };
 int32_t moe_prune_level();
+int32_t moe_prune_dots();
 void moe_prune_encode(const void* const*, int64_t, int64_t, int64_t, int32_t, uint32_t*,
                       int64_t*, void*);
 struct MoePruneStored {
@@ -182,13 +185,13 @@ void run_levels(MoePruneLayer layer, int32_t from, std::vector<T>& out) {
   }
 }
 
-// Integers of so many bits; T: what tokens are.
-template <class T>
-void round_integers(int32_t type, int64_t bits) {
+// Integers of so many bits; T: what tokens are, S: what scales are.
+template <class T, class S>
+void round_integers(int32_t type, int32_t scale_type, int64_t bits) {
   int64_t hidden = 1 + below(below(6) ? 90 : 1200), width = 1 + below(90);
   int64_t experts = 1 + below(5), tokens = 1 + below(below(4) ? 12 : 300);
   int64_t k13 = round_up(hidden, STEP), k2 = round_up(width, STEP);
-  int64_t group13 = below(2) ? STEP : k13, group2 = below(2) ? 8 : k2;
+  int64_t group13 = below(2) ? STEP : k13, group2 = below(3) ? STEP : below(2) ? 8 : k2;
   int64_t blocks13 = experts * 2 * (round_up(width, BLOCK) / BLOCK);
   int64_t blocks2 = experts * 2 * (round_up(hidden, WIDTH) / WIDTH);
   auto words = [&](int64_t blocks, int64_t k) {
@@ -196,25 +199,54 @@ void round_integers(int32_t type, int64_t bits) {
     for (uint32_t& word : made) word = static_cast<uint32_t>(rng());
     return made;
   };
-  auto floats = [&](int64_t blocks, int64_t groups) {
-    std::vector<float> made(blocks * groups * BLOCK);
-    for (float& one : made) one = (static_cast<float>(below(9)) - 4) * 0.02f / (1 << bits);
+  auto scales = [&](int64_t blocks, int64_t groups) {
+    std::vector<S> made(blocks * groups * BLOCK);
+    for (S& one : made)
+      one = of<S>((static_cast<float>(below(9)) - 4) * 0.02f / (1 << bits));
+    return made;
+  };
+  auto zeros = [&](int64_t blocks, int64_t groups) {
+    std::vector<int8_t> made(blocks * groups * BLOCK);
+    for (int8_t& one : made) one = static_cast<int8_t>(below(1 << bits) - (1 << bits) / 2);
     return made;
   };
   std::vector<uint32_t> w13 = words(blocks13, k13), w2 = words(blocks2, k2);
-  std::vector<float> s13 = floats(blocks13, k13 / group13), s2 = floats(blocks2, k2 / group2);
-  std::vector<float> o13 = floats(blocks13, k13 / group13), o2 = floats(blocks2, k2 / group2);
+  std::vector<S> s13 = scales(blocks13, k13 / group13), s2 = scales(blocks2, k2 / group2);
+  std::vector<int8_t> z13 = zeros(blocks13, k13 / group13), z2 = zeros(blocks2, k2 / group2);
   std::vector<T> x = matrix<T>(tokens * hidden, 0), out(tokens * hidden);
   std::vector<float> weights(tokens, 0.5f);
   std::vector<int32_t> ids(tokens);
   for (int32_t& id : ids) id = static_cast<int32_t>(below(experts));
   bool shifted = below(2);
-  run_levels(MoePruneLayer{x.data(), weights.data(), ids.data(), nullptr, nullptr, nullptr,
-                           w13.data(), s13.data(), shifted ? o13.data() : nullptr, nullptr,
-                           nullptr, w2.data(), s2.data(), shifted ? o2.data() : nullptr,
-                           out.data(), tokens, 1, hidden, width, experts, experts, 0, 0, 0,
-                           group13, group2, type, bits == 4 ? INT4 : INT8, 0},
-             2, out);
+  MoePruneLayer layer{
+      x.data(), weights.data(), ids.data(), nullptr, nullptr, nullptr, w13.data(), s13.data(),
+      shifted ? z13.data() : nullptr, nullptr, nullptr, w2.data(), s2.data(),
+      shifted ? z2.data() : nullptr, out.data(), tokens, 1, hidden, width, experts, experts,
+      0, 0, 0, group13, group2, scale_type, scale_type, type, bits == 4 ? INT4 : INT8, 0,
+      NO_DOTS};
+  run_levels(layer, 0, out);
+  if (group2 % STEP) return;
+  // Rounded tokens: close to exact ones, and to each other much closer.
+  std::vector<T> rounded[3];
+  for (int i = 0; i < 3; ++i) {
+    layer.level = moe_prune_level();
+    layer.dots = 1 << i;
+    layer.tile_from = 1 << 30;
+    layer.threads = below(3);
+    if (!(moe_prune_dots() & layer.dots)) continue;
+    rounded[i].assign(out.size(), of<T>(0.0f));
+    layer.out = rounded[i].data();
+    moe_prune_run(&layer);
+    for (size_t at = 0; at < out.size(); ++at) {
+      const float found = rounded[i][at], exact = out[at];
+      const float first = rounded[0][at];
+      if (!(std::fabs(found - exact) <= 0.03f + 0.03f * std::fabs(exact)) ||
+          !(std::fabs(found - first) <= 0.005f + 0.01f * std::fabs(first))) {
+        std::printf("dots %d: %g, AVX2: %g, exact: %g\n", 1 << i, found, first, exact);
+        std::exit(1);
+      }
+    }
+  }
 }
 
 // T: what tokens are, V: what weights are.
@@ -246,8 +278,8 @@ void round(int32_t type) {
                     w13.masks.data(), w13.starts.data(), w13.values.data(),
                     w13.scales_or_null(), nullptr, w2.masks.data(), w2.starts.data(),
                     w2.values.data(), w2.scales_or_null(), nullptr, out.data(), tokens, top_k,
-                    hidden, width, experts, mapped ? experts + 2 : experts, 0, 0, 0, 0, 0,
-                    type, std::is_same<V, F8>::value ? E4M3 : AS_TOKENS, 0},
+                    hidden, width, experts, mapped ? experts + 2 : experts, 0, 0, 0, 0, 0, 0, 0,
+                    type, std::is_same<V, F8>::value ? E4M3 : AS_TOKENS, 0, NO_DOTS},
       0, out);
 }
 
@@ -263,9 +295,10 @@ int main(int, char** arguments) {
     round<F16, F8>(AS_F16);
     round<F32, F8>(AS_F32);
     for (int64_t bits = 4; bits <= 8; bits += 4) {
-      round_integers<Bf16>(AS_BF16, bits);
-      round_integers<F16>(AS_F16, bits);
-      round_integers<F32>(AS_F32, bits);
+      round_integers<Bf16, Bf16>(AS_BF16, AS_BF16, bits);
+      round_integers<F16, F16>(AS_F16, AS_F16, bits);
+      round_integers<F32, F32>(AS_F32, AS_F32, bits);
+      round_integers<F32, F16>(AS_F32, AS_F16, bits);
     }
   }
   std::printf("%d levels agree\n", moe_prune_level() + 1);

@@ -35,7 +35,7 @@ FORMS = [
 Expert = dict[str, Quantized]
 
 pytestmark = pytest.mark.skipif(
-    not integer_moe.cpu_library.runs_integers(), reason="the kernel needs AVX-512"
+    not integer_moe.cpu_library.runs_integers(), reason="the kernel needs AVX2"
 )
 
 
@@ -82,8 +82,8 @@ class Layer(torch.nn.Module):
     def run(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
         found: Tensor = run(
             *(x_TD, weights_TK, ids_TK, self.expert_map),
-            *(self.w13_values, self.w13_scales, self.w13_offsets),
-            *(self.w2_values, self.w2_scales, self.w2_offsets),
+            *(self.w13_values, self.w13_scales, self.w13_zeros),
+            *(self.w2_values, self.w2_scales, self.w2_zeros),
             *(self.moe_prune_bits, self.moe_prune_width),
         )
         return found
@@ -191,8 +191,8 @@ def test_the_op_tells_the_compiler_the_truth() -> None:
     assert blocks.inputs == HIDDEN
     arguments = (
         *(*inputs(), layer.expert_map),
-        *(layer.w13_values, layer.w13_scales, layer.w13_offsets),
-        *(layer.w2_values, layer.w2_scales, layer.w2_offsets),
+        *(layer.w13_values, layer.w13_scales, layer.w13_zeros),
+        *(layer.w2_values, layer.w2_scales, layer.w2_zeros),
         *(4, WIDTH),
     )
     torch.library.opcheck(run, arguments)

@@ -28,7 +28,12 @@ LEVELS = (
     *("portable", "AVX2", "AVX-512", "AVX-512 VBMI2"),
     *("AVX-512 VBMI2 + BF16", "AMX"),
 )
-AVX512, BF16, AMX = 2, 4, 5
+AVX2, AVX512, BF16, AMX = 1, 2, 4, 5
+DOTS = {"AVX-512 VNNI": 4, "AVX-VNNI": 2, "AVX2": 1}
+"""Dot products of bytes, which multiply integers by tokens rounded to int8; the fastest
+first. A processor may have any of them."""
+EXACT = 0
+"""Instead of one of ``DOTS``: tokens stay as they are."""
 AS_TOKENS, E4M3, INT8, INT4 = range(4)
 """How weights are stored: as the type of tokens, or as one of these, with scales."""
 NEVER = 1 << 40
@@ -36,12 +41,13 @@ COUNTS = (*range(1, 13), 24)
 """Tokens of an expert at which ways are compared; more than 12 share a panel."""
 POINTERS = (
     *("x", "weights", "ids", "expert_map"),
-    *("w13_masks", "w13_starts", "w13_values", "w13_scales", "w13_offsets"),
-    *("w2_masks", "w2_starts", "w2_values", "w2_scales", "w2_offsets", "out"),
+    *("w13_masks", "w13_starts", "w13_values", "w13_scales", "w13_zeros"),
+    *("w2_masks", "w2_starts", "w2_values", "w2_scales", "w2_zeros", "out"),
 )
 NUMBERS = (
     *("tokens", "top_k", "hidden", "width", "experts", "map_size"),
     *("tile_from", "dot_to", "threads", "w13_group", "w2_group"),
+    *("w13_scale_type", "w2_scale_type"),
 )
 
 
@@ -61,7 +67,7 @@ class _LayerStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int64) for name in NUMBERS),
-        *((name, ctypes.c_int32) for name in ("type", "storage", "level")),
+        *((name, ctypes.c_int32) for name in ("type", "storage", "level", "dots")),
     )
 
 
@@ -90,7 +96,13 @@ def library() -> ctypes.CDLL | None:
             error,
         )
         return None
+    if not hasattr(found, "moe_prune_dots"):
+        # Its structures are others: calling it would read what is not there.
+        raise RuntimeError(
+            f"{path} was compiled from an older version; install the package again."
+        )
     found.moe_prune_level.restype = ctypes.c_int32
+    found.moe_prune_dots.restype = ctypes.c_int32
     return found
 
 
@@ -119,6 +131,7 @@ def fused_moe(
     w2: Blocks | IntBlocks,
     width: int,
     *,
+    dots: int = EXACT,
     borders: Borders | None = None,
     at_level: int | None = None,
     threads: int = 0,
@@ -133,6 +146,9 @@ def fused_moe(
         w13: . Integers need ``runs_integers()``.
         w2: .
         width: .
+        dots: Of integers whose groups are multiples of 32: tokens of experts without
+            tiles are rounded as ``int_blocks.rounded`` says, before each of the two
+            products, and multiplied by these ``all_dots()``.
         borders: Which instructions are for how many tokens; None: measured.
         at_level: Run on older instructions than the processor has; None: the best.
         threads: 0: as many as PyTorch uses.
@@ -146,13 +162,17 @@ def fused_moe(
     storage = _storage(w13)
     # Only bf16 has more than one way; fp16 and fp32 are always widened.
     if borders is None:
-        choice = x_TD.dtype == torch.bfloat16 and used >= BF16
-        borders = measured(used, storage) if choice else Borders()
+        from_level = AMX if storage >= INT8 else BF16
+        choice = x_TD.dtype == torch.bfloat16 and used >= from_level
+        borders = measured(used, storage, dots) if choice else Borders()
     # Pointers go to C++ from here: every shape it computes with is checked first.
     held = _checked(w13, x_TD, 2 * -(-width // BLOCK), x_TD.shape[1])
     held2 = _checked(w2, x_TD, 2 * -(-x_TD.shape[1] // PAIR), width)
     assert storage == _storage(w2)
-    assert storage < INT8 or used >= AVX512
+    if dots != EXACT:
+        assert storage >= INT8
+        assert dots in all_dots()
+        assert held.group % STEP == held2.group % STEP == 0
     x_TD, weights_TK = x_TD.contiguous(), weights_TK.float().contiguous()
     # vLLM's routers give int32 or int64, and views.
     ids_TK = ids_TK.to(torch.int32).contiguous()
@@ -178,15 +198,25 @@ def fused_moe(
     numbers = (
         *(len(x_TD), ids_TK.shape[1], x_TD.shape[1], width, held.experts, map_size),
         *(borders.tile_from, borders.dot_to, threads, held.group, held2.group),
+        *(held.scale_type, held2.scale_type),
     )
-    layer = _LayerStruct(*addresses, *numbers, TYPES[x_TD.dtype], storage, used)
+    how = (TYPES[x_TD.dtype], storage, used, dots)
+    layer = _LayerStruct(*addresses, *numbers, *how)
     found.moe_prune_run(ctypes.byref(layer))
     return out_TD
 
 
 def runs_integers() -> bool:
-    """Whether the kernel can multiply by integers here."""
-    return level() >= AVX512
+    """Whether the kernel is the way to run integers here."""
+    return level() >= AVX2
+
+
+@cache
+def all_dots() -> tuple[int, ...]:
+    """Of ``DOTS`` those that this processor has, the fastest first."""
+    found = library()
+    bits = 0 if found is None else int(found.moe_prune_dots())
+    return tuple(one for one in DOTS.values() if bits & one)
 
 
 def _storage(w: Blocks | IntBlocks) -> int:
@@ -199,9 +229,10 @@ class _Held(NamedTuple):
     """What the library is told of a matrix of all experts."""
 
     parts: tuple[Tensor | None, ...]
-    """Masks, starts, values, scales and offsets."""
+    """Masks, starts, values, scales and zero points."""
     experts: int
     group: int
+    scale_type: int
 
 
 def _checked(w: Blocks | IntBlocks, x_TD: Tensor, count: int, inputs: int) -> _Held:
@@ -210,6 +241,7 @@ def _checked(w: Blocks | IntBlocks, x_TD: Tensor, count: int, inputs: int) -> _H
     parts: tuple[Tensor | None, ...]
     if isinstance(w, IntBlocks):
         experts, groups = len(w.values_EBWO), w.scales_EBGO.shape[2]
+        scale_type = TYPES[w.scales_EBGO.dtype]
         assert w.bits in {4, 8}
         assert w.values_EBWO.shape == (experts, count, padded * w.bits // 32, BLOCK)
         assert w.values_EBWO.dtype == torch.int32
@@ -217,14 +249,13 @@ def _checked(w: Blocks | IntBlocks, x_TD: Tensor, count: int, inputs: int) -> _H
         assert padded % groups == 0
         # A step is two inputs: they must share a scale.
         assert w.group % 2 == 0
-        for part in (w.scales_EBGO, w.offsets_EBGO):
-            if part is not None:
-                assert part.shape == (experts, count, groups, BLOCK)
-                assert part.dtype == torch.float32
-        parts = (None, None, w.values_EBWO, w.scales_EBGO, w.offsets_EBGO)
+        for part in (w.scales_EBGO, w.zeros_EBGO):
+            assert part is None or part.shape == (experts, count, groups, BLOCK)
+        assert w.zeros_EBGO is None or w.zeros_EBGO.dtype == torch.int8
+        parts = (None, None, w.values_EBWO, w.scales_EBGO, w.zeros_EBGO)
         group = w.group
     else:
-        experts, group = len(w.masks_EBS), 0
+        experts, group, scale_type = len(w.masks_EBS), 0, 0
         assert w.masks_EBS.shape == (experts, count, padded // 2)
         assert w.starts_EB1.shape == (experts, count + 1)
         if w.scales_EBC is None:
@@ -235,11 +266,11 @@ def _checked(w: Blocks | IntBlocks, x_TD: Tensor, count: int, inputs: int) -> _H
             assert w.scales_EBC.dtype == torch.float32
         parts = (w.masks_EBS, w.starts_EB1, w.values, w.scales_EBC, None)
     assert all(part is None or part.is_contiguous() for part in parts)
-    return _Held(parts, experts, group)
+    return _Held(parts, experts, group, scale_type)
 
 
 @cache
-def measured(at_level: int, storage: int) -> Borders:
+def measured(at_level: int, storage: int, dots: int = EXACT) -> Borders:
     """Which instructions are the fastest for how many tokens, measured here.
 
     All ways run on the same small layer, which stays in the cache, so that what is
@@ -248,10 +279,10 @@ def measured(at_level: int, storage: int) -> Borders:
     OpenMP would forget the threads, and their places, that this one does not use.
     """
     with ThreadPoolExecutor(max_workers=1) as own:
-        return own.submit(_measured, at_level, storage).result()
+        return own.submit(_measured, at_level, storage, dots).result()
 
 
-def _measured(at_level: int, storage: int) -> Borders:
+def _measured(at_level: int, storage: int, dots: int) -> Borders:
     hidden, width = 1024, 512
     generator = torch.Generator("cpu").manual_seed(0)
     w13 = _example(width, hidden, 2, storage, generator)
@@ -266,6 +297,7 @@ def _measured(at_level: int, storage: int) -> Borders:
         start = time.thread_time()
         fused_moe(
             *(x_TD[:tokens], ones_T1[:tokens], ids_T1[:tokens], None, w13, w2, width),
+            dots=dots,
             borders=borders,
             at_level=at_level,
             threads=1,

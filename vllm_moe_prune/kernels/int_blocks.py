@@ -4,8 +4,8 @@ A matrix of N outputs and K inputs is cut into blocks of 16 outputs, always in p
 gate and up of the same outputs, or two of down. In a block each output has a column of
 32-bit words: 8 inputs of 4 bits each, whose lowest value is -8, or 4 of 8 bits, signed;
 the lowest bits first. That is how compressed-tensors packs rows, so that encoding only
-moves words. A weight is its integer times a scale plus an offset, one of each for so
-many inputs (``group``) of an output.
+moves words. A weight is its integer minus a zero point, times a scale, one of each for
+so many inputs (``group``) of an output.
 
 E experts, B blocks, W words of an output, G groups, O = 16 outputs of a block.
 """
@@ -20,6 +20,10 @@ from torch import Tensor
 
 from .blocks import BLOCK, STEP, round_up
 
+SCALES = (torch.bfloat16, torch.float16, torch.float32)
+SMALLEST = 2.0**-100
+"""Tokens whose largest input of a step is smaller are 0 there, as in ``moe.h``."""
+
 
 @dataclass(frozen=True)
 class IntBlocks:
@@ -28,9 +32,9 @@ class IntBlocks:
     values_EBWO: Tensor
     """int32."""
     scales_EBGO: Tensor
-    """float32."""
-    offsets_EBGO: Tensor | None
-    """float32; None: zeros."""
+    """bf16, fp16 or float32, as they were stored."""
+    zeros_EBGO: Tensor | None
+    """int8, the integers that stand for 0; None: 0."""
     bits: int
     """4 or 8."""
 
@@ -47,7 +51,7 @@ class IntBlocks:
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
-        parts = (self.values_EBWO, self.scales_EBGO, self.offsets_EBGO)
+        parts = (self.values_EBWO, self.scales_EBGO, self.zeros_EBGO)
         return sum(part.nbytes for part in parts if part is not None)
 
 
@@ -59,7 +63,7 @@ class Integers(NamedTuple):
     scales_NG: Tensor
     """Of any floating dtype."""
     zeros_NG: Tensor | None
-    """The integers that stand for 0; None: 0."""
+    """The integers that stand for 0, within int8; None: 0."""
 
 
 def encode(sources: Sequence[Integers], group: int, bits: int) -> IntBlocks:
@@ -76,25 +80,30 @@ def encode(sources: Sequence[Integers], group: int, bits: int) -> IntBlocks:
     # 128 does not divide 1056: scales are repeated for every gcd(128, 1056) = 32
     # inputs.
     part = gcd(group, inputs)
+    repeats = -(-group // part)
+
+    def spread(shared_NG: Tensor) -> Tensor:
+        spread_NG = shared_NG.repeat_interleave(repeats, 1)[:, : inputs // part]
+        return _blocks(spread_NG, inputs // part)
+
     words = [_blocks(source.words_NW, inputs * bits // 32) for source in sources]
-    scales, offsets = [], []
-    for source in sources:
-        scale_NG = source.scales_NG.float()
-        repeats = -(-group // part)
-        spread_NG = scale_NG.repeat_interleave(repeats, 1)[:, : inputs // part]
-        scales.append(_blocks(spread_NG, inputs // part))
-        if source.zeros_NG is not None:
-            # (q - z) s = q s + (-z s): one fused multiply-add instead of a subtraction
-            # per weight.
-            offset_NG = (-source.zeros_NG.float()).repeat_interleave(repeats, 1)
-            offset_NG = offset_NG[:, : inputs // part] * spread_NG
-            offsets.append(_blocks(offset_NG, inputs // part))
+    scales = [spread(_exact(source.scales_NG)) for source in sources]
+    zeros = [
+        spread(source.zeros_NG.to(torch.int8))
+        for source in sources
+        if source.zeros_NG is not None
+    ]
     return IntBlocks(
         _alternate(words),
         _alternate(scales),
-        _alternate(offsets) if offsets else None,
+        _alternate(zeros) if zeros else None,
         bits,
     )
+
+
+def _exact(scales_NG: Tensor) -> Tensor:
+    """Scales in a type that kernels read; float64 is the only other one there is."""
+    return scales_NG if scales_NG.dtype in SCALES else scales_NG.float()
 
 
 def _blocks(rows_NC: Tensor, columns: int) -> Tensor:
@@ -116,11 +125,11 @@ def _alternate(parts: Sequence[Tensor]) -> Tensor:
 
 def join(experts: Sequence[IntBlocks]) -> IntBlocks:
     """Experts encoded one by one as one."""
-    offsets = [one.offsets_EBGO for one in experts if one.offsets_EBGO is not None]
+    zeros = [one.zeros_EBGO for one in experts if one.zeros_EBGO is not None]
     return IntBlocks(
         torch.cat([one.values_EBWO for one in experts]),
         torch.cat([one.scales_EBGO for one in experts]),
-        torch.cat(offsets) if offsets else None,
+        torch.cat(zeros) if zeros else None,
         experts[0].bits,
     )
 
@@ -138,12 +147,29 @@ def decode(
     fields = (values_BWO[:, :, None] >> shifts[:, None]) & ((1 << blocks.bits) - 1)
     fields = fields - 8 if blocks.bits == 4 else fields.to(torch.int8)
     found_BKO = fields.flatten(1, 2).float()
-    found_BKO *= blocks.scales_EBGO[expert].repeat_interleave(blocks.group, dim=1)
-    if blocks.offsets_EBGO is not None:
-        offsets = blocks.offsets_EBGO[expert]
-        found_BKO += offsets.repeat_interleave(blocks.group, dim=1)
+    if blocks.zeros_EBGO is not None:
+        found_BKO -= blocks.zeros_EBGO[expert].repeat_interleave(blocks.group, dim=1)
+    scales_BGO = blocks.scales_EBGO[expert].float()
+    found_BKO *= scales_BGO.repeat_interleave(blocks.group, dim=1)
     rows, cols = shape
     return [
         found_BKO[index::matrices].transpose(1, 2).flatten(0, 1)[:rows, :cols]
         for index in range(matrices)
     ]
+
+
+def rounded(x_TD: Tensor) -> Tensor:
+    """What tokens rounded to int8 stand for, in float32: the definition for kernels.
+
+    The largest of every 32 inputs is 127 steps; halves go to the even integer. Where
+    one of the 32 is not finite, all are NaN.
+    """
+    tokens, inputs = x_TD.shape
+    padded_TK = torch.nn.functional.pad(x_TD.float(), (0, -inputs % STEP))
+    x_TCS = padded_TK.view(tokens, -1, STEP)
+    most_TC1 = x_TCS.abs().amax(dim=2, keepdim=True)
+    kept_TC1 = most_TC1 >= SMALLEST
+    q_TCS = torch.where(kept_TC1, (x_TCS * (127 / most_TC1)).round(), 0)
+    found_TCS = q_TCS * (most_TC1 / 127)
+    found_TCS[~x_TCS.isfinite().all(dim=2)] = torch.nan
+    return found_TCS.view(tokens, -1)[:, :inputs]

@@ -1,6 +1,4 @@
-// The C interface: which instructions there are, running a layer.
-
-#include "moe.h"
+// The C interface for running a layer.
 
 #include <omp.h>
 
@@ -9,109 +7,29 @@
 #include <new>
 #include <vector>
 
+#include "paths.h"
 #include "types.h"
-
-#ifdef MOE_PRUNE_X86
-#include <cpuid.h>
-#endif
 
 using namespace moe_prune;
 
 namespace {
 
-#ifdef MOE_PRUNE_X86
-// What __builtin_cpu_supports has no name for in every compiler; words are EAX to EDX.
-bool has_bit(uint32_t leaf, uint32_t subleaf, int word, int bit) {
-  uint32_t words[4] = {};
-  return __get_cpuid_count(leaf, subleaf, words, words + 1, words + 2, words + 3) &&
-         (words[word] >> bit & 1);
-}
-#endif
-
-int32_t find_level() {
-#ifdef MOE_PRUNE_X86
-  __builtin_cpu_init();
-  auto has = [](bool feature) { return feature; };
-  bool avx2 = has(__builtin_cpu_supports("avx2")) && has(__builtin_cpu_supports("fma")) &&
-              has_bit(1, 0, 2, 29);  // F16C
-  bool avx512 = avx2 && has(__builtin_cpu_supports("avx512f")) &&
-                has(__builtin_cpu_supports("avx512bw")) &&
-                has(__builtin_cpu_supports("avx512vl")) &&
-                has(__builtin_cpu_supports("avx512dq"));
-  bool vbmi2 = avx512 && has(__builtin_cpu_supports("avx512vbmi2"));
-#ifdef MOE_PRUNE_BF16
-  if (vbmi2 && has_bit(7, 1, 0, 5)) {  // AVX512-BF16
-#ifdef MOE_PRUNE_AMX
-    bool tiles = has_bit(7, 0, 3, 24) && has_bit(7, 0, 3, 22);  // AMX-TILE, AMX-BF16
-    if (tiles && amx_allowed()) return AMX;
-#endif
-    return BF16;
-  }
-#endif
-  if (vbmi2) return VBMI2;
-  if (avx512) return AVX512;
-  if (avx2) return AVX2;
-#endif
-  return PORTABLE;
-}
-
-struct Kernels {
-  PairKernel pair;
-  ActivationKernel activate;
-};
-
-#define MOE_PRUNE_OF_TYPE(pairs, kind, act)                     \
-  switch (type) {                                               \
-    case AS_BF16: return {pairs::kind##bf16, act::activate_bf16}; \
-    case AS_F16: return {pairs::kind##f16, act::activate_f16};   \
-    default: return {pairs::kind##f32, act::activate_f32};       \
-  }
-#define MOE_PRUNE_PICK(pairs, act)                                \
-  {                                                               \
-    if (storage == E4M3) MOE_PRUNE_OF_TYPE(pairs, pair_f8_, act) \
-    MOE_PRUNE_OF_TYPE(pairs, pair_, act)                          \
-  }
-
-// For tokens of any type. Of bf16 there are others too, from level BF16 on. Integers need
-// AVX512.
-Kernels any(int32_t level, int32_t type, int32_t storage) {
-#ifdef MOE_PRUNE_X86
-  if (storage == INT4) MOE_PRUNE_OF_TYPE(avx512, pair_i4_, avx512)
-  if (storage == INT8) MOE_PRUNE_OF_TYPE(avx512, pair_i8_, avx512)
-  if (level >= VBMI2) MOE_PRUNE_PICK(vbmi2, avx512)
-  if (level == AVX512) MOE_PRUNE_PICK(avx512, avx512)
-  if (level == AVX2) MOE_PRUNE_PICK(avx2, avx2)
-#endif
-  MOE_PRUNE_PICK(portable, portable)
-}
-
-#ifdef MOE_PRUNE_AMX
-struct Tiles {
-  PairKernel pair;
-  PairsKernel pairs;
-};
-
-constexpr Tiles TILES[] = {{pair_amx, pairs_amx},
-                           {pair_amx_f8, pairs_amx_f8},
-                           {pair_amx_i8, pairs_amx_i8},
-                           {pair_amx_i4, pairs_amx_i4}};  // in the order of Storage
-#endif
-
 constexpr int64_t TOKENS = 512;    // of an expert that are multiplied by an expansion
 constexpr int64_t SUMS = 1 << 18;  // floats of a thread that stay in its caches
 
-int64_t element_bytes(int32_t type) { return type == AS_F32 ? 4 : 2; }
+int64_t element_bytes(int64_t type) { return type == AS_F32 ? 4 : 2; }
 
 // A layer's weights: [experts][blocks][k / 2] masks, [experts][blocks + 1] starts,
 // [experts][blocks][k / STEP] scales, if any. Integers have neither masks nor starts, and
-// [experts][blocks][k / group][BLOCK] scales and offsets, if any.
+// [experts][blocks][k / group][BLOCK] scales of a type and zero points, if any.
 struct Weights {
   const uint32_t* masks;
   const int64_t* starts;
   const void* values;
-  const float* scales;
-  const float* offsets;
+  const void* scales;
+  const int8_t* zeros;
   int64_t group;
+  int64_t scale_type;
   int64_t blocks;
   int64_t k;
   int64_t bits;  // of a value
@@ -121,12 +39,20 @@ struct Weights {
       const int64_t block = 2 * index + b, number = expert * blocks + block;
       const int64_t start =
           masks ? starts[expert * (blocks + 1) + block] : number * BLOCK * k;
-      const int64_t shared = masks ? k / STEP : k / group * BLOCK;
-      found[b].masks = masks ? masks + number * (k / 2) : nullptr;
+      found[b] = {};
       found[b].values = static_cast<const char*>(values) + start * bits / 8;
-      found[b].scales = scales ? scales + number * shared : nullptr;
-      found[b].offsets = offsets ? offsets + number * shared : nullptr;
-      found[b].group = group;
+      if (masks) {
+        found[b].masks = masks + number * (k / 2);
+        if (scales)
+          found[b].scales = static_cast<const float*>(scales) + number * (k / STEP);
+      } else {
+        const int64_t shared = number * (k / group) * BLOCK;
+        found[b].factor_type = static_cast<int32_t>(scale_type);
+        found[b].factors =
+            static_cast<const char*>(scales) + shared * element_bytes(scale_type);
+        if (zeros) found[b].zeros = zeros + shared;
+        found[b].group = group;
+      }
     }
   }
 };
@@ -154,26 +80,23 @@ struct MoePruneLayer {
   const uint32_t* w13_masks;
   const int64_t* w13_starts;
   const void* w13_values;
-  const float* w13_scales;
-  const float* w13_offsets;
+  const void* w13_scales;
+  const int8_t* w13_zeros;
   const uint32_t* w2_masks;
   const int64_t* w2_starts;
   const void* w2_values;
-  const float* w2_scales;
-  const float* w2_offsets;
+  const void* w2_scales;
+  const int8_t* w2_zeros;
   void* out;  // [tokens][hidden]
   int64_t tokens, top_k, hidden, width, experts, map_size;
   int64_t tile_from;  // tokens of an expert from which AMX tiles are used
   int64_t dot_to;     // and up to which, of those without tiles, dot products of bf16 are
   int64_t threads;    // 0: as many as OpenMP would use
   int64_t w13_group, w2_group;
+  int64_t w13_scale_type, w2_scale_type;
   int32_t type, storage, level;
+  int32_t dots;  // of integers: what multiplies tokens rounded to int8; NO_DOTS: exact ones
 };
-
-int32_t moe_prune_level() {
-  static const int32_t level = find_level();
-  return level;
-}
 
 void moe_prune_run(const MoePruneLayer* layer) {
   const MoePruneLayer& p = *layer;
@@ -182,13 +105,13 @@ void moe_prune_run(const MoePruneLayer* layer) {
   const int64_t pairs13 = round_up(p.width, BLOCK) / BLOCK;
   const int64_t pairs2 = round_up(p.hidden, WIDTH) / WIDTH;
   const int64_t bits[] = {8 * bytes, 8, 8, 4};  // in the order of Storage
-  const Weights w13{p.w13_masks,   p.w13_starts, p.w13_values, p.w13_scales,
-                    p.w13_offsets, p.w13_group,  2 * pairs13,  k13,
-                    bits[p.storage]};
-  const Weights w2{p.w2_masks,   p.w2_starts, p.w2_values, p.w2_scales,
-                   p.w2_offsets, p.w2_group,  2 * pairs2,  k2,
-                   bits[p.storage]};
+  const Weights w13{p.w13_masks, p.w13_starts, p.w13_values,
+                    p.w13_scales, p.w13_zeros, p.w13_group,
+                    p.w13_scale_type, 2 * pairs13, k13, bits[p.storage]};
+  const Weights w2{p.w2_masks, p.w2_starts, p.w2_values, p.w2_scales, p.w2_zeros,
+                   p.w2_group, p.w2_scale_type, 2 * pairs2, k2, bits[p.storage]};
   const Kernels base = any(p.level, p.type, p.storage);
+  const Rounding rounded = rounding(p.dots, p.storage);
   // Dot products of bf16 are for weights that are floats.
   const bool dots = p.type == AS_BF16 && p.level >= BF16 && p.storage < INT8;
   [[maybe_unused]] const int64_t dot_to = dots ? p.dot_to : 0;
@@ -238,12 +161,18 @@ void moe_prune_run(const MoePruneLayer* layer) {
     }
     return buffer.data + (a.first * stride + at) * bytes;
   };
+  // Rows that are not tiled, rounded, if they are.
+  const int64_t bytes13 = rounded.round ? Rounded::stride(k13) : 0;
+  const int64_t bytes2 = rounded.round ? Rounded::stride(k2) : 0;
+  Scratch rounded13(total_rows * bytes13), rounded2(total_rows * bytes2);
   const int64_t n_active = static_cast<int64_t>(active.size());
 
   // Pairs that one thread takes at a time: several, where they share tokens in tiles, but
   // so few that all threads have work until the end, and that their sums stay in caches.
   const int64_t threads = p.threads ? p.threads : omp_get_max_threads();
-  const int64_t group13 = std::clamp<int64_t>(n_active * pairs13 / (4 * threads), 1, GROUP);
+  int64_t group13 = std::clamp<int64_t>(n_active * pairs13 / (4 * threads), 1, GROUP);
+  // Whole steps of what is rounded.
+  if (rounded.round) group13 = round_up(group13, STEP / BLOCK);
   const int64_t fit = std::max<int64_t>(1, SUMS / (std::max<int64_t>(p.tokens, 1) * WIDTH));
   const int64_t group2 =
       std::clamp<int64_t>(pairs2 / (4 * threads), 1, std::min<int64_t>(GROUP, fit));
@@ -260,7 +189,8 @@ void moe_prune_run(const MoePruneLayer* layer) {
 #endif
     // y[pairs][y_rows][WIDTH] of some rows of an expert, TOKENS at most.
     auto multiply = [&](const Weights& w, const Active& a, int64_t first, int64_t pairs,
-                        Scratch& buffer, int64_t stride, int64_t row, int64_t rows) {
+                        Scratch& buffer, int64_t stride, const Scratch& integers,
+                        int64_t integers_stride, int64_t row, int64_t rows) {
       Stream blocks[2 * GROUP];
       for (int64_t i = 0; i < pairs; ++i)
         w.pair(a.expert, first + i, blocks + 2 * i);
@@ -275,6 +205,11 @@ void moe_prune_run(const MoePruneLayer* layer) {
                                       y_rows * WIDTH);
       if (a.tiled) kernel = TILES[p.storage].pair;
 #endif
+      if (rounded.round && !a.tiled) {
+        kernel = rounded.pair;
+        x = integers.data + (a.first + row) * integers_stride;
+        stride = integers_stride;
+      }
       for (int64_t i = 0; i < pairs; ++i)
         kernel(blocks + 2 * i, x, stride, rows, w.k, y.data() + i * y_rows * WIDTH);
     };
@@ -292,7 +227,10 @@ void moe_prune_run(const MoePruneLayer* layer) {
       for (int64_t row = 0; row < padded; ++row) {
         int64_t slot = slot_of[a.first + row];
         auto token = static_cast<const char*>(p.x) + slot / p.top_k * p.hidden * bytes;
-        for (int64_t k = 0; k < k13; k += STEP) {
+        if (rounded.round && !a.tiled)
+          rounded.round(token, p.type, p.hidden, k13, 0, k13,
+                        rounded13.data + (a.first + row) * bytes13);
+        else for (int64_t k = 0; k < k13; k += STEP) {
           char* target = place(inputs, stride13, a, row, k);
           int64_t held = slot < 0 ? 0 : std::clamp<int64_t>(p.hidden - k, 0, STEP);
           std::memcpy(target, token + k * bytes, held * bytes);
@@ -311,7 +249,7 @@ void moe_prune_run(const MoePruneLayer* layer) {
       const int64_t first = task % groups13 * group13;
       const int64_t pairs = std::min(group13, pairs13 - first);
       each_part(a, [&](int64_t start, int64_t rows) {
-        multiply(w13, a, first, pairs, inputs, stride13, start, rows);
+        multiply(w13, a, first, pairs, inputs, stride13, rounded13, bytes13, start, rows);
         for (int64_t i = 0; i < pairs; ++i) {
           const float* found = y.data() + i * y_rows * WIDTH;
           const int64_t column = (first + i) * BLOCK;
@@ -321,6 +259,11 @@ void moe_prune_run(const MoePruneLayer* layer) {
             base.activate(found + row * WIDTH, ROWS,
                           place(inner, stride2, a, start + row, column), STEP);
         }
+        if (rounded.round && !a.tiled)
+          for (int64_t row = start; row < start + rows; ++row)
+            rounded.round(place(inner, stride2, a, row, 0), p.type, k2, k2, first * BLOCK,
+                          round_up((first + pairs) * BLOCK, STEP),
+                          rounded2.data + (a.first + row) * bytes2);
       });
     }
 
@@ -330,7 +273,7 @@ void moe_prune_run(const MoePruneLayer* layer) {
       std::fill(sums.begin(), sums.end(), 0.0f);
       for (const Active& a : active)
         each_part(a, [&](int64_t start, int64_t rows) {
-          multiply(w2, a, first, pairs, inner, stride2, start, rows);
+          multiply(w2, a, first, pairs, inner, stride2, rounded2, bytes2, start, rows);
           for (int64_t row = 0; row < rows; ++row) {
             const int64_t slot = slot_of[a.first + start + row];
             const float weight = p.weights[slot];

@@ -9,6 +9,7 @@
 
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 
 namespace moe_prune {
@@ -34,21 +35,51 @@ enum Type : int32_t { AS_BF16 = 0, AS_F16 = 1, AS_F32 = 2 };
 // How weights are stored: as the type of tokens, or as one of these, with scales.
 enum Storage : int32_t { AS_TOKENS = 0, E4M3 = 1, INT8 = 2, INT4 = 3 };
 
-// One block, at its first value. Integers have no masks: all of them are stored, a weight
-// is one times a scale plus an offset, [K / group][BLOCK].
+// Which dot products of bytes multiply integers by tokens rounded to int8; bits of
+// moe_prune_dots().
+enum Dots : int32_t { NO_DOTS = 0, DOTS_AVX2 = 1, DOTS_AVXVNNI = 2, DOTS_AVX512VNNI = 4 };
+
+// One block, at its first value. Integers have no masks: all of them are stored; a weight
+// is one minus a zero point, times a scale, [K / group][BLOCK].
 struct Stream {
   const uint32_t* masks;
   const void* values;
   const float* scales;   // of e4m3: one for each STEP inputs
-  const float* offsets;  // of integers; null: zeros
-  int64_t group;         // of integers: inputs that share a scale
+  const void* factors;   // of integers: their scales
+  int32_t factor_type;   // a Type
+  const int8_t* zeros;   // null: all are 0
+  int64_t group;         // inputs that share a scale
 };
+
+// A token rounded to int8: of each STEP inputs the largest is 127 steps. Groups that are
+// smaller than SMALLEST are 0; a group that is not finite makes all outputs NaN.
+struct Rounded {
+  int8_t* values;   // [k], in the order that the weights want
+  float* steps;     // [k / STEP]
+  int32_t* starts;  // [k / STEP]: the lowest weight times the sum of the values
+
+  Rounded(char* row, int64_t k)
+      : values(reinterpret_cast<int8_t*>(row)),
+        steps(reinterpret_cast<float*>(row + k)),
+        starts(reinterpret_cast<int32_t*>(row + k + k / STEP * 4)) {}
+  Rounded(const char* row, int64_t k) : Rounded(const_cast<char*>(row), k) {}
+
+  // Bytes of a row. A power of two apart they would share too few lines of the cache.
+  static int64_t stride(int64_t k) { return round_up(k + k / STEP * 8, 128) + 64; }
+};
+
+constexpr float SMALLEST = 0x1p-100f, LARGEST = FLT_MAX;
 
 // y[m][WIDTH] = x[m][k] times the two blocks, in fp32; rows of x are x_stride elements
 // apart. pair_amx takes x in tiles instead, [m / ROWS][k / STEP][ROWS][STEP], rounds m up
 // to whole tiles, and takes up to two of them.
 using PairKernel = void (*)(const Stream pair[2], const void* x, int64_t x_stride,
                             int64_t m, int64_t k, float* y);
+
+// Columns from and to, multiples of STEP, of a token of a Type into row, a Rounded; from
+// `held` on they are 0.
+using RoundKernel = void (*)(const void* x, int32_t type, int64_t held, int64_t k,
+                             int64_t from, int64_t to, char* row);
 
 // h[m][BLOCK] = silu(gate) * up, rounded to the type of h, from y[m][gate | up].
 using ActivationKernel = void (*)(const float* y, int64_t m, void* h, int64_t h_stride);
@@ -94,6 +125,16 @@ using ActivationKernel = void (*)(const float* y, int64_t m, void* h, int64_t h_
     pair<T, Int<4>>(blocks, x, stride, m, k, y);                                       \
   }
 
+// A PairKernel of rounded tokens, whose stride is in bytes, wants groups that are
+// multiples of STEP.
+#define MOE_PRUNE_DOTS_OF(isa)                                                         \
+  namespace isa {                                                                      \
+  void round_i4(const void*, int32_t, int64_t, int64_t, int64_t, int64_t, char*);      \
+  void round_i8(const void*, int32_t, int64_t, int64_t, int64_t, int64_t, char*);      \
+  void dots_i4(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);       \
+  void dots_i8(const Stream[2], const void*, int64_t, int64_t, int64_t, float*);       \
+  }
+
 #define MOE_PRUNE_ACTIVATIONS_OF(isa)                                                  \
   namespace isa {                                                                      \
   void activate_bf16(const float*, int64_t, void*, int64_t);                           \
@@ -102,15 +143,19 @@ using ActivationKernel = void (*)(const float* y, int64_t m, void* h, int64_t h_
   }
 
 MOE_PRUNE_PAIRS_OF(portable)
+MOE_PRUNE_INT_PAIRS_OF(portable)
 MOE_PRUNE_ACTIVATIONS_OF(portable)
 
-// setup.py defines MOE_PRUNE_X86, MOE_PRUNE_BF16 and MOE_PRUNE_AMX, each with all before
-// it, as far as the compiler has the instructions for them.
+// setup.py defines MOE_PRUNE_X86, MOE_PRUNE_BF16, MOE_PRUNE_AMX and MOE_PRUNE_AVXVNNI, each
+// with all before it, as far as the compiler has the instructions for them.
 #ifdef MOE_PRUNE_X86
 MOE_PRUNE_PAIRS_OF(avx2)
 MOE_PRUNE_PAIRS_OF(avx512)
 MOE_PRUNE_PAIRS_OF(vbmi2)
+MOE_PRUNE_INT_PAIRS_OF(avx2)
 MOE_PRUNE_INT_PAIRS_OF(avx512)
+MOE_PRUNE_DOTS_OF(avx2)
+MOE_PRUNE_DOTS_OF(avx512vnni)
 MOE_PRUNE_ACTIVATIONS_OF(avx2)
 MOE_PRUNE_ACTIVATIONS_OF(avx512)
 
@@ -147,8 +192,13 @@ bool amx_allowed();  // asks Linux for the tiles; once is enough for a process
 void amx_begin();    // in every thread, before pair_amx
 void amx_end();      // in every thread, after it: the tiles are configured as before
 #endif
+
+#ifdef MOE_PRUNE_AVXVNNI
+MOE_PRUNE_DOTS_OF(avxvnni)
+#endif
 #endif
 
 }  // namespace moe_prune
 
 extern "C" int32_t moe_prune_level();
+extern "C" int32_t moe_prune_dots();

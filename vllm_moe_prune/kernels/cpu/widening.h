@@ -196,38 +196,68 @@ struct Cursor<F8> {
 };
 #endif
 
+// 16 inputs as FP32.
+inline __m512 inputs_of(const Bf16* x) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(load16(reinterpret_cast<const uint16_t*>(x)), 16));
+}
+
+inline __m512 inputs_of(const F16* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+
+inline __m512 inputs_of(const F32* x) { return _mm512_loadu_ps(&x->value); }
+
+inline __m512 factors_of(const char* at, int32_t type) {
+  switch (type) {
+    case AS_BF16: return inputs_of(reinterpret_cast<const Bf16*>(at));
+    case AS_F16: return inputs_of(reinterpret_cast<const F16*>(at));
+    default: return inputs_of(reinterpret_cast<const F32*>(at));
+  }
+}
+
 // Each output has 32 bits of its own: 8 inputs of 4 bits, from -8 on, or 4 of 8, signed.
 template <int BITS>
 struct Cursor<Int<BITS>> {
   static constexpr int STEPS = 16 / BITS;  // of 32 bits
   const uint32_t* lanes;
-  const float *scales, *offsets;
-  int64_t group;  // steps that share scales
+  const char* factors;
+  const int8_t* zeros;
+  int32_t type;
+  int64_t group;  // steps that share a scale
   int64_t left;
+  __m512 scale, offset;
 
   Cursor() = default;
   explicit Cursor(const Stream& from)
       : lanes(static_cast<const uint32_t*>(from.values)),
-        scales(from.scales),
-        offsets(from.offsets),
+        factors(static_cast<const char*>(from.factors)),
+        zeros(from.zeros),
+        type(from.factor_type),
         group(from.group / 2),
-        left(group) {}
+        left(0) {}
+
+  void next_group() {
+    left = group;
+    scale = factors_of(factors, type);
+    factors += BLOCK * (type == AS_F32 ? 4 : 2);
+    if (!zeros) return;
+    // (q - z) s = q s + (-z s): one fused multiply-add instead of a subtraction per weight.
+    const __m128i found = _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros));
+    offset = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(found)), scale);
+    offset = _mm512_sub_ps(_mm512_setzero_ps(), offset);
+    zeros += BLOCK;
+  }
 
   Two expanded(int64_t, int more) {
-    if (left == 0) {
-      left = group;
-      scales += BLOCK;
-      if (offsets) offsets += BLOCK;
-    }
+    if (left == 0) next_group();
     --left;
     const int within = more % STEPS;
     __m512i packed = _mm512_loadu_si512(lanes);
     if (within == 0) _mm_prefetch(lanes + AHEAD / 4, _MM_HINT_T0);
     if (within == STEPS - 1) lanes += BLOCK;
-    const __m512 scale = _mm512_loadu_ps(scales);
     __m512 first = value(packed, 2 * within), second = value(packed, 2 * within + 1);
-    if (!offsets) return {_mm512_mul_ps(first, scale), _mm512_mul_ps(second, scale)};
-    const __m512 offset = _mm512_loadu_ps(offsets);
+    if (!zeros) return {_mm512_mul_ps(first, scale), _mm512_mul_ps(second, scale)};
     return {_mm512_fmadd_ps(first, scale, offset), _mm512_fmadd_ps(second, scale, offset)};
   }
 
@@ -241,18 +271,6 @@ struct Cursor<Int<BITS>> {
         _mm512_srai_epi32(_mm512_slli_epi32(packed, 24 - 8 * index), 24));
   }
 };
-
-// 16 inputs of a token as FP32.
-inline __m512 inputs_of(const Bf16* x) {
-  return _mm512_castsi512_ps(
-      _mm512_slli_epi32(load16(reinterpret_cast<const uint16_t*>(x)), 16));
-}
-
-inline __m512 inputs_of(const F16* x) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-}
-
-inline __m512 inputs_of(const F32* x) { return _mm512_loadu_ps(&x->value); }
 
 }  // namespace
 }  // namespace MOE_PRUNE_ISA

@@ -117,7 +117,7 @@ class IntegerMethod(PartsMethod):
             parts = {
                 "values": joined.values_EBWO,
                 "scales": joined.scales_EBGO,
-                "offsets": joined.offsets_EBGO,
+                "zeros": joined.zeros_EBGO,
             }
             for part, tensor in parts.items():
                 layer.register_buffer(f"{name}_{part}", tensor, persistent=False)
@@ -140,7 +140,7 @@ class IntegerMethod(PartsMethod):
             )
         return integer_moe(
             *(x, topk_weights, topk_ids, layer.expert_map),
-            *(layer.w13_values, layer.w13_scales, layer.w13_offsets),
-            *(layer.w2_values, layer.w2_scales, layer.w2_offsets),
+            *(layer.w13_values, layer.w13_scales, layer.w13_zeros),
+            *(layer.w2_values, layer.w2_scales, layer.w2_zeros),
             *(layer.moe_prune_bits, layer.moe_prune_width),
         )

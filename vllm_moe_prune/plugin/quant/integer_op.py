@@ -9,8 +9,8 @@ from .sparse_op import LIBRARY, NAMESPACE
 
 LIBRARY.define(  # type: ignore[no-untyped-call]
     "integer_moe(Tensor x, Tensor weights, Tensor ids, Tensor? expert_map, "
-    "Tensor w13_values, Tensor w13_scales, Tensor? w13_offsets, "
-    "Tensor w2_values, Tensor w2_scales, Tensor? w2_offsets, "
+    "Tensor w13_values, Tensor w13_scales, Tensor? w13_zeros, "
+    "Tensor w2_values, Tensor w2_scales, Tensor? w2_zeros, "
     "int bits, int width) -> Tensor"
 )
 
@@ -22,15 +22,15 @@ def _on_cpu(
     expert_map_G: Tensor | None,
     w13_values: Tensor,
     w13_scales: Tensor,
-    w13_offsets: Tensor | None,
+    w13_zeros: Tensor | None,
     w2_values: Tensor,
     w2_scales: Tensor,
-    w2_offsets: Tensor | None,
+    w2_zeros: Tensor | None,
     bits: int,
     width: int,
 ) -> Tensor:
-    w13 = IntBlocks(w13_values, w13_scales, w13_offsets, bits)
-    w2 = IntBlocks(w2_values, w2_scales, w2_offsets, bits)
+    w13 = IntBlocks(w13_values, w13_scales, w13_zeros, bits)
+    w2 = IntBlocks(w2_values, w2_scales, w2_zeros, bits)
     return cpu_library.fused_moe(x_TD, weights_TK, ids_TK, expert_map_G, w13, w2, width)
 
 
