@@ -32,7 +32,9 @@ from vllm_moe_prune.progress import peak_rss_bytes
 
 CASES_PER_ROUND = 50
 MAX_SECONDS = 20.0
-"""Of one command; a machine that is busy with other things takes its time."""
+"""Of processor time for one command, whatever else the machine does."""
+MAX_WAIT_SECONDS = 120.0
+"""Of the clock, for commands that wait for something."""
 MAX_GROWTH = 512 << 20
 """Bytes by which one command may raise the peak of this process."""
 ADDRESS_SPACE = 4 << 30
@@ -52,23 +54,29 @@ def limited() -> Iterator[list[str]]:
     """Notes what goes beyond the limits of time and memory."""
     beyond: list[str] = []
 
-    def ring(*_: object) -> None:
-        beyond.append(f"longer than {MAX_SECONDS} s")
+    def ring(number: int, _: object) -> None:
+        busy = number == signal.SIGPROF
+        beyond.append(
+            f"busy for {MAX_SECONDS} s" if busy else f"waits for {MAX_WAIT_SECONDS} s"
+        )
         raise Late
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = peak_rss_bytes()
-    old = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+    old = {name: signal.signal(name, ring) for name in (signal.SIGPROF, signal.SIGALRM)}
+    signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, MAX_WAIT_SECONDS)
     # Where even the signal does not get through.
-    faulthandler.dump_traceback_later(3 * MAX_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(3 * MAX_WAIT_SECONDS, exit=True)
     try:
         yield beyond
     except Late:
         pass
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
+        for name, handler in old.items():
+            signal.signal(name, handler)
         faulthandler.cancel_dump_traceback_later()
         grown = peak_rss_bytes() - before
         if grown > MAX_GROWTH:

@@ -66,6 +66,12 @@ def hang() -> None:
     Path("fifo").read_bytes()
 
 
+def spin() -> None:
+    """Compute for ever."""
+    while True:
+        pass
+
+
 def swell() -> None:
     """Take more memory than any file is worth."""
     Path("swollen").write_bytes(b"x" * (run.MAX_GROWTH + (64 << 20)))
@@ -82,10 +88,11 @@ def fail(error: BaseException) -> None:
         (lambda: fail(RecursionError("deep")), "unexpected"),
         (lambda: fail(MemoryError()), "unexpected"),
         (lambda: fail(Panic("in\nRust")), "unexpected"),
-        (hang, "longer than"),
+        (hang, "waits for"),
+        (spin, "busy for"),
         (swell, "MiB more memory"),
     ],
-    ids=["bug", "deep", "memory", "panic", "hang", "growth"],
+    ids=["bug", "deep", "memory", "panic", "hang", "spin", "growth"],
 )
 def test_faults_are_noticed(
     command: object, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -95,7 +102,8 @@ def test_faults_are_noticed(
     app.callback()(lambda: None)
     app.command("go")(command)  # type: ignore[arg-type]
     monkeypatch.setattr("tests.fuzz.command._built_app", lambda: app)
-    monkeypatch.setattr(run, "MAX_SECONDS", 0.5 if command is hang else 60.0)
+    monkeypatch.setattr(run, "MAX_SECONDS", 0.5 if command is spin else 60.0)
+    monkeypatch.setattr(run, "MAX_WAIT_SECONDS", 0.5 if command is hang else 600.0)
     monkeypatch.chdir(tmp_path)
     ran = Ran("late", "", "")
     with run.limited() as beyond:
