@@ -39,7 +39,7 @@ from vllm_moe_prune.recipes.loading import load_recipe
 import transformers.models.mixtral.modeling_mixtral
 start = time.monotonic()
 tokens = Tokens(ids, "random", sha256_of(ids))
-checkpoint, recipe = open_checkpoint(source), load_recipe("stun40")
+checkpoint, recipe = open_checkpoint(source), load_recipe("stun40-paper")
 options = pipeline.RunOptions()
 stats = pipeline.measure(checkpoint, recipe, tokens, options)
 plan = pipeline.plan(checkpoint, recipe, stats)

@@ -19,7 +19,8 @@ from typing import Any
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.calibrate.perplexity import perplexity
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.recipes.loading import load_recipe, with_overrides
+from vllm_moe_prune.recipes.flags import with_overrides
+from vllm_moe_prune.recipes.loading import load_recipe
 from vllm_moe_prune.recipes.schema import Calibration
 from vllm_moe_prune.recover.options import training
 
@@ -110,7 +111,7 @@ def prune(model: Path, out: Path) -> None:
         "samples": 64,
         "sequence_length": LENGTH,
     }
-    recipe = with_overrides(load_recipe("stun40"), flags)
+    recipe = with_overrides(load_recipe("stun40-paper"), flags)
     pipeline.run(open_checkpoint(model), recipe, out, pipeline.RunOptions())
 
 

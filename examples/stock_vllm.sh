@@ -8,7 +8,7 @@ OUT=${1:-demo-output/stock}
 CKPT=examples/demo-mixtral
 TEXT=examples/calibration.txt
 
-vllm-moe-prune run $CKPT "$OUT" --recipe expert-drop --budget per-layer \
+vllm-moe-prune run $CKPT "$OUT" --budget per-layer \
     --calibration $TEXT --samples 8 --sequence-length 256 --overwrite
 vllm-moe-prune verify "$OUT" --source $CKPT
 grep -A 2 architectures "$OUT/config.json"

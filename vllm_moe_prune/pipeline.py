@@ -50,11 +50,13 @@ from .stages.preflight import (
     RunOptions,
     check_device,
     check_recipe,
+    device_of,
     validate_input,
     validate_output,
     validate_plan,
 )
 from .tune.search import tune
+from .tune.wishes import first_that_fits
 
 
 def cut(
@@ -109,10 +111,11 @@ def _cut(
         "stats": stats,
     }
     ours: dict[str, Any] = {"resume": options.resume, "overwrite": options.overwrite}
-    if options.storage == "dense":
+    storage = options.storage or decided.recipe.storage
+    if storage == "dense":
         return execute_plan(checkpoint, decided, out, **how, **ours)
     shards = plan_shards(output_tensors(checkpoint, decided), options.max_shard_bytes)
-    key = cut_key(checkpoint, decided, shards, tokens, stats, options.storage)
+    key = cut_key(checkpoint, decided, shards, tokens, stats, storage)
     if is_complete(out, key, **ours):
         return finished_cut(checkpoint, decided, out)
     with output_transaction(out, key, [checkpoint], **ours) as space:
@@ -123,7 +126,7 @@ def _cut(
         packed = convert_checkpoint(
             open_checkpoint(dense),
             space.result,
-            options.storage,
+            storage,
             resume=True,
             max_shard_bytes=options.max_shard_bytes,
             report=options.report,
@@ -137,7 +140,7 @@ def convert(checkpoint: Checkpoint, out: Path, options: RunOptions) -> Converted
     return convert_checkpoint(
         checkpoint,
         out,
-        options.storage,
+        options.storage or "dense",
         resume=options.resume,
         overwrite=options.overwrite,
         max_shard_bytes=options.max_shard_bytes,
@@ -251,7 +254,7 @@ def _run_key(
         checkpoint.fingerprint,
         companions_sha256(checkpoint),
         recipe.model_copy(update={"calibration": calibration}).model_dump_json(),
-        (options.storage, options.max_shard_bytes),
+        (options.storage or recipe.storage, options.max_shard_bytes),
         (tokens.sha256 if tokens is not None else None, heldout),
         # By its name: before the first run there is no content to hash.
         None if stats_file is None else str(stats_file.resolve()),
@@ -330,6 +333,8 @@ __all__ = [
     "check_device",
     "convert",
     "cut",
+    "device_of",
+    "first_that_fits",
     "measure",
     "measure_into",
     "measuring_tokens",

@@ -24,7 +24,8 @@ Change = Callable[[torch.Tensor], object]
 
 SMALL = "--samples 2 --sequence-length 32"
 # --overwrite: what stands in out from an earlier run must survive every refusal.
-RUN = f"run ckpt out --overwrite --calibration text.txt {SMALL} --json"
+PAPER = "--recipe stun40-paper"
+RUN = f"run ckpt out --overwrite --calibration text.txt {SMALL} {PAPER} --json"
 CUT = "cut ckpt --plan plan.json -o out --overwrite --calibration text.txt --json"
 SHARD = "ckpt/model-00002-of-00003.safetensors"
 INDEX = "ckpt/model.safetensors.index.json"

@@ -10,6 +10,7 @@ import torch
 from .case import (
     CUT,
     INDEX,
+    PAPER,
     RUN,
     SHARD,
     SMALL,
@@ -290,7 +291,7 @@ WEIGHTS = [
     for what, value in {"NaN": float("nan"), "infinity": float("inf")}.items()
     for command in (
         RUN,
-        f"measure ckpt -o new.safetensors --calibration text.txt {SMALL}",
+        f"measure ckpt -o new.safetensors --calibration text.txt {SMALL} {PAPER}",
     )
 ] + [
     Case(

@@ -6,7 +6,7 @@ import shutil
 import struct
 from pathlib import Path
 
-from .case import CUT, INDEX, RUN, SMALL, Case, both, in_json
+from .case import CUT, INDEX, PAPER, RUN, SMALL, Case, both, in_json
 
 TEXT = f"--calibration text.txt {SMALL} --json"
 PLANNED = "--plan plan.json --calibration text.txt --json"
@@ -14,7 +14,7 @@ PLANNED = "--plan plan.json --calibration text.txt --json"
 
 def run_to(output: str, flags: str = "") -> str:
     """A run with another output."""
-    return f"run ckpt {output} {TEXT} {flags}"
+    return f"run ckpt {output} {TEXT} {PAPER} {flags}"
 
 
 def cut_to(output: str, flags: str = "") -> str:
@@ -182,24 +182,24 @@ CASES = [
     ),
     Case(
         "measure: into a folder",
-        f"measure ckpt -o out {TEXT}",
+        f"measure ckpt -o out {TEXT} {PAPER}",
         ("out", "is a folder"),
     ),
     Case(
         "measure: into a pipe",
-        f"measure ckpt -o pipe {TEXT}",
+        f"measure ckpt -o pipe {TEXT} {PAPER}",
         ("pipe: is a FIFO", "name of a file"),
         piped,
     ),
     Case(
         "measure: into a link to a device",
-        f"measure ckpt -o link {TEXT}",
+        f"measure ckpt -o link {TEXT} {PAPER}",
         ("link: is a device", "name of a file"),
         lambda folder: (folder / "link").symlink_to("/dev/full"),
     ),
     Case(
         "plan: into a pipe",
-        "plan ckpt --stats stats.safetensors -o pipe",
+        f"plan ckpt --stats stats.safetensors -o pipe {PAPER}",
         ("pipe: is a FIFO",),
         piped,
     ),
@@ -212,39 +212,39 @@ CASES = [
     *both_commands("a pipe", "pipe", "--overwrite", ("pipe", "file"), spoil=piped),
     Case(
         "measure: into a link to itself",
-        f"measure ckpt -o link {TEXT}",
+        f"measure ckpt -o link {TEXT} {PAPER}",
         ("link", "circle of links"),
         linked_in_a_circle,
     ),
     Case(
         "measure: over the weights",
-        f"measure ckpt -o ckpt/model-00001-of-00003.safetensors {TEXT}",
+        f"measure ckpt -o ckpt/model-00001-of-00003.safetensors {TEXT} {PAPER}",
         ("ckpt", "inside the input"),
     ),
     Case(
         "measure: into a folder that is not there",
-        f"measure ckpt -o nowhere/new.safetensors {TEXT}",
+        f"measure ckpt -o nowhere/new.safetensors {TEXT} {PAPER}",
         ("nowhere", "no such folder"),
     ),
     Case(
         "measure: into a read-only folder",
-        f"measure ckpt -o locked/new.safetensors {TEXT}",
+        f"measure ckpt -o locked/new.safetensors {TEXT} {PAPER}",
         ("locked", "not writable"),
         read_only,
     ),
     Case(
         "plan: over the configuration",
-        "plan ckpt --stats stats.safetensors -o ckpt/config.json",
+        f"plan ckpt --stats stats.safetensors -o ckpt/config.json {PAPER}",
         ("ckpt", "inside the input"),
     ),
     Case(
         "plan: into a folder",
-        "plan ckpt --stats stats.safetensors -o out",
+        f"plan ckpt --stats stats.safetensors -o out {PAPER}",
         ("out", "is a folder"),
     ),
     Case(
         "plan: into a folder that is not there",
-        "plan ckpt --stats stats.safetensors -o nowhere/plan.json",
+        f"plan ckpt --stats stats.safetensors -o nowhere/plan.json {PAPER}",
         ("nowhere", "no such folder"),
     ),
     Case(

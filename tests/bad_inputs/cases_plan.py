@@ -13,6 +13,7 @@ from tests.tiny import tiny_checkpoint
 
 from .case import (
     CUT,
+    PAPER,
     RUN,
     SMALL,
     Case,
@@ -27,7 +28,7 @@ from .case import (
 
 PLAN = "plan.json"
 STATS = "stats.safetensors"
-DECIDE = f"plan ckpt --stats {STATS} -o plan.json --json"
+DECIDE = f"plan ckpt --stats {STATS} -o plan.json {PAPER} --json"
 
 Arrays = dict[str, Any]
 
@@ -366,7 +367,8 @@ SPENT = [
     Case("cut: no plan given", "cut ckpt -o new", ("--plan",)),
     Case(
         "run: a recipe that fails late",
-        f"run ckpt out --overwrite --keep 1 --calibration text.txt {SMALL} --json",
+        f"run ckpt out --overwrite --keep 1 --calibration text.txt {SMALL} {PAPER} "
+        "--json",
         ("keep 1", "top-k is 2"),
     ),
 ]

@@ -2,10 +2,10 @@
 
 import os
 
-from .case import SMALL, Case, holding
+from .case import PAPER, SMALL, Case, holding
 
 TUNE = f"tune ckpt -o best.json --calibration text.txt {SMALL} --heldout 2 --json"
-SWEEP = "plan ckpt --stats stats.safetensors -o plans --json --sweep"
+SWEEP = f"plan ckpt --stats stats.safetensors {PAPER} -o plans --json --sweep"
 
 CASES = [
     Case("tune: no text", "tune ckpt -o best.json --total 0.5", ("--calibration",)),

@@ -8,6 +8,7 @@ from tests.fuzz.spoil import put_special
 from .case import (
     CONFIG,
     INDEX,
+    PAPER,
     SHARD,
     SMALL,
     Case,
@@ -17,7 +18,7 @@ from .case import (
     in_json,
 )
 
-PLAN = f"plan ckpt --calibration text.txt {SMALL} -o new.json"
+PLAN = f"plan ckpt --calibration text.txt {SMALL} {PAPER} -o new.json"
 WITH_STATS = f"{PLAN} --stats stats.safetensors"
 VERIFY = "verify out --source ckpt"
 SPEEDS = "compare ckpt out --speed-from speed.json"

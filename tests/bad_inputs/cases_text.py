@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from .case import (
+    PAPER,
     RUN,
     SMALL,
     Case,
@@ -18,7 +19,7 @@ from .case import (
 )
 
 NO_GPU = () if torch.cuda.is_available() else ("cuda", "cuda:0")
-MEASURE = f"measure ckpt -o new.safetensors {SMALL} --json --calibration"
+MEASURE = f"measure ckpt -o new.safetensors {SMALL} {PAPER} --json --calibration"
 EVAL = "eval ckpt --json --text"
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune.cli import main
 
-from .case import SMALL
+from .case import PAPER, SMALL
 from .permissions import permissions_count
 
 
@@ -28,11 +28,11 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         for command in (
             f"run ckpt out --calibration text.txt --stats stats.safetensors {SMALL} "
-            "--keep 3 --budget per-layer --total 0.4",
+            f"{PAPER} --keep 3 --budget per-layer --total 0.4",
             f"run ckpt uneven --calibration text.txt --stats stats.safetensors {SMALL} "
-            "--drop 0.125 --total 0.2",
+            f"{PAPER} --drop 0.125 --total 0.2",
             "plan ckpt --stats stats.safetensors -o plan.json --calibration text.txt "
-            f"{SMALL} --keep 3 --total 0.4",
+            f"{SMALL} {PAPER} --keep 3 --total 0.4",
         ):
             patch.setattr(sys, "argv", ["vllm-moe-prune", *shlex.split(command)])
             with pytest.raises(SystemExit) as done:

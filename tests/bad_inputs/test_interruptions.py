@@ -116,9 +116,9 @@ def test_a_full_disk_stops_a_cut_that_can_be_resumed(
 @pytest.mark.parametrize(
     "command",
     [
-        "plan ckpt --stats stats.safetensors -o plan.json --json",
+        "plan ckpt --stats stats.safetensors -o plan.json --recipe stun40-paper --json",
         "measure ckpt -o stats.safetensors --calibration text.txt "
-        "--samples 2 --sequence-length 32 --json",
+        "--samples 2 --sequence-length 32 --recipe stun40-paper --json",
     ],
     ids=["plan", "measure"],
 )

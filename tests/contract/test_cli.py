@@ -22,7 +22,7 @@ from vllm_moe_prune.cli import app
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "cli_options.json"
-SMALL = "--samples 2 --sequence-length 32"
+SMALL = "--samples 2 --sequence-length 32 --heldout 2"
 GROUP: Any = typer.main.get_command(app)
 COMMANDS: dict[str, Any] = GROUP.commands
 SERVERS = {"serve", "gateway"}
@@ -35,12 +35,12 @@ RUNS = {
     "convert": "convert out new --storage bitmask",
     "verify": "verify out --source ckpt",
     "run": f"run ckpt new --calibration text.txt --keep 3 {SMALL}",
-    "recover": f"recover out new --method lora --steps 2 --calibration text.txt {SMALL}"
-    " --heldout 2",
+    "recover": "recover out new --method lora --steps 2 --calibration text.txt "
+    f"{SMALL}",
     "recipes": "recipes",
     "recommend": "recommend ckpt --speed 1.1",
     "tune": f"tune ckpt -o best.json --total 0.4 --calibration text.txt {SMALL}"
-    " --recipe small.yaml --heldout 2",
+    " --recipe small.yaml",
     "report": "report out",
     "eval": "eval ckpt --text text.txt --sequence-length 64 --max-tokens 300",
     "compare": "compare ckpt out --text text.txt --max-tokens 300",

@@ -24,7 +24,10 @@ FILES = {
 }
 # A block inside config.json, not a file of its own.
 BLOCK = "quantization_config"
-RUN = "run ckpt {} --calibration text.txt --samples 2 --sequence-length 32 --json {}"
+RUN = (
+    "run ckpt {} --calibration text.txt --samples 2 --sequence-length 32 "
+    "--recipe stun40-paper --json {}"
+)
 
 
 @pytest.fixture(scope="module")

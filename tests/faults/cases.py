@@ -62,7 +62,7 @@ def recover(method: str, flags: str = "") -> str:
 CASES = [
     Case(
         "measure",
-        f"measure {MODEL} -o stats.safetensors {TEXT}",
+        f"measure {MODEL} -o stats.safetensors {TEXT} --recipe stun40-paper",
         "stats.safetensors",
         "",
     ),
@@ -75,14 +75,15 @@ CASES = [
     ),
     Case(
         "plan",
-        f"plan {MODEL} --stats ../inputs/stats.safetensors -o plan.json --json",
+        f"plan {MODEL} --stats ../inputs/stats.safetensors -o plan.json "
+        "--recipe stun40-paper --json",
         "plan.json",
         "",
     ),
     Case(
         "plan --sweep",
         f"plan {MODEL} --stats ../inputs/stats.safetensors -o plans "
-        "--sweep total=0.2:0.4:0.1 --json",
+        "--recipe stun40-paper --sweep total=0.2:0.4:0.1 --json",
         "plans",
         "",
     ),
@@ -141,7 +142,7 @@ CASES = [
 NAMES = {case.name for case in CASES}
 
 MADE = (
-    f"measure {MODEL} -o ../inputs/stats.safetensors {TEXT}",
+    f"measure {MODEL} -o ../inputs/stats.safetensors {TEXT} --recipe stun40-paper",
     f"cut {MODEL} --plan ../inputs/wanda.json -o ../inputs/pruned --json",
     f"convert {PRUNED} ../inputs/bitmask --storage bitmask --json",
 )

@@ -19,10 +19,11 @@ from vllm_moe_prune.recipes.schema import Calibration
 SMALL = "--samples 2 --sequence-length 32"
 STATS = "--stats stats.safetensors"
 TEXT = f"--calibration text.txt {SMALL}"
-PLAN = f"plan ckpt {STATS} {TEXT} -o made.json"
+PLAN = f"plan ckpt {STATS} {TEXT} --recipe stun40-paper -o made.json"
 CUT = "cut ckpt --plan plan.json -o made --calibration text.txt --json"
 RESUME = CUT.replace("-o made", "-o part --resume --shard-size 60KB")
-MEASURE = f"measure ckpt {SMALL} -o made.safetensors --json --calibration"
+PAPER = "--recipe stun40-paper"
+MEASURE = f"measure ckpt {SMALL} {PAPER} -o made.safetensors --json --calibration"
 JUDGE = "eval ckpt --text text.txt --sequence-length 32 --max-tokens 64 --json"
 GATEWAY = "gateway --backend a=http://x --api-key-file keys --dry-run"
 SHARD = "model-00002-of-00003.safetensors"
@@ -172,8 +173,8 @@ def make_good(folder: Path) -> None:
     ]
     (folder / "speeds.json").write_text(json.dumps({"rows": rows}))
     for command in (
-        f"run ckpt out {STATS} {TEXT} --keep 3 --budget per-layer --total 0.4",
-        f"plan ckpt {STATS} {TEXT} -o plan.json --keep 3 --total 0.4",
+        f"run ckpt out {STATS} {TEXT} {PAPER} --keep 3 --budget per-layer --total 0.4",
+        f"plan ckpt {STATS} {TEXT} {PAPER} -o plan.json --keep 3 --total 0.4",
         f"run wide int4 --recipe turbo {TEXT}",
         "convert out mask --storage bitmask",
     ):

@@ -31,7 +31,8 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.cut.verify import verify
 from vllm_moe_prune.kernels.quantized import Form, dequantize, pack
-from vllm_moe_prune.recipes.loading import load_recipe, with_overrides
+from vllm_moe_prune.recipes.flags import with_overrides
+from vllm_moe_prune.recipes.loading import load_recipe
 from vllm_moe_prune.recipes.schema import Calibration
 from vllm_moe_prune.slim.rtn import rtn
 

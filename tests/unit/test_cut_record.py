@@ -13,7 +13,8 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.output import STATS_FILE
 from vllm_moe_prune.decide.cut_plan import CutPlan
 from vllm_moe_prune.pipeline import RunOptions, run
-from vllm_moe_prune.recipes.loading import load_recipe, with_overrides
+from vllm_moe_prune.recipes.flags import with_overrides
+from vllm_moe_prune.recipes.loading import load_recipe
 
 FLAGS = {"samples": 2, "sequence_length": 32, "total": 0.5, "drop": 0.25}
 
@@ -26,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "in", layers=2, experts=4, hidden=32, width=48, dtype="float32"
     )
     flags = FLAGS | {"calibration": str(tiny_text(folder, 8000))}
-    recipe = with_overrides(load_recipe("stun40"), flags)
+    recipe = with_overrides(load_recipe("stun40-paper"), flags)
     stats = folder / "stats.safetensors"
     run(open_checkpoint(source), recipe, folder / "out", RunOptions(), stats)
     return folder

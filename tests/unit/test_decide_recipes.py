@@ -19,7 +19,8 @@ from vllm_moe_prune.decide.required_stats import (
 )
 from vllm_moe_prune.decide.sensitivity import rule
 from vllm_moe_prune.errors import PlanError, RecipeError
-from vllm_moe_prune.recipes.loading import load_recipe, shipped_recipes, with_overrides
+from vllm_moe_prune.recipes.flags import with_overrides
+from vllm_moe_prune.recipes.loading import load_recipe, shipped_recipes
 from vllm_moe_prune.recipes.schema import Recipe, parse_recipe
 
 COUNTS = (0, 8, 6, 8, 8, 7)
@@ -390,10 +391,10 @@ def test_outliers_of_another_factor_are_refused() -> None:
         (
             "max-compress",
             {"slim": "none"},
-            {"structured_share": None, "total_sparsity": None},
+            {"structured_share": 1.0, "total_sparsity": 0.7},
         ),
         ("wanda50", {"total": 0.6}, {"total_sparsity": 0.6}),
-        ("stun40", {"total": 0.6}, {"total_sparsity": 0.6}),
+        ("stun40-paper", {"total": 0.6}, {"total_sparsity": 0.6}),
     ],
 )
 def test_a_flag_replaces_the_recipes_own_way_of_saying_it(

@@ -19,7 +19,8 @@ from vllm_moe_prune.recipes.calibration import (
     parse_texts,
     with_texts,
 )
-from vllm_moe_prune.recipes.loading import load_recipe, with_overrides
+from vllm_moe_prune.recipes.flags import with_overrides
+from vllm_moe_prune.recipes.loading import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_of_several_each_has_a_name_of_its_own() -> None:
     with pytest.raises(RecipeError, match=r"code is there twice"):
         parse_texts(["code=a.txt", "code=b.txt"], "--calibration")
     recipe = with_overrides(
-        load_recipe("stun40"), {"calibration": ["code:2=a.txt", "chat=b.txt"]}
+        load_recipe("stun40-paper"), {"calibration": ["code:2=a.txt", "chat=b.txt"]}
     )
     assert recipe.calibration.texts == (
         NamedText("code", "a.txt", 2.0),

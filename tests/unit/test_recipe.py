@@ -8,13 +8,15 @@ import yaml
 
 from vllm_moe_prune.decide.required_stats import needed_statistics
 from vllm_moe_prune.errors import RecipeError
+from vllm_moe_prune.recipes.flags import RecipeFlag, recipe_flags, with_overrides
 from vllm_moe_prune.recipes.loading import (
-    FLAGS,
+    ALIASES,
+    WISHES,
     load_recipe,
-    parse_size,
     shipped_recipes,
-    with_overrides,
+    wished,
 )
+from vllm_moe_prune.recipes.numbers import parse_size
 from vllm_moe_prune.recipes.schema import Recipe, parse_recipe
 
 
@@ -101,32 +103,149 @@ def test_a_recipe_knows_what_it_needs(
     assert found.needs_activations is activations
 
 
-@pytest.mark.parametrize("flag", FLAGS)
-def test_every_flag_reaches_the_recipe(flag: str) -> None:
-    values = {
-        "total": 0.3,
-        "drop": 0.3,
-        "keep": 3,
-        "budget": "per-layer",
-        "slim": "magnitude",
-        "routing": "redirect",
-        "calibration": "text.txt",
-        "samples": 5,
-        "sequence_length": 77,
-        "seed": 9,
-        "heldout": 6,
-        "judge_on": "own.txt",
-    }
-    found: Any = with_overrides(Recipe(), {flag: values[flag]})
-    for attribute in FLAGS[flag]:
+# What a flag needs beside it, and values that its type does not tell.
+BESIDE: dict[str, dict[str, Any]] = {
+    "reverse": {"criterion": "reap"},
+    "search": {"criterion": "removal-loss", "budget": "per-layer"},
+    "structured_share": {"total": 0.5},
+    "slim": {"total": 0.5},
+    "bits": {"quantize": "rtn"},
+    "group_size": {"quantize": "rtn"},
+    "zero_point": {"quantize": "awq"},
+    "act_order": {"quantize": "gptq"},
+}
+VALUES: dict[str, Any] = {
+    "experts": "score",
+    "slim": "sparsegpt",
+    "bytes": "3KB",
+    "pattern": "2:4",
+    "protected": "{0: [1, 2]}",
+    "scope": "experts,attention",
+    "exclude": "w1,w2",
+    "drop_moe": "1,2",
+    "drop_blocks": "[1]",
+    "budget": "sensitivity",
+    "routing": "redirect",
+    "narrow_refit": "none",
+    "calibration": ["text.txt"],
+    "judge_on": ["own.txt"],
+}
+READ = {
+    "calibration": "text.txt",
+    "judge_on": "own.txt",
+    "bytes": 3000,
+    "protected": {0: (1, 2)},
+    "scope": ("experts", "attention"),
+    "exclude": ("w1", "w2"),
+    "drop_moe": (1, 2),
+    "drop_blocks": (1,),
+}
+
+
+def value_for(flag: RecipeFlag) -> Any:
+    """One that is not the default."""
+    if flag.name in VALUES:
+        return VALUES[flag.name]
+    if "One of: " in flag.help:
+        # The last choice, but "none" where there is one.
+        choices = flag.help.split("One of: ")[1].rstrip(".").split(", ")
+        choice = next(one for one in reversed(choices) if one != "none")
+        return flag.type(choice)
+    if flag.type is bool:
+        return flag.name != "divide_by_router_norm"
+    return {int: 7, float: 0.25, str: "text.txt"}[flag.type]
+
+
+@pytest.mark.parametrize("name", recipe_flags())
+def test_every_key_of_a_recipe_has_a_flag_that_reaches_it(name: str) -> None:
+    flag = recipe_flags()[name]
+    value = value_for(flag)
+    found: Any = with_overrides(Recipe(), {**BESIDE.get(name, {}), name: value})
+    for attribute in flag.path:
         found = getattr(found, attribute)
-    assert found == values[flag]
+    assert found == READ.get(name, value)
+    default: Any = Recipe()
+    for attribute in flag.path:
+        default = getattr(default, attribute)
+    assert found != default
+
+
+def test_flags_cover_the_schema() -> None:
+    keys = {
+        (stage, key)
+        for stage, field in Recipe.model_fields.items()
+        for key in getattr(field.annotation, "model_fields", {})
+    }
+    assert keys == {flag.path for flag in recipe_flags().values() if flag.path[1:]}
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "says"),
+    [
+        ("default", {"pattern": "2:4"}, "pattern does nothing.*--slim sparsegpt"),
+        ("default", {"slim": "sparsegpt"}, "writes no zeros without"),
+        ("default", {"bits": "fp8"}, "bits does nothing.*--quantize awq"),
+        ("wanda50", {"min_experts": 1}, "min_experts does nothing.*--criterion reap"),
+        ("cpu50", {"quantize": "awq"}, "quantize and zeros"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_names_what_it_needs(
+    name: str, flags: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RecipeError, match=says):
+        with_overrides(load_recipe(name), flags)
+
+
+def test_a_size_is_met_by_experts_where_no_zeros_are_written() -> None:
+    found = with_overrides(load_recipe("default"), {"total": 0.4})
+    assert (found.total_sparsity, found.structured_share) == (0.4, 1.0)
+    assert found.experts.drop is None
+    found = with_overrides(load_recipe("gpu-int4"), {"bytes": "2GiB"})
+    assert (found.max_bytes, found.structured_share) == (2 << 30, 1.0)
+    # Where it writes zeros, or says by itself how many experts leave, nothing changes.
+    found = with_overrides(load_recipe("stun40-paper"), {"total": 0.6})
+    assert (found.experts.drop, found.structured_share) == (0.2, None)
+
+
+def test_patterns_and_criteria_replace_what_excludes_them() -> None:
+    found = with_overrides(load_recipe("stun40-paper"), {"pattern": "2:4"})
+    assert (found.total_sparsity, found.experts.drop) == (None, 0.2)
+    found = with_overrides(load_recipe("stun40-paper"), {"criterion": "reap"})
+    assert (found.experts.method, found.experts.criterion) == ("score", "reap")
+
+
+def test_each_wish_is_a_shipped_recipe_that_saves_where_it_is_served() -> None:
+    assert [one.name for one in wished(None, None)] == ["default"]
+    for wish, names in WISHES.items():
+        found = wished(None, wish)
+        assert [one.name for one in found] == list(names)
+        assert all(one.storage == "bitmask" for one in found if one.asks_zeros)
+        assert [one.name for one in wished("best", wish)] == [f"best-{wish}"]
+    assert [one.name for one in wished(None, None, search=True)] == ["best"]
+    assert [one.name for one in wished(None, "cpu", search=True)] == ["best-cpu"]
+    with pytest.raises(RecipeError, match="leave out --recipe wanda50"):
+        wished("wanda50", "cpu")
+    with pytest.raises(RecipeError, match="'tpu' is not one of: any, cpu, gpu"):
+        wished(None, "tpu")
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_an_alias_says_what_it_is_and_what_is_better(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = load_recipe(name)
+    meant, better = ALIASES[name]
+    assert found.name == meant
+    assert load_recipe(better).total_sparsity == found.total_sparsity
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert name in said
+    assert better in said
 
 
 def test_flags_that_are_not_given_change_nothing() -> None:
     for name in shipped_recipes():
         before = load_recipe(name)
-        assert with_overrides(before, dict.fromkeys(FLAGS)) == before
+        assert with_overrides(before, dict.fromkeys(recipe_flags())) == before
 
 
 def test_a_flag_replaces_the_recipes_own_way_of_saying_it() -> None:
@@ -180,10 +299,10 @@ def test_a_file_is_read_before_it_is_taken_for_a_shipped_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shipped names win in every folder; a file is given by its path."""
-    (tmp_path / "stun40").write_text("name: mine\n")
+    (tmp_path / "cpu50").write_text("name: mine\n")
     monkeypatch.chdir(tmp_path)
-    assert load_recipe("stun40").name == "stun40"
-    assert load_recipe("./stun40").name == "mine"
+    assert load_recipe("cpu50").name == "cpu50"
+    assert load_recipe("./cpu50").name == "mine"
 
 
 def test_an_unknown_name_lists_the_shipped_ones(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from vllm_moe_prune.cut.output import STATS_FILE
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import PlanError
 from vllm_moe_prune.pipeline import RunOptions, convert, run
-from vllm_moe_prune.recipes.loading import load_recipe, with_overrides
+from vllm_moe_prune.recipes.flags import with_overrides
+from vllm_moe_prune.recipes.loading import load_recipe
 from vllm_moe_prune.report.as_data import as_data
 from vllm_moe_prune.report.figures import write_figures
 from vllm_moe_prune.report.page import page
@@ -79,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "in", layers=2, experts=8, hidden=32, width=48, clusters=4
     )
     flags = FLAGS | {"calibration": str(tiny_text(folder, 8000))}
-    recipe = with_overrides(load_recipe("stun40"), flags)
+    recipe = with_overrides(load_recipe("stun40-paper"), flags)
     run(open_checkpoint(source), recipe, folder / "out", RunOptions())
     return folder
 

@@ -151,13 +151,16 @@ def test_every_candidate_fits_the_bytes_asked_for(
 ) -> None:
     whole = sum(path.stat().st_size for path in checkpoint.folder.glob("*.safetensors"))
     limit = int(0.7 * whole)
-    found = tune(checkpoint, recipe, pipeline.RunOptions(), max_bytes=limit)
+    by_size = {"total_sparsity": None, "max_bytes": limit}
+    asked = recipe.model_copy(update=by_size)
+    found = tune(checkpoint, asked, pipeline.RunOptions())
     assert found.judged
     assert all(one.file_bytes <= limit for one in found.judged)
     # Zeros alone leave the files as large as they were.
     assert "wanda" in dict(found.left_out)
+    asked = recipe.model_copy(update=by_size | {"max_bytes": 1000})
     with pytest.raises(RecipeError, match="no candidate reaches the size"):
-        tune(checkpoint, recipe, pipeline.RunOptions(), max_bytes=1000)
+        tune(checkpoint, asked, pipeline.RunOptions())
 
 
 def test_a_search_needs_a_size_and_a_plan_is_no_search(
@@ -191,12 +194,12 @@ def test_the_front_is_what_no_other_beats(tuned: Tuned, tmp_path: Path) -> None:
 
 
 def test_a_sweep_gives_a_recipe_for_each_value() -> None:
-    found = swept(load_recipe("stun40"), "total=0.3:0.7:0.1")
+    found = swept(load_recipe("stun40-paper"), "total=0.3:0.7:0.1")
     assert [one.total_sparsity for one in found] == [0.3, 0.4, 0.5, 0.6, 0.7]
-    assert found[0].name == "stun40-total-0.3"
+    assert found[0].name == "stun40-paper-total-0.3"
     kept = swept(load_recipe("expert-drop"), "keep=2:6:2")
     assert [one.experts.keep for one in kept] == [2, 4, 6]
-    shares = swept(load_recipe("stun40"), "share=0:1:0.5")
+    shares = swept(load_recipe("stun40-paper"), "share=0:1:0.5")
     assert [one.structured_share for one in shares] == [0, 0.5, 1]
     layers = swept(load_recipe("layer-drop"), "moe-count=1:3:1")
     assert [one.layers.moe_count for one in layers] == [1, 2, 3]
@@ -219,7 +222,7 @@ def test_a_sweep_gives_a_recipe_for_each_value() -> None:
 )
 def test_a_sweep_that_makes_no_sense_is_refused(sweep: str, says: str) -> None:
     with pytest.raises(RecipeError, match=says):
-        swept(load_recipe("stun40"), sweep)
+        swept(load_recipe("stun40-paper"), sweep)
 
 
 def test_tune_stages_that_make_no_sense_are_refused() -> None:

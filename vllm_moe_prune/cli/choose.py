@@ -8,19 +8,14 @@ from .flags import (
     AllowLinks,
     Device,
     Json,
-    Length,
-    RecipeName,
     Revision,
-    Samples,
-    Seed,
     ShardSize,
     Source,
-    Text,
-    Total,
     TrustCode,
+    chosen_device,
     flag,
-    load_with,
 )
+from .recipe_flags import WISH, Asked, takes_recipe
 
 
 def recipes(as_json: Json = False) -> None:
@@ -38,8 +33,13 @@ def recommend(
     source: Source,
     revision: Revision = None,
     allow_links: AllowLinks = False,
+    wish: Annotated[str | None, flag(WISH, "--for")] = None,
     memory: Annotated[
-        str | None, flag("Maximum size of the weights, e.g. 24GiB.")
+        str | None,
+        flag("Maximum size of the weights, e.g. 24GiB.", "--memory", "--bytes"),
+    ] = None,
+    total: Annotated[
+        float | None, flag("Share of the expert parameters that leaves for --for.")
     ] = None,
     speed: Annotated[
         str | None, flag("Minimum reduction of the bytes read per token, e.g. 2x.")
@@ -49,7 +49,9 @@ def recommend(
     """List the recipes that meet a memory or speed limit; reads headers only.
 
     Speed is estimated from the bytes of weights read per token at batch 1, which
-    bound decoding. Nothing is measured.
+    bound decoding. Nothing is measured. With --for, recipes that save nothing where
+    the output is served are left out, and its own is made as small as --bytes or
+    --total says.
 
     Example: `vllm-moe-prune recommend mistralai/Mixtral-8x7B-v0.1 --memory 24GiB`
 
@@ -57,52 +59,46 @@ def recommend(
     """
     from ..checkpoint.source import open_headers
     from ..errors import RecipeError
-    from ..recipes.loading import load_recipe, parse_size, shipped_recipes
+    from ..recipes.flags import with_overrides
+    from ..recipes.loading import load_recipe, shipped_recipes, wished
+    from ..recipes.numbers import parse_size
     from ..tune import recommend as choosing
+    from ..tune.wishes import first_that_fits, saves_for
     from .output.show_search import show_recommended
 
-    if memory is None and speed is None:
-        raise RecipeError("say what for: --memory 24GiB, --speed 2x, or both.")
+    if memory is None and speed is None and wish is None:
+        raise RecipeError("say what for: --for cpu, --memory 24GiB or --speed 2x.")
     # Limits are read before the Hub is asked for headers.
     size = parse_size(memory) if memory is not None else None
     times = choosing.parse_speed(speed) if speed is not None else None
     checkpoint = open_headers(source, revision, allow_links=allow_links)
     recipes = [load_recipe(name) for name in shipped_recipes()]
+    recipes = [one for one in recipes if saves_for(one, wish)]
+    if wish is not None and (size is not None or total is not None):
+        # Its total wins over the bytes, which the list is then held to.
+        how = {"bytes": size} if total is None else {"total": total}
+        own = [with_overrides(one, how) for one in wished(None, wish)]
+        fitting = first_that_fits(checkpoint, own)
+        said = f"--for {wish} " + (
+            f"--bytes {memory}" if total is None else f"--total {total:g}"
+        )
+        recipes.append(fitting.model_copy(update={"name": said}))
     found = choosing.recommend(checkpoint, recipes, size, times)
     show_recommended(checkpoint, found, as_json)
 
 
+@takes_recipe(search=True)
 def tune(
+    asked: Asked,
     source: Source,
     output: Annotated[Path, flag("Plan file to write.", "--output", "-o")],
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
     allow_links: AllowLinks = False,
-    recipe: RecipeName = "best",
-    total: Total = None,
-    max_bytes: Annotated[
-        str | None,
-        flag("Maximum size of the files, e.g. 24GiB; replaces --total.", "--bytes"),
-    ] = None,
-    calibration: Text = None,
-    samples: Samples = None,
-    sequence_length: Length = None,
-    seed: Seed = None,
-    heldout: Annotated[
-        int | None, flag("Number of held-out windows for judging candidates.")
-    ] = None,
-    judge_on: Annotated[
-        list[str] | None,
-        flag(
-            "Text to take the held-out windows from, e.g. of the served domain; "
-            "several as for --calibration.",
-            "--judge-on",
-        ),
-    ] = None,
     plot: Annotated[
         Path | None, flag("Plot size against perplexity into this .png or .svg file.")
     ] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     shard_size: ShardSize = "5GB",
     as_json: Json = False,
 ) -> None:
@@ -116,22 +112,12 @@ def tune(
     from ..checkpoint.output_path import check_file
     from ..checkpoint.source import open_checkpoint
     from ..files.atomic import remove_folder
-    from ..recipes.loading import parse_size
+    from ..recipes.numbers import parse_size
     from ..tune.front import check_plot, plot_front
     from .output.draw import resumable, watching
     from .output.show_search import show_tuned
 
-    asked = load_with(
-        recipe,
-        total=total,
-        calibration=calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        heldout=heldout,
-        judge_on=judge_on,
-    )
-    limit = parse_size(max_bytes) if max_bytes is not None else None
+    device = chosen_device(device)
     checkpoint = open_checkpoint(
         source, revision, trust_code=trust_remote_code, allow_links=allow_links
     )
@@ -147,7 +133,7 @@ def tune(
         options = pipeline.RunOptions(
             device=device, max_shard_bytes=parse_size(shard_size), report=report
         )
-        tuned = pipeline.tune(checkpoint, asked, options, max_bytes=limit, work=work)
+        tuned = pipeline.tune(checkpoint, asked.recipe, options, work=work)
         pipeline.save_plan(tuned.best.plan, output)
         if plot is not None:
             plot_front(tuned, plot)

@@ -1,11 +1,8 @@
 """Arguments and flags that several commands share."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from ..recipes.schema import Recipe
 
 REPEAT = "Run the same command again to continue."
 RESUME = "Run the same command with --resume to continue."
@@ -29,29 +26,6 @@ AllowLinks = Annotated[
     flag("Follow symbolic links that lead out of the folder.", "--allow-links"),
 ]
 Json = Annotated[bool, flag("Print JSON instead of tables.", "--json")]
-RecipeName = Annotated[str, flag("Shipped recipe, or path of a YAML file.")]
-Total = Annotated[
-    float | None, flag("Share of the expert parameters to remove or zero, 0 to 1.")
-]
-Drop = Annotated[float | None, flag("Share of the experts to remove, 0 to 1.")]
-Keep = Annotated[int | None, flag("Experts to keep per layer (the mean if global).")]
-Budget = Annotated[
-    str | None,
-    flag("Split over layers: global, per-layer (all equal) or sensitivity (measured)."),
-]
-Slim = Annotated[
-    str | None,
-    flag(
-        "Zeros in kept experts by: wanda, wanda-variant, magnitude, sparsegpt or none."
-    ),
-]
-Routing = Annotated[
-    str | None,
-    flag(
-        "Router rows of removed experts: drop (delete), or redirect (send their tokens "
-        "to the kept expert of the cluster)."
-    ),
-]
 Text = Annotated[
     list[str] | None,
     flag(
@@ -62,8 +36,10 @@ Text = Annotated[
 ]
 Samples = Annotated[int | None, flag("Number of calibration windows.")]
 Length = Annotated[int | None, flag("Tokens per calibration window.")]
-Seed = Annotated[int | None, flag("Seed for choosing the calibration windows.")]
-Device = Annotated[str, flag("Device of the forward pass: cpu or cuda.")]
+Device = Annotated[
+    str,
+    flag("Device of the forward pass: auto (CUDA if there is one), cpu or cuda."),
+]
 Resume = Annotated[bool, flag("Continue an interrupted run.", "--resume")]
 Overwrite = Annotated[
     bool,
@@ -72,18 +48,19 @@ Overwrite = Annotated[
 ShardSize = Annotated[
     str, flag("Maximum size of a shard, e.g. 5GB (decimal, as on the Hub).")
 ]
-StoredAs = Annotated[
-    str,
-    flag(
-        "Storage of expert weights: dense, or bitmask (zeros are not stored).",
-        "--storage",
-        "--layout",
-    ),
-]
 
 
-def load_with(recipe: str, **overrides: object) -> "Recipe":
-    """The named recipe with the flags that were given put over it."""
-    from ..recipes.loading import load_recipe, with_overrides
+def chosen_device(name: str) -> str:
+    """The device that ``--device`` means; one line says which if ``auto`` found CUDA.
 
-    return with_overrides(load_recipe(recipe), overrides)
+    Raises:
+        RecipeError: There is none of that name.
+    """
+    from .. import pipeline
+    from .output.draw import err
+
+    device = pipeline.device_of(name)
+    pipeline.check_device(device)
+    if device != name and device != "cpu":
+        err.print(f"device: {device} (--device cpu for the CPU)", style="dim")
+    return device

@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from .flags import AllowLinks, Device, Json, Revision, Source, TrustCode, flag
+from .flags import (
+    AllowLinks,
+    Device,
+    Json,
+    Revision,
+    Source,
+    TrustCode,
+    chosen_device,
+    flag,
+)
 from .questions import (
     ANSWER_TOKENS,
     FAILED,
@@ -35,7 +44,7 @@ def evaluate(
     allow_links: AllowLinks = False,
     sequence_length: Window = 2048,
     max_tokens: MaxTokens = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     tasks: Tasks = None,
     task_dir: TaskDir = None,
     generate: PromptsFrom = None,
@@ -154,7 +163,7 @@ def compare(
     sequence_length: Window = 2048,
     max_tokens: MaxTokens = None,
     trust_remote_code: TrustCode = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     tasks: Tasks = None,
     task_dir: TaskDir = None,
     generate: PromptsFrom = None,
@@ -278,7 +287,7 @@ def speed(
         int, typer.Option(min=1, help="Requests per prompt length.")
     ] = REPEATS,
     trust_remote_code: TrustCode = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     plot: Annotated[
         Path | None, flag("Plot speed over context length into this .png or .svg file.")
     ] = None,
@@ -308,13 +317,13 @@ def speed(
         plot_rows,
         prepare,
     )
-    from ..pipeline import RunOptions, check_device
+    from ..pipeline import RunOptions
     from ..recipes.calibration import parse_texts
     from ..tune.front import check_plot
     from .output.draw import err, watching
     from .output.show_compared import show_speed
 
-    check_device(device)
+    device = chosen_device(device)
     opened = [
         Subject(
             open_checkpoint(one, trust_code=trust_remote_code, allow_links=allow_links),

@@ -10,29 +10,19 @@ from .flags import (
     REPEAT,
     RESUME,
     AllowLinks,
-    Budget,
     Device,
-    Drop,
     Json,
-    Keep,
-    Length,
     Overwrite,
-    RecipeName,
     Resume,
     Revision,
-    Routing,
-    Samples,
-    Seed,
     ShardSize,
-    Slim,
     Source,
-    StoredAs,
     Text,
-    Total,
     TrustCode,
+    chosen_device,
     flag,
-    load_with,
 )
+from .recipe_flags import Asked, takes_recipe
 
 
 def inspect(
@@ -51,18 +41,15 @@ def inspect(
     show_checkpoint(open_headers(source, revision, allow_links=allow_links), as_json)
 
 
+@takes_recipe()
 def measure(
+    asked: Asked,
     source: Source,
     output: Annotated[Path, flag("Statistics file to write.", "--output", "-o")],
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
     allow_links: AllowLinks = False,
-    recipe: RecipeName = "stun40",
-    calibration: Text = None,
-    samples: Samples = None,
-    sequence_length: Length = None,
-    seed: Seed = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Collect the statistics that `plan` needs for a recipe.
@@ -77,27 +64,24 @@ def measure(
     from .output.draw import resumable, watching
     from .output.show import show_stats
 
-    asked = load_with(
-        recipe,
-        calibration=calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-    )
     checkpoint = open_checkpoint(
         source, revision, trust_code=trust_remote_code, allow_links=allow_links
     )
+    device = chosen_device(device)
     pipeline.validate_input(checkpoint, device)
     check_file(output, checkpoint.folder)
+    recipe = asked.recipe_for(checkpoint)
     # None where no decision of the recipe needs data.
-    tokens = pipeline.measuring_tokens(checkpoint, asked)
+    tokens = pipeline.measuring_tokens(checkpoint, recipe)
     with resumable(REPEAT), watching(as_json) as report:
         options = pipeline.RunOptions(device=device, report=report)
-        stats = pipeline.measure_into(output, checkpoint, asked, tokens, options)
+        stats = pipeline.measure_into(output, checkpoint, recipe, tokens, options)
     show_stats(checkpoint, stats, output, as_json)
 
 
+@takes_recipe()
 def plan(
+    asked: Asked,
     source: Source,
     output: Annotated[Path, flag("Plan file to write.", "--output", "-o")],
     stats: Annotated[
@@ -105,17 +89,6 @@ def plan(
     ] = None,
     revision: Revision = None,
     allow_links: AllowLinks = False,
-    recipe: RecipeName = "stun40",
-    total: Total = None,
-    drop: Drop = None,
-    keep: Keep = None,
-    budget: Budget = None,
-    slim: Slim = None,
-    routing: Routing = None,
-    calibration: Text = None,
-    samples: Samples = None,
-    sequence_length: Length = None,
-    seed: Seed = None,
     shard_size: ShardSize = "5GB",
     sweep: Annotated[
         str | None,
@@ -136,23 +109,11 @@ def plan(
     from ..calibrate.stats import load_stats
     from ..checkpoint.output_path import check_file, check_folder
     from ..checkpoint.source import open_checkpoint
-    from ..recipes.loading import parse_size, swept
-    from .output.show import show_plan
+    from ..recipes.loading import swept
+    from ..recipes.numbers import parse_size
+    from .output.show import note_dense_zeros, show_plan
     from .output.show_search import show_sweep
 
-    asked = load_with(
-        recipe,
-        total=total,
-        drop=drop,
-        keep=keep,
-        budget=budget,
-        slim=slim,
-        routing=routing,
-        calibration=calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-    )
     max_shard_bytes = parse_size(shard_size)
     checkpoint = open_checkpoint(source, revision, allow_links=allow_links)
     if sweep is None:
@@ -160,17 +121,19 @@ def plan(
     else:
         check_folder(output, checkpoint.folder)
     loaded = load_stats(stats) if stats is not None else None
+    recipe = asked.recipe_for(checkpoint)
     if sweep is not None:
         # All from one measurement: decisions read statistics, never weights.
-        recipes = swept(asked, sweep)
+        recipes = swept(recipe, sweep)
         plans = pipeline.plan_sweep(
             checkpoint, recipes, loaded, output, max_shard_bytes
         )
         show_sweep(plans, as_json)
         return
-    decided = pipeline.plan(checkpoint, asked, loaded, max_shard_bytes)
+    decided = pipeline.plan(checkpoint, recipe, loaded, max_shard_bytes)
     pipeline.save_plan(decided, output)
     show_plan(checkpoint, decided, output, as_json)
+    note_dense_zeros(decided)
 
 
 def cut(
@@ -181,8 +144,16 @@ def cut(
     trust_remote_code: TrustCode = False,
     allow_links: AllowLinks = False,
     calibration: Text = None,
-    device: Device = "cpu",
-    storage: StoredAs = "dense",
+    device: Device = "auto",
+    storage: Annotated[
+        str | None,
+        flag(
+            "Storage of expert weights: dense, or bitmask (zeros are not stored). "
+            "Default: what the plan's recipe says.",
+            "--storage",
+            "--layout",
+        ),
+    ] = None,
     shard_size: ShardSize = "5GB",
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -196,15 +167,16 @@ def cut(
     from ..checkpoint.source import open_checkpoint
     from ..decide.cut_plan import load_plan
     from ..recipes.calibration import parse_texts
-    from ..recipes.loading import parse_size
+    from ..recipes.numbers import parse_size
     from .output.draw import resumable, watching
-    from .output.show import show_cut
+    from .output.show import note_dense_zeros, show_cut
 
     started = time.monotonic()
-    stored = pipeline.parse_storage_name(storage)
+    stored = pipeline.parse_storage_name(storage) if storage is not None else None
     max_shard_bytes = parse_size(shard_size)
     text = parse_texts(calibration, "--calibration") if calibration else None
     decided = load_plan(plan)
+    device = chosen_device(device)
     checkpoint = open_checkpoint(
         source, revision, trust_code=trust_remote_code, allow_links=allow_links
     )
@@ -221,6 +193,7 @@ def cut(
             checkpoint, decided, output, options, text=text, where=str(plan)
         )
     show_cut(checkpoint, decided, result, time.monotonic() - started, as_json)
+    note_dense_zeros(decided, stored)
 
 
 def convert(
@@ -243,7 +216,7 @@ def convert(
     """
     from .. import pipeline
     from ..checkpoint.source import open_checkpoint
-    from ..recipes.loading import parse_size
+    from ..recipes.numbers import parse_size
     from .output.draw import resumable, watching
     from .output.show import show_converted
 
@@ -294,28 +267,18 @@ def verify(
     show_verified(verified, as_json)
 
 
+@takes_recipe()
 def run(
+    asked: Asked,
     source: Source,
     output: Annotated[Path, typer.Argument(help="Output folder.")],
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
     allow_links: AllowLinks = False,
-    recipe: RecipeName = "stun40",
-    total: Total = None,
-    drop: Drop = None,
-    keep: Keep = None,
-    budget: Budget = None,
-    slim: Slim = None,
-    routing: Routing = None,
-    calibration: Text = None,
-    samples: Samples = None,
-    sequence_length: Length = None,
-    seed: Seed = None,
     stats: Annotated[
         Path | None, flag("Statistics file: read if it exists, otherwise written.")
     ] = None,
-    device: Device = "cpu",
-    storage: StoredAs = "dense",
+    device: Device = "auto",
     shard_size: ShardSize = "5GB",
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -323,33 +286,21 @@ def run(
 ) -> None:
     """Measure, plan, cut and verify; --resume continues an interrupted run.
 
-    Example: `vllm-moe-prune run CKPT OUT --recipe stun40 --calibration c4.txt`
+    Example: `vllm-moe-prune run CKPT OUT --for cpu --total 0.5 --calibration c4.txt`
     """
     from .. import pipeline
     from ..checkpoint.source import open_checkpoint
-    from ..recipes.loading import parse_size
+    from ..recipes.numbers import parse_size
     from .output.draw import resumable, watching
-    from .output.show import show_cut, show_plan
+    from .output.show import note_dense_zeros, show_cut, show_plan
 
     started = time.monotonic()
-    asked = load_with(
-        recipe,
-        total=total,
-        drop=drop,
-        keep=keep,
-        budget=budget,
-        slim=slim,
-        routing=routing,
-        calibration=calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-    )
-    stored = pipeline.parse_storage_name(storage)
     max_shard_bytes = parse_size(shard_size)
+    device = chosen_device(device)
     checkpoint = open_checkpoint(
         source, revision, trust_code=trust_remote_code, allow_links=allow_links
     )
+    recipe = asked.recipe_for(checkpoint)
     with resumable(RESUME), watching(as_json) as report:
         options = pipeline.RunOptions(
             device=device,
@@ -357,9 +308,9 @@ def run(
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
             report=report,
-            storage=stored,
         )
-        decided, result, _ = pipeline.run(checkpoint, asked, output, options, stats)
+        decided, result, _ = pipeline.run(checkpoint, recipe, output, options, stats)
     if not as_json:
         show_plan(checkpoint, decided, output / "plan.json", as_json=False, brief=True)
     show_cut(checkpoint, decided, result, time.monotonic() - started, as_json)
+    note_dense_zeros(decided)

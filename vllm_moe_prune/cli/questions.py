@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .flags import flag
+from .flags import chosen_device, flag
 
 if TYPE_CHECKING:
     from ..checkpoint.open import Checkpoint
@@ -76,7 +76,6 @@ def find_questions(
     from ..errors import EvaluationError
     from ..judge.quality import Questions
     from ..judge.tasks import find_tasks
-    from ..pipeline import check_device
     from ..recipes.calibration import parse_text
     from .output.draw import err
 
@@ -85,7 +84,7 @@ def find_questions(
         raise EvaluationError("--tasks: an empty name. Write e.g. arc_challenge,piqa.")
     if task_dir is not None and not names:
         raise EvaluationError("--task-dir holds tasks; say which with --tasks.")
-    check_device(device)
+    device = chosen_device(device)
     flags = split_flags(vllm_flags)
     bars = err.is_terminal and not as_json
     # With their data: without a network it fails here, not after hours.

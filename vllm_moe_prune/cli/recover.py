@@ -18,6 +18,7 @@ from .flags import (
     Samples,
     Text,
     TrustCode,
+    chosen_device,
     flag,
 )
 
@@ -56,7 +57,7 @@ def recover(
         int | None, flag("Number of held-out windows for the loss before and after.")
     ] = None,
     seed: Annotated[int, flag("Seed for choosing and ordering the windows.")] = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -73,7 +74,7 @@ def recover(
     """
     from .. import pipeline
     from ..checkpoint.source import open_checkpoint
-    from ..recipes.loading import with_overrides
+    from ..recipes.flags import with_overrides
     from ..recipes.schema import Recipe
     from ..recover.options import training
     from .output.draw import resumable, watching
@@ -81,7 +82,7 @@ def recover(
 
     started = time.monotonic()
     # Before checkpoints are opened, which may fetch them from the Hub.
-    pipeline.check_device(device)
+    device = chosen_device(device)
     checkpoint = open_checkpoint(
         pruned, trust_code=trust_remote_code, allow_links=allow_links
     )

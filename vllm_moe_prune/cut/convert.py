@@ -40,6 +40,7 @@ from .card import source_card
 from .card_places import BYTES, fill
 from .copy import tensor_view
 from .output import companions_sha256, copy_companions, copy_records
+from .predict import StoredPart
 from .slice import names_in_order
 from .transaction import is_complete, output_transaction
 
@@ -64,15 +65,6 @@ def parse_storage_name(name: str) -> StorageName:
         if name == storage:
             return storage
     raise RecipeError(f"storage {name!r} is not one of: {', '.join(STORAGES)}.")
-
-
-@dataclass(frozen=True)
-class StoredPart:
-    """A tensor to be written."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,23 @@
 """What a plan will produce, to the byte, from headers alone."""
 
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..checkpoint.compressed import DENSE, DTYPES
 from ..checkpoint.open import Checkpoint, Layer
-from ..checkpoint.writer import MAX_SHARD_BYTES, plan_shards
+from ..checkpoint.writer import (
+    MAX_SHARD_BYTES,
+    TensorSpec,
+    plan_shards,
+    tensor_bytes,
+)
 from ..decide.cut_plan import CutPlan, ModelId, Predicted
 from ..decide.facts import LayerFacts, ModelFacts, count_plan
+from ..recipes.schema import parse_pattern
+from ..slim.quota import zeros_in_matrix
 from .matrices import channel_block, dense_matrices, expert_names
-from .slice import output_tensors
+from .slice import OutputTensor, output_tensors
 
 
 def model_facts(checkpoint: Checkpoint) -> ModelFacts:
@@ -88,8 +100,7 @@ def with_prediction(
         max_shard_bytes: Size limit of one output file.
         facts: Of the checkpoint, if the caller has them already.
     """
-    tensors = output_tensors(checkpoint, plan)
-    shards = plan_shards(tensors, max_shard_bytes)
+    shards = plan_shards(stored_tensors(checkpoint, plan), max_shard_bytes)
     count = count_plan(facts or model_facts(checkpoint), plan)
     predicted = Predicted(
         tensor_bytes=sum(sum(shard.sizes.values()) for shard in shards),
@@ -102,3 +113,74 @@ def with_prediction(
         total_sparsity=count.total_sparsity,
     )
     return plan.model_copy(update={"predicted": predicted})
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A tensor of the output as it is stored."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(checkpoint: Checkpoint, plan: CutPlan) -> list[TensorSpec]:
+    """Every tensor of the output as ``storage`` of the plan's recipe stores it.
+
+    Values of a bitmask are counted by the zeros that the plan writes.
+    """
+    tensors = output_tensors(checkpoint, plan)
+    smaller = bitmasks(checkpoint, plan, tensors)
+    found: list[TensorSpec] = []
+    for tensor in tensors:
+        found += smaller.get(tensor.name) or [tensor]
+    return found
+
+
+def bitmasks(
+    checkpoint: Checkpoint, plan: CutPlan, tensors: Sequence[OutputTensor]
+) -> dict[str, list[StoredPart]]:
+    """The parts of every tensor that is stored as a bitmask, by its name."""
+    smaller: dict[str, list[StoredPart]] = {}
+    if plan.recipe.storage == "dense":
+        return smaller
+    experts: dict[int, list[OutputTensor]] = {}
+    for one in tensors:
+        scale = checkpoint.is_scale(one.groups[0][0].source)
+        if one.layer is not None and one.is_expert and not scale:
+            experts.setdefault(one.layer, []).append(one)
+    for layer in experts.values():
+        parts = {one.name: _packed(plan, one) for one in layer}
+        stored = _bytes(part for found in parts.values() for part in found)
+        # As convert does: a layer is stored so whole, and only where it saves bytes.
+        if all(parts.values()) and stored < _bytes(layer):
+            smaller |= parts
+    return smaller
+
+
+def _packed(plan: CutPlan, tensor: OutputTensor) -> list[StoredPart]:
+    """The parts of one tensor as a bitmask; none if it has to stay dense."""
+    *axes, cols = tensor.shape
+    # See convert: a byte of the bitmap covers 8 columns.
+    if not axes or cols % 8 or tensor.dtype not in DTYPES:
+        return []
+    pattern, slim = parse_pattern(plan.pattern), plan.slim
+    rows, base = math.prod(axes), tensor.name.removesuffix(DENSE)
+    mask = StoredPart(f"{base}.mask", "U8", (*axes, cols // 8))
+    if pattern and tensor.sparsity:
+        n, m = pattern
+        shape: tuple[int, ...] = (rows, cols // m, n)
+        return [StoredPart(f"{base}.values", tensor.dtype, shape), mask]
+    zeros = 0
+    if slim != "none" and tensor.sparsity:
+        matrices = math.prod(axes[:-1])
+        zeros = matrices * zeros_in_matrix(slim, axes[-1], cols, tensor.sparsity)
+    return [
+        StoredPart(f"{base}.values", tensor.dtype, (rows * cols - zeros,)),
+        StoredPart(f"{base}.offsets", "I64", (rows + 1,)),
+        mask,
+    ]
+
+
+def _bytes(tensors: Iterable[TensorSpec]) -> int:
+    return sum(tensor_bytes(tensor) for tensor in tensors)

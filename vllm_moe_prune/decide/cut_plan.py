@@ -133,7 +133,10 @@ class Predicted(Strict):
     """What the output will be, to the byte."""
 
     tensor_bytes: Count
+    """As stored; of ``storage: bitmask`` an upper bound, since weights that are zero
+    already are not counted."""
     file_bytes: Count
+    """The same with the headers of all files."""
     shards: Count
     expert_parameters: Count
     parameters: Count

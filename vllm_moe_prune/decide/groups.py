@@ -38,7 +38,7 @@ class Together(Generic[T]):
 
 def together(shape: LayerShape, stage: ExpertStage) -> int:
     """How many experts of a layer leave at once."""
-    equal = shape.groups is not None and stage.groups == "equal"
+    equal = shape.groups is not None and stage.equal_groups
     return len(_sizes(shape)) if equal else 1
 
 
@@ -78,7 +78,7 @@ def in_groups(
         if len(taken[group]) < rooms[group]:
             taken[group].append(step)
             allowed.append(step)
-    if stage.groups == "uneven":
+    if not stage.equal_groups:
         return [Together((step,)) for step in allowed]
     # The n-th step of every group at once; it ends with the tightest group.
     return [Together(one_each) for one_each in zip(*taken.values(), strict=False)]

@@ -35,6 +35,7 @@ def rule(recipe: Recipe) -> str:
     # Budget, drop and keep are not in it: they say how many leave, not which.
     names = STUN_FIELDS if stage.method == "stun" else SCORE_FIELDS
     values = stage.model_dump(mode="json")
+    values["groups"] = "equal" if stage.equal_groups else "uneven"
     chosen = {
         name: values[name] for name in ("method", "protected", "seed", "groups", *names)
     }

@@ -64,9 +64,10 @@ class ExpertStage(Strict):
     min_experts: int | None = Field(default=None, ge=0, lt=MOST)
     """Minimum of experts per layer; default: the model's top-k. With 0 and method
     ``score`` a layer may lose all experts: its MoE is dropped, its norm kept."""
-    groups: Literal["equal", "uneven"] = "equal"
+    groups: Literal["equal", "uneven"] | None = None
     """Expert groups (DeepSeek-V2, V3): ``equal`` removes as many from each, as stock
-    routers need; ``uneven`` removes the lowest of the layer and needs the plugin."""
+    routers need; ``uneven`` removes the lowest of the layer and needs the plugin.
+    Default: uneven with ``budget: sensitivity``, otherwise equal."""
     max_removed: int | None = Field(default=None, ge=0, lt=MOST)
     """Maximum of experts removed from one layer."""
     reconstruct: Literal["selective", "never", "always"] = "selective"
@@ -94,6 +95,14 @@ class ExpertStage(Strict):
             bool(twice) and f"protected: layer {twice[0]} lists an expert twice",
         )
         return self
+
+    @property
+    def equal_groups(self) -> bool:
+        """Whether every group loses as many experts."""
+        # By sensitivity experts leave one at a time; equal groups take one of each.
+        if self.groups is None:
+            return self.budget != "sensitivity"
+        return self.groups == "equal"
 
     @property
     def clusters_by_behavior(self) -> bool:

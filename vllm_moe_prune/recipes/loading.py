@@ -1,6 +1,6 @@
-"""Where recipes come from: shipped ones, YAML files, and flags put over them."""
+"""Where recipes come from: shipped ones, YAML files, wishes, and sweeps over them."""
 
-from collections.abc import Mapping
+import logging
 from decimal import Decimal
 from importlib import resources
 from pathlib import Path
@@ -9,9 +9,20 @@ from typing import Any
 from ..errors import RecipeError
 from ..files.regular import KIB, Kind
 from ..files.yaml_file import parse_yaml, read_yaml
-from .calibration import parse_texts
+from .flags import recipe_flags, with_overrides
 from .old_spelling import current_spelling
 from .schema import Recipe, parse_recipe
+
+log = logging.getLogger(__name__)
+
+ALIASES = {"stun40": ("stun40-paper", "cpu40"), "stun65": ("stun65-paper", "cpu65")}
+"""Other names of shipped recipes, and what loses less."""
+WISHES = {
+    "any": ("default",),
+    "cpu": ("cpu50",),
+    "gpu": ("gpu", "gpu-fp8", "gpu-int4"),
+}
+"""What each wish means, the first that fits into the bytes given if any are."""
 
 RECIPE = Kind(
     name="recipe", max_bytes=256 * KIB, error=RecipeError, remedy="Mend that place."
@@ -30,6 +41,13 @@ def shipped_recipes() -> list[str]:
 
 def load_recipe(name_or_path: str) -> Recipe:
     """Read a shipped recipe by name, or any YAML file."""
+    if alias := ALIASES.get(name_or_path):
+        name_or_path, better = alias
+        log.warning(
+            "%s is STUN as published; %s loses less at the same size.",
+            name_or_path,
+            better,
+        )
     path = Path(name_or_path)
     shipped = resources.files(__package__) / f"{name_or_path}.yaml"
     # A shipped name wins over a file called so; ./NAME means the file.
@@ -44,61 +62,32 @@ def load_recipe(name_or_path: str) -> Recipe:
     return parse_recipe(current_spelling(data, where), name_or_path)
 
 
-# Flag of the command line -> where it goes in the recipe.
-FLAGS = {
-    "total": ("total_sparsity",),
-    "drop": ("experts", "drop"),
-    "keep": ("experts", "keep"),
-    "budget": ("experts", "budget"),
-    "slim": ("slim", "method"),
-    "routing": ("routing",),
-    "calibration": ("calibration", "source"),
-    "samples": ("calibration", "samples"),
-    "sequence_length": ("calibration", "sequence_length"),
-    "seed": ("calibration", "seed"),
-    "heldout": ("calibration", "heldout"),
-    "judge_on": ("calibration", "heldout_source"),
-}
+def wished(
+    recipe: str | None, wish: str | None, *, search: bool = False
+) -> list[Recipe]:
+    """The recipes that a command line names, of which the first that fits is meant.
 
-TEXTS = {"calibration": "--calibration", "judge_on": "--judge-on"}
-"""Flags that name texts, each perhaps several times."""
+    Args:
+        recipe: What ``--recipe`` says.
+        wish: What ``--for`` says.
+        search: Whether the command searches for its plan.
 
-
-def with_overrides(recipe: Recipe, flags: Mapping[str, Any]) -> Recipe:
-    """The recipe with the flags that are not None put over it, validated again."""
-    data = recipe.model_dump()
-    # Of a repeatable flag that was not given Typer makes an empty list.
-    given = {
-        name: value
-        for name, value in flags.items()
-        if value is not None and value != []
-    }
-    for name, value in given.items():
-        if name in TEXTS and isinstance(value, list):
-            value = parse_texts(value, TEXTS[name])
-        *path, last = FLAGS[name]
-        target = data
-        for key in path:
-            target = target[key]
-        target[last] = value
-    # A flag replaces the recipe's own way of saying the same thing.
-    if "keep" in given and "drop" not in given:
-        data["experts"]["drop"] = None
-    if "drop" in given and "keep" not in given:
-        data["experts"]["keep"] = None
-    if "drop" in given or "keep" in given:
-        data["structured_share"] = None
-    if "total" in given:
-        data["slim"]["sparsity"] = None
-    if given.get("slim") == "none" and "total" not in given:
-        data["total_sparsity"] = data["structured_share"] = None
-    idle = given.keys() & {"drop", "keep"}
-    if idle and data["experts"]["method"] == "none":
+    Raises:
+        RecipeError: Both are given, or one is unknown.
+    """
+    if wish is not None and wish not in WISHES:
+        raise RecipeError(f"--for {wish!r} is not one of: {', '.join(WISHES)}.")
+    if search and recipe is None:
+        recipe = "best"
+    if recipe is None:
+        return [load_recipe(name) for name in WISHES[wish or "any"]]
+    if wish is None:
+        return [load_recipe(recipe)]
+    if recipe != "best":
         raise RecipeError(
-            f"recipe {recipe.name}: {min(idle)} does nothing, because experts.method "
-            "is none. Choose a recipe that removes experts, such as stun40."
+            f"--for {wish} chooses the recipe; leave out --recipe {recipe}, or --for."
         )
-    return parse_recipe(data, recipe.name)
+    return [load_recipe(f"best-{wish}")]
 
 
 # What a sweep varies -> where it goes in the recipe, and what else then has no say.
@@ -150,7 +139,7 @@ def swept(recipe: Recipe, sweep: str) -> list[Recipe]:
 def _with_value(recipe: Recipe, key: str, number: Decimal) -> Recipe:
     named = recipe.model_copy(update={"name": f"{recipe.name}-{key}-{number}"})
     value = int(number) if key in WHOLE else float(number)
-    if key in FLAGS:
+    if key in recipe_flags():
         return with_overrides(named, {key: value})
     data = named.model_dump()
     for part, values in INSTEAD[key].items():
@@ -161,24 +150,3 @@ def _with_value(recipe: Recipe, key: str, number: Decimal) -> Recipe:
         target = target[name]
     target[last] = value
     return parse_recipe(data, named.name)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB, 500MB (decimal) or 2GiB (binary)."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    cleaned = text.strip().upper()
-    for unit in sorted(units, key=len, reverse=True):
-        number = cleaned.removesuffix(unit)
-        if number != cleaned:
-            break
-    else:
-        number, unit = cleaned, ""
-    try:
-        # float takes nan and inf; int refuses them.
-        size = int(float(number) * units.get(unit, 1))
-    except (ValueError, OverflowError) as error:
-        raise RecipeError(f"{text!r} is not a size; write e.g. 5GB or 2GiB.") from error
-    if size < 1:
-        raise RecipeError(f"{text!r}: a size must be positive.")
-    return size

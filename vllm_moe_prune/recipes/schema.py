@@ -12,7 +12,7 @@ from ..errors import RecipeError
 from .calibration import Calibration
 from .expert_stage import Budget, Chooser, Criterion, ExpertStage
 from .narrow_stage import NarrowStage
-from .numbers import MOST, Indices
+from .numbers import MOST, Indices, Size
 from .slim_stage import (
     NEEDS_ACTIVATIONS,
     Part,
@@ -126,6 +126,12 @@ class Recipe(Strict):
     """Removed and zeroed parameters over all parameters of ``sparsity_of``."""
     sparsity_of: Literal["experts", "all"] = "experts"
     """Parameters that ``total_sparsity`` counts."""
+    max_bytes: Size | None = None
+    """Maximum size of the output's weight files, such as 24GiB; replaces
+    ``total_sparsity`` by the least that fits."""
+    storage: Literal["dense", "bitmask"] = "dense"
+    """How expert weights are stored; ``bitmask`` stores no zeros, which makes files and
+    servers on CPUs smaller and faster, and needs the plugin."""
     experts: ExpertStage = ExpertStage()
     slim: SlimStage = SlimStage()
     quantize: QuantizeStage = QuantizeStage()
@@ -151,10 +157,12 @@ class Recipe(Strict):
         refuse(
             (total is not None and slim.sparsity is not None)
             and "give total_sparsity or slim.sparsity, not both",
-            (total is not None and fixed)
+            (total is not None and self.max_bytes is not None)
+            and "give total_sparsity or max_bytes, not both",
+            (self.size_asked and fixed)
             and f"slim.pattern {slim.pattern} sets the sparsity of every layer; "
             "leave out total_sparsity, or set slim.allocation: owl",
-            (share is not None and (total is None or experts.method == "none"))
+            (share is not None and (not self.size_asked or experts.method == "none"))
             and "structured_share needs total_sparsity and experts.method",
             (share is not None and number)
             and "give structured_share or experts.drop or experts.keep, not two",
@@ -166,6 +174,8 @@ class Recipe(Strict):
             and "routing: preserve needs at least one expert per layer",
             (self.quantize.method != "none" and self.asks_zeros)
             and "quantize and zeros do not go together; set slim.method: none",
+            (self.quantize.method != "none" and self.storage != "dense")
+            and "quantized experts have no zeros to leave out; set storage: dense",
             (self.quantize.method != "none" and self.tune is not None)
             and "tune does not try out quantized weights; leave out quantize",
             (self.quantize.method != "none" and self.order == "unstructured-first")
@@ -178,10 +188,15 @@ class Recipe(Strict):
         return self
 
     @property
+    def size_asked(self) -> bool:
+        """Whether a size of the whole is given, which stages then share."""
+        return self.total_sparsity is not None or self.max_bytes is not None
+
+    @property
     def asks_zeros(self) -> bool:
         """Whether weights may be zeroed; a total can be met by experts alone."""
         stage = self.slim
-        asked = self.total_sparsity is not None or stage.sparsity or stage.is_grouped
+        asked = self.size_asked or stage.sparsity or stage.is_grouped
         return stage.method != "none" and bool(asked)
 
     @property

@@ -1,7 +1,7 @@
 """The ``plan`` stage: statistics and a recipe become every decision, with its size."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .. import __version__
@@ -16,6 +16,10 @@ from ..files.atomic import writing
 from ..files.json_file import parse_json
 from ..recipes.schema import Recipe
 
+MOST_TOTAL = 0.99
+# The total comes out to within MOST_TOTAL / 2^16.
+BISECTIONS = 16
+
 
 def plan(
     checkpoint: Checkpoint,
@@ -24,6 +28,8 @@ def plan(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> CutPlan:
     """Turn statistics and a recipe into every decision, with the predicted size.
+
+    With ``max_bytes`` in the recipe, at the least total sparsity that fits.
 
     Raises:
         RecipeError: The recipe cannot be followed, or is one to search with.
@@ -34,6 +40,14 @@ def plan(
             f"recipe {recipe.name} searches for a plan. Use `vllm-moe-prune tune`, "
             "or `vllm-moe-prune run`."
         )
+    if recipe.max_bytes is not None:
+
+        def planned(total: float) -> CutPlan:
+            asked = {"total_sparsity": total, "max_bytes": None}
+            sized = recipe.model_copy(update=asked)
+            return plan(checkpoint, sized, stats, max_shard_bytes)
+
+        return least_that_fits(planned, recipe.max_bytes)
     facts = model_facts(checkpoint)
     decided = make_plan(stats, recipe, facts, tool_version=__version__)
     if stats is not None:
@@ -46,6 +60,46 @@ def plan(
         )
         decided = decided.model_copy(update={"measurement": measurement})
     return with_prediction(checkpoint, decided, max_shard_bytes, facts)
+
+
+def least_that_fits(planned: Callable[[float], CutPlan], max_bytes: int) -> CutPlan:
+    """The plan of the least total sparsity whose files fit.
+
+    Args:
+        planned: Makes the plan of a total.
+        max_bytes: Maximum size of the weight files.
+
+    Raises:
+        RecipeError: None fits.
+    """
+    # Size falls as the total rises: the least total that fits keeps most.
+    least = planned(0.0)
+    if _file_bytes(least) <= max_bytes:
+        return least
+    low, high, found, smallest = 0.0, MOST_TOTAL, None, _file_bytes(least)
+    for _ in range(BISECTIONS):
+        total = (low + high) / 2
+        try:
+            tried = planned(total)
+        except RecipeError:  # more than this recipe can remove
+            high = total
+            continue
+        smallest = min(smallest, _file_bytes(tried))
+        if _file_bytes(tried) <= max_bytes:
+            high, found = total, tried
+        else:
+            low = total
+    if found is None:
+        raise RecipeError(
+            f"recipe {least.recipe.name} cannot be as small as {max_bytes:,} bytes, "
+            f"only {smallest:,}. Ask for more bytes, or choose another recipe."
+        )
+    return found
+
+
+def _file_bytes(decided: CutPlan) -> int:
+    assert decided.predicted is not None
+    return decided.predicted.file_bytes
 
 
 def plan_sweep(

@@ -33,8 +33,8 @@ class RunOptions:
     overwrite: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
     report: Report = ignore
-    storage: StorageName = "dense"
-    """How the output stores expert weights."""
+    storage: StorageName | None = None
+    """How the output stores expert weights; None: as recipe or plan say."""
 
 
 def validate_input(checkpoint: Checkpoint, device: str) -> None:
@@ -71,13 +71,21 @@ def validate_plan(
         PlanError: It is of another checkpoint, or cannot be stored as asked.
     """
     check_plan(plan, checkpoint.layers, checkpoint.fingerprint, where)
-    if options.storage != "dense" and plan.is_quantized:
+    stored = options.storage or plan.recipe.storage
+    if stored != "dense" and plan.is_quantized:
         raise PlanError(
-            f"{where}: quantizes experts, which --storage {options.storage} cannot "
+            f"{where}: quantizes experts, which --storage {stored} cannot "
             "store. Leave --storage out."
         )
     # What config.json cannot say of the output is refused before anything runs.
     pruned_config(checkpoint, plan, build_remap(checkpoint, plan))
+
+
+def device_of(name: str) -> str:
+    """What ``auto`` stands for: CUDA's current device if there is one, else the CPU."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_device(name: str) -> None:

@@ -12,8 +12,8 @@ from .. import __version__
 from ..checkpoint.block_fp8 import SUFFIX
 from ..checkpoint.config_values import positive
 from ..checkpoint.open import Checkpoint, Layer
-from ..checkpoint.writer import tensor_bytes
-from ..cut.predict import facts_of
+from ..checkpoint.writer import TensorSpec, tensor_bytes
+from ..cut.predict import bitmasks, facts_of, with_prediction
 from ..cut.slice import OutputTensor, output_tensors
 from ..decide.build_plan import make_plan
 from ..decide.cut_plan import CutPlan
@@ -22,6 +22,7 @@ from ..decide.layer_drop import number_of
 from ..errors import PlanError, RecipeError
 from ..progress import gib
 from ..recipes.schema import ExpertStage, LayerStage, Recipe
+from ..stages.plan import least_that_fits
 
 CONTEXT = 2048
 """Tokens of the one sequence for which FLOPs are counted, as UNIFIED counts them."""
@@ -86,7 +87,7 @@ def recommend(
             left_out[recipe.name] = "searches for its plan"
             continue
         try:
-            plan = plan_of_anyone(facts, recipe)
+            plan = sized_plan(checkpoint, facts, recipe)
             choices.append(Choice(recipe, costs_of(checkpoint, plan)))
         except (RecipeError, PlanError) as error:
             left_out[recipe.name] = str(error)
@@ -152,6 +153,23 @@ def plan_of_anyone(facts: ModelFacts, recipe: Recipe) -> CutPlan:
     return make_plan(None, asked, facts, tool_version=__version__)
 
 
+def sized_plan(checkpoint: Checkpoint, facts: ModelFacts, recipe: Recipe) -> CutPlan:
+    """The same at the least total that ``max_bytes`` of the recipe allows, if any.
+
+    Raises:
+        RecipeError: No total fits.
+    """
+    if recipe.max_bytes is None:
+        return plan_of_anyone(facts, recipe)
+
+    def planned(total: float) -> CutPlan:
+        asked = {"total_sparsity": total, "max_bytes": None}
+        decided = plan_of_anyone(facts, recipe.model_copy(update=asked))
+        return with_prediction(checkpoint, decided, facts=facts)
+
+    return least_that_fits(planned, recipe.max_bytes)
+
+
 def _last_layers(facts: ModelFacts, stage: LayerStage) -> LayerStage:
     """As many layers as asked for, listed: the last that have experts."""
     decoders = [at for at, layer in enumerate(facts.layers) if not layer.mtp]
@@ -189,8 +207,10 @@ def costs_of(checkpoint: Checkpoint, plan: CutPlan) -> Costs:
         for name in checkpoint.expert_names(layer)
     }
     total = flops = decode = 0
+    packed = bitmasks(checkpoint, plan, tensors)
     for tensor in tensors:
-        size = tensor_bytes(tensor)
+        parts: Sequence[TensorSpec] = packed.get(tensor.name) or [tensor]
+        size = sum(tensor_bytes(part) for part in parts)
         total += size
         layer = None if tensor.layer is None else layers[tensor.layer]
         if layer is not None and layer.mtp:

@@ -29,9 +29,6 @@ from .candidates import Candidate, refinements, structures, zeros_alone
 
 RUNGS = (0.25, 0.5)
 """Shares of the tokens on which all, then the better half, are judged first."""
-MOST_TOTAL = 0.99
-# The total comes out to within MOST_TOTAL / 2^16.
-BISECTIONS = 16
 
 
 @dataclass(frozen=True)
@@ -71,26 +68,24 @@ def tune(
     recipe: Recipe,
     options: RunOptions,
     *,
-    max_bytes: int | None = None,
     work: Path | None = None,
 ) -> Tuned:
     """Find the plan that loses least at a size.
 
     Args:
         checkpoint: The model.
-        recipe: Its ``tune`` says what to vary; its ``total_sparsity`` is the size,
-            unless ``max_bytes`` is given.
+        recipe: Its ``tune`` says what to vary; its ``total_sparsity`` or ``max_bytes``
+            is the size.
         options: How to run.
-        max_bytes: The output's files together are at most this large.
         work: A folder for what a killed search needs to continue; the caller's to
             delete.
 
     Raises:
         RecipeError: No size is given, or no candidate can reach it.
     """
-    if max_bytes is None and recipe.total_sparsity is None:
+    if not recipe.size_asked:
         raise RecipeError(f"recipe {recipe.name}: tune needs --total or --bytes.")
-    return _Search(checkpoint, recipe, options, max_bytes, work).run()
+    return _Search(checkpoint, recipe, options, work).run()
 
 
 class _Search:
@@ -101,16 +96,13 @@ class _Search:
         checkpoint: Checkpoint,
         recipe: Recipe,
         options: RunOptions,
-        max_bytes: int | None,
         work: Path | None,
     ) -> None:
-        if max_bytes is not None:  # each plan's own total is found in _plan
-            recipe = recipe.model_copy(update={"total_sparsity": 0.5})
         self.checkpoint = checkpoint
         self.recipe = recipe
         self.settings = recipe.tune or TuneStage()
         self.options = options
-        self.max_bytes = max_bytes
+        self.max_bytes = recipe.max_bytes
         self.work = work
         self.model = StreamingModel(checkpoint, options.device)
         self.journal = LossJournal(None if work is None else work / "losses.jsonl")
@@ -173,28 +165,7 @@ class _Search:
         return plans
 
     def _plan(self, recipe: Recipe, stats: Stats) -> CutPlan:
-        """The plan of a recipe; with a limit in bytes, at the least sparsity."""
-        if self.max_bytes is None:
-            return plan(self.checkpoint, recipe, stats, self.options.max_shard_bytes)
-        low, high, found = 0.0, MOST_TOTAL, None
-        for _ in range(BISECTIONS):
-            total = (low + high) / 2
-            asked = recipe.model_copy(update={"total_sparsity": total})
-            try:
-                tried = plan(
-                    self.checkpoint, asked, stats, self.options.max_shard_bytes
-                )
-            except RecipeError:  # more than this structure can remove
-                high = total
-                continue
-            # Size falls as the total rises: the least total that fits keeps most.
-            if self._fits(tried):
-                high, found = total, tried
-            else:
-                low = total
-        if found is None:
-            raise RecipeError(f"cannot be as small as {self.max_bytes:,} bytes.")
-        return found
+        return plan(self.checkpoint, recipe, stats, self.options.max_shard_bytes)
 
     def _judge(self, plans: Mapping[str, CutPlan], share: float) -> list[Judged]:
         """Judge plans on a share of the windows; best first."""

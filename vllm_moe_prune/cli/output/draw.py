@@ -69,6 +69,11 @@ def facts(title: str, pairs: Sequence[tuple[str, object]]) -> None:
     out.print()
 
 
+def warn(text: str) -> None:
+    """What the user may not expect, on stderr."""
+    err.print(Text(f"note: {text}", "yellow"))
+
+
 def hint(text: str) -> None:
     """What to do next."""
     out.print(Text(text, "dim"))

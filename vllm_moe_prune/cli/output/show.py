@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.open import Checkpoint
 from ...progress import gib, peak_rss_bytes
-from .draw import duration, facts, hint, print_json, table
+from .draw import duration, facts, hint, print_json, table, warn
 
 if TYPE_CHECKING:
     from ...calibrate.stats import Stats
@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from ...cut.verify import Verified
     from ...decide.cut_plan import CutPlan, LayerPlan
     from ...report.read import Kurtosis, Numbers
+
+
+DENSE_ZEROS = (
+    "zeros stored dense make no file or server smaller or faster; --storage bitmask "
+    "leaves them out (faster on CPUs), --for any removes experts instead."
+)
+
+
+def note_dense_zeros(plan: "CutPlan", storage: str | None = None) -> None:
+    """Say so where a plan writes zeros that save nothing."""
+    if plan.is_slimmed and (storage or plan.recipe.storage) == "dense":
+        warn(DENSE_ZEROS)
 
 
 def show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:

@@ -86,7 +86,8 @@ def show_recommended(
         hint(textwrap.fill(f"Not listed: {name}: {why}", 79, subsequent_indent="  "))
     hint("TFLOPs are of 2,048 tokens at batch 1; read per token are weights only.")
     name = found.choices[0].recipe.name
-    hint(f"Next: vllm-moe-prune run {source_of(checkpoint)} OUT --recipe {name}")
+    how = name if name.startswith("--for") else f"--recipe {name}"
+    hint(f"Next: vllm-moe-prune run {source_of(checkpoint)} OUT {how}")
 
 
 def _costs(costs: "Costs") -> tuple[str, str, str]:
