@@ -18,7 +18,7 @@ CUTS = {
     ),
     1: LayerCut(keep=(0, 2), sparsity=0.25),
 }
-TRAINING = "--steps 4 --batch-size 2 --heldout 2"
+TRAINING = "--steps 2 --batch-size 2 --heldout 2"
 
 
 @dataclass(frozen=True)
