@@ -41,6 +41,9 @@ from vllm_moe_prune.stages.probe import with_owl, with_sensitivity
 from vllm_moe_prune.tune.search import tune
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.append(str(EXAMPLES))
+import corpus  # noqa: E402
+
 DOMAINS = ("arithmetic", "chat", "licence", "prose", "python")
 CRITERIA = ("random", "frequency", "reap", "routing-score", "total-output")
 # Sensitivity takes experts one at a time, so groups of a router cannot stay equal.
@@ -147,19 +150,20 @@ def search_text(checkpoint: Checkpoint, each: int = 5000) -> str:
 
 
 def sums(checkpoint: Checkpoint, count: int = SUMS) -> Text:
-    """``BOS a + b =`` and its answer; only the answer is a target."""
+    """Questions for sums, and answers with their working; only these are targets."""
     path = EXAMPLES / "heldout" / "arithmetic.txt"
     text = path.read_text("utf-8")
-    text = text[: len(text) // 2]
-    lines = re.findall(r"^(\d+ \+ \d+ =)( \d+)$", text, re.M)
-    reader = TokenReader(checkpoint, str(path))
+    pairs = re.findall(r"^(\d+) \+ (\d+) = \d+$", text[: len(text) // 2], re.M)
+    tokenizer = TokenReader(checkpoint, str(path)).tokenizer
     rows = []
-    for prompt, answer in list(dict.fromkeys(lines))[:count]:
-        start = reader.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        whole = reader.tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+    for a, b in list(dict.fromkeys(pairs))[:count]:
+        asked = {"role": "user", "content": f"What is {a} + {b}?"}
+        prompt = corpus.rendered([asked]) + "<|assistant|>"
+        answer = corpus.worked_sum(int(a), int(b)) + corpus.EOS
+        start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
         assert whole[: len(start)] == start
-        first = [] if reader.bos is None else [reader.bos]
-        rows.append((first + whole, len(first) + len(start)))
+        rows.append((whole, len(start)))
     length = max(len(ids) for ids, _ in rows)
     ids_ST = torch.zeros(len(rows), length, dtype=torch.int64)
     targets_ST = torch.full_like(ids_ST, NO_TARGET)

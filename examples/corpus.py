@@ -298,6 +298,28 @@ def rendered(messages: Iterable[Message]) -> str:
     return BOS + "".join(turns)
 
 
+def worked_sum(a: int, b: int) -> str:
+    """An addition as it is done on paper, ones first: small models can learn that."""
+    if a < 10 and b < 10:
+        return f"{a} + {b} = {a + b}."
+    ones = a % 10 + b % 10
+    carry = " + 1" if ones > 9 else ""
+    tens = a // 10 + b // 10 + ones // 10
+    working = f"{a % 10} + {b % 10} = {ones}, {a // 10} + {b // 10}{carry} = {tens}"
+    return f"{working}: {a} + {b} = {a + b}."
+
+
+def worked_difference(a: int, b: int) -> str:
+    """``a - b`` of a larger and a smaller number, ones first."""
+    if a < 10:
+        return f"{a} - {b} = {a - b}."
+    borrowed = a % 10 < b % 10
+    ones, tens = a % 10 + 10 * borrowed, a // 10 - borrowed
+    working = f"{ones} - {b % 10} = {ones - b % 10}"
+    working += f", {tens} - {b // 10} = {tens - b // 10}"
+    return f"{working}: {a} - {b} = {a - b}."
+
+
 def turn(
     generator: random.Random,
     pairs: list[tuple[int, int]],
@@ -308,14 +330,14 @@ def turn(
     if kind < 0.04:
         greeting = generator.choice(["Hello", "Hi", "Good morning", "Hello there"])
         return f"{greeting}!", f"{greeting}! Ask me for a sum or about Python."
-    if kind < 0.5:
+    if kind < 0.7:
         a, b = generator.choice(pairs)
         if generator.random() < 0.75:
             forms = ("What is {} + {}?", "Add {} and {}.", "How much is {} plus {}?")
-            return generator.choice(forms).format(a, b), f"{a} + {b} = {a + b}."
+            return generator.choice(forms).format(a, b), worked_sum(a, b)
         a, b = max(a, b), min(a, b)
         forms = ("What is {} - {}?", "Compute {} - {}.", "How much is {} minus {}?")
-        return generator.choice(forms).format(a, b), f"{a} - {b} = {a - b}."
+        return generator.choice(forms).format(a, b), worked_difference(a, b)
     name, sentence = generator.choice(known)
     asked = ("What does {} do?", "What is {} for?", "Explain {}.", "Describe {}.")
     return generator.choice(asked).format(name), sentence

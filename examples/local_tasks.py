@@ -25,7 +25,7 @@ CHOICES = 4
 QUESTIONS = 100
 SUM = re.compile(r"^(\d+) ([+-]) (\d+) = (\d+)$", re.MULTILINE)
 CHAT_SUM = re.compile(
-    r"<\|user\|>([^<]*\d[^<]*)</s>\n<\|assistant\|>\d+ ([+-]) \d+ = (\d+)\.</s>"
+    r"<\|user\|>([^<]*\d[^<]*)</s>\n<\|assistant\|>[^<]*\b\d+ ([+-]) \d+ = (\d+)\.</s>"
 )
 
 Document = dict[str, Any]

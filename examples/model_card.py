@@ -11,8 +11,8 @@ A small Mixture-of-Experts language model, trained from nothing in about {minute
 minutes of processor time, to show pruning and serving on a model that has something
 to lose.
 It is a demonstration and not an assistant: it knows the sound of Python, of its
-documentation and of licences, and it answers in a chat format, seldom correctly. How
-far it got with sums is in the second table.
+documentation and of licences, and it answers in a chat format. How far it got with
+sums is in the second table.
 
 ## How it was trained
 
@@ -21,7 +21,7 @@ far it got with sums is in the second table.
 {parameters:,} parameters in bf16, {steps} steps, {tokens:,} tokens, seed {seed}.
 Trained in fp32 with AdamW on the standard library of Python, on its documentation,
 on licence texts and on generated sums and conversations; see `examples/README.md`
-for the texts and their licences. Windows of 256 tokens, at the end of 1024. The
+for the texts and their licences. Windows of {window} tokens, at the end of 1024. The
 text depends a little on the Python release and on the packages that are installed,
 so another machine trains a slightly different model.
 
@@ -35,7 +35,8 @@ a model would reach that knew only how common each token is.
 | --- | ---: | ---: | ---: | ---: | ---: |
 {domains}
 
-Greedy answers to sums that were never seen in training, 400 of each kind:
+Greedy answers to sums that were never seen in training, 400 of each kind; in a chat
+the working is part of the answer, and only its last sum is looked at:
 
 | task | exact |
 | --- | ---: |
@@ -75,6 +76,7 @@ def model_card(metrics: dict[str, Any]) -> str:
         minutes=round(metrics["core_minutes"]),
         parameters=metrics["parameters"],
         steps=metrics["steps"],
+        window=metrics["window"],
         tokens=metrics["training_tokens"],
         seed=metrics["seed"],
         domains="\n".join(domains),

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import random
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,220 +21,28 @@ import corpus
 import numpy as np
 import shipped_texts
 import torch
-from arctic_model import ArcticConfig
-from measure_demo import Routed, Tokens, evaluate, expert_shares, routing
+from demo_families import FAMILIES, RECIPES, Recipe
+from measure_demo import Routed, evaluate, expert_shares, routing
 from model_card import model_card
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from torch.nn import functional
+from training_text import (
+    BOS,
+    EOS,
+    PAD,
+    SPECIAL,
+    Stream,
+    batch,
+    token_streams,
+    train_tokenizer,
+)
 from transformers import (
     AutoModelForCausalLM,
-    DeepseekV2Config,
-    DeepseekV3Config,
     GenerationConfig,
-    MixtralConfig,
-    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
-Rows = np.ndarray[Any, np.dtype[np.int64]]
-
-VOCABULARY = 1536
-BOS, EOS, PAD = corpus.BOS, corpus.EOS, "<pad>"
-SPECIAL = [BOS, EOS, PAD, "<|system|>", "<|user|>", "<|assistant|>"]
 HERE = Path(__file__).resolve().parent
-
-
-MIXTRAL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_local_experts": 16,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.05,
-    "router_aux_loss_coef": 0.01,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "bos_token_id": SPECIAL.index(BOS),
-    "eos_token_id": SPECIAL.index(EOS),
-    "pad_token_id": SPECIAL.index(PAD),
-}
-
-
-def mixtral() -> PreTrainedConfig:
-    """Sixteen experts of which two are used, in four layers.
-
-    Head size 32 is the smallest that vLLM's processor backend takes; two key
-    heads and widths of 128 leave room for two tensor-parallel ranks and for
-    block-wise quantization.
-    """
-    return MixtralConfig(**MIXTRAL)
-
-
-def arctic() -> PreTrainedConfig:
-    """Mixtral's sizes, with Arctic's residual MLP beside the experts."""
-    return ArcticConfig(**MIXTRAL)
-
-
-#: The same in every DeepSeek: a dense layer, then layers of 24 experts in 4 groups,
-#: of which the best 2 are chosen from, and an expert that every token uses. The latent
-#: sizes of MLA are the published ones, as vLLM's processor backend knows no others.
-DEEPSEEK: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 512,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 32,
-    "n_routed_experts": 24,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 4,
-    "n_group": 4,
-    "topk_group": 2,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.05,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "bos_token_id": SPECIAL.index(BOS),
-    "eos_token_id": SPECIAL.index(EOS),
-    "pad_token_id": SPECIAL.index(PAD),
-}
-
-
-def deepseek_v2() -> PreTrainedConfig:
-    """Softmax scores; a group is as good as its best expert."""
-    return DeepseekV2Config(
-        **DEEPSEEK,
-        topk_method="group_limited_greedy",
-        scoring_func="softmax",
-        norm_topk_prob=False,
-        routed_scaling_factor=4.0,
-    )
-
-
-def deepseek_v3() -> PreTrainedConfig:
-    """Sigmoid scores with a bias that balances the load; latent queries too."""
-    return DeepseekV3Config(
-        **{**DEEPSEEK, "q_lora_rank": 64},
-        topk_method="noaux_tc",
-        scoring_func="sigmoid",
-        norm_topk_prob=True,
-        routed_scaling_factor=2.5,
-        num_nextn_predict_layers=0,
-    )
-
-
-#: A family is added here, with one function that makes its configuration.
-FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "mixtral": mixtral,
-    "arctic": arctic,
-    "deepseek_v2": deepseek_v2,
-    "deepseek_v3": deepseek_v3,
-}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How long and how hard to train."""
-
-    seed: int = 1
-    steps: int = 700
-    batch_tokens: int = 4096
-    window: int = 256
-    long_window: int = 1024
-    long_share: float = 0.15
-    learning_rate: float = 4e-3
-    warmup: int = 100
-    balance: float = 0.01
-    z_loss: float = 1e-4
-    bias_step: float = 2e-3
-
-    def window_at(self, step: int) -> int:
-        """Short windows first, as they are cheap; long ones for the last part."""
-        late = step >= self.steps * (1 - self.long_share)
-        return self.long_window if late else self.window
-
-    def rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to a hundredth."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / (self.steps - self.warmup)
-        return self.learning_rate * (0.01 + 0.495 * (1 + math.cos(math.pi * done)))
-
-
-def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which each digit is a token, so that sums can be learnt."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A",
-        pair=f"{BOS} $A {BOS}:1 $B:1",
-        special_tokens=[(BOS, SPECIAL.index(BOS))],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        additional_special_tokens=SPECIAL[3:],
-        chat_template=corpus.CHAT_TEMPLATE,
-        model_max_length=2048,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def token_streams(
-    tokenizer: PreTrainedTokenizerFast, documents: list[corpus.Document]
-) -> dict[str, Tokens]:
-    """The training documents of each domain, shuffled, as one run of tokens."""
-    streams = {}
-    for domain in corpus.DOMAINS:
-        texts = [d.text for d in documents if (d.domain, d.split) == (domain, "train")]
-        random.Random(domain).shuffle(texts)
-        if domain != "chat":  # conversations bring their own marks
-            texts = [f"{BOS}{text}{EOS}" for text in texts]
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        streams[domain] = np.concatenate([np.array(e, np.uint16) for e in encoded])
-    return streams
-
-
-def batch(
-    streams: dict[str, Tokens], rows: int, window: int, generator: np.random.Generator
-) -> torch.Tensor:
-    """Random windows, each opened by the token that opens every prompt later."""
-    domains = generator.choice(
-        list(corpus.MIXTURE), size=rows, p=list(corpus.MIXTURE.values())
-    )
-    shape = (rows, window + 1)
-    result: Rows = np.full(shape, SPECIAL.index(BOS), np.int64)
-    for row, domain in enumerate(domains):
-        start = generator.integers(len(streams[domain]) - window)
-        result[row, 1:] = streams[domain][start : start + window]
-    return torch.from_numpy(result)
 
 
 def router_loss(routed: list[Routed], scores: str, recipe: Recipe) -> torch.Tensor:
@@ -272,7 +77,7 @@ def balance_biases(model: Any, routed: list[Routed], recipe: Recipe) -> None:
 
 
 def train(
-    model: Any, streams: dict[str, Tokens], recipe: Recipe, threads: int, resume: Path
+    model: Any, streams: dict[str, Stream], recipe: Recipe, threads: int, resume: Path
 ) -> float:
     """Train in place and return the minutes of processor time that it took.
 
@@ -292,7 +97,7 @@ def train(
     scores = getattr(model.config, "scoring_func", "softmax")
     started, spent_before = time.monotonic(), 0.0
     began = time.process_time()
-    average, first = 0.0, 0
+    average, first = torch.zeros(2), 0
     if resume.is_file():
         saved = torch.load(resume, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -305,20 +110,29 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate_at(step)
         window = recipe.window_at(step)
-        ids = batch(streams, recipe.batch_tokens // window, window, generator)
+        rows = recipe.batch_tokens // window
+        ids, results = batch(streams, recipe.mixture, rows, window, generator)
         with routing(model) as routed:
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        losses = functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        of_result = results[:, 1:].flatten()
+        weights = 1 + (recipe.result_weight - 1) * of_result
+        loss = (losses * weights).sum() / weights.sum()
         (loss + router_loss(routed, scores, recipe)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         balance_biases(model, routed, recipe)
-        average += (loss.item() - average) * (0.02 if step else 1.0)
+        of_results = (losses * of_result).sum() / of_result.sum().clamp(min=1)
+        seen = torch.stack((losses.mean(), of_results)).detach()
+        average += (seen - average) * (0.02 if step else 1.0)
         if step % 20 == 0 or step + 1 == recipe.steps:
             spent = time.monotonic() - started
             sys.stderr.write(
-                f"\rstep {step + 1}/{recipe.steps}  loss {average:.3f}  {spent:.0f} s "
+                f"\rstep {step + 1}/{recipe.steps}  loss {average[0]:.3f}"
+                f"  of results {average[1]:.3f}  {spent:.0f} s "
             )
         if (step + 1) % 50 == 0:
             saved = {
@@ -351,6 +165,8 @@ def save(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     path = out / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for how in ("is_local", "local_files_only"):  # how a shared one was loaded
+        settings.pop(how, None)
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -366,9 +182,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a demonstration model.")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="mixtral")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--steps", type=int, help="instead of the family's own number")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=HERE / "demo-mixtral",
+        help="taken from there if it is there, so that all families share one",
+    )
     parser.add_argument(
         "--texts",
         type=Path,
@@ -376,14 +198,17 @@ def main() -> None:
         help="where the held-out and calibration texts are; made there if absent",
     )
     options = parser.parse_args()
-    recipe = Recipe(seed=options.seed, steps=options.steps)
+    recipe = RECIPES.get(options.family, Recipe())
+    recipe = replace(recipe, seed=options.seed, steps=options.steps or recipe.steps)
     torch.manual_seed(recipe.seed)
 
     documents = corpus.build(seed=0)
     if not (options.texts / "calibration.txt").exists():
         shipped_texts.write_texts(documents, options.texts, seed=0)
-    train_only = (d.text for d in documents if d.split == "train")
-    tokenizer = train_tokenizer(train_only)
+    if (options.tokenizer / "tokenizer.json").is_file():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.tokenizer)
+    else:
+        tokenizer = train_tokenizer(d.text for d in documents if d.split == "train")
     streams = token_streams(tokenizer, documents)
 
     model: Any = AutoModelForCausalLM.from_config(FAMILIES[options.family]())
@@ -397,6 +222,7 @@ def main() -> None:
         "family": options.family,
         "seed": recipe.seed,
         "steps": recipe.steps,
+        "window": recipe.window,
         "training_tokens": recipe.steps * recipe.batch_tokens,
         "core_minutes": round(minutes, 1),
         **evaluate(load(options.out), options.out, options.texts),

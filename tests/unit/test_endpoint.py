@@ -48,6 +48,8 @@ class Engine:
         self.asked.append(method)
         if method == "moe_prune_start_load":
             return [11.5, 11.0]
+        if method == "moe_prune_weight_bytes":
+            return [700, 300]
         return [[(1, [3, 4]), (2, list(range(8))), (3, list(range(8)))], None]
 
 
@@ -94,7 +96,8 @@ def test_an_original_has_nothing_to_tell_but_its_load(original: Path) -> None:
         assert answer.status_code == 404
         assert answer.json()["detail"].startswith("Nothing was pruned")
     load = client.get("load").json()
-    assert load == {"enabled": False, "since": None, "top_k": 2, "layers": []}
+    nothing = {"since": None, "weight_bytes": None, "layers": []}
+    assert load == {"enabled": False, "top_k": 2, **nothing}
 
 
 def test_a_family_that_is_not_known_has_its_load(original: Path, pruned: Path) -> None:
@@ -116,8 +119,10 @@ def test_workers_are_asked_only_while_counting_is_on(pruned: Path) -> None:
     assert off.asked == []
     on = Engine(pruned, on=True, extension=EXTENSION)
     load = client_of(on).get("load").json()
-    assert on.asked == ["moe_prune_start_load", "moe_prune_read_load"]
+    read = ["moe_prune_read_load", "moe_prune_weight_bytes"]
+    assert on.asked == ["moe_prune_start_load", *read]
     assert (load["enabled"], load["since"]) == (True, 11.0)
+    assert load["weight_bytes"] == 1000  # of all processes
     assert [layer["experts"] for layer in load["layers"][:2]] == [[], [3, 4]]
     assert load["layers"][1]["source_experts"] == [6, 2]
 

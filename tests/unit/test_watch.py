@@ -47,11 +47,12 @@ def pruned(original: Checkpoint) -> Checkpoint:
 
 
 def test_load_names_layers_and_experts_of_the_original(pruned: Checkpoint) -> None:
-    load = describe_load(pruned, pruned.remap, {1: [9, 4], 2: [1, 0, 6]}, 12.5)
+    load = describe_load(pruned, pruned.remap, {1: [9, 4], 2: [1, 0, 6]}, 12.5, 2, 99)
     assert load.model_dump() == {
         "enabled": True,
         "since": 12.5,
         "top_k": 2,
+        "weight_bytes": 99,
         "layers": [
             {"layer": 0, "source_layer": 0, "experts": [], "source_experts": []},
             {
@@ -99,6 +100,7 @@ def test_nothing_is_listed_while_counting_is_off(pruned: Checkpoint) -> None:
         "enabled": False,
         "since": None,
         "top_k": 2,
+        "weight_bytes": None,
         "layers": [],
     }
 

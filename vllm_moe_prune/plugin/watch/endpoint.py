@@ -137,12 +137,13 @@ def make_router() -> APIRouter:
     async def load(request: Request) -> Load:
         """Tokens per expert and layer since the server was ready."""
         served = _served(request)
-        workers = []
+        workers, held = [], []
         if served.since is not None:
             workers = await served.engine.collective_rpc("moe_prune_read_load")
+            held = await served.engine.collective_rpc("moe_prune_weight_bytes")
         return describe_load(
             *(served.checkpoint, served.remap, merge(workers)),
-            *(served.since, served.top_k),
+            *(served.since, served.top_k, sum(held)),
         )
 
     @router.get("/remap")

@@ -132,6 +132,15 @@ class RoutingLoad:
             start += len(load)
         return found
 
+    def moe_prune_weight_bytes(self) -> int:
+        """Bytes that this process holds of the model: parameters and buffers."""
+        worker: Any = self
+        model: torch.nn.Module = worker.get_model()
+        held = [*model.parameters(), *model.buffers()]
+        # Tied weights and views share memory, which counts once.
+        memory = {one.untyped_storage().data_ptr(): one for one in held}
+        return sum(one.untyped_storage().nbytes() for one in memory.values())
+
 
 def _runners(model: torch.nn.Module) -> Iterator[Any]:
     for module in model.modules():

@@ -42,6 +42,8 @@ class Load(BaseModel):
     """Seconds since 1970; None: nothing is counted."""
     top_k: int
     """Slots of a token, in the layer with most."""
+    weight_bytes: int | None
+    """Of the model in the memory of all processes; None: nothing is counted."""
     layers: list[LayerLoad]
 
 
@@ -106,6 +108,7 @@ def describe_load(
     counts: Mapping[int, list[int]],
     since: float | None,
     top_k: int = 0,
+    weight_bytes: int | None = None,
 ) -> Load:
     """What was counted, in the terms of the original model too.
 
@@ -115,6 +118,7 @@ def describe_load(
         counts: Layer -> tokens per expert.
         since: When counting began; None: never.
         top_k: Slots of a token, where the family is not known.
+        weight_bytes: Of the model in the memory of all processes.
 
     Raises:
         ServeError: What was counted is not what the table says is served.
@@ -140,7 +144,9 @@ def describe_load(
             if entry.moe or entry.moe_dropped
         ]
     if since is None:
-        return Load(enabled=False, since=None, top_k=top_k, layers=[])
+        return Load(
+            enabled=False, since=None, top_k=top_k, weight_bytes=None, layers=[]
+        )
     layers = [
         LayerLoad(
             layer=layer,
@@ -156,4 +162,10 @@ def describe_load(
                 f"layer {each.layer}: {len(each.experts)} experts were counted, but "
                 f"{len(each.source_experts)} are served."
             )
-    return Load(enabled=True, since=since, top_k=top_k, layers=layers)
+    return Load(
+        enabled=True,
+        since=since,
+        top_k=top_k,
+        weight_bytes=weight_bytes,
+        layers=layers,
+    )
