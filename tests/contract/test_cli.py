@@ -42,6 +42,7 @@ RUNS = {
     "tune": f"tune ckpt -o best.json --total 0.4 --calibration text.txt {SMALL}"
     " --recipe small.yaml",
     "report": "report out",
+    "push": "push out owner/name --dry-run",
     "eval": "eval ckpt --text text.txt --sequence-length 64 --max-tokens 300",
     "compare": "compare ckpt out --text text.txt --max-tokens 300",
 }

@@ -33,7 +33,7 @@ ROWS = (
     {"progress", "recipes"},
     {"archs", "checkpoint", "configs", "kernels"},
     {"calibrate", "cut", "decide", "recover", "report", "slim"},
-    {"plugin", "stages", "tune"},
+    {"plugin", "publish", "stages", "tune"},
     {"judge", "pipeline"},
     {"cli"},
     {"__main__"},

@@ -7,10 +7,7 @@ of their own, several in each, since the endpoint is read when the library is im
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.hub_session import Result, session
 from tests.reference import LayerCut, folder_bytes, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
@@ -36,22 +34,6 @@ REFUSED = {
     "acme/absent": (404, "RepoNotFound", "Repository not found"),
     "acme/broken": (500, "", "Internal error"),
 }
-# Runs each list of arguments as a command of its own, and tells how it went.
-SESSION = """
-import contextlib, io, json, sys
-from vllm_moe_prune.cli import main
-results = []
-for arguments in json.loads(sys.argv[1]):
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    sys.argv = ["vllm-moe-prune", *arguments]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-    results.append([code, out.getvalue(), err.getvalue()])
-print(json.dumps(results))
-"""
 
 
 @dataclass
@@ -180,15 +162,6 @@ class Answer(BaseHTTPRequestHandler):
 
 
 @dataclass(frozen=True)
-class Result:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@dataclass(frozen=True)
 class World:
     """A stand-in with repositories, and a cache folder."""
 
@@ -209,28 +182,8 @@ class World:
         self, commands: dict[str, list[str]], **environment: str
     ) -> dict[str, Result]:
         """Run commands in one fresh process that knows only the stand-in."""
-        clean = {
-            key: value
-            for key, value in os.environ.items()
-            if not key.startswith(("HF_", "HUGGING"))
-        }
-        settings = {
-            "HF_ENDPOINT": self.endpoint,
-            "HF_HOME": str(self.folder / "home"),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        }
-        process = subprocess.run(
-            [sys.executable, "-c", SESSION, json.dumps(list(commands.values()))],
-            env=clean | settings | environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert process.returncode == 0, process.stderr
-        results = json.loads(process.stdout.splitlines()[-1])
-        named = zip(commands, results, strict=True)
-        return {name: Result(*result) for name, result in named}
+        home = self.folder / "home"
+        return session(commands, self.endpoint, home, **environment)
 
 
 @pytest.fixture(scope="module")

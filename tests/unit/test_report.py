@@ -22,11 +22,13 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.cut.output import STATS_FILE
 from vllm_moe_prune.decide.cut_plan import load_plan
-from vllm_moe_prune.errors import PlanError
+from vllm_moe_prune.errors import CheckpointError, PlanError
 from vllm_moe_prune.pipeline import RunOptions, convert, run
 from vllm_moe_prune.recipes.flags import with_overrides
 from vllm_moe_prune.recipes.loading import load_recipe
+from vllm_moe_prune.recipes.schema import parse_recipe
 from vllm_moe_prune.report.as_data import as_data
+from vllm_moe_prune.report.deciding import chosen, removed_of
 from vllm_moe_prune.report.figures import write_figures
 from vllm_moe_prune.report.page import page
 from vllm_moe_prune.report.raster import opacity_png
@@ -218,7 +220,7 @@ def test_what_was_not_measured_is_said_and_not_drawn(copy: Path) -> None:
     del provenance["source_bytes"], provenance["weight_powers"]
     (copy / "provenance.json").write_text(json.dumps(provenance), "utf-8")
     numbers = read_numbers(copy)
-    assert len(numbers.missing) == 8
+    assert len(numbers.missing) == 9
     shown = Page(page(numbers))
     assert not shown.ids & {"alike", "scores", "frequency", "kurtosis", "blocks"}
     assert {"size", "layers", "made"} <= shown.ids
@@ -303,3 +305,104 @@ def test_a_compressed_output_gives_the_same_report_but_for_its_size(
     assert packed.bytes_after < numbers.bytes_after
     same = as_data(packed) | {"tensor_bytes": as_data(numbers)["tensor_bytes"]}
     assert same == as_data(numbers)
+
+
+# What decided
+
+
+@pytest.fixture(scope="module")
+def sensitive(folder: Path) -> Path:
+    """An output whose budget was split by measured sensitivity."""
+    recipe = parse_recipe(
+        {
+            "experts": {
+                "method": "score",
+                "criterion": "reap",
+                "drop": 0.25,
+                "budget": "sensitivity",
+            },
+            "slim": {"method": "none"},
+            "calibration": {"samples": 2, "sequence_length": 32, "heldout": 2},
+        },
+        "sensitive",
+    )
+    recipe = with_overrides(recipe, {"calibration": str(tiny_text(folder, 8000))})
+    run(open_checkpoint(folder / "in"), recipe, folder / "sensitive", RunOptions())
+    return folder / "sensitive"
+
+
+def test_sensitivity_and_the_split_are_drawn(sensitive: Path, tmp_path: Path) -> None:
+    numbers = read_numbers(sensitive)
+    stats = load_stats(sensitive / STATS_FILE)
+    removed = 0
+    for layer in numbers.layers:
+        points_P2 = stats.layers[layer.layer].sensitivity_P2
+        assert points_P2 is not None
+        np.testing.assert_array_equal(layer.sensitivity_P2, points_P2)
+        taken, loss = chosen(layer)
+        assert taken == removed_of(layer) == 8 - len(layer.keep)
+        # Between two points the loss is taken to be linear.
+        below, above = (
+            points_P2[points_P2[:, 0] <= taken][-1],
+            points_P2[points_P2[:, 0] >= taken][0],
+        )
+        along = (taken - below[0]) / max(1, above[0] - below[0])
+        expected = below[1] + along * (above[1] - below[1]) - points_P2[0, 1]
+        assert loss == pytest.approx(expected)
+        removed += taken
+    assert removed == 4
+    drawn = Page(page(numbers))
+    assert "sensitivity" in drawn.ids
+    text = " ".join(drawn.text)
+    for layer in numbers.layers:
+        assert f"{removed_of(layer)} of 8" in text
+    points = [dict(attrs)["points"] for tag, attrs in drawn.tags if tag == "polyline"]
+    assert len(points) == len(numbers.layers)
+    # One scale: the highest point of all layers is at the top.
+    heights = [float(pair.split(",")[1]) for line in points for pair in line.split()]
+    assert min(heights) == 4.0
+    assert [layer["sensitivity"] for layer in as_data(numbers)["layers"]]
+    names = {path.name for path in write_figures(numbers, tmp_path)}
+    assert "sensitivity.png" in names
+
+
+def test_sensitivity_by_another_rule_is_not_shown(
+    sensitive: Path, folder: Path, tmp_path: Path
+) -> None:
+    """STUN's plan removed experts by another rule than these curves."""
+    numbers = read_numbers(folder / "out", [sensitive / STATS_FILE])
+    assert all(layer.sensitivity_P2 is None for layer in numbers.layers)
+    assert "Sensitivity of layers" in numbers.missing
+    assert "sensitivity" not in Page(page(numbers)).ids
+
+
+def test_what_refitting_gained_is_drawn(copy: Path) -> None:
+    path = copy / "provenance.json"
+    history = read_json(path)
+    history["refit"] = [
+        {
+            "layer": 0,
+            "ridge": 0.3,
+            "sources": [
+                {"source": "code", "before": 0.25, "after": 0.125},
+                {"source": HOSTILE, "before": 0.5, "after": 0.4375},
+            ],
+        },
+        {"layer": 1, "ridge": None, "sources": []},
+    ]
+    path.write_text(json.dumps(history), "utf-8")
+    numbers = read_numbers(copy)
+    assert numbers.layers[0].refit is not None
+    assert numbers.layers[0].refit.ridge == 0.3
+    drawn = Page(page(numbers))
+    assert "refits" in drawn.ids
+    assert "script" not in drawn.names
+    text = " ".join(drawn.text)
+    assert "0.1250" in text
+    assert HOSTILE in text
+    (row,) = [row for row in as_data(numbers)["layers"] if row["layer"] == 0]
+    assert row["refit"]["sources"][0]["after"] == 0.125
+    history["refit"][0]["sources"][0]["after"] = -1
+    path.write_text(json.dumps(history), "utf-8")
+    with pytest.raises(CheckpointError, match=r"refit\.0\.sources\.0\.after"):
+        read_numbers(copy)

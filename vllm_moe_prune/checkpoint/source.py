@@ -63,7 +63,7 @@ def _find(source: str | Path, revision: str | None) -> _Local:
                 f"{source}: is a local folder; --revision is for Hub repositories."
             )
         return _Local(folder, folder.resolve().name, None)
-    if not _is_hub_id(str(source)):
+    if not is_hub_id(str(source)):
         raise CheckpointError(
             f"{source}: no such folder, and not a Hub id of the form owner/name."
         )
@@ -72,10 +72,11 @@ def _find(source: str | Path, revision: str | None) -> _Local:
 
 def may_be_checkpoint(source: str) -> bool:
     """Whether there is such a folder, or a Hub id may look so."""
-    return Path(source).is_dir() or _is_hub_id(source)
+    return Path(source).is_dir() or is_hub_id(source)
 
 
-def _is_hub_id(text: str) -> bool:
+def is_hub_id(text: str) -> bool:
+    """Whether it has the form ``owner/name``."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -197,6 +198,6 @@ def open_headers(
     source: str | Path, revision: str | None = None, *, allow_links: bool = False
 ) -> Checkpoint:
     """Like ``open_checkpoint``, but a Hub id is only looked at, not downloaded."""
-    if Path(source).is_dir() or not _is_hub_id(str(source)):
+    if Path(source).is_dir() or not is_hub_id(str(source)):
         return open_checkpoint(source, revision, allow_links=allow_links)
     return open_remote(str(source), revision)

@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..errors import Interrupted, MoePruneError, said_by
-from . import choose, gateway, judge, prune, recover, serve
+from . import choose, gateway, judge, prune, publish, recover, serve
 from .flags import flag
 
 # Typer keeps click's exceptions to itself; this one is for wrong command lines.
@@ -69,7 +69,7 @@ PANELS: dict[str, dict[str, Any]] = {
         "compare": judge.compare,
         "speed": judge.speed,
     },
-    "Serve": {"serve": serve.serve},
+    "Serve": {"serve": serve.serve, "push": publish.push},
 }
 """The commands as ``--help`` groups them; ``add_gateway`` adds the last one."""
 # What serve does not know goes on to vLLM, which has short options with an h in them.

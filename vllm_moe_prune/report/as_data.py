@@ -1,5 +1,6 @@
 """The report's numbers as plain data, for ``--json``."""
 
+from dataclasses import asdict
 from typing import Any
 
 from ..calibrate.stats import Array
@@ -46,6 +47,8 @@ def _layer(layer: LayerNumbers) -> dict[str, Any]:
         "routing_score": _list(layer.routing_score_E),
         "routing_frequency": _list(layer.frequency_E),
         "moe_cosine": layer.moe_cosine,
+        "sensitivity": _list(layer.sensitivity_P2),
+        "refit": asdict(layer.refit) if layer.refit else None,
         "kurtosis": _kurtosis(layer.kurtosis),
     }
 

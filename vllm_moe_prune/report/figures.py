@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import require_extra
 from ..files.atomic import REPEAT, write_file, writing
+from .deciding import chosen, rise
 from .page import distance_scale
 from .read import LayerNumbers, Numbers
 from .tree import forks, leaf_order, outlines
@@ -85,6 +86,8 @@ def _figures(numbers: Numbers) -> Iterator[_Figure]:
     wide = min(14.0, 3.0 + 0.35 * layers)
     yield "size", (6.0, 1.8), lambda figure: _size(figure, numbers)
     yield "survivors", (wide, 4.5), lambda figure: _survivors(figure, numbers)
+    if any(layer.sensitivity_P2 is not None for layer in numbers.layers):
+        yield "sensitivity", (6.5, 3.6), lambda figure: _sensitivity(figure, numbers)
     for layer in numbers.layers:
         if layer.distance_EE is not None:
             yield (
@@ -144,6 +147,24 @@ def _survivors(figure: Any, numbers: Numbers) -> None:
     for axes in (above, below):
         _by_layer(axes)
     above.set_xlabel("")
+
+
+def _sensitivity(figure: Any, numbers: Numbers) -> None:
+    axes = figure.subplots()
+    for layer in numbers.moe_layers:
+        points_P2 = rise(layer)
+        if points_P2 is None:
+            continue
+        (line,) = axes.plot(*points_P2.T, linewidth=1.2, label=f"layer {layer.layer}")
+        removed, loss = chosen(layer)
+        if loss is not None:
+            axes.plot(removed, loss, "o", color=line.get_color(), markersize=5)
+    axes.set_title("Rise of the loss, one layer alone; dots: what the plan takes")
+    axes.set_xlabel("experts removed")
+    axes.set_ylabel("nats per token")
+    # More names than that would fill the figure.
+    if len(numbers.moe_layers) <= 16:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
 
 
 def _experts(figure: Any, layer: LayerNumbers, numbers: Numbers) -> None:

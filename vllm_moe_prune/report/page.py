@@ -18,7 +18,7 @@ from ..calibrate.stats import Array
 from ..decide.quantize import form_of
 from ..files.atomic import REPEAT, write_file, writing
 from ..progress import gib
-from . import svg
+from . import deciding, svg
 from .read import LayerNumbers, Numbers
 
 OPEN_LAYERS = 8
@@ -50,6 +50,8 @@ def page(numbers: Numbers) -> str:
     )
     template = environment.from_string((files / "page.html").read_text("utf-8"))
     drawn: dict[str, Any] = {
+        "sensitivity": deciding.sensitivity(numbers),
+        "refits": deciding.refits(numbers),
         "alike": _alike(numbers),
         "routing": _routing(numbers),
         "kurtosis": _kurtosis(numbers),
@@ -79,6 +81,8 @@ def _sections(drawn: dict[str, Any]) -> list[tuple[str, str]]:
     every = [
         ("size", "Size", True),
         ("layers", "Layers", True),
+        ("sensitivity", "Sensitivity", drawn["sensitivity"]),
+        ("refits", "Refit", drawn["refits"]),
         ("alike", "Experts alike", drawn["alike"]),
         *((chart["id"], chart["title"], True) for chart in drawn["routing"]),
         ("kurtosis", "Kurtosis", drawn["kurtosis"]),

@@ -20,10 +20,11 @@ from ..cut.output import STATS_FILE
 from ..decide.clusters import Merge, merge_sequence
 from ..decide.cut_plan import CutPlan, LayerPlan, check_plan, load_plan
 from ..decide.facts import LayerFacts
+from ..decide.sensitivity import rule
 from ..decide.similarity import expert_distance
 from ..errors import PlanError, RemapError
 from ..slim.kurtosis import kurtosis
-from .record import LayerCounts, LayerPowers, Provenance, read_provenance
+from .record import LayerCounts, LayerPowers, LayerRefit, Provenance, read_provenance
 
 _Sums = tuple[Array | None, Array | None, Array | None]
 """Power sums of a layer's experts: before, trimmed, slimmed."""
@@ -39,6 +40,24 @@ class Kurtosis:
     """Of the survivors, before slimming."""
     slimmed: float | None
     """Of the survivors as they were written."""
+
+
+@dataclass(frozen=True)
+class SourceErrors:
+    """What experts lack of their target on one source: squares, of the target's own."""
+
+    source: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What refitting did to a layer."""
+
+    ridge: float | None
+    """None: left as it was, since a source would have got worse."""
+    sources: tuple[SourceErrors, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +83,10 @@ class LayerNumbers:
     """Share of the tokens that chose the expert."""
     moe_cosine: float | None = None
     """Mean cosine of the hidden state before and after norm, MoE and residual."""
+    sensitivity_P2: Array | None = None
+    """Points (experts removed from this layer alone, held-out loss then), measured by
+    the rule that the plan removes them by."""
+    refit: Refit | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +155,14 @@ def read_numbers(
         for layer, found in zip(plan.layers, measured, strict=True)
     ]
     counts = record.sparsity_achieved
+    curves = _curves(stats, plan)
+    refits = {one.layer: _refit(one) for one in record.refit}
     layers = tuple(
-        _layer(layer, count, found, plan, total)
+        dataclasses.replace(
+            _layer(layer, count, found, plan, total),
+            sensitivity_P2=curves.get(layer.layer),
+            refit=refits.get(layer.layer),
+        )
         for layer, count, found, total in zip(
             plan.layers, counts.layers, measured, sums, strict=True
         )
@@ -240,6 +269,27 @@ def _layer(
     )
 
 
+def _curves(stats: Sequence[Stats], plan: CutPlan) -> dict[int, Array]:
+    """Sensitivities that were measured by the plan's own rule."""
+    for one in stats:
+        if one.sensitivity.get("rule") == rule(plan.recipe):
+            return {
+                index: layer.sensitivity_P2
+                for index, layer in one.layers.items()
+                if layer.sensitivity_P2 is not None and len(layer.sensitivity_P2)
+            }
+    return {}
+
+
+def _refit(record: LayerRefit) -> Refit:
+    return Refit(
+        record.ridge,
+        tuple(
+            SourceErrors(one.source, one.before, one.after) for one in record.sources
+        ),
+    )
+
+
 def _distance(found: LayerStats, plan: CutPlan, layer: int) -> Array | None:
     """What STUN clustered by, with the recipe's weights; None if not measured."""
     try:
@@ -322,6 +372,7 @@ def _missing(numbers: Numbers) -> list[str]:
         "Similarity of MoE sublayers": all(
             layer.moe_cosine is None for layer in layers
         ),
+        "Sensitivity of layers": all(layer.sensitivity_P2 is None for layer in layers),
         "Similarity of blocks": numbers.block_cosine_HH is None,
         "Kurtosis of the original's weights": numbers.kurtosis.before is None,
         "Kurtosis after expert pruning": numbers.kurtosis.trimmed is None,

@@ -60,6 +60,18 @@ class LayerPowers(Record):
     slimmed: Powers
 
 
+class RefitSource(Record):
+    source: str
+    before: Positive
+    after: Positive
+
+
+class LayerRefit(Record):
+    layer: Index
+    ridge: Positive | None
+    sources: Annotated[tuple[RefitSource, ...], Field(fail_fast=True)] = ()
+
+
 class Provenance(Record):
     tool_version: str
     calibration: dict[str, JsonValue] | None = None
@@ -67,6 +79,7 @@ class Provenance(Record):
     sparsity_achieved: Counts
     source_bytes: Count | None = None
     weight_powers: Annotated[tuple[LayerPowers, ...], Field(fail_fast=True)] = ()
+    refit: Annotated[tuple[LayerRefit, ...], Field(fail_fast=True)] = ()
     earlier: dict[str, JsonValue] | None = None
 
 

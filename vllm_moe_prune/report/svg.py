@@ -20,6 +20,8 @@ from .tree import forks, leaf_order, outlines
 
 TREE_PX = 120
 """Height of a merge tree."""
+CURVE_PX = 44
+"""Height of a layer's sensitivity."""
 MOST_LABELS = 16
 """Experts whose numbers fit below a map on a telephone."""
 
@@ -151,6 +153,33 @@ def _said(layer: LayerNumbers, value_E: Array, unit: str) -> str:
         if len(found)
     ]
     return f"Layer {layer.layer}, {unit}: {', '.join(parts)}."
+
+
+def curve(
+    points_P2: Array, across: int, height: Scale, at: int, value: float | None
+) -> Markup:
+    """A line through points, and a dot where something was chosen.
+
+    Args:
+        points_P2: Places and values.
+        across: The last place of the drawing.
+        height: The range of values.
+        at: The place that was chosen.
+        value: Its value; None: no dot.
+    """
+
+    def y(one: float) -> float:
+        # 4 px above and below are for the dot.
+        return round(4 + (CURVE_PX - 8) * (1.0 - height.share(one)), 2)
+
+    line = " ".join(
+        f"{_inset(place / max(1, across)):.3f},{y(found)}"
+        for place, found in points_P2.tolist()
+    )
+    said = "; ".join(f"{place:g}: {found:+.4g}" for place, found in points_P2.tolist())
+    dot = None if value is None else (_inset(at / max(1, across)), y(value))
+    label = f"Rise of the loss by experts removed: {said}. The plan removes {at}."
+    return _draw("curve", CURVE_PX, label, line, dot)
 
 
 def three_marks(values: Sequence[float | None], scale: Scale, label: str) -> Markup:
