@@ -103,6 +103,9 @@ def plan(
 
     Example: `vllm-moe-prune plan CKPT --stats stats.safetensors --total 0.5 -o p.json`
 
+    `--blend code=0.5,chat=0.5` weighs the sources of the statistics anew, without
+    another pass.
+
     `--sweep total=0.2:0.7:0.1` writes one plan per value, all from one measurement.
     """
     from .. import pipeline

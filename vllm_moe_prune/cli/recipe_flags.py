@@ -25,6 +25,8 @@ HELP = {
     "calibration": "Calibration text: a .txt, .json, .jsonl (each also .gz) or "
     ".parquet file, or hub:NAME[/CONFIG]. Several: NAME=TEXT each, or "
     "NAME:WEIGHT=TEXT.",
+    "blend": "Weights of the named calibration sources, e.g. code=0.5,chat=0.5; or "
+    "maxmin, for the least well served.",
     "judge_on": "Text to take the held-out windows from, e.g. of the served domain; "
     "several as for --calibration.",
     "total": "Share of the expert parameters that leave: as whole experts, or zeros "

@@ -19,6 +19,7 @@ from ..errors import PlanError
 from ..files.atomic import REPEAT, write_file, writing
 from ..files.json_file import read_json
 from ..files.regular import MIB, Kind
+from ..recipes.calibration import SourceName
 from ..recipes.numbers import Count, Fraction, Fractions, Index, Indices, repeated
 from ..recipes.old_spelling import current_spelling
 from ..recipes.schema import (
@@ -86,6 +87,11 @@ class Measurement(Strict):
     forward_passes: Count = 0
     calibration: dict[str, JsonValue] = Field(default_factory=dict)
     """Source, SHA-256 of the token ids, samples, sequence length, seed."""
+    blend: dict[SourceName, Fraction] = Field(default={})
+    """Shares of the named sources in the statistics, where they were weighed anew."""
+    coverage: dict[SourceName, Fraction] = Field(default={})
+    """For each named source the share of what its experts gave (norms of outputs times
+    router weights, the mean over layers) that the kept experts gave."""
 
 
 # Weights written as decimals, 0.3333333, need not add up to 1 exactly.

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -27,6 +27,13 @@ class SourceText(Strict):
 
 
 Texts = str | Annotated[dict[SourceName, SourceText], Field(max_length=MOST_SOURCES)]
+Blend = (
+    Literal["maxmin"]
+    | Annotated[
+        dict[SourceName, Annotated[float, Field(ge=0.0, le=1e6)]],
+        Field(min_length=1, max_length=MOST_SOURCES),
+    ]
+)
 
 
 class NamedText(NamedTuple):
@@ -54,6 +61,10 @@ class Calibration(Strict):
     """Held-out windows for judging candidates: ``tune``, ``budget: sensitivity``."""
     heldout_source: Texts | None = None
     """Text for the held-out windows, e.g. of the served domain; default: ``source``."""
+
+    blend: Blend | None = None
+    """How decisions weigh the named sources: ``{code: 0.5, chat: 0.5}``, or ``maxmin``
+    for the least well served; default: each by its number of tokens."""
 
     @property
     def texts(self) -> tuple[NamedText, ...]:
@@ -87,6 +98,32 @@ def with_texts(texts: Texts | None, change: Callable[[str], str]) -> Texts | Non
         name: source.model_copy(update={"text": change(source.text)})
         for name, source in texts.items()
     }
+
+
+def parse_blend(spelled: str) -> Blend:
+    """``maxmin``, or ``code=0.5,chat=0.5``.
+
+    Raises:
+        RecipeError: It is neither.
+    """
+    if spelled == "maxmin":
+        return "maxmin"
+    weights: dict[str, float] = {}
+    for part in spelled.split(","):
+        name, _, weight = part.strip().partition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = -1.0
+        if not re.fullmatch(NAME, name) or not 0.0 <= value <= 1e6 or name in weights:
+            raise RecipeError(
+                f"--blend {spelled[:80]}: write maxmin, or NAME=WEIGHT for each source "
+                "once, such as code=0.5,chat=0.5."
+            )
+        weights[name] = value
+    if not any(weights.values()):
+        raise RecipeError(f"--blend {spelled[:80]}: at least one weight must not be 0.")
+    return weights
 
 
 def parse_text(spelled: str) -> NamedText:

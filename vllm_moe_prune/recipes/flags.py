@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from ..errors import RecipeError
 from ..files.yaml_file import parse_yaml
-from .calibration import parse_texts
+from .calibration import parse_blend, parse_texts
 from .schema import Recipe, parse_recipe
 
 Path = tuple[str, ...]
@@ -167,6 +167,8 @@ def _parsed(flag: RecipeFlag, value: Any) -> Any:
     """A value as the schema takes it: lists are written 3,4."""
     if flag.name in TEXTS and isinstance(value, list):
         return parse_texts(value, TEXTS[flag.name])
+    if flag.name == "blend" and isinstance(value, str):
+        return parse_blend(value)
     if not (flag.several and isinstance(value, str)):
         return value
     if value.lstrip()[:1] in ("[", "{"):

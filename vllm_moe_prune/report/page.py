@@ -20,6 +20,7 @@ from ..files.atomic import REPEAT, write_file, writing
 from ..progress import gib
 from . import deciding, svg
 from .read import LayerNumbers, Numbers
+from .sources import sources_text
 
 OPEN_LAYERS = 8
 """Layers whose maps are unfolded when the page opens."""
@@ -383,7 +384,9 @@ def _facts(numbers: Numbers) -> list[tuple[str, str]]:
     facts += [
         (f"Calibration: {name.replace('_', ' ')}", str(value))
         for name, value in calibration.items()
+        if name != "sources"
     ]
+    facts += sources_text(plan.measurement, calibration)
     if numbers.earlier_cuts:
         facts.append(("Cuts before this one", str(numbers.earlier_cuts)))
     return [*facts, ("Tool", f"vllm-moe-prune {numbers.tool_version}")]

@@ -139,12 +139,16 @@ def collect(
         return Stats(
             fingerprint=checkpoint.fingerprint, layers={}, calibration=calibration
         )
+    asked_for = needed & routed.FIELDS
+    if tokens is not None and tokens.names:
+        # What tells how well a plan serves each source, whatever its criterion.
+        asked_for |= routed.CONTRIBUTIONS
     stats = measure_checkpoint(
         checkpoint,
         router=clusters or bool(needed & ROUTER_FIELDS),
         weights=clusters,
         tokens=tokens if any(map(needs_tokens, recipes)) else None,
-        fields=needed & routed.FIELDS,
+        fields=asked_for,
         device=options.device,
         report=options.report,
         work=work,

@@ -9,6 +9,7 @@ from ..calibrate.stats import Stats
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.writer import MAX_SHARD_BYTES
 from ..cut.predict import model_facts, with_prediction
+from ..decide.blend import coverage, decide_blended
 from ..decide.build_plan import make_plan
 from ..decide.cut_plan import CutPlan, Measurement, save_plan, trimming
 from ..errors import PlanError, RecipeError
@@ -49,14 +50,21 @@ def plan(
 
         return least_that_fits(planned, recipe.max_bytes)
     facts = model_facts(checkpoint)
-    decided = make_plan(stats, recipe, facts, tool_version=__version__)
+
+    def decide(known: Stats | None) -> CutPlan:
+        return make_plan(known, recipe, facts, tool_version=__version__)
+
+    decided, shares = decide_blended(stats, recipe.calibration.blend, decide)
     if stats is not None:
         _check_trimming(decided, stats)
         # Ordered as a statistics file gives it back, so that a resumed run, which
         # reads one, makes the same plan to the byte.
         calibration = parse_json(json.dumps(stats.calibration, sort_keys=True))
         measurement = Measurement(
-            forward_passes=stats.forward_passes, calibration=calibration
+            forward_passes=stats.forward_passes,
+            calibration=calibration,
+            blend=shares,
+            coverage=coverage(stats, decided.layers),
         )
         decided = decided.model_copy(update={"measurement": measurement})
     return with_prediction(checkpoint, decided, max_shard_bytes, facts)

@@ -3,7 +3,7 @@
 Both follow ``measure``: they read what it found, and add to it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from .. import __version__
 from ..calibrate.data import Tokens
 from ..calibrate.forward import StreamingModel
-from ..calibrate.stats import LayerStats, Stats
+from ..calibrate.stats import LayerStats, SourceStats, Stats
 from ..cut.outliers import with_outliers
 from ..cut.planned import LossJournal, Text, planned_losses
 from ..cut.predict import model_facts
@@ -29,6 +29,8 @@ from ..recipes.schema import Recipe
 
 POINTS = 4
 """Counts of removed experts at which a layer's curve is measured, besides 0."""
+WORST = 1e3
+"""In nats: a point of infinite loss is never worth it; any finite number says so."""
 
 
 def with_sensitivity(
@@ -41,7 +43,8 @@ def with_sensitivity(
 ) -> Stats:
     """Add each layer's curve: held-out loss against experts removed from it alone.
 
-    One sweep over the weights judges all points; each costs the layers above its own.
+    Each named source of the held-out text gets curves of its own too. One sweep over
+    the weights judges all points; each costs the layers above its own.
 
     Args:
         model: The input.
@@ -68,42 +71,74 @@ def with_sensitivity(
         for count in counts:
             removed = remove_counts(stats, facts.layers, recipe, {layer: count})
             plans.append(_dry(facts, recipe, removed))
+    names = _named(heldout, stats)
+    texts = [Text(heldout.ids_ST)]
+    if names:
+        texts = [
+            Text(heldout.ids_ST[heldout.source_S == at]) for at in range(len(names))
+        ]
     found = planned_losses(
         model,
         plans,
-        [Text(heldout.ids_ST)],
+        texts,
         journal=journal,
         report=report,
         stage="sensitivity",
     )
-    losses = [loss.mean for (loss,) in found]
+    tokens = sum(loss.tokens for loss in found[0])
+    losses = [sum(loss.nll for loss in each) / tokens for each in found]
     if not np.isfinite(losses[0]):
         raise CheckpointError(
             f"{model.checkpoint.folder}: its loss on {heldout.source} is not finite. "
             "The weights are damaged, or the stored dtype overflows on this text."
         )
-    # A point of infinite loss is never worth it; any finite number says so.
-    worst = 1e3
-    layers = dict(stats.layers)
-    rest = iter(losses[1:])
-    for layer, counts in removals.items():
-        points = [
-            (0, losses[0]),
-            *((count, min(next(rest), worst)) for count in counts),
-        ]
-        # A rule that reads no statistics, such as random, leaves layers without any.
-        known = layers.get(layer, LayerStats())
-        layers[layer] = replace(known, sensitivity_P2=np.array(points, np.float64))
+    sources = dict(stats.sources)
+    for at, name in enumerate(names):
+        part = sources.get(name, SourceStats())
+        own = [each[at].mean for each in found]
+        sources[name] = replace(part, layers=_with_curves(part.layers, removals, own))
     return replace(
         stats,
-        layers=layers,
+        layers=_with_curves(stats.layers, removals, losses),
+        sources=sources,
         sensitivity={
             "rule": rule(recipe),
             "heldout": heldout.describe(),
-            "tokens": found[0][0].tokens,
+            "tokens": tokens,
             "candidates": len(plans),
         },
     )
+
+
+def _named(heldout: Tokens, stats: Stats) -> tuple[str, ...]:
+    """The sources that get curves of their own: those that have statistics, or all."""
+    known = stats.sources.keys() or {*heldout.names}
+    return heldout.names if known == {*heldout.names} else ()
+
+
+def _with_curves(
+    layers: Mapping[int, LayerStats],
+    removals: Mapping[int, Sequence[int]],
+    losses: Sequence[float],
+) -> dict[int, LayerStats]:
+    """The statistics with each layer's points: the intact model's loss, then its own.
+
+    Args:
+        layers: What is known of them.
+        removals: How many experts were removed from each, in the order of ``losses``.
+        losses: The intact model's first.
+    """
+    found = dict(layers)
+    rest = iter(losses[1:])
+    for layer, counts in removals.items():
+        points = [
+            (0, min(losses[0], WORST)),
+            *((count, min(next(rest), WORST)) for count in counts),
+        ]
+        # A rule that reads no statistics, such as random, leaves layers without any.
+        known = found.get(layer, LayerStats())
+        found[layer] = replace(known, sensitivity_P2=np.array(points, np.float64))
+    return found
 
 
 def with_owl(

@@ -174,6 +174,8 @@ def show_plan(
                 "bytes_before": checkpoint.tensor_bytes,
                 "layers": layers,
                 "super_experts": plan.super_experts,
+                "blend": plan.measurement.blend,
+                "coverage": plan.measurement.coverage,
             }
         )
         return
@@ -199,6 +201,7 @@ def show_plan(
             ("experts per layer", f"{experts_text(before)} -> {experts_text(kept)}"),
             *_super(plan),
             *_widths(checkpoint, plan),
+            *_coverage(plan),
             ("sparsity of experts", f"{predicted.expert_sparsity:.2%}"),
             ("of all parameters", f"{predicted.total_sparsity:.2%}"),
             (
@@ -231,6 +234,12 @@ def _widths(checkpoint: Checkpoint, plan: "CutPlan") -> list[tuple[str, str]]:
     after = [one.width or layer.width for layer, one in pairs if one.keep]
     said = f"{experts_text(before)} -> {experts_text(after)}"
     return [("channels per expert", said)]
+
+
+def _coverage(plan: "CutPlan") -> list[tuple[str, str]]:
+    shares = plan.measurement.coverage
+    said = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    return [("coverage", said)] if said else []
 
 
 def _removed(layer: "LayerPlan") -> list[int]:
