@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from vllm_moe_prune.calibrate.stats import Stats
 from vllm_moe_prune.decide.budget import most_removed
 from vllm_moe_prune.decide.build_plan import make_plan
+from vllm_moe_prune.decide.check_plan import check_plan
 from vllm_moe_prune.decide.clusters import cut_at, merge_sequence
-from vllm_moe_prune.decide.cut_plan import check_plan
 from vllm_moe_prune.decide.experts import decide_experts
 from vllm_moe_prune.decide.reference import (
     Clusters,

@@ -11,7 +11,8 @@ import pytest
 
 from vllm_moe_prune.calibrate.stats import LayerStats, Stats
 from vllm_moe_prune.decide.build_plan import make_plan
-from vllm_moe_prune.decide.cut_plan import CutPlan, LayerPlan, ModelId, check_plan
+from vllm_moe_prune.decide.check_plan import check_plan
+from vllm_moe_prune.decide.cut_plan import CutPlan, LayerPlan, ModelId
 from vllm_moe_prune.decide.experts import decide_experts
 from vllm_moe_prune.decide.facts import (
     LayerFacts,

@@ -26,6 +26,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_OVERHEAD = 0.1
 PATTERN = re.compile(r"hidden-(\d+)\.safetensors")
 HIDDEN = "hidden"
+ORIGINAL = "original"
 
 
 class BoundaryStore:
@@ -47,9 +48,20 @@ class BoundaryStore:
         self._not_before = 0.0
 
     def save(
-        self, layer: int, hidden_STD: torch.Tensor, stats: Stats | None = None
+        self,
+        layer: int,
+        hidden_STD: torch.Tensor,
+        stats: Stats | None = None,
+        original_WTD: torch.Tensor | None = None,
     ) -> None:
-        """Save what enters a layer, unless the last save was too short ago."""
+        """Save what enters a layer, unless the last save was too short ago.
+
+        Args:
+            layer: Which.
+            hidden_STD: The hidden states.
+            stats: The statistics of the layers before it.
+            original_WTD: Those of the intact model, where it runs beside a pruned one.
+        """
         start = time.monotonic()
         if start < self._not_before:
             return
@@ -58,7 +70,7 @@ class BoundaryStore:
             if stats is not None:
                 save_stats(stats, self._stats_path(layer))
             # Its rename is what makes the boundary count, so it comes last.
-            self._write(self._path(layer), hidden_STD)
+            self._write(self._path(layer), hidden_STD, original_WTD)
         except OSError as error:
             raise OutputError(
                 f"{self.folder}: cannot save the state before layer {layer}: "
@@ -91,9 +103,7 @@ class BoundaryStore:
             if header.metadata.get("key") == self.key:
                 hidden = _hidden(header.tensors.get(HIDDEN), shape_STD)
         except (CheckpointError, ValueError, OSError) as error:
-            raise OutputError(
-                f"{path}: damaged: {error} Delete {self.folder} and start again."
-            ) from error
+            raise self._damaged(path, error) from error
         if hidden is None:
             raise OutputError(
                 f"{path}: belongs to a run of another model, plan or calibration text, "
@@ -102,6 +112,18 @@ class BoundaryStore:
             )
         log.info("continuing before layer %s", layer)
         return layer, hidden
+
+    def load_original(self, layer: int, shape_WTD: tuple[int, ...]) -> torch.Tensor:
+        """The intact model's hidden states of a boundary that ``load`` found.
+
+        Raises:
+            OutputError: There are none of this shape.
+        """
+        path = self._path(layer)
+        try:
+            return _hidden(read_header(path).tensors.get(ORIGINAL), shape_WTD)
+        except (CheckpointError, ValueError, OSError) as error:
+            raise self._damaged(path, error) from error
 
     def load_stats(self, layer: int) -> Stats | None:
         """The statistics saved with a boundary."""
@@ -125,6 +147,11 @@ class BoundaryStore:
             self._path(saved).unlink(missing_ok=True)
             self._stats_path(saved).unlink(missing_ok=True)
 
+    def _damaged(self, path: Path, error: Exception) -> OutputError:
+        return OutputError(
+            f"{path}: damaged: {error} Delete {self.folder} and start again."
+        )
+
     def _saved(self) -> list[int]:
         if not self.folder.is_dir():
             return []
@@ -147,12 +174,20 @@ class BoundaryStore:
     def _stats_path(self, layer: int) -> Path:
         return self.folder / f"stats-{layer:05d}.safetensors"
 
-    def _write(self, path: Path, hidden_STD: torch.Tensor) -> None:
-        data = hidden_STD.detach().cpu().contiguous()
-        # As bytes: NumPy has no bf16.
-        view = data.flatten().view(torch.uint8).numpy().data
-        part = TensorBytes(NAMES[data.dtype], tuple(data.shape), view)
-        write_safetensors(path, {HIDDEN: part}, {"key": self.key})
+    def _write(
+        self, path: Path, hidden_STD: torch.Tensor, original_WTD: torch.Tensor | None
+    ) -> None:
+        parts = {HIDDEN: _bytes(hidden_STD)}
+        if original_WTD is not None:
+            parts[ORIGINAL] = _bytes(original_WTD)
+        write_safetensors(path, parts, {"key": self.key})
+
+
+def _bytes(hidden_STD: torch.Tensor) -> TensorBytes:
+    data = hidden_STD.detach().cpu().contiguous()
+    # As bytes: NumPy has no bf16.
+    view = data.flatten().view(torch.uint8).numpy().data
+    return TensorBytes(NAMES[data.dtype], tuple(data.shape), view)
 
 
 def _hidden(info: TensorInfo | None, shape_STD: tuple[int, ...]) -> torch.Tensor:

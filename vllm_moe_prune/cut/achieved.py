@@ -6,8 +6,8 @@ from typing import Any
 
 from ..checkpoint.open import Checkpoint
 from ..decide.cut_plan import CutPlan
+from .layer_record import LayerRecord
 from .slice import output_tensors
-from .slim_layer import LayerRecord
 
 
 @dataclass(frozen=True, kw_only=True)

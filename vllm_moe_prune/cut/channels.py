@@ -15,9 +15,9 @@ from ..calibrate.container import TensorBytes, write_safetensors
 from ..checkpoint.index import read_header
 from ..checkpoint.reader import read_tensor
 from ..errors import CheckpointError
+from .layer_record import LayerRecord
 from .output import CHANNELS_FILE
 from .slice import OutputTensor
-from .slim_layer import LayerRecord
 
 
 def write_channels(folder: Path, records: Sequence[LayerRecord]) -> None:

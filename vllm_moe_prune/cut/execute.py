@@ -39,11 +39,13 @@ from .achieved import Achieved
 from .copy import write_tensor
 from .finish import read_records, write_companions
 from .layer_cut import LayerCut, layer_cuts
+from .layer_record import LayerRecord
 from .output import companions_sha256
 from .quantize_layer import quantize_layer
+from .refit import Refits
 from .slice import OutputTensor, output_tensors
 from .slim_dense import DenseSlimmer
-from .slim_layer import LayerRecord, SlimContext, slim_layer, trimmed_routing
+from .slim_layer import SlimContext, slim_layer, trimmed_routing
 from .transaction import Workspace, is_complete, output_transaction
 from .trimmed import survivor
 
@@ -105,7 +107,6 @@ def execute_plan(
     tensors = output_tensors(checkpoint, plan)
     shards = plan_shards(tensors, max_shard_bytes)
     key = cut_key(checkpoint, plan, shards, tokens, stats)
-    passes = 1 if plan.needs_activations else 0
     # Also ends a run that was killed between its last renames.
     if is_complete(out, key, resume=resume, overwrite=overwrite):
         return finished_cut(checkpoint, plan, out)
@@ -124,13 +125,13 @@ def execute_plan(
         with writing(folder):
             write_hashes(folder, writer)
             done = write_companions(
-                checkpoint, plan, folder, shards, records, tokens, passes, stats
+                checkpoint, plan, folder, shards, records, tokens, stats
             )
     return CutResult(
         out=out,
         bytes_written=writer.bytes_written,
         file_bytes=sum(shard.file_bytes for shard in shards),
-        forward_passes=passes,
+        forward_passes=plan.forward_passes,
         records=records,
         achieved=done,
     )
@@ -147,7 +148,7 @@ def finished_cut(checkpoint: Checkpoint, plan: CutPlan, out: Path) -> CutResult:
         out=out,
         bytes_written=0,
         file_bytes=sum(path.stat().st_size for path in out.glob("*.safetensors")),
-        forward_passes=1 if plan.needs_activations else 0,
+        forward_passes=plan.forward_passes,
         records=records,
         achieved=done,
     )
@@ -219,33 +220,42 @@ class _Cut:
         """One calibration pass: each layer slimmed on what the slimmed ones feed it."""
         model = StreamingModel(self.checkpoint, device)
         context = SlimContext(self.writer, model)
+        refits = Refits(model, self._cuts, tokens) if self.plan.refits else None
+        ids_ST = tokens.ids_ST if refits is None else refits.ids_ST
         store = BoundaryStore(self.space.work, key)
         self._write(None)
         width = self.checkpoint.config[self.checkpoint.arch.config.hidden]
-        shape_STD = (*tokens.ids_ST.shape, int(width))
+        shape_STD = (*ids_ST.shape, int(width))
         # Not beyond a layer with unwritten tensors: that one has to be run again.
         saved = store.load(shape_STD, not_after=self._first_unfinished())
-        start, hidden = saved or (0, model.embed(tokens.ids_ST))
+        start, hidden = saved or (0, model.embed(ids_ST))
         hidden = hidden.to(model.device)
+        if refits is not None and refits.is_apart(start):
+            refits.original_WTD = store.load_original(
+                start, (*refits.shape_WT, int(width))
+            )
         # Of the layers that are left; nobody reads what the last one gives.
         last = max(cut.index for cut in self._cuts if not cut.drops_block)
         for cut in self._cuts[start:]:
             if not cut.drops_block:
+                if refits is not None:
+                    refits.pass_layer(cut.index, hidden)
                 if cut.layer.mtp:
-                    hidden = model.further(cut.index, hidden, tokens.ids_ST)
-                record, dense = (
-                    LayerRecord(layer=cut.index),
-                    DenseSlimmer(cut, self.writer),
-                )
+                    hidden = model.further(cut.index, hidden, ids_ST)
+                record = LayerRecord(layer=cut.index)
+                dense = DenseSlimmer(cut, self.writer)
+                is_last = cut.index == last
                 with model.shown_to(dense):
                     hidden = self._slim_and_run(
-                        context, model, cut, record, hidden, is_last=cut.index == last
+                        context, model, refits, cut, record, hidden, is_last=is_last
                     )
                 record.dense_zeros = dense.zeros
                 if self._changes(cut):
                     self._record(record)
             if cut.index < last:
-                store.save(cut.index + 1, hidden)
+                apart = refits is not None and refits.is_apart(cut.index + 1)
+                original = refits.original_WTD if refits and apart else None
+                store.save(cut.index + 1, hidden, original_WTD=original)
                 # Shards span layers: the oldest unfinished one may start further back.
                 store.keep_from(min(cut.index + 1, self._first_unfinished()))
             self._tell(cut.index + 1)
@@ -254,6 +264,7 @@ class _Cut:
         self,
         context: SlimContext,
         model: StreamingModel,
+        refits: Refits | None,
         cut: LayerCut,
         record: LayerRecord,
         hidden: torch.Tensor,
@@ -271,6 +282,10 @@ class _Cut:
         if not trimmed.has_moe:
             # drop-moe-keep-norm: the normed input is added where the MoE's output was.
             return hidden + x_ND.view_as(hidden) if trimmed.norm_only else hidden
+        if refits is not None and cut.layer_plan.refit:
+            others_ND = torch.zeros_like(x_ND)
+            model.add_shared(index, x_ND, others_ND)
+            cut = refits.refit(cut, record, hidden, x_ND, others_ND)
         if self._changes_experts(index):
             out_ND = self._change_experts(
                 context,
@@ -299,7 +314,7 @@ class _Cut:
         *,
         want_output: bool,
     ) -> torch.Tensor | None:
-        """Slim or quantize the experts of a layer, and write them."""
+        """Slim or quantize experts of a layer, refitted perhaps, and write them."""
         if not self.plan.is_quantized:
             return slim_layer(context, cut, record, x_ND, want_output=want_output)
         # AWQ also scales what makes or reads the experts' input.
@@ -309,9 +324,10 @@ class _Cut:
         )
 
     def _changes(self, cut: LayerCut) -> bool:
-        """Whether a layer is slimmed, or its experts narrowed or quantized."""
+        """Whether a layer is slimmed, or its experts made anew."""
         slims = cut.changes_experts and not cut.drops_block
-        return slims or (self.plan.is_quantized and bool(cut.keep))
+        made = self.plan.is_quantized and bool(cut.keep)
+        return slims or made or cut.layer_plan.refit
 
     def _changes_experts(self, layer: int) -> bool:
         """Whether its experts are, all or some matrices of each."""
@@ -321,6 +337,7 @@ class _Cut:
                 tensor.sparsity > 0
                 or tensor.made == "quantized"
                 or tensor.channels is not None
+                or tensor.refitted
             )
             for tensor in self._by_layer.get(layer, [])
         )

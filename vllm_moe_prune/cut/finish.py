@@ -6,10 +6,12 @@ the same bytes; elapsed time and peak memory are reported by the command instead
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from ..calibrate.data import Tokens
 from ..calibrate.stats import Stats, save_stats
@@ -28,9 +30,9 @@ from .build_remap import build_remap
 from .card import model_card
 from .channels import write_channels
 from .config import pruned_config
+from .layer_record import LayerRecord, RefitRecord
 from .output import STATS_FILE, copy_companions
 from .renumbered_config import renumbered
-from .slim_layer import LayerRecord
 
 PROVENANCE = Kind(
     name="provenance.json",
@@ -39,6 +41,7 @@ PROVENANCE = Kind(
     absent="missing. A pruned checkpoint has one; copy the folder again.",
     remedy="Copy the folder again, or repeat the cut.",
 )
+REFIT = TypeAdapter(RefitRecord)
 QUANTIZE_FILES = ("quantize_config.json", "quant_config.json")
 QUANTIZE_FILE = Kind(
     name="quantization config", max_bytes=16 * MIB, error=CheckpointError
@@ -52,7 +55,6 @@ def write_companions(
     shards: Sequence[ShardPlan],
     records: Sequence[LayerRecord],
     tokens: Tokens | None,
-    forward_passes: int,
     stats: Stats | None,
 ) -> Achieved:
     """Complete a folder whose shards are all written; config.json comes last."""
@@ -64,11 +66,17 @@ def write_companions(
     result = achieved(checkpoint, plan, records)
     remap = build_remap(checkpoint, plan)
     config = pruned_config(checkpoint, plan, remap)
-    history = provenance(checkpoint, plan, result, tokens, forward_passes)
+    history = provenance(checkpoint, plan, result, tokens)
     if corrected:
         history["corrected_files"] = sorted(corrected)
     history["source_bytes"] = checkpoint.stored_bytes
     history["weight_powers"] = [_powers(record) for record in records]
+    if plan.refits:
+        history["refit"] = [
+            {"layer": record.layer, **asdict(record.refit)}
+            for record in records
+            if record.refit is not None
+        ]
     if stats is not None:
         path = folder / STATS_FILE
         path.parent.mkdir(exist_ok=True)
@@ -130,7 +138,6 @@ def provenance(
     plan: CutPlan,
     result: Achieved,
     tokens: Tokens | None,
-    forward_passes: int,
 ) -> dict[str, Any]:
     """Where the output came from and what was done to it."""
     data: dict[str, Any] = {
@@ -141,7 +148,7 @@ def provenance(
         "calibration": tokens.describe() if tokens is not None else None,
         "forward_passes": {
             "measure": plan.measurement.forward_passes,
-            "cut": forward_passes,
+            "cut": plan.forward_passes,
         },
         "sparsity_asked": plan.recipe.total_sparsity,
         "sparsity_achieved": result.as_dict(),
@@ -174,6 +181,12 @@ def read_records(
         counts = {
             layer["layer"]: layer for layer in history["sparsity_achieved"]["layers"]
         }
+        refits = {
+            fields["layer"]: REFIT.validate_python(
+                {"ridge": fields["ridge"], "sources": fields["sources"]}
+            )
+            for fields in history.get("refit", [])
+        }
         records = tuple(
             LayerRecord(
                 layer=powers["layer"],
@@ -182,10 +195,11 @@ def read_records(
                 unseen=counts[powers["layer"]]["unseen_experts"],
                 trimmed_powers_5=powers["trimmed"],
                 slimmed_powers_5=powers["slimmed"],
+                refit=refits.get(powers["layer"]),
             )
             for powers in history["weight_powers"]
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(
             f"{out / 'provenance.json'}: is damaged: {error!r}. Make the output again "
             "with --overwrite."

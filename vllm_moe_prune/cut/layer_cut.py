@@ -1,8 +1,11 @@
 """One layer of the input and what a plan makes of it: built once, passed on whole."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+
+import torch
 
 from ..checkpoint.open import Checkpoint, Layer
 from ..decide.cut_plan import CutPlan, LayerPlan
@@ -21,6 +24,8 @@ class LayerCut:
     layer_plan: LayerPlan
     new_index: int
     """Its index in the output; of a dropped block, that of the next one."""
+    refitted: Mapping[int, torch.Tensor] = field(default_factory=dict, compare=False)
+    """Down projections [D, F] that survivors have instead, by new number."""
 
     @property
     def index(self) -> int:
@@ -46,6 +51,14 @@ class LayerCut:
     def changes_experts(self) -> bool:
         """Whether its experts are written otherwise than copied or averaged."""
         return self.writes_zeros or self.layer_plan.narrows
+
+    @property
+    def changes(self) -> bool:
+        """Whether the layer will compute anything else, refits left aside."""
+        one = self.layer_plan
+        same = one.action == "keep" and one.keep == tuple(range(one.experts))
+        quantizes = self.plan.is_quantized and bool(one.keep)
+        return not same or one.reconstruct or self.changes_experts or quantizes
 
     @property
     def old_prefix(self) -> str:

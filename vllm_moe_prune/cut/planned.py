@@ -137,7 +137,7 @@ def planned_losses(
     report: Report = ignore,
     stage: str = "judge",
 ) -> list[tuple[Loss, ...]]:
-    """What each plan's model loses on held-out texts.
+    """What each plan's model loses on held-out texts, before experts are refitted.
 
     Args:
         model: The input of all plans.
@@ -156,6 +156,8 @@ def planned_losses(
         RecipeError: A plan slims more than experts.
     """
     journal = journal or LossJournal()
+    # Refits only help, and take longer than all the rest of judging.
+    plans = [plan.unrefitted for plan in plans]
     if any(plan.is_slimmed and plan.slim_parts != ("experts",) for plan in plans):
         raise RecipeError(
             "plans are judged with zeros in experts alone; set slim.scope: [experts]."

@@ -18,6 +18,7 @@ from ..recipes.schema import parse_pattern
 from ..slim.quota import zeros_in_matrix
 from .matrices import channel_block, dense_matrices, expert_names
 from .slice import OutputTensor, output_tensors
+from .validate_plan import fixed_form
 
 
 def model_facts(checkpoint: Checkpoint) -> ModelFacts:
@@ -36,6 +37,7 @@ def facts_of(checkpoint: Checkpoint, fingerprint: str) -> ModelFacts:
         ),
         layers=tuple(_layer_facts(checkpoint, layer) for layer in checkpoint.layers),
         all_parameters=checkpoint.parameters,
+        fixed=fixed_form(checkpoint),
     )
 
 

@@ -31,11 +31,11 @@ from ..slim.rtn import rtn
 from ..slim.sparsegpt import add_inputs
 from .copy import build_tensor, tensor_view
 from .layer_cut import LayerCut
+from .layer_record import LayerRecord
 from .slice import OutputTensor
 from .slim_expert import column_sums
 from .slim_layer import (
     ExpertTokens,
-    LayerRecord,
     SlimContext,
     Trimmed,
     add_powers,

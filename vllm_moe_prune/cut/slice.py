@@ -55,6 +55,8 @@ class OutputTensor:
     """The axis of its matrix along which some channels are taken; None: it is whole."""
     expert: int | None = None
     """Whose it is in the output; None where it is of none, or of all."""
+    refitted: bool = False
+    """Whether it may hold down projections that were refitted."""
     stands_for: int | None = None
     """Parameters it holds; None: as many as elements. Of the parts of a quantized
     matrix the first holds them all."""
@@ -244,6 +246,7 @@ def _experts(cut: LayerCut) -> Iterator[OutputTensor]:
             sparsity=share,
             channels=channels,
             expert=new,
+            refitted=cut.layer_plan.refit and rule.role == "down",
         )
 
     for new, members in enumerate(cut.survivors):

@@ -114,7 +114,9 @@ def column_sums(
 def slim_matrix(
     weight_RD: torch.Tensor, sums: torch.Tensor, plan: CutPlan, sparsity: float
 ) -> torch.Tensor:
-    """Slim one matrix by the plan's method, which takes data."""
+    """Slim one matrix by the plan's method."""
+    if plan.slim == "magnitude":
+        return magnitude(weight_RD, sparsity, plan.group)
     if plan.slim == "sparsegpt":
         return sparsegpt(weight_RD, sums, sparsity, plan.group)
     if plan.slim == "wanda-variant":

@@ -7,13 +7,12 @@ calibrated on what the pruned model computes (the published code feeds dense one
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, FiniteFloat
 
 from ..archs.spec import TensorRule
 from ..calibrate.expert_forward import Routing, add_expert, expert_tokens, place
@@ -22,39 +21,15 @@ from ..checkpoint.block_fp8 import SUFFIX
 from ..checkpoint.reader import Expert, read_tensor
 from ..checkpoint.writer import ShardWriter
 from ..errors import CalibrationError, CheckpointError
-from ..recipes.numbers import MOST, Count
+from ..recipes.schema import NEEDS_ACTIVATIONS
 from ..slim.kurtosis import power_sums
 from .copy import stored_view, tensor_view
 from .layer_cut import LayerCut
+from .layer_record import LayerRecord
 from .matrices import channel_block, taken
 from .narrow_expert import narrow_expert
 from .slim_expert import slim_by_data, slim_by_magnitude
 from .trimmed import survivor, trimmed_router
-
-Channels = Annotated[str, Field(pattern=r"^[0-9a-f]*$", max_length=MOST // 4)]
-Powers = Annotated[list[FiniteFloat], Field(min_length=5, max_length=5)]
-
-
-@dataclass(kw_only=True)
-class LayerRecord:
-    """What slimming did to one layer; one journal line."""
-
-    layer: Count
-    expert_parameters: Count = 0
-    zeros: Count = 0
-    """Zeros among the layer's surviving expert weights, those there before included."""
-    dense_zeros: Count = 0
-    """Zeros among its other matrices that were slimmed: attention, MLPs."""
-    channels: list[Channels] = field(default_factory=list)
-    """Of a narrowed layer: which channels each survivor keeps, see ``packed_bits``."""
-    unseen: list[Count] = field(default_factory=list)
-    """Input ids of experts no calibration token reached: pruned by magnitude, or
-    rounded to nearest."""
-    trimmed_powers_5: Powers = field(default_factory=lambda: [0.0] * 5)
-    """Sums of powers (``slim/kurtosis.py``) of the surviving experts' weights, before
-    slimming."""
-    slimmed_powers_5: Powers = field(default_factory=lambda: [0.0] * 5)
-    """The same of what was written."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +72,8 @@ def slim_layer(
             running = place(found.expert, x_ND)
             add_expert(out_ND, x_ND, *found.served, running, context.model.act)
         record.expert_parameters += sum(matrix.numel() for matrix in found.expert)
-        record.zeros += sum(_zeros(matrix) for matrix in found.expert)
+        if cut.writes_zeros:
+            record.zeros += sum(_zeros(matrix) for matrix in found.expert)
         add_powers(record.trimmed_powers_5, found.trimmed)
         add_powers(record.slimmed_powers_5, found.expert)
         if found.kept_K is not None:
@@ -147,6 +123,8 @@ def slimmed_experts(
     """
     plan, sparsity = cut.plan, cut.layer_plan.sparsity
     wanted = taken(cut)
+    # There may be tokens because experts were refitted or narrowed by them.
+    by_data = plan.slim in NEEDS_ACTIVATIONS
     routing = None
     if x_ND is not None and model is not None:
         routing = trimmed_routing(model, cut, x_ND)
@@ -155,7 +133,7 @@ def slimmed_experts(
         with naming(cut, new):
             if not cut.writes_zeros:
                 pass
-            elif served is None or x_ND is None or model is None:
+            elif served is None or x_ND is None or model is None or not by_data:
                 expert = slim_by_magnitude(trimmed, plan, sparsity, wanted)
             else:
                 expert = slim_by_data(

@@ -22,7 +22,17 @@ def trimmed_router(cut: LayerCut, rule: TensorRule) -> torch.Tensor:
 
 
 def survivor(cut: LayerCut, new: int) -> Expert:
-    """The weights of new expert ``new``: its own, or the mean of its cluster."""
+    """The weights of new expert ``new``: its own, or the mean of its cluster.
+
+    Where it was refitted, with the projection that it has since.
+    """
+    expert = _merged(cut, new)
+    if new in cut.refitted:
+        return expert._replace(down_DF=cut.refitted[new])
+    return expert
+
+
+def _merged(cut: LayerCut, new: int) -> Expert:
     members = cut.members(new)
     first = read_expert(cut.checkpoint, cut.layer, members[0][0])
     if len(members) == 1:

@@ -1,5 +1,7 @@
 """What a cut refuses: plans that its input could not survive as they mean it."""
 
+from typing import Literal
+
 from ..archs.spec import MOE_NORM
 from ..checkpoint.expert_tensors import EXPERT
 from ..checkpoint.open import Checkpoint, Layer
@@ -21,6 +23,11 @@ def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
         raise PlanError(
             f"the plan leaves no layer of {checkpoint.origin.name} with experts; keep "
             "at least one MoE sublayer."
+        )
+    if plan.refits and (fixed := fixed_form(checkpoint)):
+        raise PlanError(
+            f"{checkpoint.folder}: the plan refits experts (refit), but these stay "
+            f"{fixed}. Plan with experts.refit: none, or start from bf16 weights."
         )
     if checkpoint.blocks is not None:
         _check_fp8(plan)
@@ -46,6 +53,13 @@ def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
                 "of removed experts (routing: redirect), so rows and experts do not "
                 "match. Cut the original instead."
             )
+
+
+def fixed_form(checkpoint: Checkpoint) -> Literal["fp8", "quantized"] | None:
+    """How experts are stored whose values a cut must leave as they are."""
+    if checkpoint.form is not None:
+        return "quantized"
+    return "fp8" if checkpoint.blocks is not None else None
 
 
 def check_stored(

@@ -18,7 +18,8 @@ from ..checkpoint.quantized_tensors import PartedTensor
 from ..checkpoint.reader import read_row, read_tensor
 from ..checkpoint.source import open_checkpoint
 from ..checkpoint.tensor_hashes import check_hashes
-from ..decide.cut_plan import CutPlan, check_plan, load_plan
+from ..decide.check_plan import check_plan
+from ..decide.cut_plan import CutPlan, load_plan
 from ..errors import CheckpointError, RemapError
 from ..files.json_file import parse_json, read_json
 from ..progress import Progress, Report, ignore
@@ -226,12 +227,12 @@ def _compare(
         if found.dtype == torch.float8_e4m3fn:
             # Few operations know FP8; every value of it is one of fp32.
             found, expected = found.float(), expected.float()
-        if tensor.sparsity > 0:
-            # SparseGPT and refitting change what stays: only its being finite is sure.
-            updates = plan.slim == "sparsegpt" or is_refitted(tensor, plan)
-            same |= torch.isfinite(found) if updates else found == 0
-        elif is_refitted(tensor, plan):
+        # Refits and SparseGPT change weights: only their being finite is sure.
+        updates = plan.slim == "sparsegpt" and tensor.sparsity > 0
+        if updates or is_refitted(tensor, plan):
             same |= torch.isfinite(found)
+        elif tensor.sparsity > 0:
+            same |= found == 0
         if not bool(same.all()):
             wrong = int((~same).sum())
             raise CheckpointError(

@@ -20,7 +20,9 @@ from .slice import OutputTensor
 
 
 def is_refitted(tensor: OutputTensor, plan: CutPlan) -> bool:
-    """Whether it holds down projections of narrowed experts, fitted to the text."""
+    """Whether it may hold down projections that were fitted to the text."""
+    if tensor.refitted:
+        return True
     if tensor.layer is None or tensor.role != "down" or plan.narrow.refit == "none":
         return False
     return plan.layers[tensor.layer].narrows

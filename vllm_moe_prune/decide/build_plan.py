@@ -13,6 +13,7 @@ from .facts import ModelFacts, Slimming, count_layers
 from .groups import together
 from .layer_drop import chooses_layers, decide_layers
 from .quantize import resolved_form
+from .refit import layers_to_refit
 from .required_stats import needed_statistics
 from .super_experts import found_in, protecting
 from .widths import narrow_widths, narrowed_facts, resolved_narrow, with_widths
@@ -48,6 +49,7 @@ def make_plan(
     removed, threshold = decide_experts(stats, facts.layers, complete)
     layers = with_widths(removed, widths)
     sparsities = slim_sparsities(complete, facts, layers, stats)
+    refits = layers_to_refit(recipe, facts, layers)
     pattern = parse_pattern(recipe.slim.pattern)
     found = found_in(stats, facts.layers, recipe)
     return CutPlan(
@@ -65,8 +67,10 @@ def make_plan(
         threshold=threshold,
         super_experts=found,
         layers=tuple(
-            layer.model_copy(update={"sparsity": _snapped(sparsity, pattern)})
-            for layer, sparsity in zip(layers, sparsities, strict=True)
+            layer.model_copy(
+                update={"sparsity": _snapped(sparsity, pattern), "refit": refit}
+            )
+            for layer, sparsity, refit in zip(layers, sparsities, refits, strict=True)
         ),
     )
 

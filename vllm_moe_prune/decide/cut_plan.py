@@ -6,21 +6,17 @@ edited by hand, so everything about it is checked again before it is executed.
 
 import hashlib
 import json
-import math
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, JsonValue, ValidationError, field_validator
 
-from ..checkpoint.fingerprint import difference
 from ..errors import PlanError
 from ..files.atomic import REPEAT, write_file, writing
 from ..files.json_file import read_json
 from ..files.regular import MIB, Kind
 from ..recipes.calibration import SourceName
-from ..recipes.numbers import Count, Fraction, Fractions, Index, Indices, repeated
+from ..recipes.numbers import Count, Fraction, Fractions, Index, Indices
 from ..recipes.old_spelling import current_spelling
 from ..recipes.schema import (
     NEEDS_ACTIVATIONS,
@@ -94,10 +90,6 @@ class Measurement(Strict):
     router weights, the mean over layers) that the kept experts gave."""
 
 
-# Weights written as decimals, 0.3333333, need not add up to 1 exactly.
-WEIGHT_SLACK = 1e-6
-
-
 class LayerPlan(Strict):
     """What happens to one decoder layer of the input."""
 
@@ -120,6 +112,9 @@ class LayerPlan(Strict):
     they add up to 1 in each cluster. Absent: a plain mean."""
     width: Annotated[Index, Field(ge=1)] | None = None
     """Channels that each survivor keeps; None: all of them."""
+    refit: bool = False
+    """Refit the down projections of its survivors to the original's hidden states, by
+    a ridge that calibration chooses; unless a calibration source would get worse."""
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of zeros to write into each matrix that is slimmed: the layer's surviving
     experts and the other matrices in ``CutPlan.slim_parts``."""
@@ -202,6 +197,24 @@ class CutPlan(Strict):
         )
 
     @property
+    def refits(self) -> bool:
+        """Whether experts of any layer will be refitted."""
+        return any(layer.refit for layer in self.layers)
+
+    @property
+    def unrefitted(self) -> "CutPlan":
+        """The same without refits."""
+        if not self.refits:
+            return self
+        layers = [layer.model_copy(update={"refit": False}) for layer in self.layers]
+        return self.model_copy(update={"layers": tuple(layers)})
+
+    @property
+    def forward_passes(self) -> int:
+        """Of the calibration text when the plan is executed: the original's is one."""
+        return self.refits + self.needs_activations
+
+    @property
     def group(self) -> int | None:
         """The m of an n:m pattern."""
         found = parse_pattern(self.pattern)
@@ -210,6 +223,11 @@ class CutPlan(Strict):
     @property
     def needs_activations(self) -> bool:
         """Whether executing the plan needs calibration activations."""
+        return self.changes_by_data or self.refits
+
+    @property
+    def changes_by_data(self) -> bool:
+        """Whether zeros or integers do, which look at every calibration window."""
         by_data = self.slim in NEEDS_ACTIVATIONS and self.is_slimmed
         return by_data or self.quantize.needs_activations or self.is_narrowed
 
@@ -220,7 +238,7 @@ class CutPlan(Strict):
             return f"quantizes by {self.quantize.method}"
         if self.slim in NEEDS_ACTIVATIONS and self.is_slimmed:
             return f"slims by {self.slim}"
-        return "narrows experts by their activations"
+        return "narrows experts" if self.is_narrowed else "refits experts"
 
     @property
     def is_narrowed(self) -> bool:
@@ -240,7 +258,7 @@ class CutPlan(Strict):
 
 
 def load_plan(path: Path) -> CutPlan:
-    """Read and validate a plan file (structure only; see ``check_plan``)."""
+    """Read and validate a plan file (structure only; see ``check_plan.py``)."""
     data = read_json(path, PLAN)
     found = data.get("format_version")
     # Before validation, which would blame the fields of another format.
@@ -268,136 +286,8 @@ def dump_plan(plan: CutPlan) -> str:
 
 def trimming(plan: CutPlan) -> str:
     """Identifies what stage 1 leaves: equal for plans that differ in zeros only."""
-    # Zeros are written after the outliers are counted, so they play no part.
-    left = [layer.model_copy(update={"sparsity": 0.0}) for layer in plan.layers]
+    # Outliers are counted before refits and zeros, which so play no part.
+    unslimmed = {"sparsity": 0.0, "refit": False}
+    left = [layer.model_copy(update=unslimmed) for layer in plan.layers]
     said = [plan.routing, *(layer.model_dump_json() for layer in left)]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()
-
-
-def check_plan(
-    plan: CutPlan, layers: Sequence[LayerShape], fingerprint: str, where: str
-) -> None:
-    """Refuse a plan that does not fit the checkpoint it is about to cut.
-
-    Args:
-        plan: The plan, perhaps edited by hand.
-        layers: The checkpoint's decoder layers.
-        fingerprint: The checkpoint's fingerprint.
-        where: Named in the error, usually the plan's path.
-
-    Raises:
-        PlanError: Naming the first layer and expert that does not fit.
-    """
-    if other := difference(plan.model.fingerprint, fingerprint):
-        raise PlanError(
-            f"{where}: made of {plan.model.source} for {other}. "
-            "Run measure and plan on this checkpoint."
-        )
-    if [layer.layer for layer in plan.layers] != list(range(len(layers))):
-        raise PlanError(
-            f"{where}: lists layers {[layer.layer for layer in plan.layers]}, but the "
-            f"checkpoint has layers 0 to {len(layers) - 1}, each to be listed once."
-        )
-    if all(
-        # An MTP layer is no model by itself: it reads what the last block gives.
-        layer.action == "drop-block" or shape.mtp
-        for layer, shape in zip(plan.layers, layers, strict=True)
-    ):
-        raise PlanError(f"{where}: drops every block; keep at least one.")
-    for layer_plan, shape in zip(plan.layers, layers, strict=True):
-        _check_layer(layer_plan, shape, plan.routing, where)
-
-
-def _check_layer(layer: LayerPlan, shape: LayerShape, routing: str, where: str) -> None:
-    at = f"{where}: layer {layer.layer}"
-    experts = shape.num_experts if shape.has_moe else 0
-    if layer.experts != experts:
-        raise PlanError(
-            f"{at}: says {layer.experts} experts, but the checkpoint has {experts}."
-        )
-    if layer.action != "keep" or not shape.has_moe:
-        if layer.keep:
-            raise PlanError(f"{at}: {layer.action} but keeps experts {layer.keep}.")
-        if layer.narrows:
-            raise PlanError(f"{at}: width {layer.width}, but there are no experts.")
-        return
-    if not layer.keep:
-        raise PlanError(
-            f"{at}: keeps no expert. Keep at least one, or set its action to drop-moe."
-        )
-    _check_ids(layer.keep, experts, f"{at}: keep")
-    before = shape.width
-    if layer.width is not None and before is not None and layer.width >= before:
-        raise PlanError(
-            f"{at}: width {layer.width}, but its experts have {before} channels. "
-            "Name fewer, or none."
-        )
-    # A redirecting router keeps all its rows, and its groups with them.
-    if routing == "drop" and shape.groups is not None:
-        _check_groups(layer, shape.groups, shape.group_floor, at)
-    if layer.clusters is None and (routing == "redirect" or layer.reconstruct):
-        raise PlanError(f"{at}: redirect and reconstruct need clusters.")
-    if layer.unserved and routing != "redirect":
-        raise PlanError(f"{at}: has unserved experts; they need routing: redirect.")
-    if layer.clusters is not None:
-        _check_clusters(layer, layer.clusters, at)
-    if layer.merge_weights is not None:
-        _check_weights(layer, layer.merge_weights, at)
-
-
-def _check_groups(
-    layer: LayerPlan, groups: tuple[int, ...], floor: int, at: str
-) -> None:
-    """Every group must keep what grouped routing needs to mean what it did."""
-    kept = Counter(groups[expert] for expert in layer.keep)
-    for group in sorted(set(groups)):
-        least = min(floor, groups.count(group))
-        if kept[group] < least:
-            raise PlanError(
-                f"{at}: keeps {kept[group]} experts of group {group}, but routing "
-                f"needs at least {least} in each group."
-            )
-
-
-def _check_clusters(
-    layer: LayerPlan, clusters: tuple[tuple[int, ...], ...], at: str
-) -> None:
-    if len(clusters) != len(layer.keep):
-        raise PlanError(
-            f"{at}: {len(clusters)} clusters for {len(layer.keep)} kept experts."
-        )
-    members = tuple(expert for cluster in clusters for expert in cluster)
-    # Every expert of the input exactly once: kept, merged or unserved.
-    members += layer.unserved
-    _check_ids(members, layer.experts, f"{at}: clusters")
-    if len(members) != layer.experts:
-        missing = sorted(set(range(layer.experts)) - set(members))
-        raise PlanError(f"{at}: clusters leave out experts {missing}.")
-    for kept, cluster in zip(layer.keep, clusters, strict=True):
-        if kept not in cluster:
-            raise PlanError(f"{at}: expert {kept} is not in its cluster {cluster}.")
-
-
-def _check_weights(
-    layer: LayerPlan, weights: tuple[tuple[float, ...], ...], at: str
-) -> None:
-    if not layer.reconstruct or layer.clusters is None:
-        raise PlanError(f"{at}: has merge_weights but does not reconstruct.")
-    if [len(found) for found in weights] != [len(ids) for ids in layer.clusters]:
-        raise PlanError(f"{at}: merge_weights need one weight for each cluster member.")
-    for kept, found in zip(layer.keep, weights, strict=True):
-        if abs(math.fsum(found) - 1.0) > WEIGHT_SLACK:
-            raise PlanError(
-                f"{at}: merge_weights of the cluster of expert {kept} add up to "
-                f"{math.fsum(found):.6g}, not to 1."
-            )
-
-
-def _check_ids(ids: tuple[int, ...], experts: int, at: str) -> None:
-    unknown = sorted({expert for expert in ids if expert >= experts})
-    if unknown:
-        raise PlanError(
-            f"{at}: unknown experts {unknown}; the layer has 0 to {experts - 1}."
-        )
-    if twice := repeated(ids):
-        raise PlanError(f"{at}: experts {twice} appear more than once.")

@@ -92,6 +92,8 @@ class ModelFacts:
     model: ModelId
     layers: tuple[LayerFacts, ...]
     all_parameters: int
+    fixed: Literal["fp8", "quantized"] | None = None
+    """How experts are stored whose values must stay as they are."""
 
     @property
     def expert_parameters(self) -> int:

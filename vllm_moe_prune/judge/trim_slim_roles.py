@@ -62,6 +62,7 @@ def slimming_of(plan: CutPlan) -> CutPlan:
                 "unserved": (),
                 "reconstruct": False,
                 "merge_weights": None,
+                "refit": False,
                 # Dense layers have no experts, and zeros of their own.
                 "sparsity": layer.sparsity if layer.action == "keep" else mean,
             }

@@ -14,7 +14,8 @@ from typing import NoReturn
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.source import may_be_checkpoint, open_checkpoint
 from ..checkpoint.tokenizer import TRUST, needs_code
-from ..decide.cut_plan import check_plan, load_plan
+from ..decide.check_plan import check_plan
+from ..decide.cut_plan import load_plan
 from ..errors import ServeError
 from .compat import refuse_without_kernel
 from .load.verify_remap import check_beside_config, verify_folder

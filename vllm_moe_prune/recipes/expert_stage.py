@@ -74,6 +74,9 @@ class ExpertStage(Strict):
     """Replace kept experts by the mean of their cluster (STUN, Algorithm 2)."""
     reconstruct_below: int = Field(default=3, ge=1, lt=MOST)
     """Kappa: ``selective`` averages in layers with fewer clusters than this."""
+    refit: Literal["ridge", "none"] = "none"
+    """``ridge`` refits what is left to the original's hidden states: down projections
+    of the experts kept, where any left, and next to dropped layers."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "ExpertStage":

@@ -202,8 +202,10 @@ class Recipe(Strict):
     @property
     def needs_activations(self) -> bool:
         """Whether the cut needs calibration activations."""
-        by_data = self.slim.method in NEEDS_ACTIVATIONS
-        return by_data or self.quantize.needs_activations or self.narrow.share > 0
+        by_data = (
+            self.slim.method in NEEDS_ACTIVATIONS or self.quantize.needs_activations
+        )
+        return by_data or self.narrow.share > 0 or self.experts.refit != "none"
 
 
 def parse_recipe(data: object, where: str) -> Recipe:

@@ -17,8 +17,9 @@ from ..calibrate.stats import Array, LayerStats, Stats, load_stats
 from ..checkpoint.fingerprint import difference
 from ..checkpoint.source import open_checkpoint
 from ..cut.output import STATS_FILE
+from ..decide.check_plan import check_plan
 from ..decide.clusters import Merge, merge_sequence
-from ..decide.cut_plan import CutPlan, LayerPlan, check_plan, load_plan
+from ..decide.cut_plan import CutPlan, LayerPlan, load_plan
 from ..decide.facts import LayerFacts
 from ..decide.sensitivity import rule
 from ..decide.similarity import expert_distance

@@ -18,7 +18,8 @@ from ..cut.predict import model_facts
 from ..cut.transaction import check_output
 from ..cut.validate_plan import check_stored
 from ..decide import build_plan
-from ..decide.cut_plan import CutPlan, check_plan
+from ..decide.check_plan import check_plan
+from ..decide.cut_plan import CutPlan
 from ..errors import PlanError, RecipeError
 from ..progress import Report, ignore
 from ..recipes.schema import Recipe

@@ -26,7 +26,8 @@ from ...cut.build_remap import build_remap
 from ...cut.config import pruned_config
 from ...cut.copy import build_tensor
 from ...cut.slice import OutputTensor, output_tensors
-from ...decide.cut_plan import CutPlan, check_plan, load_plan
+from ...decide.check_plan import check_plan
+from ...decide.cut_plan import CutPlan, load_plan
 from ...errors import PlanError, ServeError
 from ...slim.magnitude import magnitude
 from .resolve_layers import TABLE_KEY

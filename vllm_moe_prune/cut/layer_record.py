@@ -1,0 +1,57 @@
+"""What a cut did to one layer: a line of its journal, and part of the provenance."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field, FiniteFloat
+
+from ..recipes.numbers import MOST, Count
+
+Channels = Annotated[str, Field(pattern=r"^[0-9a-f]*$", max_length=MOST // 4)]
+Powers = Annotated[list[FiniteFloat], Field(min_length=5, max_length=5)]
+Error = Annotated[FiniteFloat, Field(ge=0.0)]
+
+
+@dataclass(kw_only=True)
+class SourceErrors:
+    """What the experts lack of their target on one source's windows kept apart.
+
+    Squared, as a part of the target's own square.
+    """
+
+    source: str
+    before: Error
+    after: Error
+
+
+@dataclass(kw_only=True)
+class RefitRecord:
+    """What refitting did to one layer."""
+
+    ridge: Annotated[FiniteFloat, Field(gt=0.0)] | None
+    """None: left as it was, since a source would have got worse."""
+    sources: list[SourceErrors] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class LayerRecord:
+    """What slimming did to one layer; one journal line."""
+
+    layer: Count
+    expert_parameters: Count = 0
+    zeros: Count = 0
+    """Zeros among the layer's surviving expert weights, those there before included."""
+    dense_zeros: Count = 0
+    """Zeros among its other matrices that were slimmed: attention, MLPs."""
+    channels: list[Channels] = field(default_factory=list)
+    """Of a narrowed layer: which channels each survivor keeps, see ``packed_bits``."""
+    unseen: list[Count] = field(default_factory=list)
+    """Input ids of experts no calibration token reached: pruned by magnitude, or
+    rounded to nearest."""
+    trimmed_powers_5: Powers = field(default_factory=lambda: [0.0] * 5)
+    """Sums of powers (``slim/kurtosis.py``) of the surviving experts' weights, before
+    slimming."""
+    slimmed_powers_5: Powers = field(default_factory=lambda: [0.0] * 5)
+    """The same of what was written."""
+    refit: RefitRecord | None = None
+    """None: the layer is not one to refit."""
