@@ -40,33 +40,32 @@ def find() -> Path | None:
     return Path(found.origin).parent / "lib"
 
 
-def q4_0(values_ENK: Tensor, scales_ENG: Tensor) -> Tensor:
+def q4_0(values_NK: Tensor, scales_NG: Tensor) -> Tensor:
     """Blocks of a scale in fp16 and 32 values from -8 to 7, those 16 apart together."""
-    low, high = (values_ENK + 8).to(torch.uint8).unflatten(-1, (-1, 2, 16)).unbind(-2)
-    return _blocks(scales_ENG, low | (high << 4))
+    low, high = (values_NK + 8).to(torch.uint8).unflatten(-1, (-1, 2, 16)).unbind(-2)
+    return _blocks(scales_NG, low | (high << 4))
 
 
-def q8_0(values_ENK: Tensor, scales_ENG: Tensor) -> Tensor:
+def q8_0(values_NK: Tensor, scales_NG: Tensor) -> Tensor:
     """Blocks of a scale in fp16 and 32 values of int8."""
-    values = values_ENK.to(torch.int8).view(torch.uint8)
-    return _blocks(scales_ENG, values.unflatten(-1, (-1, GROUP)))
+    values = values_NK.to(torch.int8).view(torch.uint8)
+    return _blocks(scales_NG, values.unflatten(-1, (-1, GROUP)))
 
 
-def _blocks(scales_ENG: Tensor, bytes_ENGB: Tensor) -> Tensor:
-    halves = scales_ENG.half()[..., None].contiguous().view(torch.uint8)
-    return torch.cat([halves, bytes_ENGB], -1).contiguous()
+def _blocks(scales_NG: Tensor, bytes_NGB: Tensor) -> Tensor:
+    halves = scales_NG.half()[..., None].contiguous().view(torch.uint8)
+    return torch.cat([halves, bytes_NGB], -1).contiguous()
 
 
 class Ggml:
     """One layer's experts."""
 
-    def __init__(self, folder: Path, kind: int, threads: int) -> None:
+    def __init__(self, folder: Path, kind: int) -> None:
         """No weights yet.
 
         Args:
             folder: What ``find`` found.
             kind: ``Q4_0`` or ``Q8_0``.
-            threads: To compute with.
         """
         self._base = ctypes.CDLL(str(folder / "libggml-base.so"))
         self._cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"))
@@ -76,24 +75,40 @@ class Ggml:
         self._kind = kind
         self._cpu.ggml_backend_cpu_init.restype = c_void_p
         self._backend = c_void_p(self._cpu.ggml_backend_cpu_init())
-        self._cpu.ggml_backend_cpu_set_n_threads(self._backend, c_int(threads))
         self._plain = self._base.ggml_backend_get_default_buffer_type
         self._plain.restype = c_void_p
         self._graphs: dict[int, Any] = {}
 
-    def load(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
-        """Take weights as ``q4_0`` or ``q8_0`` gives them."""
+    def set_threads(self, threads: int) -> None:
+        """To compute with."""
+        self._cpu.ggml_backend_cpu_set_n_threads(self._backend, c_int(threads))
+
+    def load(
+        self, gate: Tensor, up: Tensor, down: Tensor, *, experts: int, repacked: bool
+    ) -> None:
+        """Take weights as ``q4_0`` or ``q8_0`` gives them; all experts have the same.
+
+        Args:
+            gate: Of one expert.
+            up: .
+            down: .
+            experts: How many copies.
+            repacked: Laid out anew, as llama.cpp does by default.
+        """
         context = self._context()
-        self._weights = [self._matrix(context, part) for part in (gate, up, down)]
+        self._weights = [
+            self._matrix(context, part, experts) for part in (gate, up, down)
+        ]
+        kind = self._repacking() if repacked else self._plain(self._backend)
         buffer = self._base.ggml_backend_alloc_ctx_tensors_from_buft(
-            context, c_void_p(self._repacking())
+            context, c_void_p(kind)
         )
         assert buffer, "ggml cannot allocate the weights"
         for tensor, part in zip(self._weights, (gate, up, down), strict=True):
-            self._set(tensor, part)
+            self._set(tensor, part.expand(experts, *part.shape).contiguous())
 
     def _repacking(self) -> int:
-        """The buffer type that lays weights out anew; without one, the plain one."""
+        """The type of buffer that lays weights out anew."""
         base = self._base
         for name in ("ggml_backend_get_device", "ggml_backend_dev_backend_reg"):
             getattr(base, name).restype = c_void_p
@@ -108,18 +123,17 @@ class Ggml:
         at = 0
         while kinds[at]:
             name = base.ggml_backend_buft_name(c_void_p(kinds[at]))
-            # Of the 8-bit format only ARM has another layout.
-            if name == b"CPU_REPACK" and self._kind == Q4_0:
+            if name == b"CPU_REPACK":
                 return int(kinds[at])
             at += 1
-        return int(self._plain(self._backend))
+        raise RuntimeError("this ggml was compiled without other layouts of weights")
 
     def _context(self) -> c_void_p:
         params = _InitParams(1 << 24, None, True)
         return c_void_p(self._base.ggml_init(params))
 
-    def _matrix(self, context: c_void_p, blocks: Tensor) -> c_void_p:
-        experts, rows, groups, _ = blocks.shape
+    def _matrix(self, context: c_void_p, blocks: Tensor, experts: int) -> c_void_p:
+        rows, groups, _ = blocks.shape
         sizes = (c_int64(groups * GROUP), c_int64(rows), c_int64(experts))
         return c_void_p(
             self._base.ggml_new_tensor_3d(context, c_int(self._kind), *sizes)

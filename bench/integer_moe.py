@@ -5,14 +5,16 @@
 
 One layer of random int4 weights (symmetric, a scale for so many inputs), in the shapes
 of bench/sparse_moe.py. Beside each other, taking turns in the same run: our kernel,
-which leaves activations as they are; vLLM's (AMX only) and zentorch's (if that package
-can be imported), which both round them to 8 bits; and vLLM's bf16 kernel on as many
-weights. Each row says how far a way is from the dequantized weights: the largest error
-over the largest output. zentorch is installed as bench/sparse_moe.py says.
+with activations rounded to 8 bits (the default) and as they are; vLLM's (AMX only) and
+zentorch's (if that package can be imported), which both round them; and vLLM's bf16
+kernel on as many weights. Each row says how far a way is from the dequantized weights:
+the largest error over the largest output. zentorch is installed as bench/sparse_moe.py
+says.
 """
 
 import contextlib
 import json
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,12 +80,18 @@ def build(shape: Shape, group: int, amx: bool) -> tuple[dict[str, Call], Call]:
     w13, w2 = ours(half, 2, group), ours(down, 1, group)
     at_level = level(amx)
 
-    def own(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    def own(dots: int, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         return cpu_library.fused_moe(
-            x, weights, ids, None, w13, w2, shape.width, at_level=at_level
+            *(x, weights, ids, None, w13, w2, shape.width),
+            dots=dots,
+            at_level=at_level,
         )
 
-    ways: dict[str, Call] = {"ours": own}
+    rounded = cpu_library.all_dots()[0]
+    ways: dict[str, Call] = {
+        "ours": partial(own, rounded),
+        "ours, exact": partial(own, cpu_library.EXACT),
+    }
     if amx:
         ways["vLLM int4"] = stock_int4(half, down)
     with contextlib.suppress(ImportError):

@@ -56,6 +56,7 @@ MIXTRAL: Cuts = {
 }
 DEEPSEEK: Cuts = {1: DROP_MOE, 2: UNEVEN, 3: UNSORTED}
 AWQ = {"method": "awq", "group_size": 32, "zero_point": True}
+EXACT = {"moe_prune_activations": "exact"}
 GPTQ = {"method": "gptq", "group_size": 32, "act_order": True}
 
 
@@ -129,7 +130,7 @@ def test_what_vllm_has_no_kernel_for_stays_quantized(
     stage = {"method": "rtn", "group_size": 32, "zero_point": True}
     whole = make_cut(original, tmp_path / "whole", {}, stage)
     with caplog.at_level(logging.DEBUG, "vllm_moe_prune"):
-        found_TV = served(whole, dtype="bfloat16")
+        found_TV = served(whole, dtype="bfloat16", additional_config=EXACT)
     said = [one.getMessage() for one in caplog.records if "our kernel" in one.message]
     assert len(said) == 4
     assert "layers.0.block_sparse_moe.experts: int4 experts" in said[0]
@@ -137,9 +138,15 @@ def test_what_vllm_has_no_kernel_for_stays_quantized(
     truth_TV = mixtral_says(dense)
     errors = [
         (log_probs_TV - truth_TV).abs().mean().item()
-        for log_probs_TV in (found_TV, served(dense, dtype="bfloat16"))
+        for log_probs_TV in (
+            *(found_TV, served(whole, dtype="bfloat16")),
+            served(dense, dtype="bfloat16"),
+        )
     ]
-    assert errors[0] <= 1.2 * errors[1]
+    exact, rounded, from_dense = errors
+    assert exact <= 1.2 * from_dense
+    assert exact != rounded
+    assert rounded <= 4 * from_dense
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

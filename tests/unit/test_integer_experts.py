@@ -23,6 +23,7 @@ from vllm_moe_prune.kernels.quantized import (
     scales_of,
 )
 from vllm_moe_prune.plugin.quant import integer_moe
+from vllm_moe_prune.plugin.quant.activations import are_rounded
 from vllm_moe_prune.plugin.quant.integer_moe import IntegerMethod, fits
 from vllm_moe_prune.plugin.quant.integer_op import integer_moe as run
 
@@ -57,14 +58,21 @@ class Layer(torch.nn.Module):
     """One process's, after loading, as vLLM runs it."""
 
     def __init__(
-        self, form: Form, experts: list[Expert], ranks: int, rank: int, here: list[int]
+        self,
+        form: Form,
+        experts: list[Expert],
+        ranks: int,
+        rank: int,
+        here: list[int],
+        *,
+        rounded: bool = False,
     ) -> None:
         super().__init__()
         self.__dict__ |= vars(
             a_layer(ranks, rank, {e: at for at, e in enumerate(here)})
         )
         method = object.__new__(IntegerMethod)
-        method.form = form
+        method.form, method.rounded = form, rounded
         method._parts = tuple(form.parts(8, 8, "BF16"))
         method.create_weights(self, len(here), HIDDEN, WIDTH // ranks, torch.float32)
         for at, expert in enumerate(experts):
@@ -84,7 +92,7 @@ class Layer(torch.nn.Module):
             *(x_TD, weights_TK, ids_TK, self.expert_map),
             *(self.w13_values, self.w13_scales, self.w13_zeros),
             *(self.w2_values, self.w2_scales, self.w2_zeros),
-            *(self.moe_prune_bits, self.moe_prune_width),
+            *(self.moe_prune_bits, self.moe_prune_width, self.moe_prune_dots),
         )
         return found
 
@@ -119,6 +127,56 @@ def test_widths_of_all_processes_add_up(form: Form, ranks: int) -> None:
     layers = [Layer(form, experts, ranks, rank, [0, 1, 2]) for rank in range(ranks)]
     total_TD = sum(layer.run(*inputs()) for layer in layers)
     assert torch.allclose(total_TD, expected(form, experts), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.words)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_tokens_are_rounded_the_same_in_all_processes(form: Form, ranks: int) -> None:
+    experts = experts_in(form)
+    layers = [
+        Layer(form, experts, ranks, rank, [0, 1, 2], rounded=True)
+        for rank in range(ranks)
+    ]
+    assert all(layer.moe_prune_dots for layer in layers)
+    total_TD = sum(layer.run(*inputs()) for layer in layers)
+    exact_TD = expected(form, experts)
+    error = (total_TD - exact_TD).abs().max() / exact_TD.abs().max()
+    assert 1e-4 < error < 2e-2
+    whole = Layer(form, experts, 1, 0, [0, 1, 2], rounded=True).run(*inputs())
+    assert torch.allclose(total_TD, whole, atol=1e-3)
+
+
+def test_groups_that_a_step_does_not_fit_into_stay_exact() -> None:
+    form = FORMS[0]
+    experts = experts_in(form)
+    layers = [
+        Layer(form, experts, 4, rank, [0, 1, 2], rounded=True) for rank in range(4)
+    ]
+    assert [layer.moe_prune_dots for layer in layers] == [0] * 4
+    total_TD = sum(layer.run(*inputs()) for layer in layers)
+    assert torch.allclose(total_TD, expected(form, experts), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "rounded"),
+    [
+        ({}, torch.bfloat16, True),
+        (object(), torch.float16, True),
+        ({}, torch.float32, False),
+        ({"moe_prune_activations": "rounded"}, torch.float32, True),
+        ({"moe_prune_activations": "exact"}, torch.bfloat16, False),
+    ],
+)
+def test_users_choose_whether_tokens_are_rounded(
+    config: Any, dtype: torch.dtype, rounded: bool
+) -> None:
+    assert are_rounded(SimpleNamespace(additional_config=config), dtype) == rounded
+
+
+def test_other_words_for_rounding_are_refused() -> None:
+    config = SimpleNamespace(additional_config={"moe_prune_activations": 8})
+    with pytest.raises(ServeError, match="is 8; use 'rounded' or 'exact'"):
+        are_rounded(config, torch.bfloat16)
 
 
 def test_experts_of_all_processes_add_up() -> None:
@@ -193,6 +251,6 @@ def test_the_op_tells_the_compiler_the_truth() -> None:
         *(*inputs(), layer.expert_map),
         *(layer.w13_values, layer.w13_scales, layer.w13_zeros),
         *(layer.w2_values, layer.w2_scales, layer.w2_zeros),
-        *(4, WIDTH),
+        *(4, WIDTH, 0),
     )
     torch.library.opcheck(run, arguments)

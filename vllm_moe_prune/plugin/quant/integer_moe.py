@@ -1,7 +1,8 @@
 """Routed experts in int4 or int8 on CPUs, by the kernel of this package.
 
-They stay integers in memory, activations stay as they are, and a process may have any
-part of the experts or of their width. D hidden, F width.
+They stay integers in memory, tokens are rounded to int8 or stay as they are
+(``activations.py``), and a process may have any part of the experts or of their width.
+D hidden, F width.
 """
 
 from math import gcd
@@ -17,6 +18,7 @@ from ...errors import ServeError
 from ...kernels import cpu_library, int_blocks
 from ...kernels.int_blocks import IntBlocks, Integers
 from ...kernels.quantized import PACKED, PLAIN, SCALE, Form, zeros_of
+from .activations import dots_for
 from .expert_parts import PartsLoader, PartsMethod
 from .integer_op import integer_moe
 
@@ -104,6 +106,11 @@ class IntegerMethod(PartsMethod):
 
     loader_class = IntegerLoader
 
+    def __init__(self, moe: FusedMoEConfig, form: Form, *, rounded: bool) -> None:
+        """For experts that are all stored in one form, and tokens rounded or exact."""
+        super().__init__(moe, form)
+        self.rounded = rounded
+
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Take over what the loader encoded.
 
@@ -112,8 +119,10 @@ class IntegerMethod(PartsMethod):
         """
         loader: IntegerLoader = self.taken(layer)
         experts = range(len(loader.w13))
+        groups = []
         for name, found in (("w13", loader.w13), ("w2", loader.w2)):
             joined = int_blocks.join([found.pop(expert) for expert in experts])
+            groups.append(joined.group)
             parts = {
                 "values": joined.values_EBWO,
                 "scales": joined.scales_EBGO,
@@ -122,6 +131,7 @@ class IntegerMethod(PartsMethod):
             for part, tensor in parts.items():
                 layer.register_buffer(f"{name}_{part}", tensor, persistent=False)
         layer.moe_prune_bits, layer.moe_prune_width = loader.bits, loader.width
+        layer.moe_prune_dots = dots_for(tuple(groups), rounded=self.rounded)
 
     def apply(
         self,
@@ -142,5 +152,5 @@ class IntegerMethod(PartsMethod):
             *(x, topk_weights, topk_ids, layer.expert_map),
             *(layer.w13_values, layer.w13_scales, layer.w13_zeros),
             *(layer.w2_values, layer.w2_scales, layer.w2_zeros),
-            *(layer.moe_prune_bits, layer.moe_prune_width),
+            *(layer.moe_prune_bits, layer.moe_prune_width, layer.moe_prune_dots),
         )

@@ -11,7 +11,7 @@ LIBRARY.define(  # type: ignore[no-untyped-call]
     "integer_moe(Tensor x, Tensor weights, Tensor ids, Tensor? expert_map, "
     "Tensor w13_values, Tensor w13_scales, Tensor? w13_zeros, "
     "Tensor w2_values, Tensor w2_scales, Tensor? w2_zeros, "
-    "int bits, int width) -> Tensor"
+    "int bits, int width, int dots) -> Tensor"
 )
 
 
@@ -28,10 +28,13 @@ def _on_cpu(
     w2_zeros: Tensor | None,
     bits: int,
     width: int,
+    dots: int,
 ) -> Tensor:
     w13 = IntBlocks(w13_values, w13_scales, w13_zeros, bits)
     w2 = IntBlocks(w2_values, w2_scales, w2_zeros, bits)
-    return cpu_library.fused_moe(x_TD, weights_TK, ids_TK, expert_map_G, w13, w2, width)
+    return cpu_library.fused_moe(
+        x_TD, weights_TK, ids_TK, expert_map_G, w13, w2, width, dots=dots
+    )
 
 
 def _fake(x_TD: Tensor, *rest: object) -> Tensor:

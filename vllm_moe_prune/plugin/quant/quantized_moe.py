@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E501
     CompressedTensorsConfig,
@@ -28,7 +29,7 @@ from ...checkpoint.module_names import CONFIG_KEY
 from ...checkpoint.quantized_tensors import read_form
 from ...errors import ServeError
 from ..compat import chosen_experts
-from . import integer_moe
+from . import activations, integer_moe
 from .dequantized_linear import FallbackLinearMethod
 from .dequantized_moe import DequantizingMethod
 from .integer_moe import IntegerMethod
@@ -61,7 +62,9 @@ class FallbackConfig(CompressedTensorsConfig):
             log.debug(
                 "%s: %s experts run by our kernel (vLLM: %s)", prefix, form.bits, why
             )
-            return IntegerMethod(layer.moe_config, form)
+            dtype = layer.moe_config.in_dtype
+            rounded = activations.are_rounded(get_current_vllm_config(), dtype)
+            return IntegerMethod(layer.moe_config, form, rounded=rounded)
         log.warning(
             "%s: no kernel runs %s experts on this CPU (vLLM: %s). They are "
             "dequantized while loading, and take as much memory as %s ones.",
