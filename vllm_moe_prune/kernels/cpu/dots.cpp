@@ -24,6 +24,7 @@ constexpr int HELD = 12;  // rows whose sums fit into registers, with two blocks
 constexpr int HELD = 2;
 #endif
 constexpr int64_t AHEAD = 2048;  // bytes, of values
+constexpr int64_t SCALES_AHEAD = 512;
 
 template <int BITS>
 constexpr int32_t LOWEST = -(1 << (BITS - 1));
@@ -79,91 +80,131 @@ inline Ints inputs_at(const int8_t* four) {
   return all(word);
 }
 
-// M rows, y[M][WIDTH].
+// The sum of a token's inputs from and to, as they were rounded.
+template <int BITS>
+__attribute__((noinline)) float sum_of(const Rounded& token, int64_t from, int64_t to) {
+  float sum = 0;
+  for (int64_t i = from / STEP; i < to / STEP; ++i)
+    sum = std::fma(static_cast<float>(token.starts[i]) / LOWEST<BITS>, token.steps[i], sum);
+  return sum;
+}
+
+// Where a block is read.
+struct Source {
+  const char *values, *values_end, *factors, *factors_end;
+  const int8_t* zeros;
+  int64_t bytes, factor_bytes;
+
+  // Behind a block is the other one of its pair; the next pair follows that.
+  const char* ahead_of_values() const {
+    const char* next = values + AHEAD;
+    return next < values_end ? next : next + bytes;
+  }
+  const char* ahead_of_factors() const {
+    const char* next = factors + SCALES_AHEAD;
+    return next < factors_end ? next : next + factor_bytes;
+  }
+};
+
+// M rows, y[M][WIDTH]. Loops are unrolled so that sums are in registers.
 template <int BITS, int M>
 void rows(const Stream pair[2], const char* x, int64_t stride, int64_t k, float* y) {
   constexpr int VECTORS = STEP * BITS / 32;  // of a block, for STEP inputs
-  const char* values[2] = {static_cast<const char*>(pair[0].values),
-                           static_cast<const char*>(pair[1].values)};
-  const int64_t size = pair[0].factor_type == AS_F32 ? 4 : 2, group = pair[0].group;
-  // Behind a block is the other one of its pair; the next pair follows that.
-  const int64_t bytes = k * BLOCK * BITS / 8;
-  const char* ends[2] = {values[0] + bytes, values[1] + bytes};
-  Floats sum[2][M];
-  for (auto& block : sum)
-    for (auto& row : block) row = all(0.0f);
-  for (int64_t k0 = 0, index = 0; k0 < k; k0 += group, ++index) {
-    Floats part[2][M];
+  const int32_t type = pair[0].factor_type;
+  const int64_t size = type == AS_F32 ? 4 : 2, group = pair[0].group;
+  const int64_t bytes = k * BLOCK * BITS / 8, factor_bytes = k / group * BLOCK * size;
+  Source at[2];
+  for (int b = 0; b < 2; ++b) {
+    auto values = static_cast<const char*>(pair[b].values);
+    auto factors = static_cast<const char*>(pair[b].factors);
+    at[b] = {values,        values + bytes, factors,     factors + factor_bytes,
+             pair[b].zeros, bytes,          factor_bytes};
+  }
+  Floats sum[2][M], part[2][M];
+#pragma GCC unroll 12
+  for (int row = 0; row < M; ++row) {
+    sum[0][row] = sum[1][row] = all(0.0f);
+    part[0][row] = part[1][row] = all(0.0f);
+  }
+  for (int64_t k0 = 0; k0 < k; k0 += group) {
     for (int64_t i = k0; i < k0 + group; i += STEP) {
       Ints found[2][M];
       const int8_t* inputs[M];
+#pragma GCC unroll 12
       for (int row = 0; row < M; ++row) {
         const Rounded token(x + row * stride, k);
         inputs[row] = token.values + i;
         found[0][row] = found[1][row] = all(token.starts[i / STEP]);
       }
-      const char* next[2];
-      for (int b = 0; b < 2; ++b) {
-        next[b] = values[b] + AHEAD;
-        if (next[b] >= ends[b]) next[b] += bytes;
-      }
+      const char* next[2] = {at[0].ahead_of_values(), at[1].ahead_of_values()};
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) {
         Ints packed[2];
+#pragma GCC unroll 2
         for (int b = 0; b < 2; ++b) {
-          packed[b] = words(values[b]);
+          packed[b] = words(at[b].values);
           _mm_prefetch(next[b] + v * 4 * BLOCK, _MM_HINT_T0);
-          values[b] += 4 * BLOCK;
+          at[b].values += 4 * BLOCK;
         }
-        if (BITS == 4) {
+        if constexpr (BITS == 4) {
           const Ints mask = all(0x0f0f0f0f);
           const Ints low[2] = {both(packed[0], mask), both(packed[1], mask)};
           const Ints high[2] = {both(moved_by_4(packed[0]), mask),
                                 both(moved_by_4(packed[1]), mask)};
+#pragma GCC unroll 12
           for (int row = 0; row < M; ++row) {
             const Ints first = inputs_at(inputs[row] + 8 * v);
             const Ints second = inputs_at(inputs[row] + 8 * v + 4);
-            for (int b = 0; b < 2; ++b) found[b][row] = dot<4>(found[b][row], low[b], first);
-            for (int b = 0; b < 2; ++b)
-              found[b][row] = dot<4>(found[b][row], high[b], second);
+            found[0][row] = dot<4>(found[0][row], low[0], first);
+            found[1][row] = dot<4>(found[1][row], low[1], first);
+            found[0][row] = dot<4>(found[0][row], high[0], second);
+            found[1][row] = dot<4>(found[1][row], high[1], second);
           }
         } else {
           const Ints flip = all(static_cast<int32_t>(0x80808080));
-          for (int b = 0; b < 2; ++b) packed[b] = either(packed[b], flip);
+          packed[0] = either(packed[0], flip);
+          packed[1] = either(packed[1], flip);
+#pragma GCC unroll 12
           for (int row = 0; row < M; ++row) {
             const Ints four = inputs_at(inputs[row] + 4 * v);
-            for (int b = 0; b < 2; ++b) found[b][row] = dot<8>(found[b][row], packed[b], four);
+            found[0][row] = dot<8>(found[0][row], packed[0], four);
+            found[1][row] = dot<8>(found[1][row], packed[1], four);
           }
         }
       }
+#pragma GCC unroll 12
       for (int row = 0; row < M; ++row) {
         const Floats step = all(Rounded(x + row * stride, k).steps[i / STEP]);
+#pragma GCC unroll 2
         for (int b = 0; b < 2; ++b)
           part[b][row] = i == k0 ? times(floats(found[b][row]), step)
                                  : times_plus(floats(found[b][row]), step, part[b][row]);
       }
     }
+#pragma GCC unroll 2
     for (int b = 0; b < 2; ++b) {
-      const char* factors = static_cast<const char*>(pair[b].factors);
-      const Floats scale =
-          load(factors + index * BLOCK * size, pair[b].factor_type);
-      if (pair[b].zeros) {
-        const Floats zero = load_i8(pair[b].zeros + index * BLOCK);
+      _mm_prefetch(at[b].ahead_of_factors(), _MM_HINT_T0);
+      const Floats scale = load(at[b].factors, type);
+      at[b].factors += BLOCK * size;
+      if (at[b].zeros) {
+        const Floats zero = load_i8(at[b].zeros);
+        at[b].zeros += BLOCK;
+#pragma GCC unroll 12
         for (int row = 0; row < M; ++row) {
-          const Rounded token(x + row * stride, k);
-          float inputs = 0;
-          for (int64_t i = k0 / STEP; i < (k0 + group) / STEP; ++i)
-            inputs = std::fma(static_cast<float>(token.starts[i]) / LOWEST<BITS>,
-                              token.steps[i], inputs);
+          const float inputs = sum_of<BITS>({x + row * stride, k}, k0, k0 + group);
           part[b][row] = minus_times(zero, all(inputs), part[b][row]);
         }
       }
+#pragma GCC unroll 12
       for (int row = 0; row < M; ++row)
         sum[b][row] = times_plus(part[b][row], scale, sum[b][row]);
     }
   }
-  for (int row = 0; row < M; ++row)
-    for (int b = 0; b < 2; ++b) store(y + row * WIDTH + b * BLOCK, sum[b][row]);
+#pragma GCC unroll 12
+  for (int row = 0; row < M; ++row) {
+    store(y + row * WIDTH, sum[0][row]);
+    store(y + row * WIDTH + BLOCK, sum[1][row]);
+  }
 }
 
 template <int BITS, int M>
