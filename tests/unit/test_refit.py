@@ -27,13 +27,14 @@ from vllm_moe_prune.cut.predict import model_facts
 from vllm_moe_prune.cut.refit_layer import RIDGES, SWEEPS, fit_windows, refit_layer
 from vllm_moe_prune.cut.verify import verify
 from vllm_moe_prune.decide.build_plan import make_plan
+from vllm_moe_prune.decide.check_plan import check_plan
 from vllm_moe_prune.decide.cut_plan import CutPlan, load_plan
 from vllm_moe_prune.errors import CalibrationError, OutputError, PlanError
 from vllm_moe_prune.progress import Progress
 from vllm_moe_prune.recipes.schema import ExpertStage, LayerStage, Recipe, SlimStage
 from vllm_moe_prune.slim.ridge import Ridge
 from vllm_moe_prune.stages.measure import collect
-from vllm_moe_prune.stages.preflight import RunOptions
+from vllm_moe_prune.stages.preflight import RunOptions, validate_plan
 
 Cuts = dict[int, LayerCut]
 HALF = LayerCut(keep=(0, 3, 5))
@@ -268,6 +269,9 @@ def test_windows_of_every_source_judge_and_none_of_them_is_fitted_on() -> None:
     few = fit_windows((torch.arange(400) % 4 == 0).long(), ["a", "b"], 1024)
     assert len(few.rows_W) == 32
     assert int((few.source_W == 1).sum()) == 8
+    long = fit_windows(torch.arange(6) % 2, ["a", "b"], 1 << 17)
+    assert long.source_W[long.judged_W].tolist() == [0, 1]
+    assert sorted(long.source_W[~long.judged_W].tolist()) == [0, 1]
 
 
 def test_one_source_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
@@ -448,12 +452,20 @@ def test_layers_that_lost_experts_and_those_that_take_over(
     assert decided(checkpoint, stage, **experts) == expected
 
 
+def test_a_layer_without_experts_is_not_refitted(checkpoint: Checkpoint) -> None:
+    plan = plan_of(checkpoint, {1: DROP_MOE}, [1])
+    with pytest.raises(PlanError, match=r"plan: layer 1: refit, but .* no experts"):
+        check_plan(plan, checkpoint.layers, checkpoint.fingerprint, "plan")
+
+
 def test_fp8_experts_stay_as_they_are(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint = model(tmp_path / "model", fp8=(16, 16))
-    found = decided(checkpoint, LayerStage(), drop=0.5, budget="per-layer")
-    assert not found
+    assert not decided(checkpoint, LayerStage(), drop=0.5, budget="per-layer")
+    asked = {"experts": {"refit": "ridge"}}
+    left_out = plan_of(checkpoint, {1: HALF}, [], recipe=asked)
+    validate_plan(checkpoint, left_out, RunOptions(), "plan")
     assert "experts stay fp8, so none are refitted" in caplog.text
     plan = plan_of(checkpoint, {1: HALF}, [1])
     with pytest.raises(PlanError, match=r"the plan refits experts .* stay fp8"):

@@ -65,7 +65,8 @@ def fit_windows(source_S: Tensor, names: Sequence[str], length: int) -> FitWindo
     Raises:
         CalibrationError: No window would be left to fit on.
     """
-    most = max(len(names), MOST_TOKENS // length)
+    # However long windows are, each source needs one to fit on and one to judge.
+    most = max(2 * len(names), MOST_TOKENS // length)
     rows: list[int] = []
     judged: set[int] = set()
     for source in range(len(names)):

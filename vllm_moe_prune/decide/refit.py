@@ -5,14 +5,11 @@ target is the original's hidden state behind it; what a dropped block did, the l
 right before it, since its output then enters the block that comes next.
 """
 
-import logging
 from collections.abc import Sequence
 
 from ..recipes.schema import Recipe
 from .cut_plan import LayerPlan
 from .facts import ModelFacts
-
-log = logging.getLogger(__name__)
 
 
 def layers_to_refit(
@@ -25,20 +22,13 @@ def layers_to_refit(
         facts: The checkpoint; experts whose stored values must stay are not refitted.
         layers: What happens to its layers.
     """
-    if recipe.experts.refit == "none":
+    if recipe.experts.refit == "none" or facts.fixed is not None:
         return [False] * len(layers)
     chosen = {plan.layer for plan in layers if 0 < len(plan.keep) < plan.experts}
     for plan, shape in zip(layers, facts.layers, strict=True):
         # Behind an MTP layer comes nothing that could make up for it.
         if plan.action != "keep" and not shape.mtp:
             chosen |= _taking_over(plan, facts, layers)
-    if chosen and facts.fixed is not None:
-        log.warning(
-            "experts stay %s, so none are refitted (experts.refit). Start from bf16 "
-            "weights to have them refitted.",
-            facts.fixed,
-        )
-        chosen = set()
     return [plan.layer in chosen for plan in layers]
 
 

@@ -1,5 +1,6 @@
 """Checks before any work is done: what cannot be finished is not begun."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from ..cut.convert import StorageName
 from ..cut.output import companions
 from ..cut.predict import model_facts
 from ..cut.transaction import check_output
-from ..cut.validate_plan import check_stored
+from ..cut.validate_plan import check_stored, fixed_form
 from ..decide import build_plan
 from ..decide.check_plan import check_plan
 from ..decide.cut_plan import CutPlan
 from ..errors import PlanError, RecipeError
 from ..progress import Report, ignore
 from ..recipes.schema import Recipe
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,14 @@ def validate_plan(
         PlanError: It is of another checkpoint, or cannot be stored as asked.
     """
     check_plan(plan, checkpoint.layers, checkpoint.fingerprint, where)
+    fixed = fixed_form(checkpoint)
+    if plan.recipe.experts.refit != "none" and fixed is not None:
+        log.warning(
+            "%s: experts stay %s, so none are refitted. Start from bf16 weights to "
+            "have them refitted.",
+            where,
+            fixed,
+        )
     stored = options.storage or plan.recipe.storage
     if stored != "dense" and plan.is_quantized:
         raise PlanError(
