@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from itertools import pairwise
@@ -15,7 +16,14 @@ from scipy import stats as scipy_stats
 
 from tests.reference import DROP_MOE, LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint, tiny_text
-from vllm_moe_prune.calibrate.stats import Stats, load_stats, save_stats
+from vllm_moe_prune.calibrate.stats import (
+    PER_SOURCE,
+    LayerStats,
+    SourceStats,
+    Stats,
+    load_stats,
+    save_stats,
+)
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_expert
 from vllm_moe_prune.checkpoint.source import open_checkpoint
@@ -374,6 +382,40 @@ def test_sensitivity_by_another_rule_is_not_shown(
     assert all(layer.sensitivity_P2 is None for layer in numbers.layers)
     assert "Sensitivity of layers" in numbers.missing
     assert "sensitivity" not in Page(page(numbers)).ids
+
+
+def test_coverage_of_each_source_is_drawn(copy: Path, tmp_path: Path) -> None:
+    stats = load_stats(copy / STATS_FILE)
+    found = read_numbers(copy)
+    assert all(layer.coverage == {} for layer in found.layers)
+    assert "coverage" not in Page(page(found)).ids
+    keep = list(found.layers[0].keep)
+    code_E = np.zeros(8)
+    code_E[keep[0]] = 3.0
+    gone = next(expert for expert in range(8) if expert not in keep)
+    code_E[gone] = 1.0
+    parts = {
+        index: replace(
+            LayerStats(),
+            **{name: getattr(layer, name) for name in PER_SOURCE},
+        )
+        for index, layer in stats.layers.items()
+    }
+    code = {index: replace(layer, routed_E=code_E) for index, layer in parts.items()}
+    sources = {"prose": SourceStats(layers=parts), "code": SourceStats(layers=code)}
+    named = tmp_path / "named.safetensors"
+    save_stats(replace(stats, sources=sources), named)
+    (copy / STATS_FILE).unlink()
+    numbers = read_numbers(copy, [named])
+    assert numbers.layers[0].coverage["code"] == 0.75
+    routed_E = stats.layers[0].routed_E
+    assert routed_E is not None
+    prose = routed_E[keep].sum() / routed_E.sum()
+    assert numbers.layers[0].coverage["prose"] == pytest.approx(prose)
+    drawn = Page(page(numbers))
+    assert "coverage" in drawn.ids
+    assert "75.0%" in " ".join(drawn.text)
+    assert as_data(numbers)["layers"][0]["coverage"]["code"] == 0.75
 
 
 def test_what_refitting_gained_is_drawn(copy: Path) -> None:

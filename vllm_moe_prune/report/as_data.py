@@ -48,6 +48,7 @@ def _layer(layer: LayerNumbers) -> dict[str, Any]:
         "routing_frequency": _list(layer.frequency_E),
         "moe_cosine": layer.moe_cosine,
         "sensitivity": _list(layer.sensitivity_P2),
+        "coverage": layer.coverage,
         "refit": asdict(layer.refit) if layer.refit else None,
         "kurtosis": _kurtosis(layer.kurtosis),
     }

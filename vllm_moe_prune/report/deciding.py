@@ -60,6 +60,27 @@ def chosen(layer: LayerNumbers) -> tuple[int, float | None]:
     return removed, float(np.interp(removed, points_P2[:, 0], points_P2[:, 1]))
 
 
+def coverage(numbers: Numbers) -> dict[str, Any] | None:
+    """What of each source's routing the experts that stay had."""
+    sources = list(
+        dict.fromkeys(name for one in numbers.layers for name in one.coverage)
+    )
+    if not sources:
+        return None
+    rows = [layer for layer in numbers.moe_layers if layer.coverage]
+    return {
+        "sources": sources,
+        "rows": [
+            (layer.layer, [layer.coverage.get(name) for name in sources])
+            for layer in rows
+        ],
+        "least": [
+            min(layer.coverage[name] for layer in rows if name in layer.coverage)
+            for name in sources
+        ],
+    }
+
+
 def refits(numbers: Numbers) -> dict[str, Any] | None:
     """What refitting gained on the windows of each source that were kept apart."""
     rows = [(layer.layer, layer.refit) for layer in numbers.layers if layer.refit]

@@ -52,6 +52,7 @@ def page(numbers: Numbers) -> str:
     template = environment.from_string((files / "page.html").read_text("utf-8"))
     drawn: dict[str, Any] = {
         "sensitivity": deciding.sensitivity(numbers),
+        "coverage": deciding.coverage(numbers),
         "refits": deciding.refits(numbers),
         "alike": _alike(numbers),
         "routing": _routing(numbers),
@@ -83,6 +84,7 @@ def _sections(drawn: dict[str, Any]) -> list[tuple[str, str]]:
         ("size", "Size", True),
         ("layers", "Layers", True),
         ("sensitivity", "Sensitivity", drawn["sensitivity"]),
+        ("coverage", "Coverage", drawn["coverage"]),
         ("refits", "Refit", drawn["refits"]),
         ("alike", "Experts alike", drawn["alike"]),
         *((chart["id"], chart["title"], True) for chart in drawn["routing"]),

@@ -6,7 +6,7 @@ statistics kept in the output and from further files. E experts, H hidden states
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,6 +88,8 @@ class LayerNumbers:
     """Points (experts removed from this layer alone, held-out loss then), measured by
     the rule that the plan removes them by."""
     refit: Refit | None = None
+    coverage: dict[str, float] = field(default_factory=dict)
+    """Source of text -> share of its routing choices that fell on experts that stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +165,7 @@ def read_numbers(
             _layer(layer, count, found, plan, total),
             sensitivity_P2=curves.get(layer.layer),
             refit=refits.get(layer.layer),
+            coverage=_coverage(layer, stats),
         )
         for layer, count, found, total in zip(
             plan.layers, counts.layers, measured, sums, strict=True
@@ -280,6 +283,18 @@ def _curves(stats: Sequence[Stats], plan: CutPlan) -> dict[int, Array]:
                 if layer.sensitivity_P2 is not None and len(layer.sensitivity_P2)
             }
     return {}
+
+
+def _coverage(plan: LayerPlan, stats: Sequence[Stats]) -> dict[str, float]:
+    """Of the first statistics that name their sources."""
+    named = next((one.sources for one in stats if one.sources), {})
+    found = {}
+    for source, part in named.items():
+        layer = part.layers.get(plan.layer)
+        routed_E = None if layer is None else layer.routed_E
+        if routed_E is not None and (total := float(routed_E.sum())) > 0:
+            found[source] = float(routed_E[list(plan.keep)].sum()) / total
+    return found
 
 
 def _refit(record: LayerRefit) -> Refit:
