@@ -217,7 +217,8 @@ def test_serve_only_prints_its_command_when_asked_to(
     monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
     # Of vLLM's short options one has an h in it, which is not a call for help.
     for typed in ("ckpt --dry-run --port 8001 -dph", "--port 8001 -dph --dry-run ckpt"):
-        ran = run_cli(f"serve {typed}", monkeypatch, capsys)
+        own = "--cores vllm --no-preload"
+        ran = run_cli(f"serve {own} {typed}", monkeypatch, capsys)
         assert ran.status == 0, ran
         program, *rest = shlex.split(ran.stdout)
         assert Path(program).name == "vllm"

@@ -25,6 +25,17 @@ def serve(
     watch: Annotated[
         bool, flag("Add /plugins/moe-prune/: report, remap table, live routing load.")
     ] = False,
+    cores: Annotated[
+        str,
+        flag(
+            "On CPUs, the cores that compute: auto, vllm (as it does by itself), or a "
+            "list such as 0-3."
+        ),
+    ] = "auto",
+    preload: Annotated[
+        bool,
+        typer.Option(help="On CPUs, load tcmalloc first where it is installed."),
+    ] = True,
     dry_run: Annotated[
         bool, flag("Print the vLLM command and exit.", "--dry-run")
     ] = False,
@@ -39,6 +50,7 @@ def serve(
     import shlex
 
     from ..plugin.launch import run_server, serve_command, split_model
+    from ..plugin.machine import settings
     from .output.draw import err
 
     # Unknown options pass through to vLLM, so -h arrives as MODEL.
@@ -46,12 +58,21 @@ def serve(
         typer.echo(context.get_help())
         return
     source, flags = split_model(model)
+    environment, chosen = settings(flags, cores=cores, preload=preload)
     command = serve_command(
-        source, revision, plan, flags, watch=watch, allow_links=allow_links
+        source,
+        revision,
+        plan,
+        flags,
+        watch=watch,
+        allow_links=allow_links,
+        environment=environment,
     )
     if dry_run:
         typer.echo(shlex.join(command))
         return
+    if chosen:
+        err.print(f"CPU: {chosen}", style="dim")
     err.print(f"+ {shlex.join(command)}", style="dim")
     run_server(command)
 

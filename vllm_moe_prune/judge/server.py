@@ -20,6 +20,7 @@ from ..checkpoint.tokenizer import TRUST
 from ..errors import ServeError
 from ..files.regular import MIB, read_bounded
 from ..plugin.launch import serve_command
+from ..plugin.machine import settings
 
 # Seconds between SIGTERM and SIGKILL.
 STOP_S = 30.0
@@ -65,8 +66,14 @@ def served(
     own = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", model]
     if trust_code and TRUST not in flags:
         own.append(TRUST)
+    environment, _ = settings(flags)
     command = serve_command(
-        source, revision, None, [*own, *flags], allow_links=allow_links
+        source,
+        revision,
+        None,
+        [*own, *flags],
+        allow_links=allow_links,
+        environment=environment,
     )
     # A file, since a pipe that nobody reads would block the server once it is full.
     with tempfile.TemporaryFile("w+b") as log:

@@ -1,5 +1,6 @@
 """The vLLM we stand on: versions and quirks; the only file that compares versions."""
 
+import importlib.metadata
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -31,6 +32,14 @@ def check_version() -> None:
             f"vLLM {found} is installed, but vllm-moe-prune needs {OLDEST} or newer. "
             "Upgrade vLLM, or set VLLM_PLUGINS to leave this plugin out."
         )
+
+
+def is_cpu_build() -> bool:
+    """Whether the vLLM of this environment is one for CPUs, as vLLM itself tells."""
+    try:
+        return "cpu" in importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def has_amx() -> bool:

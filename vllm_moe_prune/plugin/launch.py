@@ -6,9 +6,10 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 from ..checkpoint.open import Checkpoint
@@ -72,6 +73,7 @@ def serve_command(
     *,
     watch: bool = False,
     allow_links: bool = False,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     """The command line that serves a checkpoint, after checking that it will work.
 
@@ -82,6 +84,7 @@ def serve_command(
         extra: Flags handed to vLLM as they are.
         watch: Add pages and live routing load to the server.
         allow_links: Follow links that lead out of a local folder.
+        environment: Variables for the server, see ``machine.settings``.
 
     Raises:
         MoePruneError: vLLM or the plugin is missing or disabled, the checkpoint or
@@ -106,8 +109,14 @@ def serve_command(
         check_plan(loaded, checkpoint.layers, checkpoint.fingerprint, str(plan))
         command += ["--load-format", "moe_prune", "--model-loader-extra-config"]
         command += [json.dumps({"plan": str(plan.resolve())})]
+    variables = dict(environment)
     if watch:
-        command = [*_environment(), *command, *_watch_flags(extra)]
+        variables["VLLM_PLUGINS"] = _plugins()
+        command += _watch_flags(extra)
+    if variables:
+        # A full path: execv does not search PATH.
+        named = [f"{name}={value}" for name, value in sorted(variables.items())]
+        command = [shutil.which("env") or "/usr/bin/env", *named, *command]
     needed = plan is not None or needs_plugin(checkpoint)
     if needed or watch:
         check_registered()
@@ -142,8 +151,8 @@ def _pairs(flags: dict[str, str]) -> list[str]:
     return [part for pair in flags.items() for part in pair]
 
 
-def _environment() -> list[str]:
-    """A prefix that names our endpoints to vLLM, which adds routes for no others.
+def _plugins() -> str:
+    """Our endpoints among the plugins for vLLM, which adds routes for no others.
 
     The list it takes is for plugins of all kinds, so it names what is there.
     """
@@ -157,9 +166,7 @@ def _environment() -> list[str]:
     if allowed is not None:
         names = set(allowed.split(","))
     # An empty VLLM_PLUGINS splits into one empty name.
-    named = ",".join(sorted({*names, *PLUGINS} - {""}))
-    # A full path: execv does not search PATH.
-    return [shutil.which("env") or "/usr/bin/env", f"VLLM_PLUGINS={named}"]
+    return ",".join(sorted({*names, *PLUGINS} - {""}))
 
 
 def needs_plugin(checkpoint: Checkpoint) -> bool:
