@@ -100,7 +100,7 @@ def report(
     from ..report.figures import write_figures
     from ..report.page import write_page
     from ..report.read import read_numbers
-    from .output.show import show_report
+    from .output.show_reported import show_report
 
     folder = output.resolve()
     # `.` has no name: its page goes beside the folder it stands for.

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ...cut.execute import CutResult
     from ...cut.verify import Verified
     from ...decide.cut_plan import CutPlan, LayerPlan
-    from ...report.read import Kurtosis, Numbers
 
 
 DENSE_ZEROS = (
@@ -332,48 +331,6 @@ def show_converted(result: "Converted", as_json: bool) -> None:
         layers = _short(list(result.dense_layers))
         hint(f"Too few zeros to save bytes, stored dense: layers {layers}")
     hint(f"Next: vllm-moe-prune serve {result.out}")
-
-
-def show_report(
-    numbers: "Numbers", page: Path, pictures: Sequence[Path], as_json: bool
-) -> None:
-    """What a report shows, in short, and where it is."""
-    from ...report.as_data import as_data
-
-    if as_json:
-        files = {"html": str(page), "png": [str(path) for path in pictures]}
-        print_json(as_data(numbers) | files)
-        return
-    table(
-        f"{numbers.name}: {numbers.plan.recipe.name}",
-        ("layer", "experts", "kept", "removed", "zeroed", "kurtosis"),
-        [
-            (
-                layer.layer,
-                layer.experts,
-                len(layer.keep) if layer.action == "keep" else layer.action,
-                f"{layer.removed:.1%}",
-                f"{layer.zeroed:.1%}",
-                _change(layer.kurtosis),
-            )
-            for layer in numbers.layers
-        ],
-    )
-    facts(
-        f"Wrote {page}",
-        [
-            ("pictures", len(pictures)),
-            ("kurtosis of expert weights", _change(numbers.kurtosis)),
-            *(("not measured", name) for name in numbers.missing),
-        ],
-    )
-
-
-def _change(kurtosis: "Kurtosis") -> str:
-    return " -> ".join(
-        "?" if value is None else f"{value:.3f}"
-        for value in (kurtosis.before, kurtosis.trimmed, kurtosis.slimmed)
-    )
 
 
 def show_verified(verified: "Verified", as_json: bool) -> None:
