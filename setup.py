@@ -9,6 +9,7 @@ run time what is slower.
 
 import platform
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -84,7 +85,8 @@ class BuildKernel(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link; setuptools lets an optional kernel fail."""
-        steps = [step for step in STEPS if X86 and self._can_compile(STEPS[step][1])]
+        able = takewhile(lambda step: X86 and self._can_compile(STEPS[step][1]), STEPS)
+        steps = list(able)
         objects = []
         for number, (name, flags) in enumerate(units(steps)):
             objects += self.compiler.compile(
