@@ -126,6 +126,7 @@ VALUES: dict[str, Any] = {
     "drop_blocks": "[1]",
     "budget": "sensitivity",
     "routing": "redirect",
+    "structured_share": "auto",
     "narrow_refit": "none",
     "calibration": ["text.txt"],
     "judge_on": ["own.txt"],

@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def stats(checkpoint: Checkpoint) -> Stats:
-    recipe = asked(checkpoint, "default")
+    recipe = asked(checkpoint, "cpu50")
     tokens = pipeline.measuring_tokens(checkpoint, recipe)
     return pipeline.measure(checkpoint, recipe, tokens, pipeline.RunOptions())
 

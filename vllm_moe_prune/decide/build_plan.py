@@ -15,6 +15,7 @@ from .layer_drop import chooses_layers, decide_layers
 from .quantize import resolved_form
 from .refit import layers_to_refit
 from .required_stats import needed_statistics
+from .share import chosen_share
 from .super_experts import found_in, protecting
 from .widths import narrow_widths, narrowed_facts, resolved_narrow, with_widths
 from .zeros import check_slimming, counted_size, plan_routing, slim_sparsities
@@ -118,6 +119,8 @@ def _with_drop(recipe: Recipe, facts: ModelFacts, stats: Stats | None) -> Recipe
     share, total = recipe.structured_share, recipe.total_sparsity
     if share is None or total is None:
         return recipe
+    if share == "auto":
+        share = chosen_share(recipe, facts, stats)
     actions = decide_layers(stats, facts.layers, recipe)
     widths = narrow_widths(recipe.narrow, facts)
     whole = [

@@ -23,6 +23,8 @@ def needed_statistics(recipe: Recipe) -> frozenset[str]:
     fields: set[str] = set()
     if removes_experts(recipe):
         fields |= _of_experts(recipe.experts)
+        if recipe.structured_share == "auto":
+            fields |= {"sensitivity_P2", "zeros"}
         if recipe.experts.protect == "super":
             fields.add("activation_max_E")
     if recipe.layers.moe_count or recipe.layers.moe_share:

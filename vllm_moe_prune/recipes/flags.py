@@ -89,7 +89,8 @@ def _flag(name: str, path: Path, annotation: Any, about: str | None) -> RecipeFl
     choices = [one for kind in kinds for one in _choices(kind)]
     text = " ".join((about or "").split()).replace("``", "`")
     if choices:
-        text += f" One of: {', '.join(choices)}."
+        word = "One of" if _takes_words(kinds) else "Or"
+        text += f" {word}: {', '.join(choices)}."
     plain: Any = next((k for k in (bool, int, float) if kinds == [k]), str)
     if choices and all(choice.isdigit() for choice in choices):
         plain = int
@@ -108,6 +109,11 @@ def _kinds(annotation: Any) -> list[Any]:
     if origin is None or origin in (tuple, dict, Literal):
         return [] if annotation is type(None) else [annotation]
     return [kind for one in get_args(annotation) for kind in _kinds(one)]
+
+
+def _takes_words(kinds: list[Any]) -> bool:
+    """Whether a key takes words alone."""
+    return all(get_origin(kind) is Literal for kind in kinds)
 
 
 def _choices(kind: Any) -> list[str]:

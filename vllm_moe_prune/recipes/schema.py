@@ -139,8 +139,9 @@ class Recipe(Strict):
     layers: LayerStage = LayerStage()
     routing: Literal["drop", "redirect", "preserve"] = "drop"
     """Router rows of removed experts: deleted, redirected, or preserved (a control)."""
-    structured_share: float | None = Field(default=None, ge=0.0, le=1.0)
-    """Share of ``total_sparsity`` taken by whole experts; replaces ``experts.drop``."""
+    structured_share: Part01 | Literal["auto"] | None = None
+    """Share of ``total_sparsity`` taken by whole experts; replaces ``experts.drop``.
+    ``auto`` chooses it by the measured costs of experts and zeros."""
     order: Literal["structured-first", "unstructured-first"] = "structured-first"
     """``unstructured-first`` slims before experts are chosen; a control, two cuts."""
     calibration: Calibration = Calibration()
@@ -164,6 +165,10 @@ class Recipe(Strict):
             "leave out total_sparsity, or set slim.allocation: owl",
             (share is not None and (not self.size_asked or experts.method == "none"))
             and "structured_share needs total_sparsity and experts.method",
+            (share == "auto" and not (self.asks_zeros and slim.scope == ("experts",)))
+            and "structured_share: auto needs zeros in experts alone",
+            (share == "auto" and self.sparsity_of == "all")
+            and "structured_share: auto needs sparsity_of: experts",
             (share is not None and number)
             and "give structured_share or experts.drop or experts.keep, not two",
             (self.routing == "redirect" and experts.method == "score")

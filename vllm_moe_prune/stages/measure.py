@@ -21,7 +21,7 @@ from .preflight import RunOptions
 from .probe import with_owl, with_sensitivity
 
 ROUTER_FIELDS = frozenset({"router_sqdist_EE", "router_norm", "router_row_norm_E"})
-LATER = frozenset({"sensitivity_P2", "owl_outliers_E", "owl_m"})
+LATER = frozenset({"sensitivity_P2", "zeros", "owl_outliers_E", "owl_m"})
 """What is tried out once the rest is known."""
 
 
@@ -63,7 +63,15 @@ def measure(
     if model and tokens and "sensitivity_P2" in later:
         heldout = load_heldout(checkpoint, recipe.calibration)
         journal = LossJournal(None if work is None else work / "losses.jsonl")
-        stats = with_sensitivity(model, recipe, stats, heldout, journal, options.report)
+        stats = with_sensitivity(
+            model,
+            recipe,
+            stats,
+            heldout,
+            journal,
+            options.report,
+            zeros_on=tokens if "zeros" in later else None,
+        )
     if model and tokens and "owl_outliers_E" in later:
         stats = with_owl(model, recipe, stats, tokens, options.report)
     return stats

@@ -21,6 +21,7 @@ from ..decide.cut_plan import CutPlan, LayerPlan
 from ..decide.experts import decide_experts, remove_counts
 from ..decide.facts import ModelFacts
 from ..decide.sensitivity import rule
+from ..decide.share import ZEROS
 from ..decide.super_experts import protecting
 from ..decide.zeros import plan_routing
 from ..errors import CheckpointError
@@ -40,6 +41,8 @@ def with_sensitivity(
     heldout: Tokens,
     journal: LossJournal | None = None,
     report: Report = ignore,
+    *,
+    zeros_on: Tokens | None = None,
 ) -> Stats:
     """Add each layer's curve: held-out loss against experts removed from it alone.
 
@@ -53,6 +56,7 @@ def with_sensitivity(
         heldout: Tokens that calibrate nothing.
         journal: Losses known from an interrupted run.
         report: Called after every layer.
+        zeros_on: What to calibrate zeros on, whose cost is then measured too.
 
     Raises:
         CheckpointError: The intact model's loss is not finite.
@@ -71,6 +75,8 @@ def with_sensitivity(
         for count in counts:
             removed = remove_counts(stats, facts.layers, recipe, {layer: count})
             plans.append(_dry(facts, recipe, removed))
+    if zeros_on is not None:
+        plans += [_zeroed(intact, sparsity) for sparsity in ZEROS]
     names = _named(heldout, stats)
     texts = [Text(heldout.ids_ST)]
     if names:
@@ -81,6 +87,7 @@ def with_sensitivity(
         model,
         plans,
         texts,
+        zeros_on.ids_ST if zeros_on is not None else None,
         journal=journal,
         report=report,
         stage="sensitivity",
@@ -92,6 +99,7 @@ def with_sensitivity(
             f"{model.checkpoint.folder}: its loss on {heldout.source} is not finite. "
             "The weights are damaged, or the stored dtype overflows on this text."
         )
+    of_zeros = losses[len(losses) - len(ZEROS) :] if zeros_on is not None else []
     sources = dict(stats.sources)
     for at, name in enumerate(names):
         part = sources.get(name, SourceStats())
@@ -106,6 +114,7 @@ def with_sensitivity(
             "heldout": heldout.describe(),
             "tokens": tokens,
             "candidates": len(plans),
+            "zeros": [min(one, WORST) - losses[0] for one in of_zeros],
         },
     )
 
@@ -160,6 +169,15 @@ def _points(most: int) -> list[int]:
     spread = np.linspace(0, most, min(POINTS, most) + 1)[1:]
     # Rounded up, but not where linspace misses a whole number by rounding.
     return [int(count) for count in np.unique(np.ceil(spread - 1e-9))]
+
+
+def _zeroed(intact: CutPlan, sparsity: float) -> CutPlan:
+    """A plan that removes nothing and zeroes a share of every expert by Wanda."""
+    layers = [
+        layer.model_copy(update={"sparsity": sparsity if layer.keep else 0.0})
+        for layer in intact.layers
+    ]
+    return intact.model_copy(update={"slim": "wanda", "layers": tuple(layers)})
 
 
 def _dry(facts: ModelFacts, recipe: Recipe, layers: Sequence[LayerPlan]) -> CutPlan:

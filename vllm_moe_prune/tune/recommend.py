@@ -142,7 +142,10 @@ def plan_of_anyone(facts: ModelFacts, recipe: Recipe) -> CutPlan:
     slim = recipe.slim.model_copy(update={"allocation": "uniform"})
     if recipe.slim.is_grouped:
         slim = slim.model_copy(update={"sparsity": None})
+    # Experts and zeros of a total are about as large, whichever share they have.
+    share = 0.25 if recipe.structured_share == "auto" else recipe.structured_share
     same = {
+        "structured_share": share,
         "experts": experts,
         "slim": slim,
         "layers": _last_layers(facts, recipe.layers),
