@@ -127,6 +127,7 @@ VALUES: dict[str, Any] = {
     "budget": "sensitivity",
     "routing": "redirect",
     "structured_share": "auto",
+    "blend": "maxmin",
     "narrow_refit": "none",
     "calibration": ["text.txt"],
     "judge_on": ["own.txt"],
