@@ -353,12 +353,6 @@ SPENT = [
         ("keep 1", "top-k is 2"),
     ),
     Case(
-        "cut: plan for slimming without text",
-        "cut ckpt --plan plan.json -o new",
-        ("calibration text is needed", "--calibration"),
-        in_json(PLAN, lambda data: data["recipe"]["calibration"].update(source=None)),
-    ),
-    Case(
         "cut: text of the plan gone",
         "cut ckpt --plan plan.json -o new",
         ("text.txt",),

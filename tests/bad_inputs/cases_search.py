@@ -8,7 +8,6 @@ TUNE = f"tune ckpt -o best.json --calibration text.txt {SMALL} --heldout 2 --jso
 SWEEP = f"plan ckpt --stats stats.safetensors {PAPER} -o plans --json --sweep"
 
 CASES = [
-    Case("tune: no text", "tune ckpt -o best.json --total 0.5", ("--calibration",)),
     Case(
         "tune: no such text", TUNE.replace("text.txt", "no.txt"), ("no.txt", "no such")
     ),

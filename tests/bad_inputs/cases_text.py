@@ -115,8 +115,6 @@ TEXTS = [
     Case("text: missing, eval", f"{EVAL} no.txt", ("no.txt", "no such")),
     Case("text: a folder", f"{MEASURE} ckpt", ("ckpt", "text file")),
     Case("text: a folder, eval", f"{EVAL} ckpt", ("ckpt", "text file")),
-    Case("text: none", "measure ckpt -o new.safetensors", ("--calibration",)),
-    Case("text: none, run", "run ckpt new", ("--calibration",)),
     Case("text: none, eval", "eval ckpt", ("--text",)),
     Case("text: second one missing, eval",
          f"{EVAL} text.txt --text no.txt --max-tokens 40", ("no.txt", "no such")),

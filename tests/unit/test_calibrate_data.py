@@ -230,11 +230,6 @@ def test_too_short_a_text_is_refused_with_numbers(
         load_tokens(checkpoint, asking(path, samples=128))
 
 
-def test_no_source_says_how_to_give_one(checkpoint: Checkpoint) -> None:
-    with pytest.raises(CalibrationError, match=r"--calibration FILE.*hub:allenai/c4"):
-        load_tokens(checkpoint, asking(None))
-
-
 def test_a_missing_file_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"nothing.txt: no such text file"):
         load_tokens(checkpoint, asking(tmp_path / "nothing.txt"))

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..checkpoint.claims import warn_once
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.panics import panics_raised
 from ..checkpoint.tokenizer import load_tokenizer
 from ..errors import CalibrationError
 from ..recipes.calibration import Calibration, NamedText
-from .text import EXAMPLE, Document, name_of, read_documents
+from .shipped import NOTE, SHIPPED, fitting, shipped_texts
+from .text import Document, name_of, read_documents
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +103,7 @@ def load_tokens(checkpoint: Checkpoint, calibration: Calibration) -> Tokens:
     """The calibration windows that a recipe asks for.
 
     Raises:
-        CalibrationError: No source, an unusable one, no tokenizer, or too little text.
+        CalibrationError: An unusable source, no tokenizer, or too little text.
     """
     return _load(checkpoint, calibration.texts, calibration)
 
@@ -126,30 +128,34 @@ def _load(
     apart: bool = False,
 ) -> Tokens:
     """The windows of all texts, mixed; with ``apart`` the held-out ones."""
-    if not texts:
-        raise CalibrationError(
-            "calibration text is needed: pass a text file with --calibration FILE, "
-            f"or a data set of the Hub, such as --calibration {EXAMPLE}."
-        )
+    shipped = not texts
+    if shipped:
+        warn_once(NOTE)
+        # Of fewer windows than sources each is of another source.
+        texts = shipped_texts()[: min(calibration.samples, calibration.heldout)]
     reader = TokenReader(checkpoint, texts[0].text)
     weights = [text.weight for text in texts]
     samples = _shared(calibration.samples, weights, "--samples")
     heldout = [0] * len(texts)
-    if apart:
+    if apart or shipped:
         heldout = _shared(calibration.heldout, weights, "--heldout")
     asked = calibration.sequence_length
     length = reader.cap(asked)
     rows, parts = [], []
     for text, count, held in zip(texts, samples, heldout, strict=True):
-        last = count + held
         found, windows = _chosen(
-            reader.reading(text.text), length, calibration.seed, count, last
+            reader.reading(text.text),
+            length,
+            calibration.seed,
+            (count, held),
+            apart=apart,
+            shipped=shipped,
         )
         rows.append(found)
         parts.append(
             Part(
                 name=text.name,
-                source=name_of(text.text),
+                source=SHIPPED if shipped else name_of(text.text),
                 samples=len(found),
                 windows=windows,
                 weight=text.weight,
@@ -166,7 +172,7 @@ def _load(
         sha256 = hashlib.sha256(f"{told} {sha256}".encode()).hexdigest()
     return Tokens(
         ids_ST=ids_ST,
-        source=" + ".join(part.source for part in parts),
+        source=SHIPPED if shipped else " + ".join(part.source for part in parts),
         sha256=sha256,
         seed=calibration.seed,
         length_asked=None if length == asked else asked,
@@ -176,27 +182,43 @@ def _load(
 
 
 def _chosen(
-    text: "TokenReader", length: int, seed: int, samples: int, last: int
+    text: "TokenReader",
+    length: int,
+    seed: int,
+    numbers: tuple[int, int],
+    *,
+    apart: bool,
+    shipped: bool,
 ) -> tuple[Ids, int]:
     """Windows of one source in the order in which they stand, and how many there are.
 
-    Those that calibrate are the first ``samples`` that the seed takes, held-out ones
-    those from there to ``last``.
+    Those that calibrate are the first that the seed takes, held-out ones the next.
+
+    Args:
+        text: The source.
+        length: Tokens of a window.
+        seed: Ranks the windows.
+        numbers: How many calibrate, and how many are held out.
+        apart: Whether those that are held out are meant.
+        shipped: Whether fewer will do.
     """
+    samples, held = numbers
     payload = text.payload(length)
     # By samples alone, whatever is held out: both calls must rank the same windows, or
     # what is judged on could also calibrate.
-    ids = text.read(READ_MULTIPLE * samples * payload)
+    ids = text.read(None if shipped else READ_MULTIPLE * samples * payload)
     windows = len(ids) // payload
+    if shipped and windows > 1:
+        samples, held = fitting(windows, samples, held)
+    last = samples + held if apart else samples
     if windows < last:
-        apart = last - samples
         raise CalibrationError(
             f"{text.source}: gives {windows} windows of {length} tokens, but {samples} "
-            f"are asked for{f' and {apart} apart to judge on' if apart else ''}. "
+            f"are asked for{f' and {held} apart to judge on' if apart else ''}. "
             "Use a longer text, or fewer or shorter windows: --samples, --heldout, "
             "--sequence-length."
         )
-    first = samples if last > samples else 0
+    first = samples if apart else 0
     chosen = sorted(_ranked(windows, seed)[first:last])
     rows: Ids = ids[: windows * payload].reshape(windows, payload)[chosen]
     return rows, windows

@@ -50,7 +50,7 @@ class Calibration(Strict):
 
     source: Texts | None = None
     """Text or JSONL file, or ``hub:NAME[/CONFIG]``; or several with names:
-    ``{code: {text: code.txt, weight: 2}, chat: ...}``; needed where data is."""
+    ``{code: {text: code.txt, weight: 2}, chat: ...}``; default: a shipped text."""
     samples: int = Field(default=128, ge=1, le=MOST_TOKENS)
     """Number of windows, of all sources together."""
     sequence_length: int = Field(default=2048, ge=2, le=MOST_TOKENS)

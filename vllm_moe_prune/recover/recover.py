@@ -21,6 +21,7 @@ from .. import __version__
 from ..calibrate.data import Tokens, load_heldout, load_tokens
 from ..calibrate.forward import StreamingModel
 from ..calibrate.perplexity import summed_loss
+from ..calibrate.text import EXAMPLE
 from ..checkpoint.fingerprint import difference
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.reader import DTYPES
@@ -31,6 +32,7 @@ from ..cut.finish import PROVENANCE
 from ..cut.output import RECOVERED, companions_sha256
 from ..cut.transaction import Workspace, is_complete, output_transaction
 from ..errors import (
+    CalibrationError,
     CheckpointError,
     OutputError,
     RecipeError,
@@ -155,6 +157,12 @@ def recover(
     check_recovery(checkpoint, original, training)
     history = read_history(checkpoint)
     before = StreamingModel(checkpoint, device)
+    if calibration.source is None:
+        raise CalibrationError(
+            "calibration text is needed to train on: pass a text file with "
+            "--calibration FILE, or a data set of the Hub, such as --calibration "
+            f"{EXAMPLE}."
+        )
     tokens = load_tokens(checkpoint, calibration)
     heldout = load_heldout(checkpoint, calibration)
     shards, stored = same_shards(checkpoint)

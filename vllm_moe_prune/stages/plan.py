@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .. import __version__
+from ..calibrate.shipped import NOTE, SHIPPED
 from ..calibrate.stats import Stats
+from ..checkpoint.claims import warn_once
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.writer import MAX_SHARD_BYTES
 from ..cut.predict import model_facts, with_prediction
@@ -55,6 +57,8 @@ def plan(
         return make_plan(known, recipe, facts, tool_version=__version__)
 
     decided, shares = decide_blended(stats, recipe.calibration.blend, decide)
+    if stats is not None and stats.calibration.get("source") == SHIPPED:
+        warn_once(NOTE)
     if stats is not None:
         _check_trimming(decided, stats)
         # Ordered as a statistics file gives it back, so that a resumed run, which
