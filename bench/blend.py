@@ -3,8 +3,8 @@
     python bench/blend.py examples/demo-mixtral [--drop 0.5] [--samples 60]
 
 The first half of each `examples/heldout/DOMAIN.txt` calibrates, the second half is
-judged. One measurement serves all mixes. Experts leave by `--criterion` with one ranking
-for the whole model.
+judged. One measurement serves all mixes. Experts leave by `--criterion`, ranked over
+the whole model.
 """
 
 import argparse
