@@ -2,11 +2,12 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -328,9 +329,10 @@ def sensitive(folder: Path) -> Path:
                 "criterion": "reap",
                 "drop": 0.25,
                 "budget": "sensitivity",
+                "refit": "ridge",
             },
             "slim": {"method": "none"},
-            "calibration": {"samples": 2, "sequence_length": 32, "heldout": 2},
+            "calibration": {"samples": 4, "sequence_length": 32, "heldout": 2},
         },
         "sensitive",
     )
@@ -372,6 +374,24 @@ def test_sensitivity_and_the_split_are_drawn(sensitive: Path, tmp_path: Path) ->
     assert [layer["sensitivity"] for layer in as_data(numbers)["layers"]]
     names = {path.name for path in write_figures(numbers, tmp_path)}
     assert "sensitivity.png" in names
+
+
+def test_the_gain_of_a_real_refit_is_read(sensitive: Path) -> None:
+    numbers = read_numbers(sensitive)
+    written = {entry["layer"]: entry for entry in _refits(sensitive)}
+    assert written
+    for layer in numbers.layers:
+        assert (layer.refit is not None) == (layer.layer in written)
+        if layer.refit is not None:
+            entry = written[layer.layer]
+            assert layer.refit.ridge == entry["ridge"]
+            assert [asdict(one) for one in layer.refit.sources] == entry["sources"]
+    assert "refits" in Page(page(numbers)).ids
+
+
+def _refits(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = read_json(folder / "provenance.json")["refit"]
+    return found
 
 
 def test_sensitivity_by_another_rule_is_not_shown(
