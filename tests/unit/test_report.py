@@ -387,6 +387,8 @@ def test_the_gain_of_a_real_refit_is_read(sensitive: Path) -> None:
             assert layer.refit.ridge == entry["ridge"]
             assert [asdict(one) for one in layer.refit.sources] == entry["sources"]
     assert "refits" in Page(page(numbers)).ids
+    card = (sensitive / "README.md").read_text("utf-8")
+    assert "down projections were refitted on the same text" in card
 
 
 def _refits(folder: Path) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ def model_card(
         serving=_serving(checkpoint, plan, architecture),
         size_before=gib(checkpoint.stored_bytes),
         size_after=gib(tensor_bytes),
-        limits=_limits(result, calibration),
+        limits=_limits(plan, result, calibration),
         values=yaml.safe_dump(
             plan.recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False
         ).strip(),
@@ -115,7 +115,9 @@ def _said(value: object) -> str:
     return str(value)
 
 
-def _limits(result: Achieved, calibration: Mapping[str, Any] | None) -> str:
+def _limits(
+    plan: CutPlan, result: Achieved, calibration: Mapping[str, Any] | None
+) -> str:
     """What a user should know before relying on it."""
     said = [
         "Nothing was trained after the cut, unless a section below says so. Perplexity "
@@ -125,6 +127,11 @@ def _limits(result: Achieved, calibration: Mapping[str, Any] | None) -> str:
         said.append(
             "What stays was chosen on the calibration text below; on text unlike it "
             "the model may have lost more."
+        )
+    if plan.refits:
+        said.append(
+            "The experts' down projections were refitted on the same text by ridge "
+            "regression, where no source of it got worse."
         )
     if unseen := sum(len(layer.unseen) for layer in result.layers):
         said.append(
