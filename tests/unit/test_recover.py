@@ -25,9 +25,10 @@ from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
-from vllm_moe_prune.errors import CheckpointError
+from vllm_moe_prune.errors import CheckpointError, RecipeError
 from vllm_moe_prune.pipeline import RunOptions, convert, recover, verify
 from vllm_moe_prune.recipes.schema import Calibration
+from vllm_moe_prune.recover.model import TrainableModel
 from vllm_moe_prune.recover.options import Training, training
 from vllm_moe_prune.recover.router_distillation import Distillation
 
@@ -333,3 +334,41 @@ def test_the_demo_model_gets_better(method: str, rate: float, tmp_path: Path) ->
         RunOptions(),
     )
     assert found.loss_after < found.loss_before - 0.3
+
+
+@pytest.mark.parametrize("method", ["router", "lora", "full"])
+def test_a_teacher_is_approached(method: str, tmp_path: Path) -> None:
+    original, pruned = make(tmp_path, LESSONS["mixtral"], "float32")
+    values = {"steps": 12, "batch_size": 16, "learning_rate": 1e-2}
+    asked = ask(pruned, method, taught=True, **values)
+    record = go(tmp_path, pruned, asked, original)
+    assert record["objective"] == "teacher"
+    heldout = load_heldout(open_checkpoint(pruned), text(tmp_path))
+    expected = [
+        naive_divergence(original, folder, heldout.ids_ST)
+        for folder in (pruned, tmp_path / "out")
+    ]
+    found = record["divergence"]
+    assert [found["before"], found["after"]] == pytest.approx(expected, rel=1e-4)
+    assert found["after"] < (1.0 if method == "router" else 0.9) * found["before"]
+    holds = "|".join(HOLDS[name] for name in asked.targets)
+    assert check_same_but(pruned, tmp_path / "out", holds) > 0
+
+
+def naive_divergence(original: Path, folder: Path, ids_ST: Tensor) -> float:
+    """KL of whole distributions, by the models that training uses."""
+    with torch.no_grad():
+        aim_STV, found_STV = (
+            TrainableModel(open_checkpoint(one)).logits(ids_ST).double().log_softmax(-1)
+            for one in (original, folder)
+        )
+    each_STV = aim_STV.exp() * (aim_STV - found_STV)
+    return float(each_STV.sum(-1).mean())
+
+
+def test_teachers_are_asked_for_in_one_way(tmp_path: Path) -> None:
+    original, pruned = make(tmp_path, MIXTRAL)
+    with pytest.raises(RecipeError, match=r"layer by layer\) or --teacher"):
+        go(tmp_path, pruned, ask(pruned, "router", taught=True))
+    with pytest.raises(RecipeError, match="or from --teacher"):
+        go(tmp_path, pruned, ask(pruned, "lora"), original)

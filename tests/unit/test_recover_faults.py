@@ -11,17 +11,21 @@ from vllm_moe_prune.progress import Progress
 
 
 @pytest.mark.parametrize(
-    "method",
+    ("method", "taught"),
     [
-        "router",
-        pytest.param("lora", marks=pytest.mark.slow),
-        pytest.param("full", marks=pytest.mark.slow),
+        ("router", False),
+        pytest.param("router", True, marks=pytest.mark.slow),
+        pytest.param("lora", True, marks=pytest.mark.slow),
+        pytest.param("full", False, marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_continues_to_the_same_bytes(method: str, tmp_path: Path) -> None:
+def test_a_killed_run_continues_to_the_same_bytes(
+    method: str, taught: bool, tmp_path: Path
+) -> None:
     original, pruned = make(tmp_path, MIXTRAL)
-    source = original if method == "router" else None
-    asked = ask(pruned, method, steps=4, learning_rate=1e-3)
+    by_layer = method == "router" and not taught
+    source = original if by_layer or taught else None
+    asked = ask(pruned, method, taught=taught, steps=4, learning_rate=1e-3)
     go(tmp_path, pruned, asked, source, "whole")
     steps = 0
 
@@ -29,7 +33,7 @@ def test_a_killed_run_continues_to_the_same_bytes(method: str, tmp_path: Path) -
         nonlocal steps
         steps += progress.counted == "steps"
         # In the second layer, or before the second of the saves that each step makes.
-        if steps == (6 if method == "router" else 3):
+        if steps == (6 if by_layer else 3):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -37,7 +41,7 @@ def test_a_killed_run_continues_to_the_same_bytes(method: str, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
     seen: list[Progress] = []
     go(tmp_path, pruned, asked, source, "out", resume=True, report=seen.append)
-    if method != "router":
+    if not by_layer:
         done = [one.bytes_done for one in seen if one.counted == "steps"]
         assert done == [1, 2, 3, 4]
     whole, out = tmp_path / "whole", tmp_path / "out"

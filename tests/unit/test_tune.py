@@ -21,6 +21,7 @@ from vllm_moe_prune.recipes.schema import Recipe, TuneStage, parse_recipe
 from vllm_moe_prune.stages.measure import collect
 from vllm_moe_prune.tune.candidates import refinements, structures
 from vllm_moe_prune.tune.front import check_plot, front, plot_front
+from vllm_moe_prune.tune.narrowings import narrowings
 from vllm_moe_prune.tune.search import Tuned, tune
 
 SMALL: dict[str, Any] = {
@@ -28,6 +29,7 @@ SMALL: dict[str, Any] = {
     "budgets": ("sensitivity", "per-layer"),
     "shares": (0.0, 0.5, 1.0),
     "layers": (0.3,),
+    "narrow": (0.5, 1.0),
     "finalists": 2,
 }
 
@@ -77,6 +79,23 @@ def test_candidates_are_all_different_and_name_what_they_are() -> None:
         (one.recipe.slim.method, one.recipe.slim.allocation)
         for one in refinements(zeros, recipe.tune)
     ] == [("sparsegpt", "uniform"), ("wanda", "owl")]
+
+
+def test_narrower_experts_are_tried_with_the_finalists(
+    checkpoint: Checkpoint, recipe: Recipe, tuned: Tuned
+) -> None:
+    tune = parse_recipe({"total_sparsity": 0.5, "tune": SMALL}, "test").tune
+    assert tune is not None
+    finalists = structures(recipe, checkpoint.layers)
+    names = [one.name for one in narrowings(recipe, finalists, tune)]
+    assert names == [
+        "narrow 50% + wanda",
+        "narrow 50% + total-output (sensitivity)",
+        "narrow 100%",
+    ]
+    found = {one.name: one for one in tuned.judged if "narrow" in one.name}
+    assert len(found) == 3
+    assert all(one.final and one.plan.is_narrowed for one in found.values())
 
 
 def test_the_best_loses_least_and_is_what_gets_cut(

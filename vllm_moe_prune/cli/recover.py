@@ -26,9 +26,20 @@ from .flags import (
 def recover(
     pruned: Annotated[str, typer.Argument(help="A pruned checkpoint folder.")],
     output: Annotated[Path, typer.Argument(help="Output folder.")],
-    method: Annotated[str, flag("router (needs --source), lora or full.")],
+    method: Annotated[str, flag("router (needs --source or --teacher), lora or full.")],
     source: Annotated[
-        str | None, flag("Original checkpoint, for method router: folder or Hub id.")
+        str | None,
+        flag(
+            "Original checkpoint, folder or Hub id, for method router: its layers' "
+            "outputs are approached, one layer at a time."
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        flag(
+            "Original checkpoint, for any method: its next-token distribution is "
+            "approached (KL) instead of the text. It is streamed."
+        ),
     ] = None,
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
@@ -40,7 +51,9 @@ def recover(
             "norms, embeddings. Default: attention for lora, all for full."
         ),
     ] = None,
-    steps: Annotated[int, flag("Optimizer steps; per layer for router.")] = 200,
+    steps: Annotated[
+        int, flag("Optimizer steps; per layer for router with --source.")
+    ] = 200,
     batch_size: Annotated[int, flag("Windows of text per step.")] = 8,
     learning_rate: Annotated[
         float | None,
@@ -65,15 +78,18 @@ def recover(
     """Train a pruned checkpoint: routers, LoRA adapters (merged), or all weights.
 
     Zeros stay zero, the storage stays the same, and weights that are not trained are
-    copied byte for byte. Method router trains layer by layer in bounded memory; lora
-    and full train on text and hold the model in memory.
+    copied byte for byte. Method router with --source trains layer by layer in bounded
+    memory; all else holds the pruned model in memory.
 
     Example: `vllm-moe-prune recover OUT REC --method lora --calibration c4.txt`
 
     Example: `vllm-moe-prune recover OUT REC --method router --source CKPT`
+
+    Example: `vllm-moe-prune recover OUT REC --method lora --teacher CKPT`
     """
     from .. import pipeline
     from ..checkpoint.source import open_checkpoint
+    from ..errors import RecipeError
     from ..recipes.flags import with_overrides
     from ..recipes.schema import Recipe
     from ..recover.options import training
@@ -89,6 +105,7 @@ def recover(
     asked = training(
         checkpoint.arch,
         method,
+        taught=teacher is not None,
         targets=targets,
         steps=steps,
         batch_size=batch_size,
@@ -97,9 +114,12 @@ def recover(
         rank=rank,
         seed=seed,
     )
+    if source is not None and teacher is not None:
+        raise RecipeError("give --source or --teacher, not both.")
+    named = source or teacher
     original = (
-        open_checkpoint(source, revision, allow_links=allow_links)
-        if source is not None
+        open_checkpoint(named, revision, allow_links=allow_links)
+        if named is not None
         else None
     )
     flags = {

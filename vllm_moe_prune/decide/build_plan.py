@@ -44,7 +44,7 @@ def make_plan(
             f"the statistics are of {other}. "
             "Run `vllm-moe-prune measure` on this checkpoint."
         )
-    widths = narrow_widths(recipe.narrow, facts)
+    widths = narrow_widths(recipe, facts)
     quantize = _check_stages(recipe, narrowed_facts(facts, widths))
     complete = resolved(recipe, facts, stats)
     removed, threshold = decide_experts(stats, facts.layers, complete)
@@ -64,7 +64,7 @@ def make_plan(
         slim_exclude=recipe.slim.exclude,
         router_weighted=recipe.slim.router_weighted,
         quantize=quantize,
-        narrow=resolved_narrow(recipe.narrow, facts),
+        narrow=resolved_narrow(recipe, facts),
         threshold=threshold,
         super_experts=found,
         layers=tuple(
@@ -86,7 +86,7 @@ def check_recipe(recipe: Recipe, facts: ModelFacts) -> None:
         # Nothing is to be measured: the whole plan can be tried, with all its errors.
         make_plan(None, recipe, facts, tool_version="")
         return
-    _check_stages(recipe, narrowed_facts(facts, narrow_widths(recipe.narrow, facts)))
+    _check_stages(recipe, narrowed_facts(facts, narrow_widths(recipe, facts)))
     # A share of experts can be counted only once it is known which layers stay.
     chosen = chooses_layers(recipe.layers)
     counted = recipe if chosen else _with_drop(recipe, facts, None)
@@ -122,7 +122,7 @@ def _with_drop(recipe: Recipe, facts: ModelFacts, stats: Stats | None) -> Recipe
     if share == "auto":
         share = chosen_share(recipe, facts, stats)
     actions = decide_layers(stats, facts.layers, recipe)
-    widths = narrow_widths(recipe.narrow, facts)
+    widths = narrow_widths(recipe, facts)
     whole = [
         LayerPlan(
             layer=at,

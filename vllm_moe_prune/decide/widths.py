@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import RecipeError
-from ..recipes.schema import NarrowStage
+from ..recipes.schema import NarrowStage, Recipe
 from ..slim.quota import SLACK
 from .cut_plan import LayerPlan
 from .facts import LayerFacts, ModelFacts
@@ -23,12 +23,13 @@ def kept_width(stage: NarrowStage, width: int, block: int = 1) -> int:
     return int(width * (1.0 - stage.share) * (1.0 + SLACK)) // step * step
 
 
-def narrow_widths(stage: NarrowStage, facts: ModelFacts) -> list[int | None]:
+def narrow_widths(recipe: Recipe, facts: ModelFacts) -> list[int | None]:
     """The channels that the experts of each layer keep; None: all, or none are there.
 
     Raises:
         RecipeError: A width that nobody could serve, naming the layer and what to do.
     """
+    stage = resolved_narrow(recipe, facts)
     if stage.share == 0:
         return [None] * len(facts.layers)
     return [
@@ -44,8 +45,22 @@ def narrowed_facts(facts: ModelFacts, widths: Sequence[int | None]) -> ModelFact
     return replace(facts, layers=layers)
 
 
-def resolved_narrow(stage: NarrowStage, facts: ModelFacts) -> NarrowStage:
-    """The stage as it can be done: experts that stay FP8 are not refitted."""
+def resolved_narrow(recipe: Recipe, facts: ModelFacts) -> NarrowStage:
+    """The stage in numbers: its share, and whether there is a refit.
+
+    Experts that stay FP8 are not refitted.
+    """
+    stage, total = recipe.narrow, recipe.total_sparsity
+    if stage.of_total is not None and total is not None:
+        share = stage.of_total * total
+        if recipe.sparsity_of == "all" and facts.expert_parameters:
+            share *= facts.all_parameters / facts.expert_parameters
+        if share >= 1:
+            raise RecipeError(
+                f"narrow.of_total {stage.of_total:g} of total_sparsity {total:g} is "
+                "more than the experts have. Narrow less."
+            )
+        stage = stage.model_copy(update={"share": share, "of_total": None})
     if any(layer.channel_block > 1 for layer in facts.layers):
         return stage.model_copy(update={"refit": "none"})
     return stage

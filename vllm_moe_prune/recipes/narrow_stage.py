@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .strict import Share, Strict
+from .strict import Part01, Share, Strict
 
 
 class NarrowStage(Strict):
@@ -13,6 +13,8 @@ class NarrowStage(Strict):
 
     share: Share = 0.0
     """Share of each expert's channels (its intermediate size) to remove, at least."""
+    of_total: Part01 | None = None
+    """Share of ``total_sparsity`` taken by narrowing; replaces ``share``."""
     multiple: Literal[32, 64, 128] = 32
     """Widths are multiples of this; FP8 experts lose whole blocks besides. GPU kernels
     for 4-bit experts want 64 or 128, per tensor-parallel process."""
@@ -21,3 +23,8 @@ class NarrowStage(Strict):
     stay FP8 are not refitted."""
     ridge: float = Field(default=0.1, gt=0.0, le=1e6)
     """Its penalty, relative to the mean of the activations' squares."""
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether channels are to leave."""
+        return self.share > 0 or bool(self.of_total)

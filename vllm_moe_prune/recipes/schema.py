@@ -101,6 +101,9 @@ class TuneStage(Strict):
     """Methods for zeros: the first for all candidates, the others for finalists."""
     owl: bool = True
     """Whether finalists are also tried with ``allocation: owl``."""
+    narrow: tuple[Part01, ...] = (0.25, 0.5, 1)
+    """Shares of the sparsity taken by narrowing, tried with finalists; the rest by
+    zeros, or by whole experts as the best of them has it."""
     finalists: int = Field(default=4, ge=1, lt=MOST)
     """Minimum number of finalists."""
 
@@ -185,7 +188,12 @@ class Recipe(Strict):
             and "tune does not try out quantized weights; leave out quantize",
             (self.quantize.method != "none" and self.order == "unstructured-first")
             and "order: unstructured-first is about zeros; leave out quantize",
-            (self.narrow.share > 0 and self.order == "unstructured-first")
+            (
+                self.narrow.of_total is not None
+                and (total is None or self.narrow.share > 0)
+            )
+            and "narrow.of_total needs total_sparsity, and replaces narrow.share",
+            (self.narrow.is_asked and self.order == "unstructured-first")
             and "order: unstructured-first cannot narrow experts; leave out narrow",
             (self.order == "unstructured-first" and slim.allocation == "owl")
             and "order: unstructured-first needs slim.allocation: uniform",
@@ -210,7 +218,7 @@ class Recipe(Strict):
         by_data = (
             self.slim.method in NEEDS_ACTIVATIONS or self.quantize.needs_activations
         )
-        return by_data or self.narrow.share > 0 or self.experts.refit != "none"
+        return by_data or self.narrow.is_asked or self.experts.refit != "none"
 
 
 def parse_recipe(data: object, where: str) -> Recipe:

@@ -30,6 +30,7 @@ from ..calibrate.stock import causal_mask
 from ..checkpoint.dense_parts import DensePart, dense_parts
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import Expert, read_expert
+from .teacher import Teacher, divergence
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class TrainableModel(nn.Module):
         self.head: nn.Module | None = None
         if stream.head_name != arch.embedding:
             self.head = linear(stream.read(stream.head_name))
+        self.teacher: Teacher | None = None
+        """Gives the distributions to approach; None: the text is the aim."""
         self.places = {
             "embedding.weight": Place(arch.embedding),
             "norm.weight": Place(arch.final_norm),
@@ -80,15 +83,21 @@ class TrainableModel(nn.Module):
                 self.places[f"blocks.{number}.{name}"] = place
 
     def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        aim: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The mean loss of the next token, in nats.
+        """The mean loss of the next token, or the divergence from the teacher, in nats.
 
         Args:
             input_ids: Token ids [b, T].
             labels: The same; each sequence predicts its tokens 1 to T - 1.
+            aim: The teacher's final hidden states [b, T, D], if there is one.
         """
         logits_bTV = self.logits(input_ids)
+        if aim is not None and self.teacher is not None:
+            return {"loss": divergence(logits_bTV, self.teacher.logits(aim)).mean()}
         # In fp32, as the streaming forward's nll has it.
         loss = functional.cross_entropy(
             logits_bTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()

@@ -9,6 +9,7 @@ from ..errors import RecipeError
 
 Method = Literal["router", "lora", "full"]
 METHODS: tuple[Method, ...] = ("router", "lora", "full")
+Objective = Literal["layers", "text", "teacher"]
 # Whose weights are vectors or tables; an adapter is for matrices.
 NOT_FOR_LORA = ("norms", "embeddings")
 RATES: dict[Method, float] = {"router": 3e-3, "lora": 5e-4, "full": 1e-5}
@@ -19,9 +20,12 @@ class Training:
     """How to train."""
 
     method: Method
+    objective: Objective
+    """What is approached: the original's MoE outputs, layer by layer; the text's next
+    token; or the original's distribution of it (KL)."""
     targets: tuple[str, ...]
     steps: int
-    """Optimizer steps; per layer for ``router``."""
+    """Optimizer steps; per layer where layers are the objective."""
     batch_size: int
     """Windows of text per step."""
     learning_rate: float
@@ -52,6 +56,7 @@ def training(
     arch: MoeArch,
     method: str,
     *,
+    taught: bool = False,
     targets: str | None = None,
     steps: int = 200,
     batch_size: int = 8,
@@ -65,6 +70,7 @@ def training(
     Args:
         arch: The family, which knows what can be trained.
         method: One of ``METHODS``.
+        taught: Whether the original's distribution of the next token is the objective.
         targets: Names of ``patterns``, with commas between.
         steps: See ``Training``, as the others.
         batch_size: At least 1.
@@ -93,8 +99,10 @@ def training(
     if not 0 < rate < 1:
         raise RecipeError(f"--learning-rate is {rate}, but must be between 0 and 1.")
     chosen = _targets(arch, known, targets)
+    plain: Objective = "layers" if known == "router" else "text"
     return Training(
         method=known,
+        objective="teacher" if taught else plain,
         targets=chosen,
         steps=steps,
         batch_size=batch_size,

@@ -3,9 +3,10 @@
     check -> loss on windows kept apart -> train -> write -> the loss again -> publish
 
 Routers are trained one layer at a time beside the original model
-(``router_distillation.py``); adapters and full finetuning have the model in memory
-(``train.py``). Either way what was trained is kept until the output is complete, so
-that a killed run continues.
+(``router_distillation.py``); adapters, full finetuning and routers taught from end to
+end have the model in memory (``train.py``), a teacher is streamed (``teacher.py``).
+Either way what was trained is kept until the output is complete, so that a killed run
+continues.
 """
 
 import dataclasses
@@ -22,7 +23,6 @@ from ..calibrate.data import Tokens, load_heldout, load_tokens
 from ..calibrate.forward import StreamingModel
 from ..calibrate.perplexity import summed_loss
 from ..calibrate.text import EXAMPLE
-from ..checkpoint.fingerprint import difference
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.reader import DTYPES
 from ..checkpoint.source import open_checkpoint
@@ -35,16 +35,15 @@ from ..errors import (
     CalibrationError,
     CheckpointError,
     OutputError,
-    RecipeError,
-    RemapError,
-    require_extra,
 )
 from ..files.atomic import writing
 from ..files.json_file import read_json
 from ..progress import Progress, Report, ignore
 from ..recipes.schema import Calibration, first_problem
+from .check import check_recovery
 from .options import Training
 from .router_distillation import Distillation, LayerError
+from .teacher import Lesson
 from .write import (
     load_trained,
     read_history,
@@ -68,6 +67,9 @@ class Recovered:
     """Nats per token, on windows of the text that were not trained on."""
     loss_after: float
     """The same of the output, read back."""
+    divergence: tuple[float, float] | None
+    """KL from the teacher on the same windows, before and after, in nats per token;
+    None: there was none."""
     tensors: int
     """Those that were trained."""
     parameters: int
@@ -75,52 +77,6 @@ class Recovered:
     layers: tuple[LayerError, ...]
     """What distillation changed; empty for other methods."""
     file_bytes: int
-
-
-def check_recovery(
-    checkpoint: Checkpoint, original: Checkpoint | None, training: Training
-) -> None:
-    """Refuse what cannot be trained, before any work is done.
-
-    Raises:
-        RecipeError: The original is missing or not wanted.
-        MissingExtra: A package that training needs.
-        RemapError: The original is not what the checkpoint was cut from.
-        CheckpointError: The weights are stored in a way that training cannot change.
-    """
-    if training.method == "router":
-        _check_original(checkpoint, original)
-        return
-    if original is not None:
-        raise RecipeError(
-            f"--source is what --method router learns from; --method {training.method} "
-            "learns from the text alone. Leave it out."
-        )
-    require_extra("recover", ("peft", "accelerate"), "--method lora and full")
-    if checkpoint.form is not None or checkpoint.blocks is not None:
-        raise CheckpointError(
-            f"{checkpoint.folder}: its weights are quantized, which only "
-            "--method router can do with. Recover before quantizing."
-        )
-
-
-def _check_original(checkpoint: Checkpoint, original: Checkpoint | None) -> None:
-    if original is None:
-        raise RecipeError(
-            "--method router learns from the model before the cut: name it with "
-            "--source."
-        )
-    if checkpoint.remap is None:
-        raise RemapError(
-            f"{checkpoint.folder}: config.json has no moe_prune block; this is not an "
-            "output of vllm-moe-prune, so there is nothing to recover."
-        )
-    source = checkpoint.remap.source
-    if other := difference(source.fingerprint, original.fingerprint):
-        raise RemapError(
-            f"{original.folder}: is not the checkpoint that {checkpoint.folder} was "
-            f"cut from, which is {source.name}: {other}."
-        )
 
 
 def recover(
@@ -139,7 +95,7 @@ def recover(
 
     Args:
         checkpoint: What was cut.
-        original: What it was cut from, for the method ``router``.
+        original: What it was cut from, where that is what is learnt from.
         out: The output folder, which appears when everything is in it.
         training: How to train.
         calibration: The text; ``heldout`` windows of it are kept apart to judge on.
@@ -175,8 +131,21 @@ def recover(
     ) as space:
         writer = space.write_shards(shards)
         loss_before = _mean_loss(before, heldout, report, "before")
+        lesson = None
+        if training.objective == "teacher":
+            assert original is not None
+            lesson = Lesson(original, tokens, heldout, device, report)
+        kl_before = None if lesson is None else lesson.missed(before)
         changed, layers = _train(
-            checkpoint, original, training, tokens, heldout, space, device, report
+            checkpoint,
+            original,
+            training,
+            tokens,
+            heldout,
+            lesson,
+            space,
+            device,
+            report,
         )
         write_weights(writer, stored, changed)
         writer.close()
@@ -186,12 +155,16 @@ def recover(
         # Judged as it lies on the disk, not as it was in memory.
         written = StreamingModel(open_checkpoint(space.result), device)
         loss_after = _mean_loss(written, heldout, report, "after")
+        divergence = None
+        if lesson is not None and kl_before is not None:
+            divergence = kl_before, lesson.missed(written)
         counts = [int(torch.count_nonzero(tensor)) for tensor in changed.values()]
         result = Recovered(
             out=out,
             training=training,
             loss_before=loss_before,
             loss_after=loss_after,
+            divergence=divergence,
             tensors=len(changed),
             parameters=sum(counts),
             layers=layers,
@@ -236,6 +209,7 @@ def _earlier(out: Path, training: Training, shards: Sequence[ShardPlan]) -> Reco
             training=training,
             loss_before=record["loss"]["before"],
             loss_after=record["loss"]["after"],
+            divergence=_both(record.get("divergence")),
             tensors=record["tensors"],
             parameters=record["parameters"],
             layers=tuple(LayerError(**layer) for layer in record["layers"]),
@@ -248,6 +222,10 @@ def _earlier(out: Path, training: Training, shards: Sequence[ShardPlan]) -> Reco
         ) from error
 
 
+def _both(found: dict[str, float] | None) -> tuple[float, float] | None:
+    return None if found is None else (found["before"], found["after"])
+
+
 def as_record(
     checkpoint: Checkpoint, result: Recovered, tokens: Tokens, heldout: Tokens
 ) -> dict[str, object]:
@@ -258,10 +236,18 @@ def as_record(
         "calibration": tokens.describe(),
         "heldout": heldout.describe(),
         "loss": {"before": result.loss_before, "after": result.loss_after},
+        **_divergence(result),
         "tensors": result.tensors,
         "parameters": result.parameters,
         "layers": [dataclasses.asdict(layer) for layer in result.layers],
     }
+
+
+def _divergence(result: Recovered) -> dict[str, object]:
+    if result.divergence is None:
+        return {}
+    before, after = result.divergence
+    return {"divergence": {"before": before, "after": after}}
 
 
 def _mean_loss(
@@ -280,30 +266,33 @@ def _train(
     training: Training,
     tokens: Tokens,
     heldout: Tokens,
+    lesson: Lesson | None,
     space: Workspace,
     device: str,
     report: Report,
 ) -> tuple[dict[str, torch.Tensor], tuple[LayerError, ...]]:
     """What changed, by tensor; of distillation also what each layer made of it."""
-    if original is not None:
+    if original is not None and lesson is None:
         # Held-out windows run along, so that each layer can be judged on them.
         ids_ST = torch.cat([tokens.ids_ST, heldout.ids_ST])
         teacher, taught = (
             StreamingModel(one, device) for one in (original, checkpoint)
         )
-        lesson = Distillation(teacher, taught, training, ids_ST, len(heldout.ids_ST))
-        return _distil(checkpoint, lesson, training, space, report)
+        by_layer = Distillation(teacher, taught, training, ids_ST, len(heldout.ids_ST))
+        return _distil(checkpoint, by_layer, training, space, report)
     kept = space.work / TRAINED
     # The training had ended before the kill; what is left is to write.
     if kept.is_file():
         return load_trained(kept, checkpoint), ()
     # Only here: peft and accelerate, which it needs, are an extra.
-    from .train import train
+    from .train import Aims, train
 
+    aims = None if lesson is None else Aims(lesson.teacher, lesson.states_STD)
     changed = train(
         checkpoint,
         training,
         tokens.ids_ST,
+        aims,
         device=device,
         work=space.work,
         report=report,

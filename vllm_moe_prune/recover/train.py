@@ -1,4 +1,4 @@
-"""Adapters or full finetuning by transformers' Trainer, on the model in memory.
+"""Adapters, all weights or routers by transformers' Trainer, on the model in memory.
 
 Axes: S windows, T tokens of a window.
 """
@@ -6,7 +6,7 @@ Axes: S windows, T tokens of a window.
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -21,8 +21,9 @@ from ..errors import CheckpointError, OutputError, RecipeError
 from ..files.atomic import RESUME, remove_folder, write_file, writing
 from ..progress import Progress, Report
 from .lora import merged, with_adapters
-from .model import Place, TrainableModel, keep_zeros
+from .model import Block, Place, TrainableModel, keep_zeros
 from .options import Training, patterns
+from .teacher import Teacher
 
 # How often a run that is killed can be continued from, in parts of the steps.
 SAVES = 10
@@ -31,10 +32,18 @@ SAVED = "complete"
 """A file in a save that is whole."""
 
 
+class Aims(NamedTuple):
+    """What a teacher gives for some windows."""
+
+    teacher: Teacher
+    states_STD: torch.Tensor
+
+
 def train(
     checkpoint: Checkpoint,
     training: Training,
     ids_ST: torch.Tensor,
+    aims: Aims | None = None,
     *,
     device: str,
     work: Path,
@@ -44,8 +53,9 @@ def train(
 
     Args:
         checkpoint: What to train; it is read into memory.
-        training: How; ``lora`` or ``full``.
+        training: How.
         ids_ST: Windows of text.
+        aims: What the teacher gives for them; None: the text is the aim.
         device: cpu or cuda.
         work: What a killed run left to continue from, if anything, and will leave.
         report: Called after each step.
@@ -58,9 +68,15 @@ def train(
     # Adapters draw their A at random.
     torch.manual_seed(training.seed)
     model = TrainableModel(checkpoint)
+    model.teacher = None if aims is None else aims.teacher
     if training.method == "full" or model.embedding.weight.dtype == torch.float16:
         # Small steps vanish in 16 bits, and small gradients in those of fp16.
         model.float()
+    elif training.method == "router":
+        # Adam's small steps would vanish in bf16; what is not trained needs no fp32.
+        for block in model.blocks:
+            if isinstance(block, Block) and block.moe is not None:
+                block.moe.router.float()
     known = patterns(checkpoint.arch)
     pattern = "|".join(f"({known[name]})" for name in training.targets)
     chosen = _chosen(checkpoint, model, pattern, training)
@@ -72,7 +88,8 @@ def train(
             parameter.requires_grad_(name in chosen)
             if name in chosen:
                 keep_zeros(parameter)
-    _run(trained, training, ids_ST, device, work, report)
+    states_STD = None if aims is None else aims.states_STD
+    _run(trained, training, _Windows(ids_ST, states_STD), device, work, report)
     plain = merged(trained) if training.method == "lora" else model
     return _stored(checkpoint, plain, chosen)
 
@@ -85,7 +102,7 @@ def _chosen(
         name: place
         for name, place in model.places.items()
         if re.fullmatch(pattern, name.rpartition(".")[0])
-        and (training.method == "full" or name.endswith(".weight"))
+        and (training.method != "lora" or name.endswith(".weight"))
     }
     if not found:
         raise RecipeError(
@@ -104,15 +121,20 @@ def _chosen(
 
 
 class _Windows(Dataset[dict[str, torch.Tensor]]):
-    def __init__(self, ids_ST: torch.Tensor) -> None:
-        self.ids_ST = ids_ST
+    def __init__(
+        self, ids_ST: torch.Tensor, states_STD: torch.Tensor | None = None
+    ) -> None:
+        self.ids_ST, self.states_STD = ids_ST, states_STD
 
     def __len__(self) -> int:
         return len(self.ids_ST)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         # Not shifted: TrainableModel.forward does that.
-        return {"input_ids": self.ids_ST[index], "labels": self.ids_ST[index]}
+        found = {"input_ids": self.ids_ST[index], "labels": self.ids_ST[index]}
+        if self.states_STD is not None:
+            found["aim"] = self.states_STD[index]
+        return found
 
 
 class _ProgressCallback(TrainerCallback):
@@ -165,7 +187,7 @@ def first_line(error: Exception) -> str:
 def _run(
     model: Any,
     training: Training,
-    ids_ST: torch.Tensor,
+    windows: _Windows,
     device: str,
     work: Path,
     report: Report,
@@ -195,7 +217,7 @@ def _run(
     trainer = _Trainer(
         model=model,
         args=arguments,
-        train_dataset=_Windows(ids_ST),
+        train_dataset=windows,
         callbacks=[_ProgressCallback(report)],
     )
     # It prints to stdout, which is the result's.

@@ -122,7 +122,7 @@ def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
         PlanError: Its weights are stored in a way that does not allow it.
     """
     quantizes = recipe.quantize.method != "none"
-    narrows = recipe.narrow.share > 0
+    narrows = recipe.narrow.is_asked
     check_stored(
         checkpoint, zeros=recipe.asks_zeros, quantizes=quantizes, narrows=narrows
     )

@@ -32,7 +32,7 @@ def structures(recipe: Recipe, layers: Sequence[LayerShape]) -> list[Candidate]:
         layers: The checkpoint's decoder layers.
     """
     tune = recipe.tune or TuneStage()
-    return [_candidate(recipe, name, data) for name, data in _structures(tune, layers)]
+    return [variant(recipe, name, data) for name, data in _structures(tune, layers)]
 
 
 def refinements(candidate: Candidate, tune: TuneStage) -> list[Candidate]:
@@ -46,7 +46,7 @@ def refinements(candidate: Candidate, tune: TuneStage) -> list[Candidate]:
     ]
     if tune.owl and not recipe.slim.is_grouped:
         ways.append(("owl", {"slim": {"allocation": "owl"}}))
-    return [_candidate(recipe, f"{candidate.name}, {way}", data) for way, data in ways]
+    return [variant(recipe, f"{candidate.name}, {way}", data) for way, data in ways]
 
 
 def zeros_alone(tune: TuneStage) -> str:
@@ -98,7 +98,7 @@ def _scored(chooser: Chooser) -> dict[str, Any]:
     return {"method": "score", "criterion": chooser}
 
 
-def _candidate(recipe: Recipe, name: str, data: dict[str, Any]) -> Candidate:
+def variant(recipe: Recipe, name: str, data: dict[str, Any]) -> Candidate:
     """The recipe with some of its parts replaced, validated again."""
     values = recipe.model_dump()
     for key, value in data.items():

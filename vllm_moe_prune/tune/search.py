@@ -26,6 +26,7 @@ from ..stages.plan import plan
 from ..stages.preflight import RunOptions
 from ..stages.probe import with_owl, with_sensitivity
 from .candidates import Candidate, refinements, structures, zeros_alone
+from .narrowings import narrowings
 
 RUNGS = (0.25, 0.5)
 """Shares of the tokens on which all, then the better half, are judged first."""
@@ -157,7 +158,9 @@ class _Search:
         plans = {}
         for candidate in candidates:
             try:
-                known = stats[rule(candidate.recipe)]
+                # Where no expert leaves, any rule's will do: they are of the same pass.
+                first = next(iter(stats.values()))
+                known = stats.get(rule(candidate.recipe), first)
                 plans[candidate.name] = self._plan(candidate.recipe, known)
             except RecipeError as error:
                 # One structure that cannot reach the size does not end the search.
@@ -228,7 +231,8 @@ class _Search:
             decided = plan(self.checkpoint, recipe, known, self.options.max_shard_bytes)
             if self._fits(decided):
                 plans[candidate.name] = decided
-        return plans
+        narrower = narrowings(self.recipe, structures, self.settings)
+        return plans | self._planned(narrower, stats)
 
     def _fits(self, decided: CutPlan) -> bool:
         size = decided.predicted.file_bytes if decided.predicted else 0

@@ -24,6 +24,9 @@ def show_recovered(result: "Recovered", elapsed_s: float, as_json: bool) -> None
                     "before": perplexity_of(before),
                     "after": perplexity_of(after),
                 },
+                "divergence": None
+                if result.divergence is None
+                else dict(zip(("before", "after"), result.divergence, strict=True)),
                 "tensors": result.tensors,
                 "parameters": result.parameters,
                 "layers": [dataclasses.asdict(layer) for layer in result.layers],
@@ -57,8 +60,16 @@ def show_recovered(result: "Recovered", elapsed_s: float, as_json: bool) -> None
                 "perplexity",
                 f"{perplexity_of(before):.2f} -> {perplexity_of(after):.2f}",
             ),
+            *_divergence(result),
             ("time", duration(elapsed_s)),
             ("peak memory", gib(peak_rss_bytes())),
         ],
     )
     hint(f"Next: vllm-moe-prune eval {result.out} --text HELDOUT")
+
+
+def _divergence(result: "Recovered") -> list[tuple[str, str]]:
+    if result.divergence is None:
+        return []
+    before, after = result.divergence
+    return [("KL from the teacher", f"{before:.4f} -> {after:.4f} nats per token")]
