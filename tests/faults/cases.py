@@ -111,6 +111,7 @@ CASES = [
     Case("run, tuned", run("tuned"), slow=True),
     Case("run, zeros first", run("zeros-first")),
     Case("run, quantized", run("quantized"), slow=True),
+    Case("run, narrowed", run("narrowed"), slow=True),
     Case("run --overwrite", run("stun", "--overwrite"), earlier=True),
     Case(
         "convert to bitmask", f"convert {PRUNED} out --storage bitmask {SHARDS} --json"
@@ -127,6 +128,7 @@ CASES = [
     Case("recover, router", recover("router", f"--source {MODEL}")),
     Case("recover, lora", recover("lora", "--rank 2"), slow=True),
     Case("recover, full", recover("full"), slow=True),
+    Case("recover, teacher", recover("router", f"--teacher {MODEL}"), slow=True),
     Case(
         "recover --overwrite",
         recover("router", f"--source {MODEL} --overwrite"),
@@ -187,6 +189,10 @@ def make_inputs(folder: Path) -> None:
     (folder / "zeros-first.yaml").write_text(
         "name: zeros-first\ntotal_sparsity: 0.4\norder: unstructured-first\n"
         "experts: {drop: 0.3}\n" + said
+    )
+    (folder / "narrowed.yaml").write_text(
+        "name: narrowed\nexperts: {method: none}\nslim: {method: none}\n"
+        "narrow: {share: 0.25}\n" + said
     )
     (folder / "quantized.yaml").write_text(
         "name: quantized\nexperts: {drop: 0.3}\nslim: {method: none}\n"

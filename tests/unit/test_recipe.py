@@ -108,6 +108,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "reverse": {"criterion": "reap"},
     "search": {"criterion": "removal-loss", "budget": "per-layer"},
     "structured_share": {"total": 0.5},
+    "narrow_of_total": {"total": 0.5},
     "slim": {"total": 0.5},
     "bits": {"quantize": "rtn"},
     "group_size": {"quantize": "rtn"},

@@ -23,6 +23,7 @@ NAMES: dict[Path, str] = {
     ("experts", "method"): "experts",
     ("experts", "seed"): "experts_seed",
     ("narrow", "share"): "narrow",
+    ("narrow", "of_total"): "narrow_of_total",
     ("narrow", "multiple"): "narrow_multiple",
     ("narrow", "refit"): "narrow_refit",
     ("narrow", "ridge"): "narrow_ridge",

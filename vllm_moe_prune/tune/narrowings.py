@@ -35,8 +35,10 @@ def narrowings(
             }
             found.append(variant(recipe, name, data))
             continue
-        zeros = {**nothing, "slim": {"method": tune.slims[0]}, "narrow": narrow}
-        found.append(variant(recipe, f"{name} + {tune.slims[0]}", zeros))
+        # Where whole experts take all of the size, zeros are not wanted.
+        if any(share < 1 for share in tune.shares):
+            zeros = {**nothing, "slim": {"method": tune.slims[0]}, "narrow": narrow}
+            found.append(variant(recipe, f"{name} + {tune.slims[0]}", zeros))
         if chosen is not None:
             stage = chosen.recipe.experts
             rest = stage.criterion if stage.method == "score" else "stun"
