@@ -110,16 +110,22 @@ def assert_same(found_TV: Tensor, expected_TV: Tensor) -> None:
 
 
 def served_by_stock(
-    folder: Path, models: Mapping[str, Path], **options: Any
+    folder: Path,
+    models: Mapping[str, Path],
+    own: Mapping[str, Mapping[str, Any]] = {},
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Log-probabilities of some models by a vLLM that no plugin has touched.
 
     Args:
         folder: For what it finds and writes.
         models: Name -> checkpoint.
-        options: Of the engines.
+        own: Name -> options of this engine alone.
+        options: Of all engines.
     """
-    jobs = {name: str(model) for name, model in models.items()}
+    jobs = {
+        name: (str(model), dict(own.get(name, {}))) for name, model in models.items()
+    }
     out = folder / "stock.pt"
     environment = ENVIRONMENT | {
         "PYTHONPATH": python_path(),
@@ -139,12 +145,16 @@ def served_by_stock(
     return found
 
 
-def run_stock(job: tuple[str, Mapping[str, str], Mapping[str, Any]]) -> None:
+def run_stock(
+    job: tuple[str, Mapping[str, tuple[str, Mapping[str, Any]]], Mapping[str, Any]],
+) -> None:
     """What that process does: file for what is found, models, options."""
     from vllm import ModelRegistry
 
     out, models, options = job
-    found = {name: served(model, **options) for name, model in models.items()}
+    found = {
+        name: served(model, **options, **own) for name, (model, own) in models.items()
+    }
     assert not any("MoePrune" in name for name in ModelRegistry.get_supported_archs())
     torch.save(found, out)
 

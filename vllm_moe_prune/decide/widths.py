@@ -1,5 +1,6 @@
 """How many channels each expert keeps: the narrowing that a recipe asks for."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,6 +11,11 @@ from .cut_plan import LayerPlan
 from .facts import LayerFacts, ModelFacts
 
 
+def width_step(stage: NarrowStage, block: int) -> int:
+    """What widths are multiples of: the stage's number, and whole FP8 blocks."""
+    return math.lcm(stage.multiple, block)
+
+
 def kept_width(stage: NarrowStage, width: int, block: int = 1) -> int:
     """The most channels that are at most the share asked for; 0 where none are.
 
@@ -18,7 +24,7 @@ def kept_width(stage: NarrowStage, width: int, block: int = 1) -> int:
         width: Channels before.
         block: Neighbors that stay or leave together; widths are multiples of it too.
     """
-    step = stage.multiple if stage.multiple % block == 0 else block * stage.multiple
+    step = width_step(stage, block)
     # The slack keeps 0.25 of 1408 from losing one more step to rounding.
     return int(width * (1.0 - stage.share) * (1.0 + SLACK)) // step * step
 

@@ -11,6 +11,7 @@ from .cut_plan import LayerPlan
 from .facts import LayerFacts, ModelFacts, Routing, Slimming, count_layers
 from .groups import together
 from .sparsity import least_sparsity, zeros_at, zeros_needed
+from .widths import width_step
 
 
 def slim_sparsities(
@@ -108,7 +109,16 @@ def _zeros_for_total(
 
 
 def _rounding(recipe: Recipe, facts: ModelFacts, layers: Sequence[LayerPlan]) -> int:
-    """Parameters by which rounding ``drop`` to whole experts may exceed a total."""
+    """Parameters by which rounding to whole experts and widths may exceed a total."""
+    # Widths are rounded down by less than a step, in every expert that stays.
+    widths = sum(
+        len(plan.keep)
+        * layer.expert_parameters
+        // layer.width
+        * (width_step(recipe.narrow, layer.channel_block) - 1)
+        for layer, plan in zip(facts.layers, layers, strict=True)
+        if plan.width is not None and layer.width
+    )
     experts = [
         counted_size(recipe, layer.with_width(plan.width))
         * together(layer, recipe.experts)
@@ -116,9 +126,10 @@ def _rounding(recipe: Recipe, facts: ModelFacts, layers: Sequence[LayerPlan]) ->
         if layer.has_moe
     ]
     if recipe.experts.drop is None or not experts:
-        return 0
+        return widths
     # per-layer rounds once in every layer, the other budgets once in all.
-    return sum(experts) if recipe.experts.budget == "per-layer" else max(experts)
+    per_layer = recipe.experts.budget == "per-layer"
+    return widths + (sum(experts) if per_layer else max(experts))
 
 
 def counted_size(recipe: Recipe, layer: LayerFacts) -> int:

@@ -21,7 +21,7 @@ class NarrowStage(Strict):
     refit: Literal["ridge", "none"] = "ridge"
     """``ridge`` fits the columns that stay to what the whole expert gave. Experts that
     stay FP8 are not refitted."""
-    ridge: float = Field(default=0.1, gt=0.0, le=1e6)
+    ridge: float = Field(default=0.03, gt=0.0, le=1e6)
     """Its penalty, relative to the mean of the activations' squares."""
 
     @property
