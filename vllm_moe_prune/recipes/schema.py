@@ -190,7 +190,7 @@ class Recipe(Strict):
             and "order: unstructured-first is about zeros; leave out quantize",
             (
                 self.narrow.of_total is not None
-                and (total is None or self.narrow.share > 0)
+                and (not self.size_asked or self.narrow.share > 0)
             )
             and "narrow.of_total needs total_sparsity, and replaces narrow.share",
             (self.narrow.is_asked and self.order == "unstructured-first")
