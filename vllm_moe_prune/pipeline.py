@@ -31,6 +31,7 @@ from .cut.verify import verify as verify_output
 from .decide.cut_plan import CutPlan, load_plan, save_plan
 from .decide.order import halves
 from .decide.required_stats import needed_statistics
+from .errors import RecipeError
 from .progress import Report, ignore
 from .recipes.calibration import Calibration, Texts
 from .recipes.schema import ExpertStage, Recipe, SlimStage
@@ -55,7 +56,7 @@ from .stages.preflight import (
     validate_output,
     validate_plan,
 )
-from .tune.search import tune
+from .tune.search import tune, tune_sizes
 from .tune.wishes import first_that_fits
 
 
@@ -205,6 +206,11 @@ def run(
     validate_input(checkpoint, options.device)
     validate_output(checkpoint, out, options)
     if stats_file is not None:
+        if recipe.tune is not None or recipe.order != "structured-first":
+            raise RecipeError(
+                f"recipe {recipe.name} measures for every step by itself, so that "
+                f"{stats_file} would not be used; leave out --stats."
+            )
         check_file(stats_file, checkpoint.folder)
     # Other recipes are checked in parts: a search leaves out candidates that cannot be
     # followed, and unstructured-first is two runs of their own.
@@ -345,6 +351,7 @@ __all__ = [
     "run",
     "save_plan",
     "tune",
+    "tune_sizes",
     "validate_input",
     "verify",
 ]

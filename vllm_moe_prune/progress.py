@@ -24,6 +24,8 @@ class Progress:
     bytes_total: int
     counted: Literal["bytes", "steps"] = "bytes"
     """What ``bytes_done`` and ``bytes_total`` count; steps are of training."""
+    note: str = ""
+    """What is known so far, for whoever watches."""
 
 
 Report = Callable[[Progress], None]

@@ -22,6 +22,23 @@ CASES = [
         ("apart to judge on", "longer text"),
     ),
     Case("tune: total of 1", f"{TUNE} --total 1", ("total_sparsity", "less than 1")),
+    Case("tune: a size twice", f"{TUNE} --total 0.5,0.5", ("given twice",)),
+    Case(
+        "tune: sizes of two kinds",
+        f"{TUNE} --total 0.5 --bytes 1GB",
+        ("--total or --bytes", "not both"),
+    ),
+    Case(
+        "tune: no time",
+        f"{TUNE} --total 0.5 --minutes 0",
+        ("time was up", "--minutes"),
+        leaves=("best.json.work/*",),
+    ),
+    Case(
+        "run: statistics for a recipe that searches",
+        "run ckpt new --recipe best --calibration text.txt --stats stats.safetensors",
+        ("best", "leave out --stats"),
+    ),
     Case("tune: no windows apart", f"{TUNE} --heldout 0", ("heldout", "greater")),
     Case("tune: junk bytes", f"{TUNE} --bytes much", ("'much'", "5GB")),
     Case(

@@ -48,7 +48,8 @@ RUNS = {
 }
 PROGRESS = re.compile(
     r"\w+: ((layer \d+ of \d+, )?[\d.]+ of [\d.]+ [GM]iB|step \d+ of \d+)"
-    r"(, [\d.]+ ([GM]iB|steps)/s, .+ left)?\n"
+    r"(, [\d.]+ ([GM]iB|steps)/s, .+ left)?(; best [\d., ]+)?\n"
+    r"|\d+ candidates: at least .+ TFLOP of forwards .+\n  and .+ read; about .+\n"
 )
 COLOR = re.compile(r"\x1b\[[\d;]*\b(3|4|9|10)[0-9]\b[\d;]*m")
 

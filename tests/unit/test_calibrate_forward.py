@@ -78,7 +78,7 @@ def test_batching_does_not_change_the_result(
 ) -> None:
     folder = tiny_checkpoint(tmp_path, dtype="float32", sliding_window=16)
     whole = streamed_loss(folder, tokens_ST).mean
-    for module in ("forward", "expert_forward"):
+    for module in ("memory", "expert_forward"):
         name = f"vllm_moe_prune.calibrate.{module}.TEMPORARY_BYTES"
         monkeypatch.setattr(name, 100_000)
     monkeypatch.setattr("vllm_moe_prune.calibrate.forward.LOGIT_BYTES", 10_000)

@@ -25,7 +25,8 @@ from tests.reference import (
 from tests.tiny import tiny_text
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.calibrate.data import load_tokens
-from vllm_moe_prune.calibrate.forward import StreamingModel, run_experts
+from vllm_moe_prune.calibrate.expert_forward import run_experts
+from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.reader import read_expert, read_weight
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.execute import execute_plan

@@ -18,6 +18,7 @@ from vllm_moe_prune.calibrate.perplexity import perplexity
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cli import app
+from vllm_moe_prune.cli.output.draw import print_json
 from vllm_moe_prune.cli.output.show_compared import show_speed, speed_data
 from vllm_moe_prune.cli.questions import split_flags
 from vllm_moe_prune.decide.cut_plan import CutPlan, load_plan
@@ -365,16 +366,21 @@ def test_roles_that_cannot_be_told_are_refused(
 # Results and tables
 
 
-def test_a_result_is_read_as_it_was_printed(original: Subject, tmp_path: Path) -> None:
+def test_a_result_is_read_as_it_was_printed(
+    original: Subject, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = perplexity(
         original.checkpoint, str(tiny_text(tmp_path, 2_000)), sequence_length=LENGTH
     )
     quality = Quality("original", (text,), (score(0.5, 0.1), score(0.3, None, "u")))
     path = tmp_path / "result.json"
-    path.write_text(json.dumps(as_data(quality)), "utf-8")
-    assert load_quality(path) == quality
-    endless = replace(quality, texts=(replace(text, nll_sum=1e9),))
-    assert as_data(endless)["results"][0]["perplexity"] is None
+    # Sums whose perplexity no float holds, and one that no JSON number says.
+    for nll in (text.nll_sum, 1e9, math.inf):
+        printed = replace(quality, texts=(replace(text, nll_sum=nll),))
+        print_json(as_data(printed))
+        path.write_text(capsys.readouterr().out, "utf-8")
+        assert "Infinity" not in path.read_text("utf-8")
+        assert load_quality(path) == printed
 
 
 def test_compare_equals_what_the_files_say(

@@ -9,11 +9,10 @@ Axes: S sequences, T tokens of a sequence, D hidden, F expert width, N = S*T tok
 n some of them, R router rows, K top-k, V vocabulary.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.nn import functional
@@ -23,21 +22,13 @@ from ..checkpoint.dense_parts import DensePart, dense_parts
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import DTYPES, Expert, read_weight
 from ..errors import CalibrationError
-from .expert_forward import (
-    Activation,
-    Read,
-    Routing,
-    add_expert,
-    expert_hidden,
-    expert_tokens,
-    route,
-    run_experts,
-)
+from .expert_forward import Routing, add_expert, route
 from .members import check_layers, info_of
-from .memory import keep_few_kernels
+from .memory import batches, keep_few_kernels
 from .router import router_of
 from .stock import (
     activation,
+    attention_bytes,
     causal_mask,
     stock_config,
     stock_layer,
@@ -46,22 +37,10 @@ from .stock import (
     watch_linears,
 )
 
-__all__ = [
-    "Activation",
-    "Read",
-    "Routing",
-    "StreamingModel",
-    "expert_hidden",
-    "expert_tokens",
-    "run_experts",
-]
-
-log = logging.getLogger(__name__)
-
-# Bounds on temporaries; tokens are processed in chunks that stay within them.
-TEMPORARY_BYTES = 256 << 20
+# Of temporaries; tokens are processed in chunks that stay within it.
 LOGIT_BYTES = 64 << 20
 NO_TARGET = -100
+Made = TypeVar("Made")
 
 
 class Observer(Protocol):
@@ -85,9 +64,17 @@ class StreamingModel:
     """A checkpoint as a model of which only the part in use is in memory."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device | str = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Check config and tensor names; read no weight.
+
+        Args:
+            checkpoint: The model.
+            device: Where it computes.
+            dtype: In what; None: as it is stored.
 
         Raises:
             CheckpointError: A tensor that the forward needs is missing or misshapen.
@@ -98,10 +85,11 @@ class StreamingModel:
         arch = checkpoint.arch
         self.act = activation(checkpoint)
         self.config = stock_config(checkpoint)
-        self.dtype = DTYPES[info_of(checkpoint, arch.embedding).dtype]
+        self.dtype = dtype or DTYPES[info_of(checkpoint, arch.embedding).dtype]
         self.layers_run = 0
         self._observer: Observer | None = None
         self._replaced: dict[str, torch.Tensor] = {}
+        self._held: dict[str | int, Any] | None = None
         check_layers(checkpoint, self.config)
         # Only now: sizes in config.json are those of tensors that are there.
         self.rotary = stock_rotary(checkpoint, self.config).to(self.device)
@@ -127,6 +115,15 @@ class StreamingModel:
         finally:
             self._observer = None
             self._replaced.clear()
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Keep what is read and built inside: one layer runs several times."""
+        self._held = {}
+        try:
+            yield
+        finally:
+            self._held = None
 
     @torch.no_grad()
     def watch_attention(
@@ -186,7 +183,7 @@ class StreamingModel:
         out_STD = hidden_STD.new_empty(*next_ST.shape, len(proj), device=self.device)
         sequences, length = next_ST.shape
         # About six copies, the norms' in fp32.
-        for batch in _batches(sequences, 24 * length * len(proj)):
+        for batch in batches(sequences, 24 * length * len(proj)):
             state_bTD = ends(hidden_STD[batch, :-1].to(self.device))
             next_bTD = functional.embedding(next_ST[batch], table_VD)
             both = (embedding_norm(next_bTD), hidden_norm(state_bTD))
@@ -234,13 +231,15 @@ class StreamingModel:
         hidden_STD: torch.Tensor,
         see: Callable[[str, torch.Tensor], None] | None = None,
     ) -> None:
-        layer = self.build_layer(index)
+        layer = self._once(index, lambda: self.build_layer(index))
         if see is not None:
             watch_linears(layer, see)
         sequences, length, _ = hidden_STD.shape
         position_embeddings, mask, masked_batch = None, None, 0
         position_ids = torch.arange(length, device=self.device).unsqueeze(0)
-        for batch in _batches(sequences, self._sequence_bytes(length)):
+        for batch in batches(
+            sequences, attention_bytes(self.config, length, self.dtype.itemsize)
+        ):
             x_bTD = hidden_STD[batch]
             if len(x_bTD) != masked_batch:
                 masked_batch = len(x_bTD)
@@ -320,7 +319,7 @@ class StreamingModel:
         norm = self.build_norm(self.checkpoint.arch.final_norm)
         head_VD = self.read(self.head_name)
         x_ND = hidden_STD.flatten(0, 1)
-        for chunk in _batches(len(x_ND), 4 * len(head_VD), LOGIT_BYTES):
+        for chunk in batches(len(x_ND), 4 * len(head_VD), LOGIT_BYTES):
             yield chunk, functional.linear(norm(x_ND[chunk]), head_VD).float()
 
     @property
@@ -334,7 +333,19 @@ class StreamingModel:
         info_of(self.checkpoint, name)
         if name in self._replaced:
             return self._replaced[name].to(self.device, self.dtype)
-        return read_weight(self.checkpoint, name).to(self.device, self.dtype)
+        stored = self.checkpoint
+        return self._once(
+            name, lambda: read_weight(stored, name).to(self.device, self.dtype)
+        )
+
+    def _once(self, key: str | int, make: Callable[[], Made]) -> Made:
+        """What ``make`` gives; inside ``holding`` it is asked once."""
+        if self._held is None:
+            return make()
+        if key not in self._held:
+            self._held[key] = make()
+        found: Made = self._held[key]
+        return found
 
     @property
     def experts_read_input(self) -> bool:
@@ -375,26 +386,6 @@ class StreamingModel:
     def _apply_norm(self, norm: torch.nn.Module, x_ND: torch.Tensor) -> torch.Tensor:
         out_ND = torch.empty_like(x_ND)
         # The norm works on about three copies in fp32.
-        for chunk in _batches(len(x_ND), 12 * x_ND.shape[1]):
+        for chunk in batches(len(x_ND), 12 * x_ND.shape[1]):
             out_ND[chunk] = norm(x_ND[chunk])
         return out_ND
-
-    def _sequence_bytes(self, length: int) -> int:
-        """Temporaries of one sequence in the attention: about 4 D and 4 heads wide."""
-        config = self.config
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "qk_head_dim", None) or getattr(
-            config, "head_dim", None
-        )
-        head_dim = head_dim or config.hidden_size // heads
-        wide = 4 * config.hidden_size + 4 * heads * head_dim
-        return int(length * wide * self.dtype.itemsize)
-
-
-def _batches(
-    count: int, item_bytes: int, limit: int = TEMPORARY_BYTES
-) -> Iterator[slice]:
-    """Slices over ``count`` items so that each slice's temporaries fit the limit."""
-    step = max(1, limit // item_bytes)
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))

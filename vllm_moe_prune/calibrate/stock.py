@@ -134,6 +134,15 @@ def stock_norm(arch: MoeArch, config: Any, weight_D: torch.Tensor) -> torch.nn.M
     return norm
 
 
+def attention_bytes(config: Any, length: int, itemsize: int) -> int:
+    """Temporaries of one sequence in the attention: about 4 D and 4 heads wide."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // heads
+    wide = 4 * config.hidden_size + 4 * heads * head_dim
+    return int(length * wide * itemsize)
+
+
 def activation(checkpoint: Checkpoint) -> Callable[[torch.Tensor], torch.Tensor]:
     """The function between an expert's gate and up projections."""
     from transformers.activations import ACT2FN

@@ -1,7 +1,10 @@
 """The commands that help to choose: a recipe, or the best plan for a size."""
 
+import time
 from pathlib import Path
 from typing import Annotated
+
+import typer
 
 from .flags import (
     REPEAT,
@@ -87,14 +90,35 @@ def recommend(
     show_recommended(checkpoint, found, as_json)
 
 
-@takes_recipe(search=True)
+@takes_recipe(search=True, without=("total", "bytes"))
 def tune(
     asked: Asked,
     source: Source,
-    output: Annotated[Path, flag("Plan file to write.", "--output", "-o")],
+    output: Annotated[
+        Path,
+        flag("Plan file to write; of several sizes a folder.", "--output", "-o"),
+    ],
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
     allow_links: AllowLinks = False,
+    total: Annotated[
+        str | None,
+        flag(
+            "Share of the expert parameters to remove or zero, 0 to 1; several as "
+            "0.4,0.5,0.65."
+        ),
+    ] = None,
+    max_bytes: Annotated[
+        str | None,
+        flag(
+            "Maximum size of the files, e.g. 24GiB, or several; replaces --total.",
+            "--bytes",
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Stop after so long, with the best so far."),
+    ] = None,
     plot: Annotated[
         Path | None, flag("Plot size against perplexity into this .png or .svg file.")
     ] = None,
@@ -104,26 +128,35 @@ def tune(
 ) -> None:
     """Search for the plan with the least held-out loss at a size; writes no weights.
 
+    Several sizes are one search and cost little more than one; -o is a folder then,
+    with a plan of each, total-0.5.json or bytes-24000000000.json.
+
     Example: `vllm-moe-prune tune CKPT --total 0.5 --calibration c4.txt -o plan.json`
+
+    Example: `vllm-moe-prune tune CKPT --total 0.4,0.5,0.65 -o plans --plot front.svg`
 
     Then: `vllm-moe-prune cut CKPT --plan plan.json -o OUT`
     """
     from .. import pipeline
-    from ..checkpoint.output_path import check_file
+    from ..checkpoint.output_path import check_file, check_folder
     from ..checkpoint.source import open_checkpoint
-    from ..files.atomic import remove_folder
+    from ..files.atomic import remove_folder, writing
     from ..recipes.numbers import parse_size
+    from ..tune.estimate import estimate
     from ..tune.front import check_plot, plot_front
+    from ..tune.sizes import sizes_of
     from .output.draw import resumable, watching
-    from .output.show_search import show_tuned
+    from .output.show_search import show_estimate, show_tuned
 
     device = chosen_device(device)
+    sizes = sizes_of(asked.recipe, total, max_bytes)
     checkpoint = open_checkpoint(
         source, revision, trust_code=trust_remote_code, allow_links=allow_links
     )
     # Everything is checked before the search, which takes long.
     pipeline.validate_input(checkpoint, device)
-    check_file(output, checkpoint.folder)
+    several = len(sizes) > 1
+    (check_folder if several else check_file)(output, checkpoint.folder)
     if plot is not None:
         check_file(plot, checkpoint.folder)
         check_plot(plot)
@@ -133,10 +166,26 @@ def tune(
         options = pipeline.RunOptions(
             device=device, max_shard_bytes=parse_size(shard_size), report=report
         )
-        tuned = pipeline.tune(checkpoint, asked.recipe, options, work=work)
-        pipeline.save_plan(tuned.best.plan, output)
+        expected = estimate(checkpoint, asked.recipe, sizes, device)
+        began = time.monotonic()
+        tuned = pipeline.tune_sizes(
+            checkpoint,
+            asked.recipe,
+            options,
+            sizes,
+            work=work,
+            minutes=minutes,
+            started=lambda: None if as_json else show_estimate(expected),
+        )
+        took_s = time.monotonic() - began
+        if several:
+            with writing(output):
+                output.mkdir(parents=True, exist_ok=True)
+        plans = [output / f"{one.size}.json" if several else output for one in tuned]
+        for one, path in zip(tuned, plans, strict=True):
+            pipeline.save_plan(one.best.plan, path)
         if plot is not None:
             plot_front(tuned, plot)
         # Last: until plan and plot are written, repeating the command needs it.
         remove_folder(work)
-    show_tuned(checkpoint, tuned, output, as_json)
+    show_tuned(checkpoint, tuned, plans, expected, took_s, as_json)

@@ -60,19 +60,23 @@ class Asked:
 
 
 def takes_recipe(
-    *, search: bool = False, only: Sequence[str] | None = None
+    *,
+    search: bool = False,
+    only: Sequence[str] | None = None,
+    without: Sequence[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the flags of a recipe in place of its parameter ``asked``.
 
     Args:
         search: Whether the command searches for its plan.
         only: Stages and keys whose flags it takes; None: all.
+        without: Flags that it reads itself.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command)
         own = list(signature.parameters.values())
-        made = _parameters(only, {one.name for one in own})
+        made = _parameters(only, {*without, *(one.name for one in own)})
 
         @functools.wraps(command)
         def wrapped(**values: Any) -> None:

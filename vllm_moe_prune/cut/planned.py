@@ -23,6 +23,7 @@ from ..calibrate.data import sha256_of
 from ..calibrate.expert_forward import add_expert, expert_tokens, place
 from ..calibrate.forward import StreamingModel
 from ..calibrate.memory import release_freed
+from ..calibrate.workers import Workers, workers
 from ..checkpoint.open import Layer
 from ..decide.cut_plan import CutPlan
 from ..errors import CalibrationError, CheckpointError, OutputError, RecipeError
@@ -71,6 +72,18 @@ class _Branch:
     members: list[int]
     states: list[torch.Tensor]
     """Hidden states [S, T, D] of each text, then of the calibration if any slims."""
+
+
+@dataclass
+class _Split:
+    """Plans of a branch that agree in one layer too, on their way through it."""
+
+    members: list[int]
+    states: list[torch.Tensor]
+    cut: LayerCut | None = None
+    """None: they drop the block."""
+    inputs: Sequence[torch.Tensor] = ()
+    """What router and experts see [N, D]; other splits read them too."""
 
 
 class _Line(BaseModel):
@@ -158,22 +171,16 @@ def planned_losses(
     journal = journal or LossJournal()
     # Refits only help, and take longer than all the rest of judging.
     plans = [plan.unrefitted for plan in plans]
-    if any(plan.is_slimmed and plan.slim_parts != ("experts",) for plan in plans):
-        raise RecipeError(
-            "plans are judged with zeros in experts alone; set slim.scope: [experts]."
-        )
-    if any(plan.is_quantized for plan in plans):
-        raise RecipeError("plans are judged unquantized; leave out quantize.")
-    if any(plan.needs_activations for plan in plans) and calibration_ST is None:
-        raise CalibrationError("a plan slims by data: calibration tokens are needed.")
-    keys = [_key(plan, texts, calibration_ST) for plan in plans]
+    check_plans(plans, calibration_ST)
+    keys = [key_of(plan, texts, calibration_ST) for plan in plans]
     todo = [at for at, key in enumerate(keys) if key not in journal.losses]
     inputs = [text.ids_ST for text in texts]
     if calibration_ST is not None and any(plans[at].needs_activations for at in todo):
         inputs.append(calibration_ST)
     width = int(model.checkpoint.config[model.checkpoint.arch.config.hidden])
-    # At worst each plan ends on a branch of its own, with states of every text.
-    size = sum(ids.numel() for ids in inputs) * width * model.dtype.itemsize
+    # At worst each plan ends on a branch of its own, with states of every text, what
+    # the experts read and what they give.
+    size = 3 * sum(ids.numel() for ids in inputs) * width * model.dtype.itemsize
     together = max(1, STATE_BYTES // size)
     sweeps = math.ceil(len(todo) / together)
     for sweep in range(sweeps):
@@ -184,7 +191,24 @@ def planned_losses(
     return [journal.losses[key] for key in keys]
 
 
-def _key(
+def check_plans(plans: Sequence[CutPlan], calibration_ST: torch.Tensor | None) -> None:
+    """Refuse plans whose losses cannot be found without writing them.
+
+    Raises:
+        CalibrationError: A plan needs calibration and there is none.
+        RecipeError: A plan slims more than experts, or quantizes.
+    """
+    if any(plan.is_slimmed and plan.slim_parts != ("experts",) for plan in plans):
+        raise RecipeError(
+            "plans are judged with zeros in experts alone; set slim.scope: [experts]."
+        )
+    if any(plan.is_quantized for plan in plans):
+        raise RecipeError("plans are judged unquantized; leave out quantize.")
+    if any(plan.needs_activations for plan in plans) and calibration_ST is None:
+        raise CalibrationError("a plan slims by data: calibration tokens are needed.")
+
+
+def key_of(
     plan: CutPlan, texts: Sequence[Text], calibration_ST: torch.Tensor | None
 ) -> str:
     """Identifies a loss: the plan's effect on which model, judged by which tokens."""
@@ -229,12 +253,13 @@ class _Sweep:
         states = [self.model.embed(ids_ST) for ids_ST in inputs]
         # No plan changes the embedding: all begin on one branch.
         branches = [_Branch(list(range(len(self.plans))), states)]
-        # MTP layers add nothing to the next token's logits.
-        for layer in self.checkpoint.decoder_layers:
-            branches = [
-                after for branch in branches for after in self._through(layer, branch)
-            ]
-            self._tell(layer.index + 1)
+        widest = max(layer.width for layer in self.checkpoint.layers)
+        with workers(self.model.device, widest * states[0].shape[-1]) as team:
+            # MTP layers add nothing to the next token's logits.
+            for layer in self.checkpoint.decoder_layers:
+                with self.model.holding():
+                    branches = self._all_through(layer, branches, len(texts), team)
+                self._tell(layer.index + 1)
         found: list[tuple[Loss, ...]] = [()] * len(self.plans)
         for branch in branches:
             states = branch.states[: len(texts)]
@@ -253,39 +278,63 @@ class _Sweep:
             exact = self.model.exact_matches(state, targets_ST)
         return Loss(nll if math.isfinite(nll) else math.inf, tokens, exact)
 
-    def _through(self, layer: Layer, branch: _Branch) -> list[_Branch]:
-        """One layer; a branch whose plans differ in it splits."""
+    def _all_through(
+        self, layer: Layer, branches: list[_Branch], texts: int, team: Workers
+    ) -> list[_Branch]:
+        """One layer, side by side: first up to the experts, then each plan's own."""
+        found: dict[int, list[_Split]] = {}
+
+        def enter(at: int) -> None:
+            # The calibration has done its work where no plan needs it any more.
+            if not self._calibrates(branches[at].members, layer.index):
+                del branches[at].states[texts:]
+            found[at] = self._entered(layer, branches[at])
+
+        def leave(split: _Split) -> None:
+            # What the last such layer makes of the calibration, nobody reads.
+            go_on = self._calibrates(split.members, layer.index + 1)
+            split.states = self._moe(split, None if go_on else texts)
+
+        team.run(enter, range(len(branches)))
+        splits = [split for at in range(len(branches)) for split in found[at]]
+        team.run(leave, [split for split in splits if split.cut is not None])
+        return [_Branch(split.members, split.states) for split in splits]
+
+    def _calibrates(self, members: Sequence[int], first: int) -> bool:
+        """Whether a plan changes experts by data in layer ``first`` or behind it."""
+        return any(
+            self.plans[member].needs_activations
+            and any(cut.changes_experts for cut in self._cuts[member][first:])
+            for member in members
+        )
+
+    def _entered(self, layer: Layer, branch: _Branch) -> list[_Split]:
+        """A branch up to the experts of a layer, split where its plans differ there."""
         groups: dict[Hashable, list[int]] = {}
+        skipped: list[int] = []
         for member in branch.members:
-            groups.setdefault(self._what(layer, member), []).append(member)
-        skipped = [
-            _Branch(members, branch.states)
-            for members in groups.values()
-            if self._cuts[members[0]][layer.index].drops_block
-        ]
-        rest = [
-            members
-            for members in groups.values()
-            if not self._cuts[members[0]][layer.index].drops_block
-        ]
-        if not rest:
-            return skipped
+            if self._cuts[member][layer.index].drops_block:
+                skipped.append(member)
+            else:
+                groups.setdefault(self._what(layer, member), []).append(member)
+        splits = [_Split(skipped, branch.states)] if skipped else []
+        if not groups:
+            return splits
         states = branch.states
-        # enter works in place, but skipped branches go on with the states before it.
+        # enter works in place, but skipped plans go on with the states before it.
         if skipped:
             states = [state.clone() for state in states]
         # Plans differ in the experts, so what comes before them runs once for all.
         entered = [self.model.enter(layer.index, state) for state in states]
         states = [state for state, _ in entered]
         inputs = [x_ND for _, x_ND in entered if x_ND is not None]
-        split = []
-        for number, members in enumerate(rest):
-            last = number == len(rest) - 1
+        for number, members in enumerate(groups.values()):
+            last = number == len(groups) - 1
             # _moe adds in place: the last split takes the states, the others a copy.
             own = states if last else [state.clone() for state in states]
             cut = self._cuts[members[0]][layer.index]
-            split.append(_Branch(members, self._moe(cut, own, inputs)))
-        return skipped + split
+            splits.append(_Split(members, own, cut, inputs))
+        return splits
 
     def _what(self, layer: Layer, member: int) -> Hashable:
         """Everything a plan says about one layer."""
@@ -295,16 +344,14 @@ class _Sweep:
         narrows = plan.narrow if cut.layer_plan.narrows else None
         return plan.routing, cut.layer_plan, slims, narrows
 
-    def _moe(
-        self,
-        cut: LayerCut,
-        states: list[torch.Tensor],
-        inputs: Sequence[torch.Tensor],
-    ) -> list[torch.Tensor]:
-        trimmed = cut.trimmed
+    def _moe(self, split: _Split, wanted: int | None) -> list[torch.Tensor]:
+        """The states behind the experts, of the first ``wanted`` inputs; None: all."""
+        cut, inputs = split.cut, split.inputs
+        assert cut is not None
+        trimmed, states = cut.trimmed, split.states[:wanted]
         if not trimmed.has_moe:
             if trimmed.norm_only:
-                for state, x_ND in zip(states, inputs, strict=True):
+                for state, x_ND in zip(states, inputs[:wanted], strict=True):
                     state += x_ND.view_as(state)
             return states
         model = self.model
@@ -313,7 +360,6 @@ class _Sweep:
         except CheckpointError:
             # This plan's model overflowed; its loss will not be finite either.
             return [torch.full_like(state, math.nan) for state in states]
-        outputs = [torch.zeros_like(x_ND) for x_ND in inputs]
         slimmed = None
         if cut.changes_experts:
             by_data = cut.plan.needs_activations
@@ -321,6 +367,8 @@ class _Sweep:
             slimmed = slimmed_experts(
                 cut, model if by_data else None, inputs[-1] if by_data else None
             )
+        inputs, routings = inputs[:wanted], routings[:wanted]
+        outputs = [torch.zeros_like(x_ND) for x_ND in inputs]
         for new in range(trimmed.num_experts):
             # The iterator yields every expert in order, with or without tokens here.
             expert = next(slimmed).expert if slimmed else None

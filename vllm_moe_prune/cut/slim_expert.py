@@ -12,7 +12,7 @@ from ..calibrate.expert_forward import Activation, expert_hidden, place, token_c
 from ..checkpoint.reader import Expert
 from ..decide.cut_plan import CutPlan
 from ..slim.magnitude import magnitude
-from ..slim.sparsegpt import add_inputs, sparsegpt
+from ..slim.sparsegpt import Factored, add_inputs, factored, sparsegpt
 from ..slim.wanda import wanda
 from ..slim.wanda_variant import wanda_variant
 
@@ -60,10 +60,18 @@ def slim_by_data(
     """
     expert = Expert(*(matrix.to(x_ND.device) for matrix in expert))
     sums = input_sums(expert, plan, x_ND, token_n, weight_n, act)
-    pairs = zip(expert, sums, strict=True)
-    slimmed = [slim_matrix(weight, found, plan, sparsity) for weight, found in pairs]
-    choices = zip(slimmed, expert, taken, strict=True)
-    return Expert(*(after if take else before for after, before, take in choices))
+    if plan.slim == "sparsegpt":
+        # gate and up read the same inputs: one factorization for both.
+        inputs, inner = factored(sums[0]), factored(sums[2])
+        known: Sequence[torch.Tensor | Factored] = (inputs, inputs, inner)
+    else:
+        known = sums
+    return Expert(
+        *(
+            slim_matrix(weight, found, plan, sparsity) if take else weight
+            for weight, found, take in zip(expert, known, taken, strict=True)
+        )
+    )
 
 
 @torch.no_grad()
@@ -112,9 +120,14 @@ def column_sums(
 
 
 def slim_matrix(
-    weight_RD: torch.Tensor, sums: torch.Tensor, plan: CutPlan, sparsity: float
+    weight_RD: torch.Tensor,
+    sums: torch.Tensor | Factored,
+    plan: CutPlan,
+    sparsity: float,
 ) -> torch.Tensor:
     """Slim one matrix by the plan's method."""
+    if isinstance(sums, Factored):
+        return sparsegpt(weight_RD, sums, sparsity, plan.group)
     if plan.slim == "magnitude":
         return magnitude(weight_RD, sparsity, plan.group)
     if plan.slim == "sparsegpt":

@@ -158,10 +158,9 @@ def as_data(quality: Quality) -> dict[str, Any]:
                 "source": text.source,
                 "tokens": text.tokens,
                 "nll": text.nll_sum,
-                "perplexity": (
-                    # JSON has no infinity; nll and tokens still say what was measured.
-                    text.perplexity if math.isfinite(text.perplexity) else None
-                ),
+                # Printed as null where it is infinite; nll and tokens still say what
+                # was measured.
+                "perplexity": text.perplexity,
             }
             for text in quality.texts
         ],
@@ -175,7 +174,8 @@ class _Text(Printed):
     source: str
     # At least one: the perplexity divides by it.
     tokens: Annotated[int, Field(ge=1, lt=1 << 63)]
-    nll: Annotated[float, Field(ge=0, le=1e18)]
+    # null: infinite, which JSON cannot say.
+    nll: Annotated[float, Field(ge=0, le=1e18)] | None
 
 
 class _Task(Printed):
@@ -201,6 +201,9 @@ def load_quality(path: Path) -> Quality:
     found = read_printed(path, _Result, "eval")
     return Quality(
         found.model,
-        tuple(Perplexity(one.tokens, one.nll, one.source) for one in found.results),
+        tuple(
+            Perplexity(one.tokens, math.inf if one.nll is None else one.nll, one.source)
+            for one in found.results
+        ),
         tuple(Score(**one.model_dump()) for one in found.tasks),
     )

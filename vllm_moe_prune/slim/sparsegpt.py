@@ -7,6 +7,8 @@ n:m per group of each row. Surviving weights change. D input columns, R output r
 columns of a block; weights are held transposed, so that a column is contiguous.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,41 @@ def add_inputs(hessian_DD: Tensor, x_nD: Tensor) -> None:
     hessian_DD.addmm_(x_nD.T, x_nD)
 
 
+class Factored(NamedTuple):
+    """What SparseGPT needs to know of a matrix's inputs, whatever the sparsity."""
+
+    factor_DD: Tensor | None
+    """R; None where no input ever fired."""
+    dead_D: Tensor
+    """Inputs that never fired."""
+
+
+def factored(hessian_DD: Tensor, *, damping: float = DAMPING) -> Factored:
+    """Factorize the sums once, for every matrix that reads those inputs.
+
+    Args:
+        hessian_DD: Sums of x x' over tokens, float32; its scale does not matter.
+        damping: Part of the mean diagonal added to the diagonal.
+
+    Raises:
+        CalibrationError: If the sums are not finite, or too singular.
+    """
+    diagonal_D = hessian_DD.diagonal()
+    if not torch.isfinite(diagonal_D).all():
+        raise CalibrationError(
+            "input statistics contain NaN or infinity: the calibration forward "
+            "overflowed. Calibrate in float32, or check the checkpoint's weights."
+        )
+    dead_D = diagonal_D == 0
+    # Equation 3 of the paper needs H^-1 of the columns not yet done: R has them all at
+    # once.
+    factor_DD = None if bool(dead_D.all()) else inverse_factor(hessian_DD, damping)
+    return Factored(factor_DD, dead_D)
+
+
 def sparsegpt(
     weight_RD: Tensor,
-    hessian_DD: Tensor,
+    inputs: Tensor | Factored,
     sparsity: float,
     m: int | None = None,
     *,
@@ -42,10 +76,10 @@ def sparsegpt(
 
     Args:
         weight_RD: The weight, output rows by input columns, any floating dtype.
-        hessian_DD: Sums of x x' over tokens, float32; its scale does not matter.
+        inputs: What ``factored`` made of the sums of x x' [D, D], or these sums.
         sparsity: Share of each block, or of each group, to zero.
         m: Of an n:m pattern; a divisor of D.
-        damping: Part of the mean diagonal added to the diagonal.
+        damping: Part of the mean diagonal added to the diagonal, of sums.
 
     Raises:
         CalibrationError: If the sums are not finite, or too singular.
@@ -54,20 +88,14 @@ def sparsegpt(
     # One NaN or infinity makes the sum of all weights one.
     if not torch.isfinite(weight_RD.sum(dtype=torch.float32)):
         raise CheckpointError(NOT_FINITE_WEIGHTS)
-    diagonal_D = hessian_DD.diagonal()
-    if not torch.isfinite(diagonal_D).all():
-        raise CalibrationError(
-            "input statistics contain NaN or infinity: the calibration forward "
-            "overflowed. Calibrate in float32, or check the checkpoint's weights."
-        )
-    if not diagonal_D.any():
+    if isinstance(inputs, Tensor):
+        inputs = factored(inputs, damping=damping)
+    if inputs.factor_DD is None:
         return _by_magnitude(weight_RD, sparsity, m)
     if zeros_in_group(m or len(weight_RD) * BLOCK_COLS, sparsity) == 0:
         return weight_RD.clone()
-    # Equation 3 of the paper needs H^-1 of the columns not yet done: R has them all at
-    # once.
-    factor_DD = inverse_factor(hessian_DD, damping).to(weight_RD.device)
-    dead_D = (diagonal_D == 0).to(weight_RD.device)
+    factor_DD = inputs.factor_DD.to(weight_RD.device)
+    dead_D = inputs.dead_D.to(weight_RD.device)
     # Turned, so that a column of the weight is a row in memory.
     weight_DR = weight_RD.T.to(torch.float32, copy=True).contiguous()
     cols, step = len(weight_DR), _block_cols(m)

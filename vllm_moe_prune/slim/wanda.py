@@ -6,6 +6,8 @@ Weighting the inputs by the router gives MoE-Pruner's score. R output rows, D in
 columns.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -52,6 +54,54 @@ def wanda(
 def magnitude_rows(weight_RD: Tensor, sparsity: float, m: int | None = None) -> Tensor:
     """Prune one matrix by |W| compared within each output row (Wanda's groups)."""
     return _zero_lowest_in_rows(weight_RD, None, sparsity, m)
+
+
+class Ranked(NamedTuple):
+    """One matrix whose rows are ranked by Wanda's scores, for zeros at any sparsity."""
+
+    weight_RD: Tensor
+    scores_RD: Tensor
+    """float32."""
+    sorted_RD: Tensor
+    """Each row of the scores in ascending order."""
+
+    def at(self, sparsity: float) -> Tensor:
+        """What ``wanda`` gives at a sparsity; a new tensor."""
+        count = zeros_in_group(self.scores_RD.shape[1], sparsity)
+        if count == 0:
+            return self.weight_RD.clone()
+        last_R1 = self.sorted_RD[:, count - 1 : count]
+        count_R1 = torch.full_like(last_R1, count, dtype=torch.int64)
+        mask_RD = lowest_up_to(self.scores_RD, last_R1, count_R1)
+        return zeroed(self.weight_RD, mask_RD)
+
+
+def ranked(weight_RD: Tensor, input_sqsum_D: Tensor) -> Ranked:
+    """Rank once what is to be pruned at several sparsities; see ``wanda``.
+
+    Raises:
+        CalibrationError: If the sums are not finite.
+        CheckpointError: If a weight is NaN or infinite.
+    """
+    norm_D = input_norms(weight_RD, input_sqsum_D)
+    scores_RD = scores_of(weight_RD, norm_D.float() if norm_D.any() else None)
+    return Ranked(weight_RD, scores_RD, sorted_rows(scores_RD))
+
+
+def zeroed(weight_RD: Tensor, mask_RD: Tensor) -> Tensor:
+    """A copy that is +0 where the mask is true; other bits are the same."""
+    # Times 0 or 1 as integers: five times faster on a CPU than torch.where.
+    bits = {2: torch.int16, 4: torch.int32}[weight_RD.element_size()]
+    kept_RD: Tensor = weight_RD.view(bits) * ~mask_RD
+    return kept_RD.view(weight_RD.dtype)
+
+
+def sorted_rows(scores_RD: Tensor) -> Tensor:
+    """Each row in ascending order."""
+    if scores_RD.device.type == "cpu":
+        # numpy sorts with vector instructions, several times faster than torch.
+        return torch.from_numpy(np.sort(scores_RD.numpy(), axis=1))
+    return torch.sort(scores_RD, dim=1).values
 
 
 def input_norms(weight_RD: Tensor, input_sqsum_D: Tensor) -> Tensor:

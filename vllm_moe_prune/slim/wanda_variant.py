@@ -6,13 +6,12 @@ within 0.001; here alpha is the one at which exactly ``int(numel * sparsity)`` g
 R output rows, D input columns.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .magnitude import keys_of, select
 from .quota import zeros_in_group
-from .wanda import CHUNK_BYTES, input_norms, lowest_up_to, scores_of
+from .wanda import CHUNK_BYTES, input_norms, lowest_up_to, scores_of, sorted_rows
 
 
 def wanda_variant(weight_RD: Tensor, input_sqsum_D: Tensor, sparsity: float) -> Tensor:
@@ -40,7 +39,7 @@ def wanda_variant(weight_RD: Tensor, input_sqsum_D: Tensor, sparsity: float) -> 
     for start in range(0, len(weight_RD), step):
         rows = slice(start, start + step)
         scores_RD = scores_of(weight_RD[rows], scale_D)
-        share_RD[rows] = _shares(_sorted(scores_RD))
+        share_RD[rows] = _shares(sorted_rows(scores_RD))
     # One threshold over the whole matrix: rows that matter less lose more.
     count_R = _counts(share_RD, zeros_in_group(weight_RD.numel(), sparsity))
     pruned_RD = torch.empty_like(weight_RD, memory_format=torch.contiguous_format)
@@ -51,7 +50,7 @@ def wanda_variant(weight_RD: Tensor, input_sqsum_D: Tensor, sparsity: float) -> 
         scores_RD = scores_of(chunk_RD, scale_D)
         count_R1 = count_R[rows, None]
         # A row loses its lowest scores; the last of them is its own threshold.
-        last_R1 = _sorted(scores_RD).gather(1, (count_R1 - 1).clamp(min=0))
+        last_R1 = sorted_rows(scores_RD).gather(1, (count_R1 - 1).clamp(min=0))
         mask_RD = lowest_up_to(scores_RD, last_R1, count_R1)
         torch.where(mask_RD, zero, chunk_RD, out=pruned_RD[rows])
     return pruned_RD
@@ -74,11 +73,3 @@ def _counts(share_RD: Tensor, count: int) -> Tensor:
     # The rows before have used up part of the ties that go.
     before_R = equal_R.cumsum(0) - equal_R
     return below_R + torch.minimum(equal_R, (tied - before_R).clamp(min=0))
-
-
-def _sorted(scores_RD: Tensor) -> Tensor:
-    """Each row in ascending order."""
-    if scores_RD.device.type == "cpu":
-        # numpy sorts with vector instructions, several times faster than torch.
-        return torch.from_numpy(np.sort(scores_RD.numpy(), axis=1))
-    return torch.sort(scores_RD, dim=1).values

@@ -13,8 +13,9 @@ from ..calibrate.data import Tokens
 from ..calibrate.forward import StreamingModel
 from ..calibrate.stats import LayerStats, SourceStats, Stats
 from ..cut.outliers import with_outliers
-from ..cut.planned import LossJournal, Text, planned_losses
+from ..cut.planned import LossJournal, Text
 from ..cut.predict import model_facts
+from ..cut.quick import quick_losses
 from ..decide.budget import most_removed
 from ..decide.build_plan import resolved
 from ..decide.cut_plan import CutPlan, LayerPlan
@@ -83,7 +84,7 @@ def with_sensitivity(
         texts = [
             Text(heldout.ids_ST[heldout.source_S == at]) for at in range(len(names))
         ]
-    found = planned_losses(
+    found = quick_losses(
         model,
         plans,
         texts,

@@ -1,13 +1,13 @@
 """The front of size against perplexity, as points and as a picture."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..calibrate.perplexity import perplexity_of
 from ..errors import OutputError, require_extra
 from ..report.figures import save_figure
-from .search import Judged, Tuned
+from .judged import Judged, Tuned
 
 FORMATS = (".png", ".svg")
 
@@ -34,14 +34,20 @@ def check_plot(path: Path) -> None:
     require_extra("plot", ("matplotlib",), "pictures")
 
 
-def plot_front(tuned: Tuned, path: Path) -> None:
-    """Draw all that was judged on everything; the front as a line."""
+def plot_front(tuned: Sequence[Tuned], path: Path) -> None:
+    """Draw all finalists of a search; the front over its sizes as a line."""
     # Not pyplot, which keeps figures in global state.
     from matplotlib.figure import Figure
 
-    # Losses on fewer windows are of other tokens, so they do not compare.
-    finite = [one for one in tuned.judged if one.final and math.isfinite(one.loss.mean)]
-    best, line = tuned.best, front([*finite, tuned.intact])
+    # Losses on fewer windows, or estimated ones, do not compare.
+    finite = [
+        one
+        for found in tuned
+        for one in found.judged
+        if one.final and math.isfinite(one.loss.mean)
+    ]
+    intact = tuned[0].intact
+    line = front([*finite, intact])
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     mib = 1 << 20
@@ -56,12 +62,11 @@ def plot_front(tuned: Tuned, path: Path) -> None:
         [one.file_bytes / mib for one in finite],
         [perplexity_of(one.loss.mean) for one in finite],
         color="#9aa7b4",
-        label="candidates",
+        label="finalists",
     )
-    for one, color, label in (
-        (tuned.intact, "#222222", "intact"),
-        (best, "#c2410c", best.name),
-    ):
+    marked = [(intact, "#222222", "intact")]
+    marked += [(one.best, "#c2410c", f"{one.size}: {one.best.name}") for one in tuned]
+    for one, color, label in marked:
         point = (one.file_bytes / mib, perplexity_of(one.loss.mean))
         axes.scatter(*point, color=color, zorder=3)
         axes.annotate(label, point, (6, 6), textcoords="offset points", color=color)

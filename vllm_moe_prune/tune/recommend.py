@@ -245,7 +245,7 @@ def costs_of(checkpoint: Checkpoint, plan: CutPlan) -> Costs:
         for layer in checkpoint.decoder_layers
         if plan.layers[layer.index].action != "drop-block"
     ]
-    return Costs(total, flops + _attention(checkpoint, left), decode)
+    return Costs(total, flops + attention_flops(checkpoint, left), decode)
 
 
 def _multiplies(checkpoint: Checkpoint, tensor: OutputTensor) -> bool:
@@ -255,7 +255,9 @@ def _multiplies(checkpoint: Checkpoint, tensor: OutputTensor) -> bool:
     return matrix and tensor.name != checkpoint.arch.embedding
 
 
-def _attention(checkpoint: Checkpoint, layers: Iterable[Layer]) -> int:
+def attention_flops(
+    checkpoint: Checkpoint, layers: Iterable[Layer], context: int = CONTEXT
+) -> int:
     """FLOPs of scores and mixing, all tokens with all, causal or not."""
     config = checkpoint.config
 
@@ -272,7 +274,7 @@ def _attention(checkpoint: Checkpoint, layers: Iterable[Layer]) -> int:
             if config.get("head_dim")
             else size(checkpoint.arch.config.hidden) // heads
         )
-    return 2 * CONTEXT**2 * heads * (keys + values) * sum(1 for _ in layers)
+    return 2 * context**2 * heads * (keys + values) * sum(1 for _ in layers)
 
 
 def parse_speed(text: str) -> float:

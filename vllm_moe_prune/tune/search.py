@@ -1,67 +1,49 @@
-"""Successive halving over candidate plans, by the held-out loss of each.
+"""Which plan loses least at a size: all are ranked by estimates, the best few judged.
 
-Nothing is written: plans are judged in the streaming forward. Every loss goes into a
-journal, so that a killed search continues where it was.
+Nothing is written: plans run in the streaming forward. Estimates take their zeros from
+the intact model's calibration (``cut/quick.py``), so they calibrate nothing and share
+what is known of every expert; only finalists are calibrated and judged as they would
+be cut. Several sizes are one search: they share the measurement and every sweep.
+Losses go into a journal, so that a killed search continues where it was.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ..calibrate.data import load_heldout
 from ..calibrate.forward import StreamingModel
+from ..calibrate.perplexity import perplexity_of
 from ..calibrate.stats import Stats
 from ..checkpoint.file_state import check_states
 from ..checkpoint.open import Checkpoint
 from ..cut.planned import Loss, LossJournal, Text, planned_losses
-from ..decide.cut_plan import CutPlan
+from ..cut.quick import quick_losses
+from ..decide.cut_plan import CutPlan, trimming
 from ..decide.required_stats import needed_statistics
 from ..decide.sensitivity import rule
 from ..errors import RecipeError
+from ..progress import Progress, Report
 from ..recipes.schema import ExpertStage, Recipe, SlimStage, TuneStage
 from ..stages.measure import collect, tokens_of
 from ..stages.plan import plan
 from ..stages.preflight import RunOptions
 from ..stages.probe import with_owl, with_sensitivity
 from .candidates import Candidate, refinements, structures, zeros_alone
+from .judged import ESTIMATED, FINAL, RANKED, REFINED, Found, Judged, Tuned, distinct
 from .narrowings import narrowings
+from .sizes import Size, size_of, sized
 
-RUNGS = (0.25, 0.5)
-"""Shares of the tokens on which all, then the better half, are judged first."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A candidate, its plan, and what the plan's model loses."""
-
-    name: str
-    plan: CutPlan
-    loss: Loss
-    final: bool
-    """Judged on all held-out tokens, not only on the first of them."""
-
-    @property
-    def file_bytes(self) -> int:
-        """Size of the output."""
-        return self.plan.predicted.file_bytes if self.plan.predicted else 0
+FIRST = 0.25
+"""Share of the tokens on which all are ranked first; the better half on all."""
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """What a search found."""
-
-    intact: Judged
-    judged: tuple[Judged, ...]
-    """Best first; those judged on fewer tokens behind all others."""
-    left_out: tuple[tuple[str, str], ...]
-    """Candidates that cannot reach the size, and why."""
-
-    @property
-    def best(self) -> Judged:
-        """The winner."""
-        return self.judged[0]
+class _TimeIsUp(Exception):
+    """Ends a search between two layers."""
 
 
 def tune(
@@ -71,22 +53,40 @@ def tune(
     *,
     work: Path | None = None,
 ) -> Tuned:
-    """Find the plan that loses least at a size.
+    """Find the plan that loses least at the recipe's own size; see ``tune_sizes``."""
+    sizes = [size_of(recipe)]
+    return tune_sizes(checkpoint, recipe, options, sizes, work=work)[0]
+
+
+def tune_sizes(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    options: RunOptions,
+    sizes: Sequence[Size],
+    *,
+    work: Path | None = None,
+    minutes: float | None = None,
+    started: Callable[[], None] = lambda: None,
+) -> list[Tuned]:
+    """Find the plans that lose least, one for each size.
 
     Args:
         checkpoint: The model.
-        recipe: Its ``tune`` says what to vary; its ``total_sparsity`` or ``max_bytes``
-            is the size.
+        recipe: Its ``tune`` says what to vary.
         options: How to run.
+        sizes: What the plans are to come to.
         work: A folder for what a killed search needs to continue; the caller's to
             delete.
+        minutes: When to stop with the best so far.
+        started: Called when the texts have been read, before anything is run.
 
     Raises:
-        RecipeError: No size is given, or no candidate can reach it.
+        RecipeError: No candidate can reach a size, or time was up before any was
+            ranked.
     """
-    if not recipe.size_asked:
-        raise RecipeError(f"recipe {recipe.name}: tune needs --total or --bytes.")
-    return _Search(checkpoint, recipe, options, work).run()
+    search = _Search(checkpoint, recipe, options, sizes, work, minutes)
+    started()
+    return search.run()
 
 
 class _Search:
@@ -97,146 +97,243 @@ class _Search:
         checkpoint: Checkpoint,
         recipe: Recipe,
         options: RunOptions,
+        sizes: Sequence[Size],
         work: Path | None,
+        minutes: float | None,
     ) -> None:
+        self.until = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self.checkpoint = checkpoint
         self.recipe = recipe
         self.settings = recipe.tune or TuneStage()
         self.options = options
-        self.max_bytes = recipe.max_bytes
         self.work = work
         self.model = StreamingModel(checkpoint, options.device)
+        # Estimates in fp32 on CPUs, most of which multiply bf16 at half its speed.
+        dtype = torch.float32 if self.model.device.type == "cpu" else None
+        self.ranking = StreamingModel(checkpoint, options.device, dtype)
         self.journal = LossJournal(None if work is None else work / "losses.jsonl")
         self.tokens = tokens_of(checkpoint, recipe.calibration)
         self.heldout = load_heldout(checkpoint, recipe.calibration)
-        self.left_out: list[tuple[str, str]] = []
+        self.found = [Found(size) for size in sizes]
+        self._outliers: dict[str, Stats] = {}
 
-    def run(self) -> Tuned:
-        candidates = structures(self.recipe, self.checkpoint.layers)
-        stats = self._measured(candidates)
-        plans = self._planned(candidates, stats)
-        if not plans:
-            name, why = self.left_out[0]
-            raise RecipeError(f"no candidate reaches the size; {name}: {why}")
-        early: list[Judged] = []
-        for share in RUNGS:
-            judged = self._judge(plans, share)
-            better, worse = self._split(judged, (len(judged) + 1) // 2)
-            early += worse
-            plans = {one.name: plans[one.name] for one in better}
-        judged = self._judge(plans, 1.0)
-        refined = self._refined(self._split(judged, 0)[0], stats)
-        # What was judged on all windows is in the journal: only refinements run.
-        judged = self._judge({**plans, **refined}, 1.0)
-        early.sort(key=lambda one: (one.loss.mean, one.file_bytes, one.name))
+    def run(self) -> list[Tuned]:
+        candidates = {
+            at: structures(sized(self.recipe, one.size), self.checkpoint.layers)
+            for at, one in enumerate(self.found)
+        }
+        complete = True
+        try:
+            stats = self._measured(candidates[0])
+            self._rank(candidates, stats)
+            self._refine(stats)
+            self._judge(stats)
+        except _TimeIsUp:
+            complete = False
+        if not all(one.judged for one in self.found):
+            raise RecipeError(
+                "time was up before any candidate was ranked. Repeat the command to "
+                "continue, with more --minutes."
+            )
+        intact = self._intact()
         check_states(self.checkpoint.folder, self.checkpoint.files)
-        return Tuned(self._intact(), tuple(judged + early), tuple(self.left_out))
+        return [
+            Tuned(
+                one.size,
+                intact,
+                tuple(one.best(ESTIMATED)),
+                tuple(one.left_out),
+                complete,
+            )
+            for one in self.found
+        ]
 
     def _measured(self, candidates: Sequence[Candidate]) -> dict[str, Stats]:
-        """The statistics of each rule by which experts leave."""
+        """The statistics of each rule by which experts leave; sizes share them."""
         recipes = [candidate.recipe for candidate in candidates]
-        stats = collect(self.checkpoint, recipes, self.tokens, self.options, self.work)
+        options = dataclasses.replace(self.options, report=self._tell)
+        stats = collect(self.checkpoint, recipes, self.tokens, options, self.work)
         found: dict[str, Stats] = {}
         for recipe in recipes:
             # Curves hold for one rule by which experts leave; its recipes share them.
             key = rule(recipe)
             if key in found or "sensitivity_P2" not in needed_statistics(recipe):
                 continue
+            # In the model's own dtype: curves are no estimates, `measure` has the same.
             found[key] = with_sensitivity(
-                self.model,
-                recipe,
-                stats,
-                self.heldout,
-                self.journal,
-                self.options.report,
+                self.model, recipe, stats, self.heldout, self.journal, self._tell
             )
         return {rule(recipe): found.get(rule(recipe), stats) for recipe in recipes}
 
-    def _planned(
-        self, candidates: Sequence[Candidate], stats: Mapping[str, Stats]
-    ) -> dict[str, CutPlan]:
-        plans = {}
-        for candidate in candidates:
+    def _rank(
+        self, candidates: Mapping[int, Sequence[Candidate]], stats: Mapping[str, Stats]
+    ) -> None:
+        """All structures on some of the tokens, the better half on all of them."""
+        plans: dict[tuple[int, str], CutPlan] = {}
+        for at, structures_of in candidates.items():
+            found = self.found[at]
+            for candidate in structures_of:
+                try:
+                    known = stats[rule(candidate.recipe)]
+                    shards = self.options.max_shard_bytes
+                    decided = plan(self.checkpoint, candidate.recipe, known, shards)
+                    plans[at, candidate.name] = decided
+                except RecipeError as error:
+                    # One structure that cannot reach the size does not end the search.
+                    found.left_out.append((candidate.name, str(error)))
+            if len(found.left_out) == len(structures_of):
+                name, why = found.left_out[0]
+                raise RecipeError(
+                    f"no candidate reaches the size {found.size}; {name}: {why}"
+                )
+        self._estimate(plans, ESTIMATED)
+        better = {}
+        for at, one in enumerate(self.found):
+            count = max(2 * self.settings.finalists, (len(one.judged) + 1) // 2)
+            for judged in self._better(one.best(ESTIMATED), count):
+                better[at, judged.name] = judged.plan
+        self._estimate(better, RANKED)
+
+    def _better(self, judged: Sequence[Judged], count: int) -> list[Judged]:
+        """The first ones, and zeros alone.
+
+        They change least, and lead where little has to go, but estimates hardly show
+        it.
+        """
+        simplest = zeros_alone(self.settings)
+        rest = [one for one in judged[count:] if one.name == simplest]
+        return [*judged[:count], *rest]
+
+    def _refine(self, stats: Mapping[str, Stats]) -> None:
+        """The best structures with their zeros written or spread in other ways."""
+        plans: dict[tuple[int, str], CutPlan] = {}
+        for at, found in enumerate(self.found):
+            leading = distinct(found.best(RANKED))
+            for one in self._better(leading, self.settings.finalists):
+                plans[at, one.name] = one.plan
+                structure = Candidate(one.name, one.plan.recipe)
+                for other in refinements(structure, self.settings):
+                    known = stats[rule(other.recipe)]
+                    if other.recipe.slim.allocation == "owl":
+                        known = self._intact_outliers(other.recipe, known, one.plan)
+                    decided = self._plan_as(at, other.recipe, known)
+                    if decided is not None:
+                        plans[at, other.name] = decided
+        self._estimate(plans, REFINED)
+
+    def _intact_outliers(self, recipe: Recipe, known: Stats, like: CutPlan) -> Stats:
+        """OWL's outliers as the intact model has them: one pass for all estimates."""
+        key = f"{recipe.slim.owl_m}"
+        if key not in self._outliers:
+            whole = recipe.model_copy(
+                update={
+                    "experts": ExpertStage(method="none"),
+                    "layers": type(recipe.layers)(),
+                    "structured_share": None,
+                }
+            )
+            few = dataclasses.replace(
+                self.tokens, ids_ST=self._share(self.tokens.ids_ST)
+            )
+            self._outliers[key] = with_owl(self.ranking, whole, known, few, self._tell)
+        counted = self._outliers[key].layers
+        layers = dict(known.layers)
+        for index, found in counted.items():
+            outliers = {"owl_outliers_E": found.owl_outliers_E, "owl_m": found.owl_m}
+            before = layers.get(index, found)
+            layers[index] = dataclasses.replace(before, **outliers)
+        # Taken for those of its survivors, until it is judged.
+        return dataclasses.replace(known, layers=layers, trimming=trimming(like))
+
+    def _judge(self, stats: Mapping[str, Stats]) -> None:
+        """The finalists, calibrated and on all tokens."""
+        plans: dict[tuple[int, str], CutPlan] = {}
+        for at, found in enumerate(self.found):
+            finalists = distinct(found.best(REFINED))[: self.settings.finalists]
+            simplest = zeros_alone(self.settings)
+            alone = [
+                one
+                for one in found.best(REFINED)
+                if one.name.split(", ")[0] == simplest and "gone" not in one.name
+            ]
+            # The best way of zeros alone is judged too; see _better.
+            for one in {each.name: each for each in [*finalists, *alone[:1]]}.values():
+                decided: CutPlan | None = one.plan
+                if one.plan.recipe.slim.allocation == "owl":
+                    known = stats[rule(one.plan.recipe)]
+                    counted = with_owl(
+                        self.model, one.plan.recipe, known, self.tokens, self._tell
+                    )
+                    decided = self._plan_as(at, one.plan.recipe, counted)
+                if decided is not None:
+                    plans[at, one.name] = decided
+            plans |= self._narrower(at, found, stats)
+        losses = self._losses(plans.values(), self._tell)
+        for (at, name), loss in zip(plans, losses, strict=True):
+            self._keep(at, Judged(name, plans[at, name], loss, FINAL))
+
+    def _narrower(
+        self, at: int, found: Found, stats: Mapping[str, Stats]
+    ) -> dict[tuple[int, str], CutPlan]:
+        """The size by narrowing, which no estimate ranks; see ``narrowings``."""
+        plans: dict[tuple[int, str], CutPlan] = {}
+        leading = [Candidate(one.name, one.plan.recipe) for one in found.best(REFINED)]
+        # Where no expert leaves, any rule's will do: they are of the same pass.
+        first = next(iter(stats.values()))
+        asked = sized(self.recipe, found.size)
+        for other in narrowings(asked, leading, self.settings):
+            known = stats.get(rule(other.recipe), first)
+            shards = self.options.max_shard_bytes
             try:
-                # Where no expert leaves, any rule's will do: they are of the same pass.
-                first = next(iter(stats.values()))
-                known = stats.get(rule(candidate.recipe), first)
-                plans[candidate.name] = self._plan(candidate.recipe, known)
+                decided = plan(self.checkpoint, other.recipe, known, shards)
             except RecipeError as error:
-                # One structure that cannot reach the size does not end the search.
-                self.left_out.append((candidate.name, str(error)))
+                found.left_out.append((other.name, str(error)))
+                continue
+            plans[at, other.name] = decided
         return plans
 
-    def _plan(self, recipe: Recipe, stats: Stats) -> CutPlan:
-        return plan(self.checkpoint, recipe, stats, self.options.max_shard_bytes)
-
-    def _judge(self, plans: Mapping[str, CutPlan], share: float) -> list[Judged]:
-        """Judge plans on a share of the windows; best first."""
-        heldout_ST, calibration_ST = (
-            # The first windows: those of a rung are among the next one's.
-            tokens.ids_ST[: max(1, round(share * len(tokens.ids_ST)))]
-            for tokens in (self.heldout, self.tokens)
+    def _estimate(self, plans: Mapping[tuple[int, str], CutPlan], step: int) -> None:
+        """Rank plans of all sizes in one sweep."""
+        heldout_ST = self.heldout.ids_ST
+        losses = quick_losses(
+            self.ranking,
+            list(plans.values()),
+            [Text(self._share(heldout_ST) if step == ESTIMATED else heldout_ST)],
+            # A part suffices to say which weights matter least.
+            self._share(self.tokens.ids_ST),
+            journal=self.journal,
+            report=self._tell,
         )
-        losses = self._losses(list(plans.values()), heldout_ST, calibration_ST)
-        judged = [
-            Judged(name, found, loss, final=share == 1.0)
-            for (name, found), loss in zip(plans.items(), losses, strict=True)
-        ]
-        # Ties by size, then name: a repeated search ranks alike.
-        return sorted(judged, key=lambda one: (one.loss.mean, one.file_bytes, one.name))
+        for (at, name), (loss,) in zip(plans, losses, strict=True):
+            self._keep(at, Judged(name, plans[at, name], loss, step))
 
-    def _split(
-        self, judged: Sequence[Judged], count: int
-    ) -> tuple[list[Judged], list[Judged]]:
-        """The better ones, ``count`` or as many as finalists, and the others.
+    def _share(self, ids_ST: torch.Tensor) -> torch.Tensor:
+        # The first windows: those of a step are among the next one's.
+        return ids_ST[: max(1, round(FIRST * len(ids_ST)))]
 
-        Zeros alone are never among the others: they change least, and lead where
-        little has to go, but with few tokens that is hard to see.
-        """
-        count = max(self.settings.finalists, count)
-        simplest = zeros_alone(self.settings)
-        rest = judged[count:]
-        better = [*judged[:count], *(one for one in rest if one.name == simplest)]
-        return better, [one for one in rest if one.name != simplest]
-
-    def _losses(
-        self,
-        plans: Sequence[CutPlan],
-        heldout_ST: torch.Tensor,
-        calibration_ST: torch.Tensor,
-    ) -> list[Loss]:
+    def _losses(self, plans: Iterable[CutPlan], report: Report) -> list[Loss]:
         found = planned_losses(
             self.model,
-            plans,
-            [Text(heldout_ST)],
-            calibration_ST,
+            list(plans),
+            [Text(self.heldout.ids_ST)],
+            self.tokens.ids_ST,
             journal=self.journal,
-            report=self.options.report,
+            report=report,
         )
         return [loss for (loss,) in found]
 
-    def _refined(
-        self, better: Sequence[Judged], stats: Mapping[str, Stats]
-    ) -> dict[str, CutPlan]:
-        """The best structures with other ways of writing their zeros."""
-        plans = {}
-        structures = [Candidate(one.name, one.plan.recipe) for one in better]
-        ways = [refinements(one, self.settings) for one in structures]
-        for candidate in (one for found in ways for one in found):
-            recipe = candidate.recipe
-            known = stats[rule(recipe)]
-            if recipe.slim.allocation == "owl":
-                report = self.options.report
-                known = with_owl(self.model, recipe, known, self.tokens, report)
-            decided = plan(self.checkpoint, recipe, known, self.options.max_shard_bytes)
-            if self._fits(decided):
-                plans[candidate.name] = decided
-        narrower = narrowings(self.recipe, structures, self.settings)
-        return plans | self._planned(narrower, stats)
+    def _keep(self, at: int, judged: Judged) -> None:
+        self.found[at].judged[judged.name] = judged
 
-    def _fits(self, decided: CutPlan) -> bool:
+    def _plan_as(self, at: int, recipe: Recipe, stats: Stats) -> CutPlan | None:
+        """The plan of a refined structure, at the structure's own total, if it fits."""
+        decided = plan(self.checkpoint, recipe, stats, self.options.max_shard_bytes)
+        return decided if self._fits(at, decided) else None
+
+    def _fits(self, at: int, decided: CutPlan) -> bool:
+        limit = self.found[at].size.max_bytes
         size = decided.predicted.file_bytes if decided.predicted else 0
-        return self.max_bytes is None or size <= self.max_bytes
+        return limit is None or size <= limit
 
     def _intact(self) -> Judged:
         recipe = Recipe(
@@ -246,5 +343,17 @@ class _Search:
             calibration=self.recipe.calibration,
         )
         whole = plan(self.checkpoint, recipe, None, self.options.max_shard_bytes)
-        loss = self._losses([whole], self.heldout.ids_ST, self.tokens.ids_ST)[0]
-        return Judged("intact", whole, loss, final=True)
+        # Not through _tell: it is asked for when time is up, too.
+        (loss,) = self._losses([whole], self.options.report)
+        return Judged("intact", whole, loss, FINAL)
+
+    def _tell(self, progress: Progress) -> None:
+        """Pass on how far a stage is, with the best so far; end where time is up."""
+        best = [one.best(ESTIMATED)[0] for one in self.found if one.judged]
+        note = ""
+        if best:
+            losses = ", ".join(f"{perplexity_of(one.loss.mean):.2f}" for one in best)
+            note = f"best {losses}"
+        self.options.report(dataclasses.replace(progress, note=note))
+        if time.monotonic() > self.until:
+            raise _TimeIsUp

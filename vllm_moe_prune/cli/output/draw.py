@@ -4,6 +4,7 @@ Results go to stdout, everything else to stderr; ``--json`` prints data instead.
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -37,9 +38,19 @@ def duration(seconds: float) -> str:
 
 
 def print_json(data: dict[str, Any]) -> None:
-    """Machine-readable result on stdout."""
+    """Machine-readable result on stdout; JSON has no infinity, so it says null."""
     # default: paths as text. Not by rich, which would wrap long lines.
-    sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
+    text = json.dumps(_finite(data), indent=2, default=str, allow_nan=False)
+    sys.stdout.write(text + "\n")
+
+
+def _finite(data: Any) -> Any:
+    """The same with null for every number that is infinite or NaN."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def table(
@@ -126,7 +137,8 @@ def _detail(progress: Progress, elapsed_s: float) -> str:
     name, unit = unit_of(progress.bytes_total)
     done, total = progress.bytes_done / unit, progress.bytes_total / unit
     at = f"layer {progress.layer} of {progress.layers}, " if progress.layers else ""
-    return f"{at}{done:.2f} of {total:.2f} {name}{speed}"
+    note = f"; {progress.note}" if progress.note else ""
+    return f"{at}{done:.2f} of {total:.2f} {name}{speed}{note}"
 
 
 def _is_done(progress: Progress) -> bool:

@@ -1,6 +1,5 @@
 """What the commands that help to choose print: recipes, sweeps, searches."""
 
-import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,14 +8,15 @@ from typing import TYPE_CHECKING
 
 from ...checkpoint.open import Checkpoint
 from ...progress import gib, peak_rss_bytes
-from .draw import hint, print_json, table
+from .draw import duration, err, hint, print_json, table
 from .show import source_of
 
 if TYPE_CHECKING:
     from ...decide.cut_plan import CutPlan
     from ...recipes.schema import Recipe
+    from ...tune.estimate import Estimate
+    from ...tune.judged import Tuned
     from ...tune.recommend import Costs, Recommended
-    from ...tune.search import Tuned
 
 
 def show_recipes(recipes: "Sequence[Recipe]", as_json: bool) -> None:
@@ -130,15 +130,61 @@ def _dropped(plan: "CutPlan") -> list[int]:
     return [layer.layer for layer in plan.layers if layer.action != "keep"]
 
 
+def show_estimate(expected: "Estimate") -> None:
+    """What a search is about to take; on stderr, as it is no result."""
+    rate = expected.flops_per_second
+    lines = (
+        f"{expected.candidates} candidates: at least {expected.flops / 1e12:.3g} "
+        f"TFLOP of forwards ({duration(expected.floor_s)} at {rate / 1e9:,.0f} "
+        f"GFLOP/s)",
+        f"  and {gib(expected.bytes_read)} read; about {duration(expected.seconds)}",
+    )
+    for line in lines:
+        err.print(line, style="dim")
+
+
 def show_tuned(
-    checkpoint: Checkpoint, tuned: "Tuned", path: Path, as_json: bool
+    checkpoint: Checkpoint,
+    tuned: "Sequence[Tuned]",
+    plans: Sequence[Path],
+    expected: "Estimate",
+    took_s: float,
+    as_json: bool,
 ) -> None:
-    """What ``tune`` found: the front, the best, and what could not be."""
+    """What ``tune`` found: for each size the best and its rivals."""
+    pairs = list(zip(tuned, plans, strict=True))
+    if as_json:
+        data = [_tuned_data(one, path) for one, path in pairs]
+        shared = {
+            "floor_flops": expected.flops,
+            "floor_bytes": expected.bytes_read,
+            "took_s": round(took_s, 3),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        # One size: its own keys, as ever.
+        print_json(
+            {**data[0], **shared} if len(data) == 1 else {"sizes": data, **shared}
+        )
+        return
+    for one, path in pairs:
+        _show_tuned(one, len(pairs) > 1)
+        hint(f"Next: vllm-moe-prune cut {source_of(checkpoint)} --plan {path} -o OUT")
+    flops = expected.flops
+    hint(
+        f"Took {duration(took_s)}; {flops / 1e12:.3g} TFLOP of forwards would take "
+        f"{duration(expected.floor_s)}."
+    )
+
+
+def _tuned_data(tuned: "Tuned", path: Path) -> dict[str, object]:
     from ...calibrate.perplexity import perplexity_of
     from ...tune.front import front
 
-    data = {
+    finals = [one for one in tuned.judged if one.final]
+    return {
         "plan": str(path),
+        "size": asdict(tuned.size),
+        "complete": tuned.complete,
         "best": tuned.best.name,
         "intact_perplexity": perplexity_of(tuned.intact.loss.mean),
         "tokens": tuned.intact.loss.tokens,
@@ -146,36 +192,41 @@ def show_tuned(
             {
                 "name": one.name,
                 "file_bytes": one.file_bytes,
-                # JSON has no infinity.
-                "loss": one.loss.mean if math.isfinite(one.loss.mean) else None,
+                "loss": one.loss.mean,
                 "tokens": one.loss.tokens,
                 "final": one.final,
             }
             for one in tuned.judged
         ],
-        "front": [one.name for one in front(one for one in tuned.judged if one.final)],
+        "front": [one.name for one in front(finals)],
         "left_out": dict(tuned.left_out),
-        "peak_rss_bytes": peak_rss_bytes(),
     }
-    if as_json:
-        print_json(data)
-        return
-    # Losses compare only where all held-out tokens were judged: the final ones.
-    on_front = {one.name for one in front(one for one in tuned.judged if one.final)}
+
+
+def _show_tuned(tuned: "Tuned", several: bool) -> None:
+    from ...calibrate.perplexity import perplexity_of
+    from ...tune.front import front
+
+    # Losses compare only where plans were calibrated and judged alike: the final ones.
+    finals = [one for one in tuned.judged if one.final]
+    shown = finals or [tuned.best]
+    on_front = {one.name for one in front(finals)}
     rows = [
         (
             one.name,
-            f"{perplexity_of(one.loss.mean):.3f}",
+            f"{perplexity_of(one.loss.mean):.3f}" + ("" if one.final else " estimated"),
             f"{one.file_bytes:,}",
             "front" if one.name in on_front else "",
         )
-        for one in (tuned.intact, *tuned.judged)
-        if one.final
+        for one in (tuned.intact, *shown)
     ]
-    early = sum(not one.final for one in tuned.judged)
-    heads = ("candidate", "perplexity", "bytes", "")
-    table(f"Judged on {tuned.intact.loss.tokens:,} held-out tokens", heads, rows)
+    title = f"Judged on {tuned.intact.loss.tokens:,} held-out tokens"
+    if several:
+        title = f"{tuned.size}: j{title[1:]}"
+    table(title, ("candidate", "perplexity", "bytes", ""), rows)
+    early = len(tuned.judged) - len(shown)
+    end = "" if tuned.complete else " Time was up before the search was complete."
     hint(
-        f"{early} more were stopped early, {len(tuned.left_out)} cannot have that size."
+        f"{early} more were ranked by estimates, {len(tuned.left_out)} cannot have "
+        f"that size.{end}"
     )
-    hint(f"Next: vllm-moe-prune cut {source_of(checkpoint)} --plan {path} -o OUT")
