@@ -274,7 +274,7 @@ ASKED = [
         *("layer 0", "keeps 0 of 4", "top-k is 2"),
     ),
     asked("less in total than dropped", "--drop 0.5 --total 0.1", "total_sparsity 0.1"),
-    asked("a total without slimming", "--slim none --total 0.6", "slim.method is none"),
+    asked("a total by experts alone", "--slim none --total 0.6", "5 of 8", "only 4"),
     asked("a total of nearly all", "--total 0.9999", "total_sparsity"),
     asked("a total of all", "--total 1", "total_sparsity", "less than 1"),
     asked("a negative total", "--total -0.5", "total_sparsity", "-0.5"),
