@@ -133,7 +133,10 @@ class RoutingLoad:
         return found
 
     def moe_prune_weight_bytes(self) -> int:
-        """Bytes that this process holds of the model: parameters and buffers."""
+        """Bytes that this process holds of the model: parameters and buffers.
+
+        What a kernel has packed into memory of its own is not seen.
+        """
         worker: Any = self
         model: torch.nn.Module = worker.get_model()
         held = [*model.parameters(), *model.buffers()]
