@@ -65,6 +65,17 @@ def test_the_files_are_at_most_as_large_as_asked(
     assert again == plan
 
 
+@pytest.mark.parametrize("name", ["default", "cpu50"])
+def test_a_wish_runs_from_nothing(
+    checkpoint: Checkpoint, name: str, tmp_path: Path
+) -> None:
+    recipe = asked(checkpoint, name)
+    out, options = tmp_path / "out", pipeline.RunOptions()
+    plan, _, _ = pipeline.run(checkpoint, recipe, out, options)
+    assert plan.predicted is not None
+    assert file_bytes(out) == plan.predicted.file_bytes
+
+
 def test_what_fits_already_loses_nothing(checkpoint: Checkpoint, stats: Stats) -> None:
     plan = pipeline.plan(checkpoint, asked(checkpoint, "cpu50", bytes="1GB"), stats)
     assert plan.predicted is not None

@@ -87,9 +87,9 @@ def check_recipe(recipe: Recipe, facts: ModelFacts) -> None:
         make_plan(None, recipe, facts, tool_version="")
         return
     _check_stages(recipe, narrowed_facts(facts, narrow_widths(recipe, facts)))
-    # A share of experts can be counted only once it is known which layers stay.
-    chosen = chooses_layers(recipe.layers)
-    counted = recipe if chosen else _with_drop(recipe, facts, None)
+    # A share of experts can be counted only once it and the layers that stay are known.
+    measured = recipe.structured_share == "auto" or chooses_layers(recipe.layers)
+    counted = recipe if measured else _with_drop(recipe, facts, None)
     check_experts(facts.layers, counted)
 
 
