@@ -79,17 +79,23 @@ def says(reference: Any) -> Tensor:
 def test_stock_vllm_and_transformers_serve_uniform_widths(tmp_path: Path) -> None:
     mixtral, mixtral_masked = make(tmp_path / "mixtral", "mixtral")
     deepseek, deepseek_masked = make(tmp_path / "deepseek", "deepseek_v3")
-    models = {"mixtral": mixtral, "deepseek": deepseek}
-    found = served_by_stock(tmp_path, models, {"deepseek": MLA})
+    models = {"mixtral": mixtral, "deepseek": deepseek, "masked": deepseek_masked}
+    found = served_by_stock(tmp_path, models, {"deepseek": MLA, "masked": MLA})
     assert_same(found["mixtral"], says(Reference(mixtral_masked)))
-    assert_same(found["deepseek"], says(FamilyReference(deepseek_masked)))
+    # Stock vLLM's attention on CPUs takes V3 otherwise than transformers does, the
+    # original too: of narrowing this says what it can.
+    assert_same(found["deepseek"], found["masked"])
     assert read_json(deepseek / "config.json")["n_shared_experts"] == 2
-    model = AutoModelForCausalLM.from_pretrained(mixtral, dtype=torch.float32)
-    with torch.no_grad():
-        logits_TV = model(torch.tensor([TOKENS])).logits[0]
-    assert_same(logits_TV.double().log_softmax(-1), says(Reference(mixtral_masked)))
+    for narrow, reference in (
+        (mixtral, Reference(mixtral_masked)),
+        (deepseek, FamilyReference(deepseek_masked)),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(narrow, dtype=torch.float32)
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([TOKENS])).logits[0]
+        assert_same(logits_TV.double().log_softmax(-1), says(reference))
     original, decided = tmp_path / "mixtral" / "original", mixtral / "plan.json"
-    with pytest.raises(PlanError, match="narrows experts by their activations"):
+    with pytest.raises(PlanError, match="narrows experts, which needs calibration"):
         served(
             original,
             load_format="moe_prune",
