@@ -173,7 +173,7 @@ STATISTICS = [
         at / "ckpt/model-00001-of-00003.safetensors", at / STATS
     )),
     stats("of another model", ("another model", "measure"), of_another_model),
-    stats("of the future", (STATS, "format 1"), in_stats(moe_prune_stats="2")),
+    stats("of the future", (STATS, "format 2"), in_stats(moe_prune_stats="3")),
     stats("layers not JSON", (STATS, "damaged"), in_stats(layers="all")),
     stats("layers a number", (STATS, "damaged"), in_stats(layers="2")),
     stats("layers null", (STATS, "damaged"), in_stats(layers="[null]")),

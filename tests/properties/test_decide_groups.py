@@ -137,7 +137,10 @@ def test_protected_experts_stay_in_their_groups() -> None:
         ({"keep": 17, "method": "score", "criterion": "router-norm"}, "4 leave at a"),
         ({"keep": 7, "budget": "per-layer", "groups": "uneven"}, "by groups needs 8"),
         ({"drop": 0.2, "linkage": "reference"}, "does not know the groups"),
-        ({"drop": 0.2, "budget": "sensitivity"}, "set experts.groups: uneven"),
+        (
+            {"drop": 0.2, "budget": "sensitivity", "groups": "equal"},
+            "set experts.groups: uneven",
+        ),
     ],
 )
 def test_what_groups_do_not_allow_is_refused(

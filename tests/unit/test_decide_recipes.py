@@ -11,7 +11,7 @@ from vllm_moe_prune.calibrate.stats import MODEL_ARRAYS, LayerStats, Stats
 from vllm_moe_prune.decide.build_plan import make_plan
 from vllm_moe_prune.decide.check_plan import check_plan
 from vllm_moe_prune.decide.cut_plan import CutPlan, dump_plan
-from vllm_moe_prune.decide.facts import count_plan
+from vllm_moe_prune.decide.facts import ModelFacts, count_plan
 from vllm_moe_prune.decide.order import halves
 from vllm_moe_prune.decide.required_stats import (
     DATA_FREE,
@@ -44,7 +44,8 @@ def full_stats(recipe: Recipe) -> Stats:
         at: replace(layer, sensitivity_P2=points * [1.0, 1.0 + at / 10])
         for at, layer in stats.layers.items()
     }
-    return replace(stats, layers=layers, sensitivity={"rule": rule(recipe)})
+    measured = {"rule": rule(recipe), ZEROS: [20.0, 40.0, 80.0, 160.0]}
+    return replace(stats, layers=layers, sensitivity=measured)
 
 
 def only(stats: Stats, names: frozenset[str]) -> Stats:
@@ -54,12 +55,18 @@ def only(stats: Stats, names: frozenset[str]) -> Stats:
         for at, layer in stats.layers.items()
     }
     whole = {name: getattr(stats, name) for name in names & set(MODEL_ARRAYS)}
-    sensitivity = stats.sensitivity if "sensitivity_P2" in names else {}
+    lost = set() if ZEROS in names else {ZEROS}
+    lost |= set() if {ZEROS, "sensitivity_P2"} & names else {"rule"}
+    sensitivity = {
+        part: value for part, value in stats.sensitivity.items() if part not in lost
+    }
     return Stats(
         fingerprint=stats.fingerprint, layers=layers, sensitivity=sensitivity, **whole
     )
 
 
+ZEROS = "zeros"
+"""What zeros cost, beside the curves: neither of a layer nor an array."""
 LAYER_FIELDS = {item.name for item in fields(LayerStats)}
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -126,10 +133,15 @@ def planned(name: str) -> tuple[Recipe, Stats]:
     return recipe, full_stats(recipe)
 
 
+def facts_of(recipe: Recipe) -> ModelFacts:
+    plain = recipe.quantize.method == "none" and not recipe.narrow.share
+    return FACTS if plain else WIDE
+
+
 def make(recipe: Recipe, stats: Stats | None) -> CutPlan:
-    facts = FACTS if recipe.quantize.method == "none" else WIDE
+    facts = facts_of(recipe)
     plan = make_plan(stats, recipe, facts, tool_version="1")
-    check_plan(plan, FACTS.layers, MODEL.fingerprint, "plan")
+    check_plan(plan, facts.layers, MODEL.fingerprint, "plan")
     assert CutPlan.model_validate_json(dump_plan(plan)) == plan
     return plan
 
@@ -138,7 +150,7 @@ def make(recipe: Recipe, stats: Stats | None) -> CutPlan:
 def test_a_recipe_needs_exactly_what_it_says(name: str) -> None:
     recipe, stats = planned(name)
     needed = needed_statistics(recipe)
-    assert needed <= LAYER_FIELDS | set(MODEL_ARRAYS)
+    assert needed <= LAYER_FIELDS | set(MODEL_ARRAYS) | {ZEROS}
     plan = make(recipe, stats)
     assert make(recipe, only(stats, needed)) == plan
     assert needs_tokens(recipe) == bool(needed - DATA_FREE)
@@ -155,7 +167,7 @@ def test_a_shipped_recipe_says_what_it_is_for_and_removes_something(name: str) -
     assert recipe.description.endswith(".")
     assert "\n" not in recipe.description
     plan = make(recipe, stats)
-    count = count_plan(FACTS, plan)
+    count = count_plan(facts_of(recipe), plan)
     assert count.total_sparsity > 0.05 or plan.is_quantized
     if recipe.total_sparsity is not None:
         assert count.expert_sparsity >= recipe.total_sparsity

@@ -5,7 +5,6 @@ sampling setting given, so that nothing in generation_config.json hides a loop.
 """
 
 import asyncio
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import httpx
 from pydantic import Field, ValidationError
 
 from ..errors import EvaluationError
+from ..files.json_file import parse_json
 from ..files.regular import MIB
 from ..progress import Progress, Report
 from ..recipes.schema import first_problem
@@ -320,11 +320,11 @@ class _Asker:
                 f"{url}: {type(error).__name__}: {error}. See what the server says."
             ) from error
         try:
-            (choice,) = _Completion.model_validate(json.loads(data)).choices
+            (choice,) = _Completion.model_validate(parse_json(bytes(data))).choices
         except ValidationError as error:
             said = f"no completion with token ids: {first_problem(error)}"
             raise self._odd(said) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise self._odd("no JSON") from error
         return choice
 
