@@ -1,11 +1,11 @@
-"""A server on this machine that answers ``/v1/completions`` as it is told to."""
+"""A stand-in for vLLM's server: a test's function answers ``/v1/completions``."""
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.loopback import Handler, listening
 
 MAX_LENGTH = 512
 Reply = Callable[[dict[str, Any]], Any]
@@ -17,42 +17,24 @@ def answering(reply: Reply) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Its address, and the requests for completions that have come in."""
     seen: list[dict[str, Any]] = []
 
-    class Answer(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Answer(Handler):
         def do_GET(self) -> None:
             model = {"id": "judged", "max_model_len": MAX_LENGTH}
-            self._send(200, json.dumps({"data": [model]}).encode())
+            self.respond(200, json.dumps({"data": [model]}).encode())
 
         def do_POST(self) -> None:
             length = int(self.headers["Content-Length"])
             seen.append(json.loads(self.rfile.read(length)))
             said = reply(seen[-1])
             if isinstance(said, int):
-                self._send(said, b'{"error": "told to fail"}')
+                self.respond(said, b'{"error": "told to fail"}')
             elif isinstance(said, bytes):
-                self._send(200, said)
+                self.respond(200, said)
             else:
-                self._send(200, json.dumps(said).encode())
+                self.respond(200, json.dumps(said).encode())
 
-        def _send(self, status: int, body: bytes) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            """Say nothing on the terminal."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", seen
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with listening(Answer) as url:
+        yield url, seen
 
 
 def completion(

@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 from openai import APIError, AuthenticationError, OpenAI
 
 from tests.gateway import CHAT, chat, metric, start_gateway, start_stub, streamed, until
+from tests.loopback import Handler, listening
 from tests.server import TOOL, Process, running
 
 pytestmark = pytest.mark.slow
@@ -313,10 +313,8 @@ def test_a_body_that_never_ends_and_a_reader_that_never_reads(
     assert resident_mib(front) < before + 50, "200 MB were there to be held back"
 
 
-class Odd(BaseHTTPRequestHandler):
+class Odd(Handler):
     """Answers with the status that its path ends in, and announces five bytes."""
-
-    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         last = self.path.rpartition("/")[2]
@@ -328,21 +326,17 @@ class Odd(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(models if last == "models" else b"")
 
-    def log_message(self, *_: object) -> None:
-        """Not on stderr."""
-
 
 def test_answers_whose_length_is_not_that_of_a_body(tmp_path: Path) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        with running(start_gateway(tmp_path, {"odd": address})) as (front,):
-            for status, seen_by_client in ((304, 304), (204, 204), (600, 502)):
-                answer = httpx.get(f"{front.url}/v1/{status}")
-                assert answer.status_code == seen_by_client
-            assert metric(front, "moe_prune_requests_total", status="600") == 0
-            assert "Traceback" not in front.said()
-        server.shutdown()
+    with (
+        listening(Odd) as address,
+        running(start_gateway(tmp_path, {"odd": address})) as (front,),
+    ):
+        for status, seen_by_client in ((304, 304), (204, 204), (600, 502)):
+            answer = httpx.get(f"{front.url}/v1/{status}")
+            assert answer.status_code == seen_by_client
+        assert metric(front, "moe_prune_requests_total", status="600") == 0
+        assert "Traceback" not in front.said()
 
 
 def test_more_requests_than_allowed(stub: Start, gateway: Start) -> None:

@@ -8,17 +8,16 @@ of their own, several in each, since the endpoint is read when the library is im
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.hub_session import Result, session
+from tests.loopback import Handler, listening
 from tests.reference import LayerCut, folder_bytes, read_json, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
@@ -59,10 +58,8 @@ class Hub:
         }
 
 
-class Answer(BaseHTTPRequestHandler):
+class Answer(Handler):
     """One request to the stand-in."""
-
-    protocol_version = "HTTP/1.1"
 
     def __init__(self, hub: Hub, *arguments: Any) -> None:
         self.hub = hub
@@ -81,9 +78,6 @@ class Answer(BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound", f"no {path}")
 
     do_HEAD = do_GET
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing on the terminal."""
 
     def _commit(self, repo: str, revision: str) -> str | None:
         """The commit, after refusing what the real Hub refuses."""
@@ -150,15 +144,10 @@ class Answer(BaseHTTPRequestHandler):
         self._send(status, json.dumps({"error": message}).encode(), told)
 
     def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        body = b"" if self.command == "HEAD" else data
-        self.wfile.write(body)
+        self.respond(status, data, headers)
         path = self.path.partition("?")[0]
-        self.hub.served.append((self.command, path, len(body)))
+        sent = 0 if self.command == "HEAD" else len(data)
+        self.hub.served.append((self.command, path, sent))
 
 
 @dataclass(frozen=True)
@@ -215,13 +204,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         },
         {"main": OLD, "v2": NEW},
     )
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Answer, hub))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield World(folder, hub, f"http://127.0.0.1:{server.server_port}")
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with listening(partial(Answer, hub)) as endpoint:
+        yield World(folder, hub, endpoint)
 
 
 @pytest.fixture(scope="module")

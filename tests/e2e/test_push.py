@@ -8,11 +8,9 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -20,6 +18,7 @@ from urllib.parse import unquote
 import pytest
 
 from tests.hub_session import Result, session
+from tests.loopback import Handler, listening
 from tests.reference import LayerCut, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
@@ -55,17 +54,12 @@ class Hub:
     """Of the first upload, transfers after so many fail; None: none does."""
 
 
-class Answer(BaseHTTPRequestHandler):
+class Answer(Handler):
     """One request to the stand-in."""
-
-    protocol_version = "HTTP/1.1"
 
     def __init__(self, hub: Hub, *arguments: Any) -> None:
         self.hub = hub
         super().__init__(*arguments)
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing on the terminal."""
 
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -178,13 +172,8 @@ class Answer(BaseHTTPRequestHandler):
     def _send(
         self, status: int, data: Any, headers: dict[str, str] | None = None
     ) -> None:
-        body = json.dumps(data).encode()
-        self.send_response(status)
         sent = {"Content-Type": "application/json", **(headers or {})}
-        for name, value in {**sent, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+        self.respond(status, json.dumps(data).encode(), sent)
 
 
 @dataclass(frozen=True)
@@ -232,13 +221,8 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def world(output: Path) -> Iterator[World]:
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Answer, hub))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield World(output.parent, hub, f"http://127.0.0.1:{server.server_port}")
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with listening(partial(Answer, hub)) as endpoint:
+        yield World(output.parent, hub, endpoint)
 
 
 def uploaded(out: Path) -> dict[str, bytes]:
