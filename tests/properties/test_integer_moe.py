@@ -4,6 +4,7 @@ T tokens, D hidden, F width, N rows, K columns, G groups, E experts.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -81,11 +82,12 @@ def by_formula(
     """In float64, one slot at a time; experts that are not there add nothing.
 
     Args:
-        x_TD: Tokens; rounded, as is what comes between the products.
-        weights_TK: .
-        ids_TK: .
+        x_TD: Tokens.
+        weights_TK: Of the routed experts.
+        ids_TK: Of the routed experts.
         experts: Gate, up and down of each.
-        rounding: What becomes of the input of a product.
+        rounding: What becomes of the input of a product: of tokens before gate and up,
+            of the activations before down.
     """
     given_TD = rounding(x_TD).double()
     out_TD = torch.zeros(x_TD.shape, dtype=torch.float64)
@@ -110,8 +112,42 @@ def ways(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         yield {"borders": Borders(tile_from=3)}
 
 
-@settings(deadline=None, max_examples=30)
-@given(
+@dataclass
+class Layer:
+    """Some experts, and tokens of which each is routed to two of them."""
+
+    form: Form
+    tokens: int
+    hidden: int
+    width: int
+    experts: int
+    dtype: torch.dtype
+    seed: int
+
+    def __post_init__(self) -> None:
+        made_of = (self.form, self.hidden, self.width, self.experts, self.seed)
+        self.w13, self.w2, self.dense = made(*made_of)
+        generator = torch.Generator().manual_seed(self.seed)
+        x_TD = torch.randn(self.tokens, self.hidden, generator=generator)
+        self.x_TD = x_TD.to(self.dtype)
+        self.weights_TK = torch.rand(self.tokens, 2, generator=generator)
+        scores_TE = torch.rand(self.tokens, self.experts, generator=generator)
+        self.ids_TK = scores_TE.topk(2).indices.to(torch.int32)
+
+    def expected(self, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+        among = dict(enumerate(self.dense))
+        return by_formula(self.x_TD, self.weights_TK, self.ids_TK, among, rounding)
+
+    def error(self, expected_TD: Tensor, **how: Any) -> float:
+        """Of the kernel: the largest, relative to the largest value."""
+        routed = (self.x_TD, self.weights_TK, self.ids_TK, None)
+        found_TD = cpu_library.fused_moe(*routed, self.w13, self.w2, self.width, **how)
+        missed = (found_TD.double() - expected_TD).abs().max()
+        return float(missed / expected_TD.abs().max())
+
+
+LAYERS = st.builds(
+    Layer,
     form=st.sampled_from(FORMS),
     tokens=st.sampled_from([1, 2, 5, 12, 13, 33, 70]),
     hidden=st.sampled_from([128, 384]),
@@ -120,68 +156,24 @@ def ways(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     dtype=st.sampled_from(list(TOLERANCE)),
     seed=st.integers(0, 10**6),
 )
-def test_every_path_multiplies_by_what_the_library_dequantizes(
-    form: Form,
-    tokens: int,
-    hidden: int,
-    width: int,
-    experts: int,
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
-    w13, w2, dense = made(form, hidden, width, experts, seed)
-    generator = torch.Generator().manual_seed(seed)
-    x_TD = torch.randn(tokens, hidden, generator=generator).to(dtype)
-    weights_TK = torch.rand(tokens, 2, generator=generator)
-    scores_TE = torch.rand(tokens, experts, generator=generator)
-    ids_TK = scores_TE.topk(2).indices.to(torch.int32)
-    expected_TD = by_formula(x_TD, weights_TK, ids_TK, dict(enumerate(dense)))
-    for how in ways(dtype):
-        found_TD = cpu_library.fused_moe(
-            x_TD, weights_TK, ids_TK, None, w13, w2, width, **how
-        )
-        error = (found_TD.double() - expected_TD).abs().max() / expected_TD.abs().max()
-        assert error <= TOLERANCE[dtype], how
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    form=st.sampled_from(FORMS),
-    tokens=st.sampled_from([1, 2, 5, 12, 13, 33, 70]),
-    hidden=st.sampled_from([128, 384]),
-    width=st.sampled_from([128, 256]),
-    experts=st.sampled_from([2, 5]),
-    dtype=st.sampled_from(list(TOLERANCE)),
-    seed=st.integers(0, 10**6),
-)
-def test_rounded_tokens_are_multiplied_as_their_definition_says(
-    form: Form,
-    tokens: int,
-    hidden: int,
-    width: int,
-    experts: int,
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
-    w13, w2, dense = made(form, hidden, width, experts, seed)
-    generator = torch.Generator().manual_seed(seed)
-    x_TD = torch.randn(tokens, hidden, generator=generator).to(dtype)
-    weights_TK = torch.rand(tokens, 2, generator=generator)
-    scores_TE = torch.rand(tokens, experts, generator=generator)
-    ids_TK = scores_TE.topk(2).indices.to(torch.int32)
-    among = dict(enumerate(dense))
-    expected_TD = by_formula(
-        x_TD, weights_TK, ids_TK, among, lambda x: int_blocks.rounded(x)
-    )
+@given(LAYERS)
+def test_every_path_multiplies_by_what_the_library_dequantizes(layer: Layer) -> None:
+    expected_TD = layer.expected(Tensor.double)
+    for how in ways(layer.dtype):
+        assert layer.error(expected_TD, **how) <= TOLERANCE[layer.dtype], how
+
+
+@settings(deadline=None, max_examples=30)
+@given(LAYERS)
+def test_rounded_tokens_are_multiplied_as_their_definition_says(layer: Layer) -> None:
+    expected_TD = layer.expected(int_blocks.rounded)
     for dots in cpu_library.all_dots():
-        found_TD = cpu_library.fused_moe(
-            *(x_TD, weights_TK, ids_TK, None, w13, w2, width),
-            dots=dots,
-            borders=Borders(),
-        )
-        error = (found_TD.double() - expected_TD).abs().max() / expected_TD.abs().max()
+        error = layer.error(expected_TD, dots=dots, borders=Borders())
         # Sums in another order turn a value between the products to its neighbor.
-        assert error <= max(TOLERANCE[dtype], 1e-3), dots
+        assert error <= max(TOLERANCE[layer.dtype], 1e-3), dots
 
 
 def one_expert(hidden: int) -> tuple[IntBlocks, IntBlocks]:
