@@ -17,23 +17,27 @@ from transformers import (
     PreTrainedConfig,
 )
 
-MIXTRAL: dict[str, Any] = {
+#: The same in every family.
+COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
-    "intermediate_size": 128,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_local_experts": 16,
-    "num_experts_per_tok": 2,
     "max_position_embeddings": 2048,
     "initializer_range": 0.05,
-    "router_aux_loss_coef": 0.01,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "bos_token_id": SPECIAL.index(BOS),
     "eos_token_id": SPECIAL.index(EOS),
     "pad_token_id": SPECIAL.index(PAD),
+}
+
+MIXTRAL = COMMON | {
+    "intermediate_size": 128,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.01,
 }
 
 
@@ -55,15 +59,11 @@ def arctic() -> PreTrainedConfig:
 #: The same in every DeepSeek: a dense layer, then layers of 24 experts in 4 groups,
 #: of which the best 2 are chosen from, and an expert that every token uses. The latent
 #: sizes of MLA are the published ones, as vLLM's processor backend knows no others.
-DEEPSEEK: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
+DEEPSEEK = COMMON | {
     "intermediate_size": 256,
     "moe_intermediate_size": 64,
-    "num_hidden_layers": 4,
     "first_k_dense_replace": 1,
     "moe_layer_freq": 1,
-    "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "kv_lora_rank": 512,
     "q_lora_rank": None,
@@ -75,12 +75,6 @@ DEEPSEEK: dict[str, Any] = {
     "num_experts_per_tok": 4,
     "n_group": 4,
     "topk_group": 2,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.05,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "bos_token_id": SPECIAL.index(BOS),
-    "eos_token_id": SPECIAL.index(EOS),
-    "pad_token_id": SPECIAL.index(PAD),
 }
 
 
