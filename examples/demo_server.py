@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -27,12 +27,13 @@ class Served:
     def wait_until_ready(self) -> None:
         """Wait for /health, or show why the server died."""
         deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
+        while time.monotonic() < deadline:
+            with suppress(httpx.TransportError):
                 if httpx.get(f"{self.url}/health", trust_env=False).is_success:
                     return
-            except httpx.TransportError:
-                time.sleep(0.5)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.5)
+                break
         tail = self.log.read_text("utf-8", errors="replace").splitlines()[-15:]
         sys.exit("demo: the server did not start:\n" + "\n".join(tail))
 
