@@ -41,9 +41,6 @@ from vllm_moe_prune.stages.probe import with_owl, with_sensitivity
 from vllm_moe_prune.tune.search import tune
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.append(str(EXAMPLES))
-import corpus  # noqa: E402
-
 DOMAINS = ("arithmetic", "chat", "licence", "prose", "python")
 CRITERIA = ("random", "frequency", "reap", "routing-score", "total-output")
 # Sensitivity takes experts one at a time, so groups of a router cannot stay equal.
@@ -151,6 +148,9 @@ def search_text(checkpoint: Checkpoint, each: int = 5000) -> str:
 
 def sums(checkpoint: Checkpoint, count: int = SUMS) -> Text:
     """Questions for sums, and answers with their working; only these are targets."""
+    sys.path.append(str(EXAMPLES))
+    import corpus
+
     path = EXAMPLES / "heldout" / "arithmetic.txt"
     text = path.read_text("utf-8")
     pairs = re.findall(r"^(\d+) \+ (\d+) = \d+$", text[: len(text) // 2], re.M)
