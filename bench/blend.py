@@ -16,7 +16,8 @@ from vllm_moe_prune.calibrate.data import load_tokens
 from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.calibrate.perplexity import perplexity_of
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.planned import Text, planned_losses
+from vllm_moe_prune.cut.losses import Text
+from vllm_moe_prune.cut.planned import planned_losses
 from vllm_moe_prune.recipes.calibration import Calibration, SourceText
 from vllm_moe_prune.recipes.schema import Recipe, parse_recipe
 from vllm_moe_prune.stages.measure import collect

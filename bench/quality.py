@@ -28,7 +28,8 @@ from vllm_moe_prune.calibrate.forward import NO_TARGET, StreamingModel
 from vllm_moe_prune.calibrate.stats import Stats
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.planned import Loss, LossJournal, Text, planned_losses
+from vllm_moe_prune.cut.losses import Loss, LossJournal, Text
+from vllm_moe_prune.cut.planned import planned_losses
 from vllm_moe_prune.decide.cut_plan import CutPlan
 from vllm_moe_prune.decide.required_stats import needed_statistics
 from vllm_moe_prune.decide.sensitivity import rule

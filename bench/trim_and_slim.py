@@ -24,7 +24,7 @@ from quality import DOMAINS, EXAMPLES, NO_EXPERTS, NO_ZEROS, SUMS, losses_as_is,
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.planned import Loss, Text
+from vllm_moe_prune.cut.losses import Loss, Text
 from vllm_moe_prune.recipes.schema import parse_recipe
 from vllm_moe_prune.tune.recommend import costs_as_is
 

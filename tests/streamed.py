@@ -7,7 +7,7 @@ import torch
 from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.calibrate.perplexity import run_layer
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut.planned import Loss
+from vllm_moe_prune.cut.losses import Loss
 
 
 def streamed_loss(folder: Path, ids_ST: torch.Tensor) -> Loss:

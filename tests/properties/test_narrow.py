@@ -22,7 +22,8 @@ from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import Expert, read_expert
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.channels import read_channels
-from vllm_moe_prune.cut.planned import Text, planned_losses
+from vllm_moe_prune.cut.losses import Text
+from vllm_moe_prune.cut.planned import planned_losses
 from vllm_moe_prune.cut.predict import model_facts
 from vllm_moe_prune.decide.build_plan import make_plan
 from vllm_moe_prune.decide.cut_plan import load_plan

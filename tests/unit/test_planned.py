@@ -16,8 +16,9 @@ from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.calibrate.perplexity import run_layer
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut import planned
-from vllm_moe_prune.cut.planned import Loss, LossJournal, Text, planned_losses
+from vllm_moe_prune.cut import losses
+from vllm_moe_prune.cut.losses import Loss, LossJournal, Text
+from vllm_moe_prune.cut.planned import planned_losses
 from vllm_moe_prune.decide.cut_plan import CutPlan
 from vllm_moe_prune.errors import CalibrationError
 from vllm_moe_prune.recipes.schema import Calibration, Recipe, parse_recipe
@@ -182,7 +183,7 @@ def test_memory_for_few_plans_takes_more_sweeps_and_gives_the_same(
     ]
     model = StreamingModel(checkpoint)
     together = planned_losses(model, plans, [Text(heldout.ids_ST)], tokens.ids_ST)
-    monkeypatch.setattr(planned, "STATE_BYTES", 1)
+    monkeypatch.setattr(losses, "STATE_BYTES", 1)
     assert (
         planned_losses(model, plans, [Text(heldout.ids_ST)], tokens.ids_ST) == together
     )

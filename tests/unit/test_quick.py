@@ -11,8 +11,9 @@ from vllm_moe_prune.calibrate.data import Tokens, load_heldout, load_tokens
 from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.cut import quick
-from vllm_moe_prune.cut.planned import LossJournal, Text, planned_losses
+from vllm_moe_prune.cut import losses
+from vllm_moe_prune.cut.losses import LossJournal, Text
+from vllm_moe_prune.cut.planned import planned_losses
 from vllm_moe_prune.cut.quick import quick_losses
 from vllm_moe_prune.decide.cut_plan import CutPlan
 from vllm_moe_prune.errors import CalibrationError, RecipeError
@@ -121,7 +122,7 @@ def test_neither_company_nor_threads_nor_memory_change_a_loss(
         assert given.planned(plans) == true
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(quick, "STATE_BYTES", 1)
+    monkeypatch.setattr(losses, "STATE_BYTES", 1)
     monkeypatch.setattr(Checkpoint, "tensor_bytes", 0)
     assert given.quick(plans) == together
 

@@ -42,7 +42,7 @@ def alone(expert: int) -> Members:
 
 
 class IntactStream:
-    """Calibration tokens on their way through the model that nothing was done to."""
+    """The calibration's hidden states in the original model, layer by layer."""
 
     def __init__(
         self, model: StreamingModel, calibration_ST: torch.Tensor, last: int

@@ -7,62 +7,33 @@ sensitivity curve costs the layers above the one it varies, and no more.
 Axes: S sequences, T tokens of a sequence, D hidden, N = S*T tokens.
 """
 
-import hashlib
-import json
 import math
-from collections.abc import Hashable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import BaseModel, Field
 
-from ..calibrate.data import sha256_of
 from ..calibrate.expert_forward import add_expert, expert_tokens, place
 from ..calibrate.forward import StreamingModel
-from ..calibrate.memory import release_freed
 from ..calibrate.workers import Workers, workers
 from ..checkpoint.open import Layer
 from ..decide.cut_plan import CutPlan
-from ..errors import CalibrationError, CheckpointError, OutputError, RecipeError
-from ..files.atomic import writing
-from ..files.json_file import parse_json
-from ..files.regular import MIB, Kind, read_file
-from ..progress import Progress, Report, ignore
+from ..errors import CheckpointError
+from ..progress import Report, ignore
 from .layer_cut import LayerCut, layer_cuts
+from .losses import (
+    Loss,
+    LossJournal,
+    Text,
+    add_losses,
+    check_plans,
+    key_of,
+    loss_of,
+    plans_together,
+    split_at,
+)
 from .slim_layer import slimmed_experts, trimmed_routing
 from .trimmed import survivor
-
-STATE_BYTES = 1 << 30
-"""Of hidden states held at once; more plans than fit take further sweeps."""
-LOSSES = Kind(name="journal of losses", max_bytes=256 * MIB, error=OutputError)
-
-
-@dataclass(frozen=True)
-class Text:
-    """Tokens that models are judged on."""
-
-    ids_ST: torch.Tensor
-    targets_ST: torch.Tensor | None = None
-    """What is to be predicted, ``NO_TARGET`` elsewhere; everything if None. With
-    targets of its own a text is also judged by its exact matches."""
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Summed next-token negative log-likelihood in nats, and how many tokens."""
-
-    nll: float
-    tokens: int
-    exact: int = 0
-    """Sequences of a text with targets that greedy decoding gets right."""
-
-    @property
-    def mean(self) -> float:
-        """Nats per token."""
-        return self.nll / self.tokens
 
 
 @dataclass
@@ -76,7 +47,7 @@ class _Branch:
 
 @dataclass
 class _Split:
-    """Plans of a branch that agree in one layer too, on their way through it."""
+    """Plans of a branch that do the same to one layer, while it runs."""
 
     members: list[int]
     states: list[torch.Tensor]
@@ -84,59 +55,6 @@ class _Split:
     """None: they drop the block."""
     inputs: Sequence[torch.Tensor] = ()
     """What router and experts see [N, D]; other splits read them too."""
-
-
-class _Line(BaseModel):
-    """A line of the journal; a loss that is not finite is null there."""
-
-    key: str
-    losses: tuple[
-        tuple[
-            Annotated[float, Field(ge=0.0)] | None,
-            Annotated[int, Field(ge=1)],
-            Annotated[int, Field(ge=0)],
-        ],
-        ...,
-    ]
-
-
-class LossJournal:
-    """Losses found so far, one line each, so that a killed search can continue."""
-
-    def __init__(self, path: Path | None = None) -> None:
-        """Read what is there; a line cut short by a kill is left out."""
-        self._path = path
-        self.losses: dict[str, tuple[Loss, ...]] = {}
-        """By what ``planned_losses`` knows a plan by."""
-        if path is None or not path.is_file():
-            return
-        for line in read_file(path, LOSSES).split(b"\n"):
-            with suppress(ValueError):  # of pydantic too
-                entry = _Line.model_validate(parse_json(line))
-                self.losses[entry.key] = tuple(
-                    Loss(math.inf if nll is None else nll, tokens, exact)
-                    for nll, tokens, exact in entry.losses
-                )
-
-    def add(self, key: str, losses: tuple[Loss, ...]) -> None:
-        """Keep what a plan loses on each text.
-
-        Raises:
-            OutputError: It cannot be written.
-        """
-        self.losses[key] = losses
-        if self._path is None:
-            return
-        rows = [
-            (one.nll if math.isfinite(one.nll) else None, one.tokens, one.exact)
-            for one in losses
-        ]
-        line = json.dumps({"key": key, "losses": rows})
-        with writing(self._path.parent):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                # A line of its own, even behind one that was cut short.
-                file.write(("\n" if file.tell() else "") + line)
 
 
 @torch.no_grad()
@@ -173,82 +91,36 @@ def planned_losses(
     plans = [plan.unrefitted for plan in plans]
     check_plans(plans, calibration_ST)
     keys = [key_of(plan, texts, calibration_ST) for plan in plans]
-    todo = [at for at, key in enumerate(keys) if key not in journal.losses]
+    todo = journal.missing(keys, plans)
     inputs = [text.ids_ST for text in texts]
-    if calibration_ST is not None and any(plans[at].needs_activations for at in todo):
+    by_data = any(plan.needs_activations for plan in todo.values())
+    if calibration_ST is not None and by_data:
         inputs.append(calibration_ST)
-    width = int(model.checkpoint.config[model.checkpoint.arch.config.hidden])
-    # At worst each plan ends on a branch of its own, with states of every text, what
-    # the experts read and what they give.
-    size = 3 * sum(ids.numel() for ids in inputs) * width * model.dtype.itemsize
-    together = max(1, STATE_BYTES // size)
-    sweeps = math.ceil(len(todo) / together)
-    for sweep in range(sweeps):
-        chunk = todo[sweep * together : (sweep + 1) * together]
-        run = _Sweep(model, [plans[at] for at in chunk], report, stage, sweep, sweeps)
-        for at, found in zip(chunk, run.losses(inputs, texts), strict=True):
-            journal.add(keys[at], found)
+
+    def sweep(
+        some: Sequence[CutPlan], tell: Callable[[int], None]
+    ) -> list[tuple[Loss, ...]]:
+        return _Sweep(model, some).losses(inputs, texts, tell)
+
+    together = plans_together(model, sum(ids.numel() for ids in inputs))
+    add_losses(journal, todo, together, sweep, model.checkpoint, report, stage)
     return [journal.losses[key] for key in keys]
-
-
-def check_plans(plans: Sequence[CutPlan], calibration_ST: torch.Tensor | None) -> None:
-    """Refuse plans whose losses cannot be found without writing them.
-
-    Raises:
-        CalibrationError: A plan needs calibration and there is none.
-        RecipeError: A plan slims more than experts, or quantizes.
-    """
-    if any(plan.is_slimmed and plan.slim_parts != ("experts",) for plan in plans):
-        raise RecipeError(
-            "plans are judged with zeros in experts alone; set slim.scope: [experts]."
-        )
-    if any(plan.is_quantized for plan in plans):
-        raise RecipeError("plans are judged unquantized; leave out quantize.")
-    if any(plan.needs_activations for plan in plans) and calibration_ST is None:
-        raise CalibrationError("a plan slims by data: calibration tokens are needed.")
-
-
-def key_of(
-    plan: CutPlan, texts: Sequence[Text], calibration_ST: torch.Tensor | None
-) -> str:
-    """Identifies a loss: the plan's effect on which model, judged by which tokens."""
-    # Nothing of recipe or prediction: plans of the same effect share a loss.
-    slim = (plan.slim, plan.pattern, plan.router_weighted, plan.slim_parts)
-    layers = [layer.model_dump_json() for layer in plan.layers]
-    tokens = [sha256_of(text.ids_ST) for text in texts]
-    tokens += [
-        sha256_of(text.targets_ST) for text in texts if text.targets_ST is not None
-    ]
-    # Other plans have the same loss whatever the calibration.
-    if plan.needs_activations and calibration_ST is not None:
-        tokens.append(sha256_of(calibration_ST))
-    said = (plan.model.fingerprint, plan.routing, slim, plan.slim_exclude, layers)
-    narrows = plan.narrow.model_dump_json() if plan.is_narrowed else None
-    return hashlib.sha256(repr((said, narrows, tokens)).encode()).hexdigest()
 
 
 class _Sweep:
     """One pass through the layers with some of the plans."""
 
-    def __init__(
-        self,
-        model: StreamingModel,
-        plans: Sequence[CutPlan],
-        report: Report,
-        stage: str,
-        sweep: int,
-        sweeps: int,
-    ) -> None:
+    def __init__(self, model: StreamingModel, plans: Sequence[CutPlan]) -> None:
         self.model = model
         self.checkpoint = model.checkpoint
         self.plans = plans
         self._cuts = [layer_cuts(model.checkpoint, plan) for plan in plans]
-        self._report = report
-        self._stage = stage
-        self._sweep, self._sweeps = sweep, sweeps
 
     def losses(
-        self, inputs: Sequence[torch.Tensor], texts: Sequence[Text]
+        self,
+        inputs: Sequence[torch.Tensor],
+        texts: Sequence[Text],
+        tell: Callable[[int], None],
     ) -> list[tuple[Loss, ...]]:
         states = [self.model.embed(ids_ST) for ids_ST in inputs]
         # No plan changes the embedding: all begin on one branch.
@@ -259,24 +131,16 @@ class _Sweep:
             for layer in self.checkpoint.decoder_layers:
                 with self.model.holding():
                     branches = self._all_through(layer, branches, len(texts), team)
-                self._tell(layer.index + 1)
+                tell(layer.index + 1)
         found: list[tuple[Loss, ...]] = [()] * len(self.plans)
         for branch in branches:
             states = branch.states[: len(texts)]
             pairs = zip(texts, states, strict=True)
             # Norm and head run once per branch, not once per plan.
-            losses = tuple(self._loss(text, state) for text, state in pairs)
+            losses = tuple(loss_of(self.model, text, state) for text, state in pairs)
             for member in branch.members:
                 found[member] = losses
         return found
-
-    def _loss(self, text: Text, state: torch.Tensor) -> Loss:
-        targets_ST = text.ids_ST if text.targets_ST is None else text.targets_ST
-        nll, tokens = self.model.nll(state, targets_ST)
-        exact = 0
-        if text.targets_ST is not None:
-            exact = self.model.exact_matches(state, targets_ST)
-        return Loss(nll if math.isfinite(nll) else math.inf, tokens, exact)
 
     def _all_through(
         self, layer: Layer, branches: list[_Branch], texts: int, team: Workers
@@ -310,13 +174,7 @@ class _Sweep:
 
     def _entered(self, layer: Layer, branch: _Branch) -> list[_Split]:
         """A branch up to the experts of a layer, split where its plans differ there."""
-        groups: dict[Hashable, list[int]] = {}
-        skipped: list[int] = []
-        for member in branch.members:
-            if self._cuts[member][layer.index].drops_block:
-                skipped.append(member)
-            else:
-                groups.setdefault(self._what(layer, member), []).append(member)
+        skipped, groups = split_at(branch.members, self._cuts, layer.index)
         splits = [_Split(skipped, branch.states)] if skipped else []
         if not groups:
             return splits
@@ -328,21 +186,13 @@ class _Sweep:
         entered = [self.model.enter(layer.index, state) for state in states]
         states = [state for state, _ in entered]
         inputs = [x_ND for _, x_ND in entered if x_ND is not None]
-        for number, members in enumerate(groups.values()):
+        for number, members in enumerate(groups):
             last = number == len(groups) - 1
             # _moe adds in place: the last split takes the states, the others a copy.
             own = states if last else [state.clone() for state in states]
             cut = self._cuts[members[0]][layer.index]
             splits.append(_Split(members, own, cut, inputs))
         return splits
-
-    def _what(self, layer: Layer, member: int) -> Hashable:
-        """Everything a plan says about one layer."""
-        plan, cut = self.plans[member], self._cuts[member][layer.index]
-        how = (plan.slim, plan.pattern, plan.router_weighted, plan.slim_exclude)
-        slims = how if cut.writes_zeros else None
-        narrows = plan.narrow if cut.layer_plan.narrows else None
-        return plan.routing, cut.layer_plan, slims, narrows
 
     def _moe(self, split: _Split, wanted: int | None) -> list[torch.Tensor]:
         """The states behind the experts, of the first ``wanted`` inputs; None: all."""
@@ -383,18 +233,3 @@ class _Sweep:
             model.add_shared(cut.index, x_ND, out_ND)
             state += out_ND.view_as(state)
         return states
-
-    def _tell(self, layers: int) -> None:
-        release_freed()
-        count = len(self.checkpoint.decoder_layers)
-        total = self.checkpoint.tensor_bytes
-        done = self._sweep * count + layers
-        self._report(
-            Progress(
-                stage=self._stage,
-                layer=done,
-                layers=count * self._sweeps,
-                bytes_done=total * done // count,
-                bytes_total=total * self._sweeps,
-            )
-        )

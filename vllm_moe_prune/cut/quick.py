@@ -10,7 +10,7 @@ Axes: S sequences, T tokens of a sequence, D hidden, N = S*T tokens.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,24 +18,29 @@ import torch
 
 from ..calibrate.expert_forward import Routing, add_expert, expert_tokens, place
 from ..calibrate.forward import StreamingModel
-from ..calibrate.memory import release_freed
 from ..calibrate.workers import Workers, workers
 from ..checkpoint.open import Layer
 from ..checkpoint.reader import Expert, read_expert
 from ..decide.cut_plan import CutPlan
 from ..errors import CheckpointError
-from ..progress import Progress, Report, ignore
+from ..progress import Report, ignore
 from .intact import IntactStream, SharedZeros, alone, kind_of
 from .layer_cut import LayerCut, Members, layer_cuts
+from .losses import (
+    Loss,
+    LossJournal,
+    Text,
+    add_losses,
+    check_plans,
+    key_of,
+    loss_of,
+    plans_together,
+    split_at,
+)
 from .matrices import taken
-from .planned import Loss, LossJournal, Text, check_plans, key_of
 from .slim_expert import slim_by_magnitude
 from .slim_layer import naming, trimmed_routing
 from .trimmed import survivor
-
-STATE_BYTES = 1 << 30
-"""Of hidden states held at once, or a layer's weights if they are more; more plans
-than fit take further sweeps."""
 
 
 @dataclass
@@ -48,7 +53,7 @@ class _Branch:
 
 @dataclass
 class _Part:
-    """Plans of one branch that agree in this layer too."""
+    """Plans of one branch that do the same to this layer."""
 
     members: list[int]
     cut: LayerCut
@@ -93,33 +98,18 @@ def quick_losses(
     check_plans(plans, calibration_ST)
     ids_ST = torch.cat([text.ids_ST for text in texts])
     keys = [f"quick {key_of(plan, texts, calibration_ST)}" for plan in plans]
-    # Of plans with the same effect one is run.
-    at_of = {key: at for at, key in enumerate(keys) if key not in journal.losses}
-    todo = sorted(at_of.values())
-    width = int(model.checkpoint.config[model.checkpoint.arch.config.hidden])
-    # Of each plan: its state, what its experts read and what they give.
-    size = 3 * ids_ST.numel() * width * model.dtype.itemsize
-    layer_bytes = model.checkpoint.tensor_bytes // max(1, model.num_layers)
-    together = max(1, max(STATE_BYTES, layer_bytes) // size)
-    sweeps = math.ceil(len(todo) / together)
-    count, total = model.num_layers, model.checkpoint.tensor_bytes
-    for sweep in range(sweeps):
-        chunk = todo[sweep * together : (sweep + 1) * together]
-        run = _Sweep(model, [plans[at] for at in chunk], calibration_ST)
-        for done in run.layers(ids_ST):
-            release_freed()
-            after = sweep * count + done
-            report(
-                Progress(
-                    stage=stage,
-                    layer=after,
-                    layers=count * sweeps,
-                    bytes_done=total * after // count,
-                    bytes_total=total * sweeps,
-                )
-            )
-        for at, found in zip(chunk, run.losses(texts), strict=True):
-            journal.add(keys[at], found)
+
+    def sweep(
+        some: Sequence[CutPlan], tell: Callable[[int], None]
+    ) -> list[tuple[Loss, ...]]:
+        return _Sweep(model, some, calibration_ST).losses(ids_ST, texts, tell)
+
+    checkpoint = model.checkpoint
+    layer_bytes = checkpoint.tensor_bytes // max(1, model.num_layers)
+    # States as large as a layer's weights: each sweep reads all weights again.
+    together = plans_together(model, ids_ST.numel(), layer_bytes)
+    todo = journal.missing(keys, plans)
+    add_losses(journal, todo, together, sweep, checkpoint, report, stage)
     return [journal.losses[key] for key in keys]
 
 
@@ -144,36 +134,36 @@ class _Sweep:
         self._intact: IntactStream | None = None
         if by_data and calibration_ST is not None:
             self._intact = IntactStream(model, calibration_ST, last=max(by_data))
-        self._branches: list[_Branch] = []
 
-    def layers(self, ids_ST: torch.Tensor) -> Iterator[int]:
-        """Run all layers, telling after each how many are done."""
+    def losses(
+        self,
+        ids_ST: torch.Tensor,
+        texts: Sequence[Text],
+        tell: Callable[[int], None],
+    ) -> list[tuple[Loss, ...]]:
         state_STD = self.model.embed(ids_ST)
-        self._branches = [_Branch(list(range(len(self.plans))), state_STD)]
+        branches = [_Branch(list(range(len(self.plans))), state_STD)]
         widest = max(layer.width for layer in self.model.checkpoint.layers)
-        largest = widest * state_STD.shape[-1]
-        with workers(self.model.device, largest) as team:
+        with workers(self.model.device, widest * state_STD.shape[-1]) as team:
             for layer in self.model.checkpoint.decoder_layers:
                 with self.model.holding():
-                    self._branches = self._through(layer, team)
-                yield layer.index + 1
-
-    def losses(self, texts: Sequence[Text]) -> list[tuple[Loss, ...]]:
+                    branches = self._through(layer, branches, team)
+                tell(layer.index + 1)
         found: list[tuple[Loss, ...]] = [()] * len(self.plans)
-        for branch in self._branches:
-            start, losses = 0, []
-            for text in texts:
-                windows = slice(start, start := start + len(text.ids_ST))
-                state_STD = branch.state_STD[windows]
-                nll, tokens = self.model.nll(state_STD, text.ids_ST)
-                losses.append(Loss(nll if math.isfinite(nll) else math.inf, tokens))
+        for branch in branches:
+            sizes = [len(text.ids_ST) for text in texts]
+            states = torch.split(branch.state_STD, sizes)
+            pairs = zip(texts, states, strict=True)
+            losses = tuple(loss_of(self.model, text, state) for text, state in pairs)
             for member in branch.members:
-                found[member] = tuple(losses)
+                found[member] = losses
         return found
 
-    def _through(self, layer: Layer, team: Workers) -> list[_Branch]:
+    def _through(
+        self, layer: Layer, branches: Sequence[_Branch], team: Workers
+    ) -> list[_Branch]:
         """One layer; a branch whose plans differ in it splits."""
-        skipped, parts = self._entered(layer, team)
+        skipped, parts = self._entered(layer, branches, team)
         intact = self._intact
         if intact is not None:
             intact = intact if intact.enter(layer) else None
@@ -188,20 +178,14 @@ class _Sweep:
         return _apart([*skipped, *after])
 
     def _entered(
-        self, layer: Layer, team: Workers
+        self, layer: Layer, branches: Sequence[_Branch], team: Workers
     ) -> tuple[list[_Branch], list[_Part]]:
         """Every branch run up to the experts; those that drop the block as they are."""
         skipped: list[_Branch] = []
         parts: list[list[_Part]] = []
         jobs: list[tuple[torch.Tensor, list[_Part]]] = []
-        for branch in self._branches:
-            groups: dict[Hashable, list[int]] = {}
-            leave: list[int] = []
-            for member in branch.members:
-                if self._cuts[member][layer.index].drops_block:
-                    leave.append(member)
-                else:
-                    groups.setdefault(self._what(layer, member), []).append(member)
+        for branch in branches:
+            leave, groups = split_at(branch.members, self._cuts, layer.index)
             state_STD = branch.state_STD
             if leave:
                 skipped.append(_Branch(leave, state_STD))
@@ -209,7 +193,7 @@ class _Sweep:
                 state_STD = state_STD.clone()
             stay = [
                 _Part(members, self._cuts[members[0]][layer.index], state_STD, None)
-                for members in groups.values()
+                for members in groups
             ]
             if stay:
                 jobs.append((state_STD, stay))
@@ -223,11 +207,6 @@ class _Sweep:
 
         team.run(enter, jobs)
         return skipped, [part for stay in parts for part in stay]
-
-    def _what(self, layer: Layer, member: int) -> Hashable:
-        """Everything a plan says about one layer."""
-        plan, cut = self.plans[member], self._cuts[member][layer.index]
-        return plan.routing, cut.layer_plan, _how(cut)
 
     def _route(self, part: _Part) -> None:
         """Route a part's tokens, or settle what becomes of it without experts."""

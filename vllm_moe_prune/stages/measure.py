@@ -12,7 +12,7 @@ from ..calibrate.forward import StreamingModel
 from ..calibrate.stats import Stats, load_stats, save_stats
 from ..checkpoint.file_state import check_states
 from ..checkpoint.open import Checkpoint
-from ..cut.planned import LossJournal
+from ..cut.losses import LossJournal
 from ..decide.required_stats import needed_statistics, needs_tokens
 from ..errors import OutputError
 from ..files.atomic import REPEAT, remove_folder, writing

@@ -12,8 +12,8 @@ from .. import __version__
 from ..calibrate.data import Tokens
 from ..calibrate.forward import StreamingModel
 from ..calibrate.stats import LayerStats, SourceStats, Stats
+from ..cut.losses import LossJournal, Text
 from ..cut.outliers import with_outliers
-from ..cut.planned import LossJournal, Text
 from ..cut.predict import model_facts
 from ..cut.quick import quick_losses
 from ..decide.budget import most_removed

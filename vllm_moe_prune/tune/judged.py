@@ -6,7 +6,7 @@ Data only; the search is in ``search``.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..cut.planned import Loss
+from ..cut.losses import Loss
 from ..decide.cut_plan import CutPlan
 from .sizes import Size
 

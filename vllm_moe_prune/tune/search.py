@@ -21,7 +21,8 @@ from ..calibrate.perplexity import perplexity_of
 from ..calibrate.stats import Stats
 from ..checkpoint.file_state import check_states
 from ..checkpoint.open import Checkpoint
-from ..cut.planned import Loss, LossJournal, Text, planned_losses
+from ..cut.losses import Loss, LossJournal, Text
+from ..cut.planned import planned_losses
 from ..cut.quick import quick_losses
 from ..decide.cut_plan import CutPlan, trimming
 from ..decide.required_stats import needed_statistics
