@@ -7,7 +7,6 @@ of a layer are packed into one tensor.
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from .. import __version__
-from ..checkpoint.compressed import DENSE, DTYPES, compressed_config
+from ..checkpoint.compressed import compressed_config
 from ..checkpoint.index import ITEM_BYTES, TensorInfo, read_bytes
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import read_row, read_tensor
@@ -40,7 +39,7 @@ from .card import source_card
 from .card_places import BYTES, fill
 from .copy import tensor_view
 from .output import companions_sha256, copy_companions, copy_records
-from .predict import StoredPart
+from .predict import StoredPart, bitmask_parts
 from .slice import names_in_order
 from .transaction import is_complete, output_transaction
 
@@ -211,33 +210,19 @@ def _compress(
 ) -> Iterator[Stored]:
     """The expert matrices of one layer in parts; nothing if they have to stay dense."""
     infos = [checkpoint.tensors[name] for name in checkpoint.expert_names(layer)]
-    # A byte of the bitmap covers 8 columns of one row.
-    if any(info.shape[-1] % 8 or info.dtype not in DTYPES for info in infos):
+    # Before any weights are counted, which takes long.
+    if not all(bitmask_parts(info, 0, None) for info in infos):
         return
     for info in infos:
-        *axes, cols = info.shape
-        rows, kept, fixed = math.prod(axes), 0, group
+        kept, fixed = 0, group
         for matrix_RC in _matrices(info):
             # By bits, as pack does: -0.0 and denormals are stored.
             kept += int(torch.count_nonzero(_integers(matrix_RC)))
             if fixed is not None and not fits(matrix_RC, *fixed):
                 # One fuller group, and the tensor needs row offsets.
                 fixed = None
-        base = info.name.removesuffix(DENSE)
-        mask = StoredPart(f"{base}.mask", "U8", (*axes, cols // 8))
-        if fixed is not None:
-            shape: tuple[int, ...] = (rows, cols // fixed[1], fixed[0])
-            parts: tuple[StoredPart, ...] = (
-                StoredPart(f"{base}.values", info.dtype, shape),
-                mask,
-            )
-        else:
-            parts = (
-                StoredPart(f"{base}.values", info.dtype, (kept,)),
-                StoredPart(f"{base}.offsets", "I64", (rows + 1,)),
-                mask,
-            )
-        yield Stored(info, layer.index, parts, fixed)
+        parts = bitmask_parts(info, kept, fixed)
+        yield Stored(info, layer.index, tuple(parts), fixed)
 
 
 def _matrices(info: TensorInfo) -> Iterator[torch.Tensor]:

@@ -162,23 +162,43 @@ def bitmasks(
 
 def _packed(plan: CutPlan, tensor: OutputTensor) -> list[StoredPart]:
     """The parts of one tensor as a bitmask; none if it has to stay dense."""
-    *axes, cols = tensor.shape
-    # See convert: a byte of the bitmap covers 8 columns.
-    if not axes or cols % 8 or tensor.dtype not in DTYPES:
-        return []
     pattern, slim = parse_pattern(plan.pattern), plan.slim
-    rows, base = math.prod(axes), tensor.name.removesuffix(DENSE)
-    mask = StoredPart(f"{base}.mask", "U8", (*axes, cols // 8))
-    if pattern and tensor.sparsity:
-        n, m = pattern
-        shape: tuple[int, ...] = (rows, cols // m, n)
-        return [StoredPart(f"{base}.values", tensor.dtype, shape), mask]
     zeros = 0
     if slim != "none" and tensor.sparsity:
-        matrices = math.prod(axes[:-1])
-        zeros = matrices * zeros_in_matrix(slim, axes[-1], cols, tensor.sparsity)
+        *axes, rows, cols = tensor.shape
+        each = zeros_in_matrix(slim, rows, cols, tensor.sparsity)
+        zeros = math.prod(axes) * each
+    fixed = pattern if tensor.sparsity else None
+    return bitmask_parts(tensor, math.prod(tensor.shape) - zeros, fixed)
+
+
+def bitmask_parts(
+    matrix: TensorSpec, kept: int, group: tuple[int, int] | None
+) -> list[StoredPart]:
+    """The parts that an expert's matrix, or those of all, are stored in as a bitmask.
+
+    Args:
+        matrix: In its dense form.
+        kept: Values that are not zero.
+        group: (n, m) where all groups of m hold at most n of them; None: they vary.
+
+    Returns:
+        Values, offsets of rows unless groups are alike, and mask; nothing if the matrix
+        has to stay dense.
+    """
+    shape = matrix.shape
+    # A byte of the bitmap covers 8 columns of one row.
+    if len(shape) < 2 or shape[-1] % 8 or matrix.dtype not in DTYPES:
+        return []
+    *axes, cols = shape
+    rows, base = math.prod(axes), matrix.name.removesuffix(DENSE)
+    mask = StoredPart(f"{base}.mask", "U8", (*axes, cols // 8))
+    if group is not None:
+        n, m = group
+        values = StoredPart(f"{base}.values", matrix.dtype, (rows, cols // m, n))
+        return [values, mask]
     return [
-        StoredPart(f"{base}.values", tensor.dtype, (rows * cols - zeros,)),
+        StoredPart(f"{base}.values", matrix.dtype, (kept,)),
         StoredPart(f"{base}.offsets", "I64", (rows + 1,)),
         mask,
     ]
