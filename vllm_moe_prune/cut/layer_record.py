@@ -44,7 +44,8 @@ class LayerRecord:
     dense_zeros: Count = 0
     """Zeros among its other matrices that were slimmed: attention, MLPs."""
     channels: list[Channels] = field(default_factory=list)
-    """Of a narrowed layer: which channels each survivor keeps, see ``packed_bits``."""
+    """Of a narrowed layer: which channels each survivor keeps, as hexadecimal digits of
+    bytes: channel c is bit c % 8 of byte c // 8."""
     unseen: list[Count] = field(default_factory=list)
     """Input ids of experts no calibration token reached: pruned by magnitude, or
     rounded to nearest."""

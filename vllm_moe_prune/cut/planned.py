@@ -221,7 +221,7 @@ class _Sweep:
         outputs = [torch.zeros_like(x_ND) for x_ND in inputs]
         for new in range(trimmed.num_experts):
             # The iterator yields every expert in order, with or without tokens here.
-            expert = next(slimmed).expert if slimmed else None
+            expert = next(slimmed)[1] if slimmed else None
             for x_ND, routing, out_ND in zip(inputs, routings, outputs, strict=True):
                 served = expert_tokens(routing, new, trimmed.redirect)
                 if len(served[0]) == 0:

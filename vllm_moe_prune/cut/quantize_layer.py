@@ -14,7 +14,6 @@ import torch
 from ..calibrate.expert_forward import (
     Activation,
     Routing,
-    add_expert,
     expert_hidden,
     place,
     token_chunks,
@@ -38,9 +37,8 @@ from .slim_layer import (
     ExpertTokens,
     SlimContext,
     Trimmed,
-    add_powers,
+    finish_expert,
     naming,
-    packed_bits,
     trimmed_experts,
     trimmed_routing,
 )
@@ -76,22 +74,14 @@ def quantize_layer(
         if input_scale_D is not None and context.writer.needs(tensor.name):
             _write_scaled(context.writer, cut, tensor, input_scale_D)
     out_ND = torch.zeros_like(x_ND) if want_output and x_ND is not None else None
-    for new, trimmed, served, kept_K in run.experts():
-        x_nD = None if x_ND is None or served is None else x_ND
-        with naming(cut, new):
-            made = _quantize(trimmed, stage, x_nD, served, run.act, input_scale_D)
-        # Without inputs GPTQ and AWQ have nothing to minimize: rounded to nearest.
-        if served is not None and len(served.token_n) == 0:
-            record.unseen.append(cut.keep[new])
-        elif out_ND is not None and x_ND is not None and served is not None:
-            running = place(made.computes, x_ND)
-            add_expert(out_ND, x_ND, *served, running, run.act)
-        record.expert_parameters += sum(matrix.numel() for matrix in trimmed)
-        add_powers(record.trimmed_powers_5, trimmed)
-        add_powers(record.slimmed_powers_5, made.computes)
-        if kept_K is not None:
-            record.channels.append(packed_bits(kept_K, cut.layer.width))
-        _write(context.writer, cut, new, made)
+    for found in run.experts():
+        with naming(cut, found.new):
+            # Without inputs GPTQ and AWQ have nothing to minimize: rounded to nearest.
+            made = _quantize(
+                found.expert, stage, x_ND, found.served, run.act, input_scale_D
+            )
+        finish_expert(context.model, cut, record, found, made.computes, x_ND, out_ND)
+        _write(context.writer, cut, found.new, made)
     return out_ND
 
 

@@ -62,23 +62,9 @@ def slim_layer(
         The MoE output [N, D] of the slimmed layer if wanted.
     """
     out_ND = torch.zeros_like(x_ND) if want_output and x_ND is not None else None
-    for found in slimmed_experts(cut, context.model, x_ND):
-        if found.served is None:
-            # No data: nothing to run, and no expert counts as unseen.
-            pass
-        elif len(found.served.token_n) == 0:
-            record.unseen.append(cut.keep[found.new])
-        elif out_ND is not None and x_ND is not None and context.model is not None:
-            running = place(found.expert, x_ND)
-            add_expert(out_ND, x_ND, *found.served, running, context.model.act)
-        record.expert_parameters += sum(matrix.numel() for matrix in found.expert)
-        if cut.writes_zeros:
-            record.zeros += sum(_zeros(matrix) for matrix in found.expert)
-        add_powers(record.trimmed_powers_5, found.trimmed)
-        add_powers(record.slimmed_powers_5, found.expert)
-        if found.kept_K is not None:
-            record.channels.append(packed_bits(found.kept_K, cut.layer.width))
-        _write_expert(context.writer, cut, found)
+    for found, expert in slimmed_experts(cut, context.model, x_ND):
+        finish_expert(context.model, cut, record, found, expert, x_ND, out_ND)
+        _write_expert(context.writer, cut, found, expert)
     return out_ND
 
 
@@ -89,12 +75,10 @@ class ExpertTokens(NamedTuple):
     weight_n: torch.Tensor
 
 
-class Slimmed(NamedTuple):
-    """One expert of a layer, trimmed and slimmed."""
+class Trimmed(NamedTuple):
+    """One expert of a layer as it is before its weights are slimmed or quantized."""
 
     new: int
-    trimmed: Expert
-    """Before slimming."""
     expert: Expert
     served: ExpertTokens | None
     """Of the calibration tokens; None where no data is used."""
@@ -102,19 +86,46 @@ class Slimmed(NamedTuple):
     """The channels that are left of it, ascending; None: all of them."""
 
 
-class Trimmed(NamedTuple):
-    """One expert of a layer as it is before its weights are slimmed or quantized."""
+def finish_expert(
+    model: StreamingModel | None,
+    cut: LayerCut,
+    record: LayerRecord,
+    found: Trimmed,
+    made: Expert,
+    x_ND: torch.Tensor | None,
+    out_ND: torch.Tensor | None,
+) -> None:
+    """Count what was done to one expert, and add its outputs for its tokens.
 
-    new: int
-    expert: Expert
-    served: ExpertTokens | None
-    kept_K: torch.Tensor | None
+    Args:
+        model: For its activation.
+        cut: The layer.
+        record: Where it is counted.
+        found: The expert before.
+        made: What it computes as it is written.
+        x_ND: Calibration activations entering the MoE; None if not needed.
+        out_ND: The layer's output so far, added to in place; None if nobody wants it.
+    """
+    if found.served is None:
+        # No data: nothing to run, and no expert counts as unseen.
+        pass
+    elif len(found.served.token_n) == 0:
+        record.unseen.append(cut.keep[found.new])
+    elif out_ND is not None and x_ND is not None and model is not None:
+        add_expert(out_ND, x_ND, *found.served, place(made, x_ND), model.act)
+    record.expert_parameters += sum(matrix.numel() for matrix in made)
+    if cut.writes_zeros:
+        record.zeros += sum(_zeros(matrix) for matrix in made)
+    _add_powers(record.trimmed_powers_5, found.expert)
+    _add_powers(record.slimmed_powers_5, made)
+    if found.kept_K is not None:
+        record.channels.append(_packed_bits(found.kept_K, cut.layer.width))
 
 
 def slimmed_experts(
     cut: LayerCut, model: StreamingModel | None, x_ND: torch.Tensor | None
-) -> Iterator[Slimmed]:
-    """The experts a layer is left with, one at a time, as they will be written.
+) -> Iterator[tuple[Trimmed, Expert]]:
+    """The experts a layer is left with, one at a time, and as they will be written.
 
     Args:
         cut: The layer, under a plan that names the method.
@@ -128,18 +139,18 @@ def slimmed_experts(
     routing = None
     if x_ND is not None and model is not None:
         routing = trimmed_routing(model, cut, x_ND)
-    for new, trimmed, served, kept_K in trimmed_experts(cut, model, routing, x_ND):
-        expert = trimmed
-        with naming(cut, new):
+    for found in trimmed_experts(cut, model, routing, x_ND):
+        expert, served = found.expert, found.served
+        with naming(cut, found.new):
             if not cut.writes_zeros:
                 pass
             elif served is None or x_ND is None or model is None or not by_data:
-                expert = slim_by_magnitude(trimmed, plan, sparsity, wanted)
+                expert = slim_by_magnitude(expert, plan, sparsity, wanted)
             else:
                 expert = slim_by_data(
-                    trimmed, plan, sparsity, x_ND, *served, model.act, wanted
+                    expert, plan, sparsity, x_ND, *served, model.act, wanted
                 )
-        yield Slimmed(new, trimmed, expert, served, kept_K)
+        yield found, expert
 
 
 def trimmed_experts(
@@ -189,7 +200,7 @@ def trimmed_routing(
     return model.route(cut.trimmed, x_ND, partial(trimmed_router, cut))
 
 
-def add_powers(powers_5: list[float], expert: Expert) -> None:
+def _add_powers(powers_5: list[float], expert: Expert) -> None:
     """Add to ``powers_5`` in place."""
     for matrix in expert:
         # Sums add up over experts, which are never in memory together.
@@ -197,7 +208,7 @@ def add_powers(powers_5: list[float], expert: Expert) -> None:
             powers_5[power] += total
 
 
-def packed_bits(kept_K: torch.Tensor, width: int) -> str:
+def _packed_bits(kept_K: torch.Tensor, width: int) -> str:
     """Some of ``width`` channels as hexadecimal digits: bit c % 8 of byte c // 8."""
     bits_F = np.zeros(width, np.bool_)
     bits_F[kept_K.cpu().numpy()] = True
@@ -208,9 +219,11 @@ def _zeros(matrix: torch.Tensor) -> int:
     return matrix.numel() - int(torch.count_nonzero(matrix))
 
 
-def _write_expert(writer: ShardWriter, cut: LayerCut, found: Slimmed) -> None:
+def _write_expert(
+    writer: ShardWriter, cut: LayerCut, found: Trimmed, expert: Expert
+) -> None:
     """Hand one finished expert to the writer, in the checkpoint's own layout."""
-    checkpoint, new, expert = cut.checkpoint, found.new, found.expert
+    checkpoint, new = cut.checkpoint, found.new
     pieces = {
         "gate": expert.gate_FD,
         "up": expert.up_FD,
