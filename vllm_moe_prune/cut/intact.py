@@ -12,22 +12,21 @@ from ..calibrate.forward import StreamingModel
 from ..checkpoint.open import Layer
 from ..checkpoint.reader import Expert
 from ..decide.cut_plan import CutPlan
-from ..slim.sparsegpt import Factored, factored
-from ..slim.wanda import Ranked, ranked
+from ..slim.wanda import ranked
 from .layer_cut import LayerCut, Members
 from .matrices import channel_block, taken
 from .narrow_expert import narrow_expert
 from .slim_expert import (
     ALL,
+    Known,
     Taken,
     input_sums,
+    known_of,
     slim_by_data,
+    slim_by_known,
     slim_by_magnitude,
-    slim_matrix,
 )
 
-Known = Sequence[torch.Tensor | Factored | Ranked]
-"""What a method knows of gate, up and down."""
 Slimming = tuple[str, str, bool]
 
 
@@ -135,33 +134,13 @@ class SharedZeros:
     def at(self, plan: CutPlan, sparsity: float, taken: Taken = ALL) -> Expert:
         """The expert as a plan of one of the kinds slims it."""
         known = self._known[kind_of(plan)]
-        return Expert(
-            *(
-                _slimmed(weight, found, plan, sparsity) if take else weight
-                for weight, found, take in zip(self._expert, known, taken, strict=True)
-            )
-        )
+        return slim_by_known(self._expert, known, plan, sparsity, taken)
 
 
 def _known(expert: Expert, plan: CutPlan, sums: Sequence[torch.Tensor]) -> Known:
     """The most that can be done once for all sparsities."""
-    if plan.slim == "sparsegpt":
-        # gate and up read the same inputs.
-        inputs, inner = factored(sums[0]), factored(sums[2])
-        return inputs, inputs, inner
     if plan.slim == "wanda" and plan.group is None:
         return [
             ranked(matrix, found) for matrix, found in zip(expert, sums, strict=True)
         ]
-    return sums
-
-
-def _slimmed(
-    weight_RD: torch.Tensor,
-    known: torch.Tensor | Factored | Ranked,
-    plan: CutPlan,
-    sparsity: float,
-) -> torch.Tensor:
-    if isinstance(known, Ranked):
-        return known.at(sparsity)
-    return slim_matrix(weight_RD, known, plan, sparsity)
+    return known_of(sums, plan)

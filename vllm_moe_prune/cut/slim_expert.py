@@ -13,12 +13,14 @@ from ..checkpoint.reader import Expert
 from ..decide.cut_plan import CutPlan
 from ..slim.magnitude import magnitude
 from ..slim.sparsegpt import Factored, add_inputs, factored, sparsegpt
-from ..slim.wanda import wanda
+from ..slim.wanda import Ranked, wanda
 from ..slim.wanda_variant import wanda_variant
 
 Taken = Sequence[bool]
 """Whether gate, up and down are slimmed."""
 ALL = (True, True, True)
+Known = Sequence[torch.Tensor | Factored | Ranked]
+"""What a method knows of gate, up and down."""
 
 
 def slim_by_magnitude(
@@ -59,19 +61,29 @@ def slim_by_data(
         taken: Whether gate, up and down are slimmed; the others stay as they are.
     """
     expert = Expert(*(matrix.to(x_ND.device) for matrix in expert))
-    sums = input_sums(expert, plan, x_ND, token_n, weight_n, act)
-    if plan.slim == "sparsegpt":
-        # gate and up read the same inputs: one factorization for both.
-        inputs, inner = factored(sums[0]), factored(sums[2])
-        known: Sequence[torch.Tensor | Factored] = (inputs, inputs, inner)
-    else:
-        known = sums
+    known = known_of(input_sums(expert, plan, x_ND, token_n, weight_n, act), plan)
+    return slim_by_known(expert, known, plan, sparsity, taken)
+
+
+def slim_by_known(
+    expert: Expert, known: Known, plan: CutPlan, sparsity: float, taken: Taken = ALL
+) -> Expert:
+    """Slim one expert by what the plan's method knows of its matrices."""
     return Expert(
         *(
             slim_matrix(weight, found, plan, sparsity) if take else weight
             for weight, found, take in zip(expert, known, taken, strict=True)
         )
     )
+
+
+def known_of(sums: Sequence[torch.Tensor], plan: CutPlan) -> Known:
+    """What is known once there are the sums of ``input_sums``, for any sparsity."""
+    if plan.slim == "sparsegpt":
+        # gate and up read the same inputs: one factorization for both.
+        inputs, inner = factored(sums[0]), factored(sums[2])
+        return inputs, inputs, inner
+    return sums
 
 
 @torch.no_grad()
@@ -121,20 +133,22 @@ def column_sums(
 
 def slim_matrix(
     weight_RD: torch.Tensor,
-    sums: torch.Tensor | Factored,
+    known: torch.Tensor | Factored | Ranked,
     plan: CutPlan,
     sparsity: float,
 ) -> torch.Tensor:
-    """Slim one matrix by the plan's method."""
-    if isinstance(sums, Factored):
-        return sparsegpt(weight_RD, sums, sparsity, plan.group)
+    """Slim one matrix by the plan's method, from its sums or what was made of them."""
+    if isinstance(known, Ranked):
+        return known.at(sparsity)
+    if isinstance(known, Factored):
+        return sparsegpt(weight_RD, known, sparsity, plan.group)
     if plan.slim == "magnitude":
         return magnitude(weight_RD, sparsity, plan.group)
     if plan.slim == "sparsegpt":
-        return sparsegpt(weight_RD, sums, sparsity, plan.group)
+        return sparsegpt(weight_RD, known, sparsity, plan.group)
     if plan.slim == "wanda-variant":
-        return wanda_variant(weight_RD, sums, sparsity)
-    return wanda(weight_RD, sums, sparsity, plan.group)
+        return wanda_variant(weight_RD, known, sparsity)
+    return wanda(weight_RD, known, sparsity, plan.group)
 
 
 def _inputs(
