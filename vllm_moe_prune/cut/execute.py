@@ -282,6 +282,7 @@ class _Cut:
         if not trimmed.has_moe:
             # drop-moe-keep-norm: the normed input is added where the MoE's output was.
             return hidden + x_ND.view_as(hidden) if trimmed.norm_only else hidden
+        others_ND = None
         if refits is not None and cut.layer_plan.refit:
             others_ND = torch.zeros_like(x_ND)
             model.add_shared(index, x_ND, others_ND)
@@ -301,7 +302,11 @@ class _Cut:
                 x_ND, routing, trimmed, partial(survivor, cut), model.act
             )
         if out_ND is not None:
-            model.add_shared(index, x_ND, out_ND)
+            # Before refits they have run already.
+            if others_ND is None:
+                model.add_shared(index, x_ND, out_ND)
+            else:
+                out_ND += others_ND
             hidden += out_ND.view_as(hidden)
         return hidden
 

@@ -32,7 +32,6 @@ class DenseSlimmer:
         self.writer = writer
         self.zeros = 0
         """Zeros in what was slimmed."""
-        self._done: set[str] = set()
         self._cut = cut
         self._sparsity = cut.layer_plan.sparsity
         # Shared experts leave with a dropped MoE; the forward does not come to them,
@@ -80,10 +79,7 @@ class DenseSlimmer:
         self, model: StreamingModel, index: int, part: DensePart, x_ND: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """Slim an MLP of all tokens; what its matrices became."""
-        # Refits run shared experts before they run again where they are added.
-        wanted = tuple(
-            name in self._names and name not in self._done for name in part.mlp.names
-        )
+        wanted = tuple(name in self._names for name in part.mlp.names)
         if not any(wanted):
             return {}
         mlp = Expert(*(self._read(name) for name in part.mlp.names))
@@ -106,7 +102,6 @@ class DenseSlimmer:
     def _write(self, name: str, weight_RD: torch.Tensor) -> None:
         """Hand it to the writer."""
         old, new = self._cut.old_prefix + name, self._cut.new_prefix + name
-        self._done.add(name)
         self.zeros += weight_RD.numel() - int(torch.count_nonzero(weight_RD))
         if self.writer.needs(new):
             data = stored_view(self.checkpoint.tensors[old], weight_RD)
