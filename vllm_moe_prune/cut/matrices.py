@@ -39,11 +39,13 @@ def dense_matrices(checkpoint: Checkpoint, layer: Layer) -> tuple[Matrix, ...]:
 def channel_block(checkpoint: Checkpoint, layer: Layer) -> int:
     """Channels that can only leave together, since their weights share FP8 scales."""
     blocks = checkpoint.blocks
+    if blocks is None:
+        return 1
     fp8 = any(
         checkpoint.tensors[name].dtype == FP8 for name in checkpoint.expert_names(layer)
     )
     # Rows of gate and up, columns of down.
-    return math.lcm(blocks.rows, blocks.cols) if blocks is not None and fp8 else 1
+    return math.lcm(blocks.rows, blocks.cols) if fp8 else 1
 
 
 def expert_names(checkpoint: Checkpoint, layer: Layer) -> tuple[str, str, str]:

@@ -37,17 +37,16 @@ def narrow_expert(
     expert = Expert(*(matrix.to(x_ND.device) for matrix in expert))
     running = place(expert, x_ND)
     channels = len(expert.gate_FD)
-    refits = stage.refit == "ridge"
-    shape = (channels, channels) if refits else (channels,)
-    # [F, F] is the largest thing in memory; fp32, as SparseGPT's sums.
-    sums = torch.zeros(shape, device=x_ND.device, dtype=torch.float32)
+    gram_FF = None
+    if stage.refit == "ridge":
+        # The largest thing in memory; fp32, as SparseGPT's sums.
+        gram_FF = torch.zeros(channels, channels, device=x_ND.device)
     energy_F = torch.zeros(channels, dtype=torch.float64, device=x_ND.device)
     for at_n, weight in token_chunks(token_n, weight_n, running):
         inner_nF = expert_hidden(x_ND.index_select(0, at_n), running, act)
         weighted_nF = inner_nF.float() * weight[:, None]
         energy_F += weighted_nF.square().sum(dim=0, dtype=torch.float64)
-        if refits:
-            add_inputs(sums, weighted_nF)
+        if gram_FF is not None:
+            add_inputs(gram_FF, weighted_nF)
     kept_K = kept_channels(channel_scores(expert, energy_F), width, block)
-    gram_FF = sums if refits else None
     return narrowed(expert, kept_K, gram_FF, stage.ridge), kept_K

@@ -18,6 +18,7 @@ from ..kernels.quantized import Form, Quantized, Scales, scales_of
 from .quota import BLOCK_COLS
 from .rtn import check_finite, rtn
 from .sparsegpt import DAMPING, inverse_factor
+from .wanda import NOT_FINITE_INPUTS
 
 LOWEST, HIGHEST = -8, 7
 
@@ -50,10 +51,7 @@ def gptq(
     check_finite(weight_RD)
     diagonal_D = hessian_DD.diagonal()
     if not torch.isfinite(diagonal_D).all():
-        raise CalibrationError(
-            "input statistics contain NaN or infinity: the calibration forward "
-            "overflowed. Calibrate in float32, or check the checkpoint's weights."
-        )
+        raise CalibrationError(NOT_FINITE_INPUTS)
     if not diagonal_D.any():
         return rtn(weight_RD, form)
     size = form.group_size or len(diagonal_D)

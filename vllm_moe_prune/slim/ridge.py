@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from .sparsegpt import add_inputs
+from .wanda import NOT_FINITE_INPUTS
 
 CHUNK = 4096
 """Tokens of a product; only so many features are held in float32 at once."""
@@ -25,8 +27,7 @@ def gram_of(feature_nF: Tensor) -> Tensor:
     width = feature_nF.shape[1]
     gram_FF = torch.zeros(width, width, device=feature_nF.device)
     for chunk_cF in torch.split(feature_nF, CHUNK):
-        chunk_cF = chunk_cF.float()
-        gram_FF.addmm_(chunk_cF.T, chunk_cF)
+        add_inputs(gram_FF, chunk_cF)
     return gram_FF
 
 
@@ -61,10 +62,7 @@ class Ridge:
         """
         diagonal_F = gram_FF.diagonal()
         if not bool(torch.isfinite(diagonal_F).all()):
-            raise CalibrationError(
-                "input statistics contain NaN or infinity: the calibration forward "
-                "overflowed. Calibrate in float32, or check the checkpoint's weights."
-            )
+            raise CalibrationError(NOT_FINITE_INPUTS)
         self.pull = ridge * float(diagonal_F.mean())
         ridged_FF = gram_FF.clone()
         ridged_FF.diagonal().add_(self.pull)

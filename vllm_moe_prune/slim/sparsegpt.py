@@ -16,7 +16,7 @@ from ..errors import CalibrationError, CheckpointError
 from .magnitude import magnitude
 from .nm import lowest_in_groups
 from .quota import BLOCK_COLS, zeros_in_group
-from .wanda import NOT_FINITE_WEIGHTS, lowest
+from .wanda import NOT_FINITE_INPUTS, NOT_FINITE_WEIGHTS, lowest
 
 DAMPING = 0.01
 """Added to the diagonal of H, as a part of its mean."""
@@ -49,10 +49,7 @@ def factored(hessian_DD: Tensor, *, damping: float = DAMPING) -> Factored:
     """
     diagonal_D = hessian_DD.diagonal()
     if not torch.isfinite(diagonal_D).all():
-        raise CalibrationError(
-            "input statistics contain NaN or infinity: the calibration forward "
-            "overflowed. Calibrate in float32, or check the checkpoint's weights."
-        )
+        raise CalibrationError(NOT_FINITE_INPUTS)
     dead_D = diagonal_D == 0
     # Equation 3 of the paper needs H^-1 of the columns not yet done: R has them all at
     # once.

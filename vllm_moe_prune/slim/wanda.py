@@ -24,6 +24,11 @@ NOT_FINITE_WEIGHTS = (
     "Check the download, or set slim.method: none."
 )
 """Raised without a name: the caller knows which tensor it was."""
+NOT_FINITE_INPUTS = (
+    "input statistics contain NaN or infinity: the calibration forward "
+    "overflowed. Calibrate in float32, or check the checkpoint's weights."
+)
+"""Likewise, of the sums of what a matrix reads."""
 
 
 def wanda(
@@ -113,10 +118,7 @@ def input_norms(weight_RD: Tensor, input_sqsum_D: Tensor) -> Tensor:
     # fp64: sums over millions of tokens, of which fp32 would drop the small ones.
     norm_D = input_sqsum_D.to(weight_RD.device, torch.float64).sqrt()
     if not torch.isfinite(norm_D).all():
-        raise CalibrationError(
-            "input statistics contain NaN or infinity: the calibration forward "
-            "overflowed. Calibrate in float32, or check the checkpoint's weights."
-        )
+        raise CalibrationError(NOT_FINITE_INPUTS)
     return norm_D
 
 
