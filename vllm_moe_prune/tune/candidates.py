@@ -49,9 +49,9 @@ def refinements(candidate: Candidate, tune: TuneStage) -> list[Candidate]:
     return [variant(recipe, f"{candidate.name}, {way}", data) for way, data in ways]
 
 
-def zeros_alone(tune: TuneStage) -> str:
-    """The name of the structure, tried if share 0 is, from which nothing leaves."""
-    return tune.slims[0]
+def zeros_alone(recipe: Recipe, asked: Recipe) -> bool:
+    """Whether a candidate removes no more experts or layers than was asked for."""
+    return recipe.experts.method == "none" and recipe.layers == asked.layers
 
 
 def _structures(

@@ -13,10 +13,10 @@ from ..decide.sensitivity import rule
 from ..recipes.schema import Recipe, TuneStage
 from ..stages.probe import POINTS
 from .candidates import structures
+from .judged import FIRST, better_half
 from .recommend import CONTEXT, attention_flops, costs_as_is
 from .sizes import Size, sized
 
-FIRST = 0.25
 PROBE_TOKENS = 256
 OVERHEAD = 1.7
 """How many times the floor a search takes, by the run in docs/results/tune.md."""
@@ -66,7 +66,7 @@ def estimate(
     }
     layers = max(1, len(checkpoint.decoder_layers))
     count = len(found)
-    better = max(2 * tune.finalists, (count + 1) // 2)
+    better = better_half(count, tune.finalists)
     # Every plan runs its held-out tokens; a finalist its calibration tokens too, dense
     # up to what the down projections read, then slimmed.
     each = (

@@ -10,6 +10,8 @@ from ..cut.losses import Loss
 from ..decide.cut_plan import CutPlan
 from .sizes import Size
 
+FIRST = 0.25
+"""Share of the tokens on which all are ranked first; the better half on all."""
 ESTIMATED, RANKED, REFINED, FINAL = range(4)
 """How far a candidate came: ranked on some tokens, on all, with its zeros in other
 ways, and judged as it would be cut."""
@@ -72,6 +74,11 @@ class Found:
         """Those that came as far as ``step``, best first."""
         far = [one for one in self.judged.values() if one.step >= step]
         return sorted(far, key=lambda one: one.rank)
+
+
+def better_half(count: int, finalists: int) -> int:
+    """How many candidates are ranked on all tokens."""
+    return max(2 * finalists, (count + 1) // 2)
 
 
 def distinct(judged: Iterable[Judged]) -> list[Judged]:

@@ -35,12 +35,20 @@ from ..stages.plan import plan
 from ..stages.preflight import RunOptions
 from ..stages.probe import with_owl, with_sensitivity
 from .candidates import Candidate, refinements, structures, zeros_alone
-from .judged import ESTIMATED, FINAL, RANKED, REFINED, Found, Judged, Tuned, distinct
+from .judged import (
+    ESTIMATED,
+    FINAL,
+    FIRST,
+    RANKED,
+    REFINED,
+    Found,
+    Judged,
+    Tuned,
+    better_half,
+    distinct,
+)
 from .narrowings import narrowings
 from .sizes import Size, size_of, sized
-
-FIRST = 0.25
-"""Share of the tokens on which all are ranked first; the better half on all."""
 
 
 class _TimeIsUp(Exception):
@@ -116,7 +124,8 @@ class _Search:
         self.tokens = tokens_of(checkpoint, recipe.calibration)
         self.heldout = load_heldout(checkpoint, recipe.calibration)
         self.found = [Found(size) for size in sizes]
-        self._outliers: dict[str, Stats] = {}
+        self._outliers: dict[float, Stats] = {}
+        """By OWL's threshold."""
 
     def run(self) -> list[Tuned]:
         candidates = {
@@ -174,14 +183,10 @@ class _Search:
         for at, structures_of in candidates.items():
             found = self.found[at]
             for candidate in structures_of:
-                try:
-                    known = stats[rule(candidate.recipe)]
-                    shards = self.options.max_shard_bytes
-                    decided = plan(self.checkpoint, candidate.recipe, known, shards)
+                known = stats[rule(candidate.recipe)]
+                decided = self._if_possible(found, candidate, known)
+                if decided is not None:
                     plans[at, candidate.name] = decided
-                except RecipeError as error:
-                    # One structure that cannot reach the size does not end the search.
-                    found.left_out.append((candidate.name, str(error)))
             if len(found.left_out) == len(structures_of):
                 name, why = found.left_out[0]
                 raise RecipeError(
@@ -190,7 +195,7 @@ class _Search:
         self._estimate(plans, ESTIMATED)
         better = {}
         for at, one in enumerate(self.found):
-            count = max(2 * self.settings.finalists, (len(one.judged) + 1) // 2)
+            count = better_half(len(one.judged), self.settings.finalists)
             for judged in self._better(one.best(ESTIMATED), count):
                 better[at, judged.name] = judged.plan
         self._estimate(better, RANKED)
@@ -201,9 +206,11 @@ class _Search:
         They change least, and lead where little has to go, but estimates hardly show
         it.
         """
-        simplest = zeros_alone(self.settings)
-        rest = [one for one in judged[count:] if one.name == simplest]
+        rest = [one for one in judged[count:] if self._zeros_alone(one)]
         return [*judged[:count], *rest]
+
+    def _zeros_alone(self, judged: Judged) -> bool:
+        return zeros_alone(judged.plan.recipe, self.recipe)
 
     def _refine(self, stats: Mapping[str, Stats]) -> None:
         """The best structures with their zeros written or spread in other ways."""
@@ -224,7 +231,7 @@ class _Search:
 
     def _intact_outliers(self, recipe: Recipe, known: Stats, like: CutPlan) -> Stats:
         """OWL's outliers as the intact model has them: one pass for all estimates."""
-        key = f"{recipe.slim.owl_m}"
+        key = recipe.slim.owl_m
         if key not in self._outliers:
             whole = recipe.model_copy(
                 update={
@@ -251,12 +258,7 @@ class _Search:
         plans: dict[tuple[int, str], CutPlan] = {}
         for at, found in enumerate(self.found):
             finalists = distinct(found.best(REFINED))[: self.settings.finalists]
-            simplest = zeros_alone(self.settings)
-            alone = [
-                one
-                for one in found.best(REFINED)
-                if one.name.split(", ")[0] == simplest and "gone" not in one.name
-            ]
+            alone = [one for one in found.best(REFINED) if self._zeros_alone(one)]
             # The best way of zeros alone is judged too; see _better.
             for one in {each.name: each for each in [*finalists, *alone[:1]]}.values():
                 decided: CutPlan | None = one.plan
@@ -284,13 +286,9 @@ class _Search:
         asked = sized(self.recipe, found.size)
         for other in narrowings(asked, leading, self.settings):
             known = stats.get(rule(other.recipe), first)
-            shards = self.options.max_shard_bytes
-            try:
-                decided = plan(self.checkpoint, other.recipe, known, shards)
-            except RecipeError as error:
-                found.left_out.append((other.name, str(error)))
-                continue
-            plans[at, other.name] = decided
+            decided = self._if_possible(found, other, known)
+            if decided is not None:
+                plans[at, other.name] = decided
         return plans
 
     def _estimate(self, plans: Mapping[tuple[int, str], CutPlan], step: int) -> None:
@@ -328,8 +326,21 @@ class _Search:
 
     def _plan_as(self, at: int, recipe: Recipe, stats: Stats) -> CutPlan | None:
         """The plan of a refined structure, at the structure's own total, if it fits."""
-        decided = plan(self.checkpoint, recipe, stats, self.options.max_shard_bytes)
+        decided = self._plan(recipe, stats)
         return decided if self._fits(at, decided) else None
+
+    def _if_possible(
+        self, found: Found, candidate: Candidate, stats: Stats
+    ) -> CutPlan | None:
+        """Its plan. One that cannot reach the size does not end the search."""
+        try:
+            return self._plan(candidate.recipe, stats)
+        except RecipeError as error:
+            found.left_out.append((candidate.name, str(error)))
+            return None
+
+    def _plan(self, recipe: Recipe, stats: Stats | None) -> CutPlan:
+        return plan(self.checkpoint, recipe, stats, self.options.max_shard_bytes)
 
     def _fits(self, at: int, decided: CutPlan) -> bool:
         limit = self.found[at].size.max_bytes
@@ -343,7 +354,7 @@ class _Search:
             slim=SlimStage(method="none"),
             calibration=self.recipe.calibration,
         )
-        whole = plan(self.checkpoint, recipe, None, self.options.max_shard_bytes)
+        whole = self._plan(recipe, None)
         # Not through _tell: it is asked for when time is up, too.
         (loss,) = self._losses([whole], self.options.report)
         return Judged("intact", whole, loss, FINAL)

@@ -7,6 +7,9 @@ from ..cut.predict import facts_of, with_prediction
 from ..recipes.schema import Recipe
 from .recommend import plan_of_anyone
 
+MOST_EXPERTS = 0.25
+"""Share of the experts that leaves before weights get fewer bits."""
+
 
 def first_that_fits(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Recipe:
     """The first recipe that fits without removing more than it says by itself.
@@ -23,10 +26,6 @@ def first_that_fits(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Recipe
         if recipe.max_bytes is None or _fits(checkpoint, recipe, recipe.max_bytes):
             return recipe
     return last
-
-
-MOST_EXPERTS = 0.25
-"""Share of the experts that leaves before weights get fewer bits."""
 
 
 def _fits(checkpoint: Checkpoint, recipe: Recipe, max_bytes: int) -> bool:
