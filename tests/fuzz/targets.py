@@ -19,10 +19,10 @@ from vllm_moe_prune.recipes.schema import Calibration
 SMALL = "--samples 2 --sequence-length 32"
 STATS = "--stats stats.safetensors"
 TEXT = f"--calibration text.txt {SMALL}"
-PLAN = f"plan ckpt {STATS} {TEXT} --recipe stun40-paper -o made.json"
+PAPER = "--recipe stun40-paper"
+PLAN = f"plan ckpt {STATS} {TEXT} {PAPER} -o made.json"
 CUT = "cut ckpt --plan plan.json -o made --calibration text.txt --json"
 RESUME = CUT.replace("-o made", "-o part --resume --shard-size 60KB")
-PAPER = "--recipe stun40-paper"
 MEASURE = f"measure ckpt {SMALL} {PAPER} -o made.safetensors --json --calibration"
 JUDGE = "eval ckpt --text text.txt --sequence-length 32 --max-tokens 64 --json"
 GATEWAY = "gateway --backend a=http://x --api-key-file keys --dry-run"
