@@ -38,7 +38,7 @@ from vllm_moe_prune.judge.prompts import Prompts, load_prompts
 from vllm_moe_prune.judge.quality import Quality
 from vllm_moe_prune.judge.recovery import Score
 from vllm_moe_prune.judge.tasks import find_endpoint
-from vllm_moe_prune.progress import ignore
+from vllm_moe_prune.progress import gib, ignore
 from vllm_moe_prune.recipes.loading import load_recipe
 
 LOOP, PLAIN = (7, 8) * 6, tuple(range(10, 30))
@@ -381,17 +381,25 @@ def test_hostile_names_stay_in_their_cell() -> None:
     )
 
 
-def test_the_card_says_what_a_reader_needs(output: Path, tmp_path: Path) -> None:
+def test_the_card_says_what_a_reader_needs(output: Path) -> None:
     card = (output / "README.md").read_text("utf-8")
     for heading in ("Serve", "Scores", "Limits", "Made by", "What was removed"):
         assert f"\n## {heading}\n" in card
-    assert "| size of the tensors |" in card
-    size = (output / "README.md").read_text("utf-8").split("<!-- bytes -->")[1]
-    # Zeros are few: the compressed one differs in size, or is dense again.
-    convert(open_checkpoint(output), tmp_path / "packed", "bitmask")
-    packed = (tmp_path / "packed" / "README.md").read_text("utf-8")
-    assert packed.split("<!-- bytes -->")[1].split("<")[0]
-    assert size
+
+
+def test_the_card_has_the_size_of_what_it_is_with(model: Path, tmp_path: Path) -> None:
+    checkpoint, cut, packed = open_checkpoint(model), tmp_path / "out", tmp_path / "p"
+    cuts = dict.fromkeys(range(2), LayerCut(sparsity=0.75))
+    plan = write_plan(tmp_path / "plan.json", checkpoint, cuts, slim="magnitude")
+    execute_plan(checkpoint, load_plan(plan), cut)
+    convert(open_checkpoint(cut), packed, "bitmask")
+    before, after, smaller = (
+        gib(open_checkpoint(folder).stored_bytes) for folder in (model, cut, packed)
+    )
+    assert before == after != smaller
+    for folder, size in ((cut, after), (packed, smaller)):
+        line = f"| size of the tensors | {before} | <!-- bytes -->{size}<!-- end of"
+        assert line in (folder / "README.md").read_text("utf-8")
 
 
 def test_the_saved_recipe_states_every_value_and_reads_back(output: Path) -> None:
