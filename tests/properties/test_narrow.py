@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.killing import Killed, at_layer
 from tests.reference import folder_bytes
 from tests.streamed import streamed_loss
 from tests.tiny import tiny_checkpoint, tiny_text
@@ -28,7 +29,6 @@ from vllm_moe_prune.cut.predict import model_facts
 from vllm_moe_prune.decide.build_plan import make_plan
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError, RecipeError
-from vllm_moe_prune.progress import Progress
 from vllm_moe_prune.recipes.schema import Recipe, parse_recipe
 from vllm_moe_prune.slim.narrow import channel_scores, kept_channels, narrowed
 
@@ -298,16 +298,13 @@ def test_narrowing_what_was_narrowed_before(tmp_path: Path, text: Path) -> None:
 def test_a_killed_cut_continues_to_the_same_bytes(tmp_path: Path, text: Path) -> None:
     checkpoint = original(tmp_path / "model")
     recipe = recipe_of(text, experts={"drop": 0.25}, slim={"sparsity": 0.5})
-    shard = 40_000
-    run(checkpoint, recipe, tmp_path / "whole", max_shard_bytes=shard)
-
-    def kill(progress: Progress) -> None:
-        if progress.stage == "cut" and progress.layer == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(checkpoint, recipe, tmp_path / "out", max_shard_bytes=shard, report=kill)
-    run(checkpoint, recipe, tmp_path / "out", max_shard_bytes=shard, resume=True)
+    how: dict[str, Any] = {"max_shard_bytes": 40_000}
+    run(checkpoint, recipe, tmp_path / "whole", **how)
+    with pytest.raises(Killed):
+        run(
+            checkpoint, recipe, tmp_path / "out", report=at_layer(1, stage="cut"), **how
+        )
+    run(checkpoint, recipe, tmp_path / "out", resume=True, **how)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 

@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from safetensors.numpy import save_file
 from transformers import MixtralForCausalLM
 
+from tests.killing import Killed, at_layer
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.archs import find_arch
 from vllm_moe_prune.calibrate import boundary, distances
@@ -202,18 +202,6 @@ def test_a_file_that_is_not_of_this_format_is_refused(
         load_stats(tmp_path / "stats")
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def killing(after: int) -> Callable[[Progress], None]:
-    def report(progress: Progress) -> None:
-        if progress.layer == after:
-            raise Killed
-
-    return report
-
-
 @pytest.fixture
 def save_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not skip boundaries that come soon after the last."""
@@ -228,7 +216,7 @@ def test_a_killed_measure_continues_with_the_same_result(
     tokens, work = some_tokens(), tmp_path / "work"
     undisturbed = measure(checkpoint, tokens=tokens)
     with pytest.raises(Killed):
-        measure(checkpoint, tokens=tokens, work=work, report=killing(after))
+        measure(checkpoint, tokens=tokens, work=work, report=at_layer(after))
     # Only the newest boundary is kept.
     assert sorted(path.name for path in work.iterdir()) == [
         f"hidden-{after:05d}.safetensors",
@@ -251,7 +239,7 @@ def test_a_killed_measure_without_data_continues(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     with pytest.raises(Killed):
-        measure(checkpoint, work=tmp_path / "work", report=killing(2))
+        measure(checkpoint, work=tmp_path / "work", report=at_layer(2))
     resumed = measure(checkpoint, work=tmp_path / "work")
     assert same(resumed, measure(checkpoint))
 
@@ -262,7 +250,7 @@ def test_the_work_of_another_run_is_refused(
 ) -> None:
     work = tmp_path / "work"
     with pytest.raises(Killed):
-        measure(checkpoint, tokens=some_tokens(), work=work, report=killing(2))
+        measure(checkpoint, tokens=some_tokens(), work=work, report=at_layer(2))
     with pytest.raises(OutputError, match="belongs to a run of another"):
         measure(checkpoint, tokens=some_tokens(seed=2), work=work)
     # The same bytes, as far as a fingerprint tells, but written since.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.killing import Killed, at_layer
 from tests.quantized import dense_tensors, write_dense, write_untrimmed
 from tests.quantizing import INT4, STAGES, planned, quantized, tiny
 from tests.reference import (
@@ -183,12 +184,8 @@ def test_a_resumed_cut_writes_the_same_bytes(name: str, tmp_path: Path) -> None:
     source = tiny(tmp_path / "model")
     quantized(source, tmp_path / "whole", UNEVEN, STAGES[name])
 
-    def stop(progress: Any) -> None:
-        if progress.layer == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantized(source, tmp_path / "out", UNEVEN, STAGES[name], report=stop)
+    with pytest.raises(Killed):
+        quantized(source, tmp_path / "out", UNEVEN, STAGES[name], report=at_layer(2))
     assert not (tmp_path / "out").exists()
     quantized(source, tmp_path / "out", UNEVEN, STAGES[name], resume=True)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")

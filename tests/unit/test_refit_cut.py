@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.killing import Killed, at_layer
 from tests.reference import DROP_BLOCK, DROP_MOE, LayerCut, folder_bytes
 from tests.refitting import HALF, MERGED, Cuts, model, plan_of, run
 from vllm_moe_prune.calibrate import boundary
@@ -16,7 +17,6 @@ from vllm_moe_prune.calibrate.perplexity import run_layer
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_expert
 from vllm_moe_prune.errors import OutputError
-from vllm_moe_prune.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +92,6 @@ def test_a_plan_that_changes_nothing_gives_identical_bytes(
     assert not any(record.refit for record in result.records)
 
 
-class Killed(Exception):
-    """Raised in the middle of a run."""
-
-
 @pytest.mark.parametrize("quantize", [{}, {"method": "gptq", "group_size": 32}])
 def test_a_killed_run_resumes_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: dict[str, Any]
@@ -109,14 +105,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     how: dict[str, Any] = {"max_shard_bytes": 20_000}
     _, whole = run(checkpoint, plan, tmp_path / "whole", **how)
     for stop in range(1, 6):
-
-        def kill(progress: Progress, stop: int = stop) -> None:
-            if progress.layer == stop:
-                raise Killed
-
         out = tmp_path / f"out-{stop}"
         with pytest.raises(Killed):
-            run(checkpoint, plan, out, report=kill, **how)
+            run(checkpoint, plan, out, report=at_layer(stop), **how)
         _, resumed = run(checkpoint, plan, out, resume=True, **how)
         assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
         assert resumed.records == whole.records
@@ -130,14 +121,9 @@ def test_a_boundary_without_the_original_is_refused(
 ) -> None:
     monkeypatch.setattr(boundary, "MAX_OVERHEAD", float("inf"))
     plan = plan_of(checkpoint, dict.fromkeys(range(3), HALF), [0, 1, 2])
-
-    def kill(progress: Progress) -> None:
-        if progress.layer == 2:
-            raise Killed
-
     how: dict[str, Any] = {"max_shard_bytes": 20_000}
     with pytest.raises(Killed):
-        run(checkpoint, plan, tmp_path / "out", report=kill, **how)
+        run(checkpoint, plan, tmp_path / "out", report=at_layer(2), **how)
     monkeypatch.setattr(boundary, "ORIGINAL", "something else")
     with pytest.raises(OutputError, match=r"damaged: it holds no hidden states"):
         run(checkpoint, plan, tmp_path / "out", resume=True, **how)

@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 
+from tests.killing import Killed, at_layer
 from tests.reference import LayerCut, folder_bytes, write_plan
 from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
@@ -18,10 +19,6 @@ from vllm_moe_prune.progress import Progress, Report, ignore
 
 FEWER, OTHER = {0: LayerCut(keep=(1, 3))}, {0: LayerCut(keep=(0, 2))}
 SHARD = "model-00002-of-00003.safetensors"
-
-
-class Killed(BaseException):
-    """Nothing catches it, so that what is left is what a kill leaves."""
 
 
 @pytest.fixture
@@ -52,14 +49,6 @@ def cut(
         max_shard_bytes=4000,
     )
     return result.bytes_written
-
-
-def at_layer(layer: int, then: BaseException) -> Report:
-    def report(progress: Progress) -> None:
-        if progress.layer == layer:
-            raise then
-
-    return report
 
 
 def killed_between_the_renames(model: Path) -> None:
@@ -129,7 +118,7 @@ def test_starting_again_between_the_renames_puts_the_earlier_output_back_first(
     earlier = folder_bytes(tmp_path / "out")
     killed_between_the_renames(model)
     with pytest.raises(Killed):
-        cut(model, FEWER, overwrite=True, report=at_layer(1, Killed()))
+        cut(model, FEWER, overwrite=True, report=at_layer(1))
     assert folder_bytes(tmp_path / "out") == earlier
     cut(model, FEWER, overwrite=True)
     assert folder_bytes(tmp_path / "out") == wanted
@@ -161,7 +150,7 @@ def test_a_source_that_changed_since_the_kill_is_refused(
     model: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Killed):
-        cut(model, report=at_layer(1, Killed()))
+        cut(model, report=at_layer(1))
     changed_byte(model / SHARD)
     with pytest.raises(OutputError, match="another plan, input"):
         cut(model, resume=True)
@@ -177,7 +166,7 @@ def test_a_source_that_was_copied_since_the_kill_starts_again(
     everything = cut(model)
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(Killed):
-        cut(model, report=at_layer(2, Killed()))
+        cut(model, report=at_layer(2))
     assert any(tmp_path.glob("out.partial/result/*.safetensors"))
     model.rename(tmp_path / "before")
     shutil.copytree(tmp_path / "before", model)
