@@ -1,4 +1,4 @@
-"""The loss that the streaming forward finds, for tests of whatever changes it."""
+"""What the streaming forward finds, for tests of whatever changes it."""
 
 from pathlib import Path
 
@@ -13,9 +13,14 @@ from vllm_moe_prune.cut.losses import Loss
 def streamed_loss(folder: Path, ids_ST: torch.Tensor) -> Loss:
     """Of the model in a folder, over all predicted tokens."""
     model = StreamingModel(open_checkpoint(folder))
+    found = Loss(*model.nll(hidden_states(model, ids_ST), ids_ST))
+    assert found.tokens == ids_ST[:, 1:].numel()
+    return found
+
+
+def hidden_states(model: StreamingModel, ids_ST: torch.Tensor) -> torch.Tensor:
+    """Behind the last layer [S, T, D]."""
     hidden_STD = model.embed(ids_ST)
     for index in range(model.num_layers):
         run_layer(model, index, hidden_STD)
-    found = Loss(*model.nll(hidden_STD, ids_ST))
-    assert found.tokens == ids_ST[:, 1:].numel()
-    return found
+    return hidden_STD

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.reference_families import FamilyReference
-from tests.streamed import streamed_loss
+from tests.streamed import hidden_states, streamed_loss
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune.calibrate.accumulate import measure
 from vllm_moe_prune.calibrate.data import TokenReader, Tokens
@@ -115,9 +115,7 @@ def test_an_mtp_layer_predicts_as_plain_float64_does(
     ids_ST = tokens_ST[:2, :24]
     checkpoint = open_checkpoint(folder)
     model = StreamingModel(checkpoint)
-    hidden_STD = model.embed(ids_ST)
-    for index in range(model.num_layers):
-        run_layer(model, index, hidden_STD)
+    hidden_STD = hidden_states(model, ids_ST)
     assert model.forward_passes == 1
     hidden_STD = model.further(2, hidden_STD, ids_ST)
     assert hidden_STD.shape[1] == ids_ST.shape[1] - 1

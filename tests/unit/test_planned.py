@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.streamed import streamed_loss
+from tests.streamed import hidden_states, streamed_loss
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune import pipeline
 from vllm_moe_prune.calibrate.data import Tokens, load_heldout, load_tokens
@@ -364,9 +364,7 @@ def test_targets_are_judged_alone_and_exactly(
     )
     ids_ST = heldout.ids_ST.clone()
     model = StreamingModel(checkpoint)
-    hidden = model.embed(ids_ST)
-    for index in range(model.num_layers):
-        run_layer(model, index, hidden)
+    hidden = hidden_states(model, ids_ST)
     likeliest = [logits.argmax(-1) for _, logits in model._logits(hidden)]
     greedy = torch.cat(likeliest).view(ids_ST.shape)
     targets_ST = torch.full_like(ids_ST, -100)

@@ -5,15 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.killing import Killed, at_layer
 from tests.reference import DROP_BLOCK, DROP_MOE, LayerCut, folder_bytes
 from tests.refitting import HALF, MERGED, Cuts, model, plan_of, run
+from tests.streamed import hidden_states
 from vllm_moe_prune.calibrate import boundary
 from vllm_moe_prune.calibrate.data import Tokens, sha256_of
 from vllm_moe_prune.calibrate.forward import StreamingModel
-from vllm_moe_prune.calibrate.perplexity import run_layer
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_expert
 from vllm_moe_prune.errors import OutputError
@@ -22,14 +21,6 @@ from vllm_moe_prune.errors import OutputError
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return model(tmp_path_factory.mktemp("refit") / "model")
-
-
-def hidden_states(checkpoint: Checkpoint, ids_ST: Tensor) -> Tensor:
-    streaming = StreamingModel(checkpoint)
-    hidden = streaming.embed(ids_ST)
-    for index in range(streaming.num_layers):
-        run_layer(streaming, index, hidden)
-    return hidden
 
 
 EVERYTHING: dict[str, tuple[Cuts, list[int], dict[str, Any]]] = {
@@ -58,12 +49,14 @@ def test_hidden_states_come_nearer_the_original(
 ) -> None:
     cuts, refit, how = EVERYTHING[name]
     fresh = torch.randint(3, 64, (4, 40), generator=torch.Generator().manual_seed(9))
-    goal = hidden_states(checkpoint, fresh)
+    goal = hidden_states(StreamingModel(checkpoint), fresh)
     distances = []
     for layers in ([], refit):
         plan = plan_of(checkpoint, cuts, layers, **how)
         pruned, result = run(checkpoint, plan, tmp_path / f"out-{len(layers)}")
-        distances.append(float((hidden_states(pruned, fresh) - goal).norm()))
+        distances.append(
+            float((hidden_states(StreamingModel(pruned), fresh) - goal).norm())
+        )
         assert plan.needs_activations or not layers
         refitted = [record for record in result.records if record.refit]
         assert [record.layer for record in refitted] == layers
