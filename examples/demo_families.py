@@ -9,7 +9,7 @@ from typing import Any
 
 import corpus
 from arctic_model import ArcticConfig
-from training_text import BOS, EOS, PAD, SPECIAL, VOCABULARY
+from training_text import SPECIAL_IDS, VOCABULARY
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
@@ -26,9 +26,7 @@ COMMON: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "initializer_range": 0.05,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "bos_token_id": SPECIAL.index(BOS),
-    "eos_token_id": SPECIAL.index(EOS),
-    "pad_token_id": SPECIAL.index(PAD),
+    **SPECIAL_IDS,
 }
 
 MIXTRAL = COMMON | {

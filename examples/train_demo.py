@@ -27,10 +27,7 @@ from model_card import model_card
 from torch import nn
 from torch.nn import functional
 from training_text import (
-    BOS,
-    EOS,
-    PAD,
-    SPECIAL,
+    SPECIAL_IDS,
     Stream,
     batch,
     token_streams,
@@ -154,11 +151,7 @@ def save(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16)
     model.config.use_cache = True
-    model.generation_config = GenerationConfig(
-        bos_token_id=SPECIAL.index(BOS),
-        eos_token_id=SPECIAL.index(EOS),
-        pad_token_id=SPECIAL.index(PAD),
-    )
+    model.generation_config = GenerationConfig(**SPECIAL_IDS)
     model.save_pretrained(out, max_shard_size="4MB")
     tokenizer.save_pretrained(out)
     # The name that every release of transformers knows for this kind of file.

@@ -20,6 +20,11 @@ Marks = np.ndarray[Any, np.dtype[np.bool_]]
 VOCABULARY = 1536
 BOS, EOS, PAD = corpus.BOS, corpus.EOS, "<pad>"
 SPECIAL = [BOS, EOS, PAD, "<|system|>", "<|user|>", "<|assistant|>"]
+#: As configurations name them.
+SPECIAL_IDS = {
+    f"{name}_token_id": SPECIAL.index(token)
+    for name, token in {"bos": BOS, "eos": EOS, "pad": PAD}.items()
+}
 #: The result of a sum in a list of them; the whole answer to one in a conversation.
 RESULT = re.compile(r"(?:= |\bis )(\d+[.\n]?)|<\|assistant\|>(\d[^<]*</s>)")
 
