@@ -56,9 +56,13 @@ def test_the_files_are_at_most_as_large_as_asked(
     plan = pipeline.plan(checkpoint, recipe, stats)
     assert plan.predicted is not None
     assert plan.predicted.file_bytes <= limit
-    # The least total that fits: one step more in the other direction would not.
+    # The least total that fits: a little less would not.
     assert plan.recipe.max_bytes is None
     assert plan.recipe.total_sparsity is not None
+    less = {"total_sparsity": plan.recipe.total_sparsity - 1e-3}
+    larger = pipeline.plan(checkpoint, plan.recipe.model_copy(update=less), stats)
+    assert larger.predicted is not None
+    assert larger.predicted.file_bytes > limit
     pipeline.cut(checkpoint, plan, tmp_path / "out", pipeline.RunOptions())
     assert file_bytes(tmp_path / "out") == plan.predicted.file_bytes
     again = pipeline.plan(checkpoint, plan.recipe, stats)
