@@ -104,6 +104,14 @@ def test_a_model_with_a_chat_template_is_asked_in_its_form(
     assert [ids.count(1) for ids in found.ids] == [1, 1]
 
 
+def test_a_line_is_one_prompt_however_long(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    long = "a miller " * 20_000
+    path.write_text(f"One.\n{long}\nTwo.\n", "utf-8")
+    texts = load_prompts(open_checkpoint(model), str(path)).texts
+    assert [text.count("a miller") for text in texts] == [0, 20_000, 0]
+
+
 def test_texts_are_continued_as_they_are(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"text": "a miller"}\n', "utf-8")

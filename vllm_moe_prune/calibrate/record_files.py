@@ -137,7 +137,7 @@ def _line_records(path: Path, *, packed: bool) -> Iterator[Record]:
             where = f"{path}: line {number}"
             _refuse_binary(line, path)
             if len(line) > MAX_RECORD_CHARACTERS:
-                raise CalibrationError(f"{where}: {_too_long()} {LINES_HINT}")
+                raise CalibrationError(f"{where}: {too_long()} {LINES_HINT}")
             if line.strip():
                 try:
                     record = json.loads(line)
@@ -153,7 +153,8 @@ def _not_json(where: str, error: Exception | str, hint: str) -> CalibrationError
     return CalibrationError(f"{where}: not valid JSON: {reason}. {hint}")
 
 
-def _too_long() -> str:
+def too_long() -> str:
+    """What is wrong with more than ``MAX_RECORD_CHARACTERS``."""
     return f"longer than {MAX_RECORD_CHARACTERS:,} characters, which is no record."
 
 
@@ -220,7 +221,7 @@ def _values(file: IO[str], text: str, path: Path, *, array: bool) -> Iterator[An
             raise _not_json(where, error or "the array does not end", JSON_HINT)
         if len(text) - start > MAX_RECORD_CHARACTERS:
             reason = f"; read as JSON: {error}" if error else ""
-            raise CalibrationError(f"{where}: {_too_long()}{reason}. {JSON_HINT}")
+            raise CalibrationError(f"{where}: {too_long()}{reason}. {JSON_HINT}")
         # Doubled: every try decodes the record from its start, so all take linear time.
         chunk = file.read(max(CHUNK_CHARACTERS, len(text) - start))
         _refuse_binary(chunk, path)

@@ -4,11 +4,12 @@ Every source is read lazily, so that a caller who has enough stops the reading.
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError, require_extra
-from .record_files import Record, read_file
+from .record_files import MAX_RECORD_CHARACTERS, Record, read_file, too_long
 from .records import Document, as_document, as_prompt
 
 __all__ = ["EXAMPLE", "HUB", "Document", "name_of", "read_documents", "read_prompts"]
@@ -34,11 +35,7 @@ def read_documents(source: str, tokenizer: Any) -> Iterator[Document]:
     Raises:
         CalibrationError: While reading, when the source turns out unusable.
     """
-    pieces: Iterator[str] = iter(())
-    if source.startswith(HUB):
-        records = _hub_records(source)
-    else:
-        pieces, records = read_file(Path(source))
+    pieces, records = _opened(source)
     for piece in pieces:
         # Pieces of one text: no end-of-text token belongs between them.
         yield Document(piece, ends=False)
@@ -56,18 +53,32 @@ def read_prompts(source: str, tokenizer: Any) -> Iterator[Document]:
     Raises:
         CalibrationError: While reading, when the source turns out unusable.
     """
-    pieces: Iterator[str] = iter(())
-    if source.startswith(HUB):
-        records = _hub_records(source)
-    else:
-        pieces, records = read_file(Path(source))
-    # Pieces end at a line break, which is no line of its own.
-    lines = (line for piece in pieces for line in piece.removesuffix("\n").split("\n"))
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield as_prompt(line, f"{source}: line {number}", tokenizer)
-    for where, record in records:
+    pieces, records = _opened(source)
+    for where, record in chain(_lines(pieces, source), records):
         yield as_prompt(record, where, tokenizer)
+
+
+def _opened(source: str) -> tuple[Iterator[str], Iterator[Record]]:
+    """Pieces of plain text, and records; one of the two is empty."""
+    if source.startswith(HUB):
+        return iter(()), _hub_records(source)
+    return read_file(Path(source))
+
+
+def _lines(pieces: Iterator[str], source: str) -> Iterator[Record]:
+    """Lines that are not blank; a long one goes on over several pieces."""
+    line, number = "", 1
+    for piece in pieces:
+        first, *others = piece.split("\n")
+        line += first
+        if len(line) > MAX_RECORD_CHARACTERS:
+            raise CalibrationError(f"{source}: line {number}: {too_long()}")
+        for other in others:
+            if line.strip():
+                yield f"{source}: line {number}", line
+            line, number = other, number + 1
+    if line.strip():
+        yield f"{source}: line {number}", line
 
 
 def _hub_records(source: str) -> Iterator[Record]:
