@@ -112,6 +112,15 @@ def test_a_line_is_one_prompt_however_long(model: Path, tmp_path: Path) -> None:
     assert [text.count("a miller") for text in texts] == [0, 20_000, 0]
 
 
+def test_a_question_keeps_its_system_prompt(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    asked = {"system": "Be brief.", "instruction": "Add.", "input": "1, 2"}
+    path.write_text(json.dumps({**asked, "output": "3"}), "utf-8")
+    (text,) = load_prompts(open_checkpoint(model), str(path)).texts
+    said = text.replace("<s>", "").replace("</s>", "")
+    assert said == "[system] Be brief.[user] Add.\n\n1, 2[assistant] "
+
+
 def test_texts_are_continued_as_they_are(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"text": "a miller"}\n', "utf-8")

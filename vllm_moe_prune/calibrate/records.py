@@ -70,13 +70,9 @@ def as_prompt(record: Any, where: str, tokenizer: Any) -> Document:
     messages = _first(fields, CONVERSATIONS)
     question = _first(fields, QUESTIONS)
     if messages is None and isinstance(question, str):
-        context = _first(fields, CONTEXTS)
-        # `input` may be either; what is the question already is not its context too.
-        given = [] if context in (None, "") or context is question else [context]
-        asked = "\n\n".join(_text(one, "prompt", where) for one in (question, *given))
+        messages = _question(fields, question, where)
         if not getattr(tokenizer, "chat_template", None):
-            return Document(asked, ends=True)
-        messages = [{"role": "user", "content": asked}]
+            return Document(_plain(messages), ends=True)
     elif messages is None:
         messages = question
     if messages is None:
@@ -164,25 +160,33 @@ def _answered(
         if isinstance(question, str) and given[:1] and given[0]["role"] == "assistant":
             asked = [{"role": "user", "content": question}]
         return Document(_render(asked + given, record, where, tokenizer), ends=False)
+    messages = _question(record, question, where)
+    said = _text(answer, "answer", where)
+    messages.append({"role": "assistant", "content": said})
+    if getattr(tokenizer, "chat_template", None) is None:
+        return Document(_plain(messages), ends=True)
+    return Document(_render(messages, record, where, tokenizer), ends=False)
+
+
+def _question(
+    record: dict[str, Any], question: Any, where: str
+) -> list[dict[str, Any]]:
+    """A question with its context, behind its system prompt if it has one."""
     parts = [_text(question, "question", where)]
     context = _first(record, CONTEXTS)
     # `input` may be either; what is the question already is not its context too.
     if context not in (None, "") and context is not question:
         parts.append(_text(context, "context", where))
-    system = _first(record, SYSTEM)
-    answer = _text(answer, "answer", where)
-    if getattr(tokenizer, "chat_template", None) is None:
-        before = [_text(system, "system", where)] if system else []
-        return Document("\n\n".join([*before, *parts, answer]), ends=True)
-    messages = [
-        {"role": "user", "content": "\n\n".join(parts)},
-        {"role": "assistant", "content": answer},
-    ]
-    if system:
-        messages.insert(
-            0, {"role": "system", "content": _text(system, "system", where)}
-        )
-    return Document(_render(messages, record, where, tokenizer), ends=False)
+    messages = [{"role": "user", "content": "\n\n".join(parts)}]
+    if system := _first(record, SYSTEM):
+        content = _text(system, "system", where)
+        messages.insert(0, {"role": "system", "content": content})
+    return messages
+
+
+def _plain(messages: list[dict[str, Any]]) -> str:
+    """Messages as text, for tokenizers without a chat template."""
+    return "\n\n".join(message["content"] for message in messages)
 
 
 def _need_template(where: str, tokenizer: Any) -> None:
