@@ -14,6 +14,7 @@ from ..cut.predict import model_facts, with_prediction
 from ..decide.blend import coverage, decide_blended
 from ..decide.build_plan import make_plan
 from ..decide.cut_plan import CutPlan, Measurement, save_plan, trimming
+from ..decide.facts import ModelFacts
 from ..errors import PlanError, RecipeError
 from ..files.atomic import writing
 from ..files.json_file import parse_json
@@ -43,56 +44,68 @@ def plan(
             f"recipe {recipe.name} searches for a plan. Use `vllm-moe-prune tune`, "
             "or `vllm-moe-prune run`."
         )
-    if recipe.max_bytes is not None:
-
-        def planned(total: float) -> CutPlan:
-            asked = {"total_sparsity": total, "max_bytes": None}
-            sized = recipe.model_copy(update=asked)
-            return plan(checkpoint, sized, stats, max_shard_bytes)
-
-        return least_that_fits(planned, recipe.max_bytes)
     facts = model_facts(checkpoint)
+
+    def planned(sized: Recipe) -> CutPlan:
+        decided = _decided(facts, sized, stats)
+        return with_prediction(checkpoint, decided, max_shard_bytes, facts)
+
+    if recipe.max_bytes is None:
+        return planned(recipe)
+    return least_that_fits(planned, recipe, recipe.max_bytes)
+
+
+def _decided(facts: ModelFacts, recipe: Recipe, stats: Stats | None) -> CutPlan:
+    """The plan without its predicted size."""
 
     def decide(known: Stats | None) -> CutPlan:
         return make_plan(known, recipe, facts, tool_version=__version__)
 
     decided, shares = decide_blended(stats, recipe.calibration.blend, decide)
-    if stats is not None and stats.calibration.get("source") == SHIPPED:
+    if stats is None:
+        return decided
+    if stats.calibration.get("source") == SHIPPED:
         warn_once(NOTE)
-    if stats is not None:
-        _check_trimming(decided, stats)
-        # Ordered as a statistics file gives it back, so that a resumed run, which
-        # reads one, makes the same plan to the byte.
-        calibration = parse_json(json.dumps(stats.calibration, sort_keys=True))
-        measurement = Measurement(
-            forward_passes=stats.forward_passes,
-            calibration=calibration,
-            blend=shares,
-            coverage=coverage(stats, decided.layers),
-        )
-        decided = decided.model_copy(update={"measurement": measurement})
-    return with_prediction(checkpoint, decided, max_shard_bytes, facts)
+    _check_trimming(decided, stats)
+    # Ordered as a statistics file gives it back, so that a resumed run, which reads
+    # one, makes the same plan to the byte.
+    calibration = parse_json(json.dumps(stats.calibration, sort_keys=True))
+    measurement = Measurement(
+        forward_passes=stats.forward_passes,
+        calibration=calibration,
+        blend=shares,
+        coverage=coverage(stats, decided.layers),
+    )
+    return decided.model_copy(update={"measurement": measurement})
 
 
-def least_that_fits(planned: Callable[[float], CutPlan], max_bytes: int) -> CutPlan:
+def least_that_fits(
+    planned: Callable[[Recipe], CutPlan], recipe: Recipe, max_bytes: int
+) -> CutPlan:
     """The plan of the least total sparsity whose files fit.
 
     Args:
-        planned: Makes the plan of a total.
+        planned: Makes the plan of a recipe that has a total, with its predicted size.
+        recipe: What is to be planned, whatever its size.
         max_bytes: Maximum size of the weight files.
 
     Raises:
         RecipeError: None fits.
     """
+
+    def planned_at(total: float) -> CutPlan:
+        asked = {"total_sparsity": total, "max_bytes": None}
+        return planned(recipe.model_copy(update=asked))
+
     # Size falls as the total rises: the least total that fits keeps most.
-    least = planned(0.0)
+    least = planned_at(0.0)
     if _file_bytes(least) <= max_bytes:
         return least
     low, high, found, smallest = 0.0, MOST_TOTAL, None, _file_bytes(least)
     for _ in range(BISECTIONS):
         total = (low + high) / 2
         try:
-            tried = planned(total)
+            tried = planned_at(total)
         except RecipeError:  # more than this recipe can remove
             high = total
             continue
@@ -103,7 +116,7 @@ def least_that_fits(planned: Callable[[float], CutPlan], max_bytes: int) -> CutP
             low = total
     if found is None:
         raise RecipeError(
-            f"recipe {least.recipe.name} cannot be as small as {max_bytes:,} bytes, "
+            f"recipe {recipe.name} cannot be as small as {max_bytes:,} bytes, "
             f"only {smallest:,}. Ask for more bytes, or choose another recipe."
         )
     return found

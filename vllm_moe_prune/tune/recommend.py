@@ -165,12 +165,11 @@ def sized_plan(checkpoint: Checkpoint, facts: ModelFacts, recipe: Recipe) -> Cut
     if recipe.max_bytes is None:
         return plan_of_anyone(facts, recipe)
 
-    def planned(total: float) -> CutPlan:
-        asked = {"total_sparsity": total, "max_bytes": None}
-        decided = plan_of_anyone(facts, recipe.model_copy(update=asked))
+    def planned(sized: Recipe) -> CutPlan:
+        decided = plan_of_anyone(facts, sized)
         return with_prediction(checkpoint, decided, facts=facts)
 
-    return least_that_fits(planned, recipe.max_bytes)
+    return least_that_fits(planned, recipe, recipe.max_bytes)
 
 
 def _last_layers(facts: ModelFacts, stage: LayerStage) -> LayerStage:
