@@ -90,7 +90,7 @@ def recommend(
     show_recommended(checkpoint, found, as_json)
 
 
-@takes_recipe(search=True, without=("total", "bytes"))
+@takes_recipe(search=True, without=("bytes",))
 def tune(
     asked: Asked,
     source: Source,

@@ -26,14 +26,11 @@ AllowLinks = Annotated[
     flag("Follow symbolic links that lead out of the folder.", "--allow-links"),
 ]
 Json = Annotated[bool, flag("Print JSON instead of tables.", "--json")]
-Text = Annotated[
-    list[str] | None,
-    flag(
-        "Calibration text: a .txt, .json, .jsonl (each also .gz) or .parquet file, "
-        "or hub:NAME[/CONFIG]. Several: NAME=TEXT each, or NAME:WEIGHT=TEXT.",
-        "--calibration",
-    ),
-]
+CALIBRATION = (
+    "Calibration text: a .txt, .json, .jsonl (each also .gz) or .parquet file, or "
+    "hub:NAME[/CONFIG]. Several: NAME=TEXT each, or NAME:WEIGHT=TEXT."
+)
+Text = Annotated[list[str] | None, flag(CALIBRATION, "--calibration")]
 Samples = Annotated[int | None, flag("Number of calibration windows.")]
 Length = Annotated[int | None, flag("Tokens per calibration window.")]
 Device = Annotated[

@@ -1,6 +1,6 @@
 """The flags that say what to do: a recipe or a wish, and every key of a recipe.
 
-``takes_recipe`` gives them to a command, in front of which they become one value.
+``takes_recipe`` adds them to a command, which gets them as one argument, ``asked``.
 """
 
 import functools
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .flags import CALIBRATION
 
 if TYPE_CHECKING:
     from ..checkpoint.open import Checkpoint
@@ -22,9 +24,7 @@ WISH = (
 )
 # What the schema says of these is not how the command line reads them.
 HELP = {
-    "calibration": "Calibration text: a .txt, .json, .jsonl (each also .gz) or "
-    ".parquet file, or hub:NAME[/CONFIG]. Several: NAME=TEXT each, or "
-    "NAME:WEIGHT=TEXT.",
+    "calibration": CALIBRATION,
     "blend": "Weights of the named calibration sources, e.g. code=0.5,chat=0.5; or "
     "maxmin, for the least well served.",
     "judge_on": "Text to take the held-out windows from, e.g. of the served domain; "
@@ -62,21 +62,19 @@ class Asked:
 def takes_recipe(
     *,
     search: bool = False,
-    only: Sequence[str] | None = None,
     without: Sequence[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the flags of a recipe in place of its parameter ``asked``.
 
     Args:
         search: Whether the command searches for its plan.
-        only: Stages and keys whose flags it takes; None: all.
         without: Flags that it reads itself.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command)
         own = list(signature.parameters.values())
-        made = _parameters(only, {*without, *(one.name for one in own)})
+        made = _parameters({*without, *(one.name for one in own)})
 
         @functools.wraps(command)
         def wrapped(**values: Any) -> None:
@@ -91,16 +89,16 @@ def takes_recipe(
 
         # Behind the arguments and switches of the command's own, by panel.
         rest = [one for one in own if one.name != "asked"]
-        wrapped.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*rest, *made]
-        )
-        wrapped.__annotations__ = {one.name: one.annotation for one in [*rest, *made]}
+        shown = [*rest, *made]
+        # What inspect, and so Typer, reads; typeshed knows no such attribute.
+        wrapped.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {one.name: one.annotation for one in shown}
         return wrapped
 
     return decorate
 
 
-def _parameters(only: Sequence[str] | None, taken: set[str]) -> list[inspect.Parameter]:
+def _parameters(taken: set[str]) -> list[inspect.Parameter]:
     """The flags as parameters of a function; names that it has are left out."""
     from ..recipes.flags import recipe_flags
 
@@ -109,7 +107,7 @@ def _parameters(only: Sequence[str] | None, taken: set[str]) -> list[inspect.Par
         _parameter("wish", str, WISH, ("--for",), None),
     ]
     for name, flag in recipe_flags().items():
-        if name in taken or (only is not None and flag.path[0] not in only):
+        if name in taken:
             continue
         about = HELP.get(name, flag.help)
         words = MORE_NAMES.get(name, (f"--{name.replace('_', '-')}",))
