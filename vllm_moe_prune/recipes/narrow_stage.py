@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from .strict import Part01, Share, Strict
+from .numbers import Fraction
+from .strict import Share, Strict
 
 
 class NarrowStage(Strict):
@@ -13,7 +14,7 @@ class NarrowStage(Strict):
 
     share: Share = 0.0
     """Share of each expert's channels (its intermediate size) to remove, at least."""
-    of_total: Part01 | None = None
+    of_total: Fraction | None = None
     """Share of ``total_sparsity`` taken by narrowing; replaces ``share``."""
     multiple: Literal[32, 64, 128] = 32
     """Widths are multiples of this; FP8 experts lose whole blocks besides. GPU kernels

@@ -12,7 +12,7 @@ from ..errors import RecipeError
 from .calibration import Calibration
 from .expert_stage import Budget, Chooser, Criterion, ExpertStage
 from .narrow_stage import NarrowStage
-from .numbers import MOST, Indices, Size
+from .numbers import MOST, Fraction, Indices, Size
 from .slim_stage import (
     NEEDS_ACTIVATIONS,
     Part,
@@ -22,7 +22,7 @@ from .slim_stage import (
     SlimStage,
     parse_pattern,
 )
-from .strict import Part01, Share, Strict, first_problem, refuse
+from .strict import Share, Strict, first_problem, refuse
 
 __all__ = [
     "NEEDS_ACTIVATIONS",
@@ -93,15 +93,15 @@ class TuneStage(Strict):
     """Rules for removing experts; the first is also tried with dropped layers."""
     budgets: tuple[Budget, ...] = ("sensitivity", "global", "per-layer")
     """Values of ``experts.budget``."""
-    shares: tuple[Part01, ...] = (0, 0.25, 0.5, 0.75, 1)
+    shares: tuple[Fraction, ...] = (0, 0.25, 0.5, 0.75, 1)
     """Shares of the sparsity taken by whole experts; zeros take the rest."""
-    layers: tuple[Part01, ...] = (0.1, 0.25, 0.5)
+    layers: tuple[Fraction, ...] = (0.1, 0.25, 0.5)
     """Shares of the MoE sublayers or blocks removed whole, at least one."""
     slims: tuple[SlimMethod, ...] = ("wanda", "sparsegpt")
     """Methods for zeros: the first for all candidates, the others for finalists."""
     owl: bool = True
     """Whether finalists are also tried with ``allocation: owl``."""
-    narrow: tuple[Part01, ...] = (0.25, 0.5, 1)
+    narrow: tuple[Fraction, ...] = (0.25, 0.5, 1)
     """Shares of the sparsity taken by narrowing, tried with finalists; the rest by
     zeros, or by whole experts as the best of them has it."""
     finalists: int = Field(default=4, ge=1, lt=MOST)
@@ -142,7 +142,7 @@ class Recipe(Strict):
     layers: LayerStage = LayerStage()
     routing: Literal["drop", "redirect", "preserve"] = "drop"
     """Router rows of removed experts: deleted, redirected, or preserved (a control)."""
-    structured_share: Part01 | Literal["auto"] | None = None
+    structured_share: Fraction | Literal["auto"] | None = None
     """Share of ``total_sparsity`` taken by whole experts; replaces ``experts.drop``.
     ``auto`` chooses it by the measured costs of experts and zeros."""
     order: Literal["structured-first", "unstructured-first"] = "structured-first"

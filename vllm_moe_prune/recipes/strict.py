@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Part01 = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Strict(BaseModel):
