@@ -18,6 +18,7 @@ from ..archs.spec import RouterRule, Scores
 from ..checkpoint.open import Layer
 from ..checkpoint.reader import Expert
 from ..errors import CheckpointError
+from .memory import TEMPORARY_BYTES
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 Read = Callable[[int], Expert]
@@ -35,8 +36,6 @@ class Served(NamedTuple):
 
 
 Visit = Callable[[int, Served], None]
-
-TEMPORARY_BYTES = 256 << 20
 
 
 class Router(NamedTuple):
