@@ -20,6 +20,7 @@ MEASURE_SOURCES = (
     "Run `vllm-moe-prune measure` with --calibration NAME=FILE for each source."
 )
 OUTPUT = "weighted_norm_sum_E"
+CURVE = "sensitivity_P2"
 
 Shares = dict[str, float]
 
@@ -90,29 +91,23 @@ def blended(stats: Stats, shares: Mapping[str, float]) -> Stats:
 def _layer(
     whole: LayerStats, parts: Mapping[str, LayerStats], shares: Mapping[str, float]
 ) -> LayerStats:
-    new = {}
+    new: dict[str, Array] = {}
     for item in fields(LayerStats):
         name = item.name
         values = [getattr(part, name) for part in parts.values()]
-        if name not in {*PER_SOURCE, "sensitivity_P2"} or values[0] is None:
+        if name not in {*PER_SOURCE, CURVE} or values[0] is None:
             continue
         if any(value is None for value in values):
             raise PlanError(f"not every source has {name}. {MEASURE_SOURCES}")
-        if name in MAXIMA:
-            new[name] = together(name, values)
-        elif name == "sensitivity_P2":
-            # Losses per token, behind the same numbers of experts: a mean, no sum.
-            weighed = [
-                share * value
-                for share, value in zip(shares.values(), values, strict=True)
-            ]
-            new[name] = together(name, weighed)
-        else:
-            weighed = [
-                value * shares[source] * _times(whole.tokens, part.tokens)
+        if name not in MAXIMA:
+            # A curve is of losses per token, not of sums over tokens.
+            values = [
+                value
+                * shares[source]
+                * (1.0 if name == CURVE else _times(whole.tokens, part.tokens))
                 for (source, part), value in zip(parts.items(), values, strict=True)
             ]
-            new[name] = together(name, weighed)
+        new[name] = together(name, values)
     return replace(whole, **new)
 
 
