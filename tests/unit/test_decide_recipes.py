@@ -55,11 +55,10 @@ def only(stats: Stats, names: frozenset[str]) -> Stats:
         for at, layer in stats.layers.items()
     }
     whole = {name: getattr(stats, name) for name in names & set(MODEL_ARRAYS)}
-    lost = set() if ZEROS in names else {ZEROS}
-    lost |= set() if {ZEROS, "sensitivity_P2"} & names else {"rule"}
-    sensitivity = {
-        part: value for part, value in stats.sensitivity.items() if part not in lost
-    }
+    # The rule goes with whatever was measured by it.
+    told = {"rule"} if names & {ZEROS, "sensitivity_P2"} else set()
+    told |= names & {ZEROS}
+    sensitivity = {part: stats.sensitivity[part] for part in told}
     return Stats(
         fingerprint=stats.fingerprint, layers=layers, sensitivity=sensitivity, **whole
     )
