@@ -25,7 +25,7 @@ class Progress:
     counted: Literal["bytes", "steps"] = "bytes"
     """What ``bytes_done`` and ``bytes_total`` count; steps are of training."""
     note: str = ""
-    """What is known so far, for whoever watches."""
+    """Shown behind the numbers, such as the best loss so far."""
 
 
 Report = Callable[[Progress], None]

@@ -339,7 +339,7 @@ class StreamingModel:
         )
 
     def _once(self, key: str | int, make: Callable[[], Made]) -> Made:
-        """What ``make`` gives; inside ``holding`` it is asked once."""
+        """What ``make`` returns; inside ``holding`` it is called once per key."""
         if self._held is None:
             return make()
         if key not in self._held:

@@ -211,7 +211,7 @@ class CutPlan(Strict):
 
     @property
     def forward_passes(self) -> int:
-        """Of the calibration text when the plan is executed: the original's is one."""
+        """Over the calibration text in a cut; refits take one more, of the original."""
         return self.refits + self.needs_activations
 
     @property
@@ -227,16 +227,20 @@ class CutPlan(Strict):
 
     @property
     def changes_by_data(self) -> bool:
-        """Whether zeros or integers do, which look at every calibration window."""
-        by_data = self.slim in NEEDS_ACTIVATIONS and self.is_slimmed
-        return by_data or self.quantize.needs_activations or self.is_narrowed
+        """Whether zeros, integers or narrowing do, which use every window of it."""
+        return self.slims_by_data or self.quantize.needs_activations or self.is_narrowed
+
+    @property
+    def slims_by_data(self) -> bool:
+        """Whether calibration activations say which weights become zero."""
+        return self.slim in NEEDS_ACTIVATIONS and self.is_slimmed
 
     @property
     def by_data(self) -> str:
         """What needs the activations, for errors."""
         if self.quantize.needs_activations:
             return f"quantizes by {self.quantize.method}"
-        if self.slim in NEEDS_ACTIVATIONS and self.is_slimmed:
+        if self.slims_by_data:
             return f"slims by {self.slim}"
         return "narrows experts" if self.is_narrowed else "refits experts"
 

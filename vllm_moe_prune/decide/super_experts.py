@@ -1,8 +1,8 @@
 """Super-experts: those whose down projections make the massive activations.
 
 "Unveiling Super Experts in Mixture-of-Experts LLMs" (arXiv 2507.23279): a few experts,
-whose output has single components larger than nearly all others of the model; without
-them attention loses its sinks, and the model its mind. E experts.
+whose output has single components larger than nearly all others of the model. Without
+them attention sinks vanish and outputs become repetitive and uninformative. E experts.
 """
 
 from collections.abc import Mapping, Sequence

@@ -215,10 +215,12 @@ class Recipe(Strict):
     @property
     def needs_activations(self) -> bool:
         """Whether the cut needs calibration activations."""
-        by_data = (
-            self.slim.method in NEEDS_ACTIVATIONS or self.quantize.needs_activations
+        return (
+            self.slim.method in NEEDS_ACTIVATIONS
+            or self.quantize.needs_activations
+            or self.narrow.is_asked
+            or self.experts.refit != "none"
         )
-        return by_data or self.narrow.is_asked or self.experts.refit != "none"
 
 
 def parse_recipe(data: object, where: str) -> Recipe:

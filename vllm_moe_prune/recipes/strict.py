@@ -1,4 +1,4 @@
-"""What the models of all files that are read have in common."""
+"""The base of every pydantic model that is read from a file."""
 
 import reprlib
 from typing import Annotated, Literal
