@@ -125,11 +125,11 @@ def refit_layer(
     """
     fit = _Fit(model, cut, windows, x_ND, target_ND)
     ridge = fit.best_ridge()
-    downs = fit.refitted(ridge)
-    if not all(_ratio(one) < 1.0 for one in fit.record.sources):
-        return {}, fit.record
-    fit.record.ridge = ridge
-    return downs, fit.record
+    downs, sources = fit.refitted(ridge)
+    # Not max: one that is NaN must not pass.
+    if all(_ratio(one) < 1.0 for one in sources):
+        return downs, RefitRecord(ridge=ridge, sources=sources)
+    return {}, RefitRecord(ridge=None, sources=sources)
 
 
 def _ratio(errors: SourceErrors) -> float:
@@ -187,34 +187,22 @@ class _Fit:
         for seen in self._experts():
             _take_off(target_ND, seen, seen.down_DF)
         self._missing_ND = target_ND
-        self.record = RefitRecord(
-            ridge=None,
-            sources=[
-                SourceErrors(source=name, before=error, after=error)
-                for name, error in zip(
-                    windows.names, self._errors(self._missing_ND), strict=True
-                )
-            ],
-        )
+        self._names, self._before = windows.names, self._errors(target_ND)
 
     def best_ridge(self) -> float:
         """The ridge that serves the worst source best, after one sweep."""
         tries = [_Try(ridge, self._missing_ND.clone(), None) for ridge in RIDGES]
         self._sweep(tries)
-        worst = []
-        for one in tries:
-            self._judge(one)
-            worst.append(max(_ratio(errors) for errors in self.record.sources))
+        worst = [max(map(_ratio, self._judged(one))) for one in tries]
         return RIDGES[worst.index(min(worst))]
 
-    def refitted(self, ridge: float) -> dict[int, Tensor]:
-        """The projections after all sweeps; their errors are put on record."""
+    def refitted(self, ridge: float) -> tuple[dict[int, Tensor], list[SourceErrors]]:
+        """The projections after all sweeps, and the errors with them."""
         downs: dict[int, Tensor] = {}
         one = _Try(ridge, self._missing_ND, downs)
         for _ in range(SWEEPS):
             self._sweep([one])
-        self._judge(one)
-        return downs
+        return downs, self._judged(one)
 
     def _sweep(self, tries: Sequence[_Try]) -> None:
         """Each expert once, on what the others leave missing; gram and features once
@@ -262,10 +250,14 @@ class _Fit:
             judged = int(self._judged_N[token_n].sum())
             yield _Seen(token_n, feature_nF, len(token_n) - judged, expert.down_DF)
 
-    def _judge(self, one: _Try) -> None:
-        pairs = zip(self.record.sources, self._errors(one.missing_ND), strict=True)
-        for errors, found in pairs:
-            errors.after = found
+    def _judged(self, one: _Try) -> list[SourceErrors]:
+        errors = zip(
+            self._names, self._before, self._errors(one.missing_ND), strict=True
+        )
+        return [
+            SourceErrors(source=name, before=before, after=after)
+            for name, before, after in errors
+        ]
 
     def _errors(self, missing_ND: Tensor) -> list[float]:
         pairs = zip(self._squares(missing_ND), self._sizes, strict=True)
