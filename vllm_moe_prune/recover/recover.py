@@ -285,14 +285,13 @@ def _train(
     if kept.is_file():
         return load_trained(kept, checkpoint), ()
     # Only here: peft and accelerate, which it needs, are an extra.
-    from .train import Aims, train
+    from .train import train
 
-    aims = None if lesson is None else Aims(lesson.teacher, lesson.states_STD)
     changed = train(
         checkpoint,
         training,
         tokens.ids_ST,
-        aims,
+        lesson,
         device=device,
         work=space.work,
         report=report,

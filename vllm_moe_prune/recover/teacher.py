@@ -92,7 +92,10 @@ def mean_divergence(
 
 
 class Lesson:
-    """The teacher's distributions for all windows."""
+    """The teacher's distributions for all windows.
+
+    ``states_STD`` are its final hidden states for those that are trained on.
+    """
 
     def __init__(
         self,

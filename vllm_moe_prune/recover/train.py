@@ -6,7 +6,7 @@ Axes: S windows, T tokens of a window.
 import re
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +23,7 @@ from ..progress import Progress, Report
 from .lora import merged, with_adapters
 from .model import Block, Place, TrainableModel, keep_zeros
 from .options import Training, patterns
-from .teacher import Teacher
+from .teacher import Lesson
 
 # How often a run that is killed can be continued from, in parts of the steps.
 SAVES = 10
@@ -32,18 +32,11 @@ SAVED = "complete"
 """A file in a save that is whole."""
 
 
-class Aims(NamedTuple):
-    """What a teacher gives for some windows."""
-
-    teacher: Teacher
-    states_STD: torch.Tensor
-
-
 def train(
     checkpoint: Checkpoint,
     training: Training,
     ids_ST: torch.Tensor,
-    aims: Aims | None = None,
+    lesson: Lesson | None = None,
     *,
     device: str,
     work: Path,
@@ -55,7 +48,7 @@ def train(
         checkpoint: What to train; it is read into memory.
         training: How.
         ids_ST: Windows of text.
-        aims: What the teacher gives for them; None: the text is the aim.
+        lesson: The teacher's distributions for them; None: the text is the aim.
         device: cpu or cuda.
         work: What a killed run left to continue from, if anything, and will leave.
         report: Called after each step.
@@ -68,7 +61,7 @@ def train(
     # Adapters draw their A at random.
     torch.manual_seed(training.seed)
     model = TrainableModel(checkpoint)
-    model.teacher = None if aims is None else aims.teacher
+    model.teacher = None if lesson is None else lesson.teacher
     if training.method == "full" or model.embedding.weight.dtype == torch.float16:
         # Small steps vanish in 16 bits, and small gradients in those of fp16.
         model.float()
@@ -88,7 +81,7 @@ def train(
             parameter.requires_grad_(name in chosen)
             if name in chosen:
                 keep_zeros(parameter)
-    states_STD = None if aims is None else aims.states_STD
+    states_STD = None if lesson is None else lesson.states_STD
     _run(trained, training, _Windows(ids_ST, states_STD), device, work, report)
     plain = merged(trained) if training.method == "lora" else model
     return _stored(checkpoint, plain, chosen)
