@@ -14,7 +14,7 @@ from vllm_moe_prune.calibrate import boundary
 from vllm_moe_prune.calibrate.data import Tokens, sha256_of
 from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.open import Checkpoint
-from vllm_moe_prune.checkpoint.reader import read_expert
+from vllm_moe_prune.checkpoint.reader import read_expert, read_tensor
 from vllm_moe_prune.errors import OutputError
 
 
@@ -139,6 +139,25 @@ def test_every_family(tmp_path: Path, family: str) -> None:
         assert record.refit is not None
         assert record.refit.ridge is not None
         assert all(one.after < one.before for one in record.refit.sources)
+
+
+def test_shared_experts_are_slimmed_once(tmp_path: Path) -> None:
+    """Refits need what they give before it is added to the layer's output."""
+    checkpoint = model(tmp_path / "model", model_type="deepseek_v3")
+    (*_, last) = checkpoint.moe_layers
+    keep = tuple(expert for expert in range(last.num_experts) if expert % 4 < 2)
+    cuts = {last.index: LayerCut(keep=keep, sparsity=0.5)}
+    outputs, zeros = [], []
+    for layers in ([], [last.index]):
+        plan = plan_of(checkpoint, cuts, layers, slim="wanda")
+        plan = plan.model_copy(update={"slim_parts": ("experts", "shared")})
+        out, result = run(checkpoint, plan, tmp_path / f"out-{len(layers)}")
+        names = [name for name in out.tensors if ".shared_experts." in name]
+        outputs.append({name: read_tensor(out.tensors[name]) for name in names})
+        zeros.append(sum(record.dense_zeros for record in result.records))
+    written = sum(int((matrix == 0).sum()) for matrix in outputs[0].values())
+    assert zeros == [written, written] != [0, 0]
+    assert all(torch.equal(outputs[1][name], outputs[0][name]) for name in outputs[0])
 
 
 def test_an_expert_that_nobody_chooses_keeps_its_projection(tmp_path: Path) -> None:
