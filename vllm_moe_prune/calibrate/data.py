@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint.claims import warn_once
 from ..checkpoint.open import Checkpoint
-from ..checkpoint.panics import panics_raised
+from ..checkpoint.panics import tokenizer_errors
 from ..checkpoint.tokenizer import load_tokenizer
 from ..errors import CalibrationError
 from ..recipes.calibration import Calibration, NamedText
@@ -350,21 +350,17 @@ class TokenReader:
 
     def _encode(self, batch: list[Document]) -> Iterator[Ids]:
         texts = [document.text for document in batch]
-        try:
-            with panics_raised():
-                # Else it warns of texts beyond model_max_length, which are cut later.
-                encoded = self.tokenizer(
-                    texts,
-                    add_special_tokens=False,
-                    return_attention_mask=False,
-                    verbose=False,
-                )
-        except Exception as error:  # the tokenizers library raises plain Exception
-            raise CalibrationError(
-                f"{self.folder}: its tokenizer gives up on {self.source}: "
-                f"{' '.join(str(error).split())[:300]}. Check the patterns in its "
-                "tokenizer.json."
-            ) from error
+        with tokenizer_errors(
+            f"{self.folder}: its tokenizer gives up on {self.source}",
+            "Check the patterns in its tokenizer.json.",
+        ):
+            # Else it warns of texts beyond model_max_length, which are cut later.
+            encoded = self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                verbose=False,
+            )
         for document, ids in zip(batch, encoded["input_ids"], strict=True):
             end = [self.eos] if document.ends and self.eos is not None else []
             yield np.array(ids + end, dtype=np.int64)

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..errors import CalibrationError, MoePruneError
+
 PANIC = "PanicException"
 STDERR = 2
 
@@ -46,3 +48,24 @@ def panics_raised() -> Iterator[None]:
             said.seek(0)
             if not panicked and (data := said.read()):
                 os.write(STDERR, data)
+
+
+@contextmanager
+def tokenizer_errors(failed: str, advice: str) -> Iterator[None]:
+    """Turn whatever a tokenizer raises into an error of one line.
+
+    Args:
+        failed: What it could not do.
+        advice: What to do about it, a sentence.
+
+    Raises:
+        CalibrationError: ``failed``, the reason, ``advice``.
+    """
+    try:
+        with panics_raised():
+            yield
+    except MoePruneError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CalibrationError(f"{failed}: {reason}. {advice}") from error

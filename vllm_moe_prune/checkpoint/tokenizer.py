@@ -14,15 +14,15 @@ would load is compared with it and corrected.
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..errors import CalibrationError, MoePruneError, OutputError
+from ..errors import CalibrationError, OutputError
 from ..files.json_file import parse_json, read_json
 from ..files.regular import MIB, Kind, read_file
-from .panics import panics_raised
+from .panics import tokenizer_errors
 
 TOKENIZER = "tokenizer.json"
 MODEL = "tokenizer.model"
@@ -71,7 +71,7 @@ def load_tokenizer(folder: Path, *, trust_code: bool = False) -> Any:
     kind = find_kind(folder)
     if kind is TokenizerKind.CODE and not trust_code:
         raise _untrusted(folder)
-    with _one_line(folder):
+    with _loading(folder):
         if kind in (TokenizerKind.JSON, TokenizerKind.SENTENCEPIECE):
             with _copied(folder, _made(folder, kind)) as copy:
                 tokenizer = _by_file(copy)
@@ -164,7 +164,7 @@ def corrections(folder: Path) -> dict[str, bytes]:
         settings = _settings(folder)
         if kind not in (TokenizerKind.JSON, TokenizerKind.SENTENCEPIECE):
             return {}
-        with _one_line(folder):
+        with _loading(folder):
             named = settings.get("tokenizer_class")
             plain = named in GENERIC_NAMES and _code(folder) is None
             # The generic class takes tokenizer.json as it is: nothing to compare.
@@ -228,19 +228,11 @@ def _loads_alike(folder: Path) -> bool:
     return bool(ours == theirs)
 
 
-@contextmanager
-def _one_line(folder: Path) -> Iterator[None]:
-    try:
-        with panics_raised():
-            yield
-    except MoePruneError:
-        raise
-    except Exception as error:  # the tokenizers library raises plain Exception
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CalibrationError(
-            f"{folder}: its tokenizer cannot be loaded: {reason}. "
-            "Download the tokenizer files again."
-        ) from error
+def _loading(folder: Path) -> AbstractContextManager[None]:
+    return tokenizer_errors(
+        f"{folder}: its tokenizer cannot be loaded",
+        "Download the tokenizer files again.",
+    )
 
 
 def _made(folder: Path, kind: TokenizerKind) -> dict[str, bytes]:

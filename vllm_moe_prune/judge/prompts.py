@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from ..calibrate.text import name_of, read_prompts
 from ..checkpoint.open import Checkpoint
-from ..checkpoint.panics import panics_raised
+from ..checkpoint.panics import tokenizer_errors
 from ..checkpoint.tokenizer import load_tokenizer
-from ..errors import CalibrationError, EvaluationError
+from ..errors import EvaluationError
 
 MOST = 10_000
 """Prompts; more would be answered for days, and all answers are held in memory."""
@@ -49,17 +49,15 @@ def load_prompts(checkpoint: Checkpoint, source: str) -> Prompts:
             raise EvaluationError(
                 f"{source}: holds more than {MOST:,} prompts. Give fewer."
             )
-        try:
-            with panics_raised():
-                # A rendered conversation has its special tokens already.
-                found = tokenizer(
-                    prompt.text, add_special_tokens=prompt.ends, verbose=False
-                )["input_ids"]
-        except Exception as error:  # the tokenizers library raises plain Exception
-            raise CalibrationError(
-                f"{checkpoint.folder}: its tokenizer gives up on prompt "
-                f"{len(texts) + 1} of {source}: {' '.join(str(error).split())[:300]}."
-            ) from error
+        with tokenizer_errors(
+            f"{checkpoint.folder}: its tokenizer gives up on prompt "
+            f"{len(texts) + 1} of {source}",
+            "Check the patterns in its tokenizer.json.",
+        ):
+            # A rendered conversation has its special tokens already.
+            found = tokenizer(
+                prompt.text, add_special_tokens=prompt.ends, verbose=False
+            )["input_ids"]
         if not found:
             raise EvaluationError(
                 f"{source}: prompt {len(texts) + 1} has no tokens. Leave it out."
