@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from itertools import pairwise
@@ -385,7 +385,7 @@ def test_the_gain_of_a_real_refit_is_read(sensitive: Path) -> None:
         if layer.refit is not None:
             entry = written[layer.layer]
             assert layer.refit.ridge == entry["ridge"]
-            assert [asdict(one) for one in layer.refit.sources] == entry["sources"]
+            assert [one.model_dump() for one in layer.refit.sources] == entry["sources"]
     assert "refits" in Page(page(numbers)).ids
     card = (sensitive / "README.md").read_text("utf-8")
     assert "down projections were refitted on the same text" in card

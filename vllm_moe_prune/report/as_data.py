@@ -1,6 +1,5 @@
 """The report's numbers as plain data, for ``--json``."""
 
-from dataclasses import asdict
 from typing import Any
 
 from ..calibrate.stats import Array
@@ -49,7 +48,7 @@ def _layer(layer: LayerNumbers) -> dict[str, Any]:
         "moe_cosine": layer.moe_cosine,
         "sensitivity": _list(layer.sensitivity_P2),
         "coverage": layer.coverage,
-        "refit": asdict(layer.refit) if layer.refit else None,
+        "refit": layer.refit.model_dump(exclude={"layer"}) if layer.refit else None,
         "kurtosis": _kurtosis(layer.kurtosis),
     }
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from ..calibrate.stats import Array
 from . import svg
-from .read import LayerNumbers, Numbers, Refit
+from .read import LayerNumbers, Numbers
+from .record import LayerRefit
 
 
 def sensitivity(numbers: Numbers) -> dict[str, Any] | None:
@@ -83,22 +84,22 @@ def coverage(numbers: Numbers) -> dict[str, Any] | None:
 
 def refits(numbers: Numbers) -> dict[str, Any] | None:
     """What refitting gained on the windows of each source that were kept apart."""
-    rows = [(layer.layer, layer.refit) for layer in numbers.layers if layer.refit]
+    rows = [layer.refit for layer in numbers.layers if layer.refit]
     if not rows:
         return None
     errors = [
         error
-        for _, refit in rows
+        for refit in rows
         for source in refit.sources
         for error in (source.before, source.after)
     ]
     scale = svg.scale_of(errors or [0.0], 0.0)
-    return {"scale": scale, "rows": [_refit_row(*row, scale) for row in rows]}
+    return {"scale": scale, "rows": [_refit_row(refit, scale) for refit in rows]}
 
 
-def _refit_row(layer: int, refit: Refit, scale: svg.Scale) -> dict[str, Any]:
+def _refit_row(refit: LayerRefit, scale: svg.Scale) -> dict[str, Any]:
     return {
-        "layer": layer,
+        "layer": refit.layer,
         "ridge": refit.ridge,
         "sources": [
             {
@@ -108,7 +109,7 @@ def _refit_row(layer: int, refit: Refit, scale: svg.Scale) -> dict[str, Any]:
                 "drawing": svg.three_marks(
                     (one.before, None, one.after),
                     scale,
-                    f"Layer {layer}, {one.source}: {one.before:.4g} before, "
+                    f"Layer {refit.layer}, {one.source}: {one.before:.4g} before, "
                     f"{one.after:.4g} after",
                 ),
             }

@@ -43,24 +43,6 @@ class Kurtosis:
     """Of the survivors as they were written."""
 
 
-@dataclass(frozen=True)
-class SourceErrors:
-    """What experts lack of their target on one source: squares, of the target's own."""
-
-    source: str
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
-class Refit:
-    """What refitting did to a layer."""
-
-    ridge: float | None
-    """None: left as it was, since a source would have got worse."""
-    sources: tuple[SourceErrors, ...]
-
-
 @dataclass(frozen=True, kw_only=True)
 class LayerNumbers:
     """One decoder layer of the input; what is None was not measured."""
@@ -87,7 +69,7 @@ class LayerNumbers:
     sensitivity_P2: Array | None = None
     """Points (experts removed from this layer alone, held-out loss then), measured by
     the rule that the plan removes them by."""
-    refit: Refit | None = None
+    refit: LayerRefit | None = None
     coverage: dict[str, float] = field(default_factory=dict)
     """Source of text -> share of its routing choices that fell on experts that stay."""
 
@@ -159,7 +141,7 @@ def read_numbers(
     ]
     counts = record.sparsity_achieved
     curves = _curves(stats, plan)
-    refits = {one.layer: _refit(one) for one in record.refit}
+    refits = {one.layer: one for one in record.refit}
     layers = tuple(
         dataclasses.replace(
             _layer(layer, count, found, plan, total),
@@ -295,15 +277,6 @@ def _coverage(plan: LayerPlan, stats: Sequence[Stats]) -> dict[str, float]:
         if routed_E is not None and (total := float(routed_E.sum())) > 0:
             found[source] = float(routed_E[list(plan.keep)].sum()) / total
     return found
-
-
-def _refit(record: LayerRefit) -> Refit:
-    return Refit(
-        record.ridge,
-        tuple(
-            SourceErrors(one.source, one.before, one.after) for one in record.sources
-        ),
-    )
 
 
 def _distance(found: LayerStats, plan: CutPlan, layer: int) -> Array | None:

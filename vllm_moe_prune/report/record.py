@@ -61,14 +61,19 @@ class LayerPowers(Record):
 
 
 class RefitSource(Record):
+    """What experts lack of their target on one source: squares, of the target's own."""
+
     source: str
     before: Positive
     after: Positive
 
 
 class LayerRefit(Record):
+    """What refitting did to a layer."""
+
     layer: Index
     ridge: Positive | None
+    """None: left as it was, since a source would have got worse."""
     sources: Annotated[tuple[RefitSource, ...], Field(fail_fast=True)] = ()
 
 
