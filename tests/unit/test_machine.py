@@ -12,7 +12,6 @@ from vllm_moe_prune.plugin import launch
 from vllm_moe_prune.plugin.machine import (
     ALL_CORES,
     OWN,
-    OWN_TOO,
     RESERVED,
     Machine,
     choose_libraries,
@@ -121,7 +120,7 @@ def test_without_any_topology_the_allowed_processors_are_cores(tmp_path: Path) -
     assert "no core could be read" in choice.said
 
 
-@pytest.mark.parametrize("name", [*OWN, *OWN_TOO])
+@pytest.mark.parametrize("name", OWN)
 def test_what_the_user_set_stays(name: str) -> None:
     choice = choose_threads(Machine({0: 2}), {name: "0-1"}, [])
     assert choice.environment == {}
@@ -157,7 +156,7 @@ def test_the_allocator_is_loaded_first_where_it_is_installed(tmp_path: Path) -> 
 def cpu_build(monkeypatch: pytest.MonkeyPatch) -> None:
     """A vLLM for CPUs is installed, and the user has set nothing."""
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.32.0+cpu")
-    for name in (*OWN, *OWN_TOO, "LD_PRELOAD"):
+    for name in (*OWN, "LD_PRELOAD"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -22,8 +22,10 @@ AUTO, VLLM = "auto", "vllm"
 LIST = re.compile(r"\d+(-\d+)?([,|]\d+(-\d+)?)*")
 RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
-OWN = (BIND, RESERVED, "VLLM_CPU_SIM_MULTI_NUMA", "OMP_NUM_THREADS", "OMP_PLACES")
-OWN_TOO = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "CPU_VISIBLE_MEMORY_NODES")
+OWN = (
+    *(BIND, RESERVED, "VLLM_CPU_SIM_MULTI_NUMA", "OMP_NUM_THREADS", "OMP_PLACES"),
+    *("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "CPU_VISIBLE_MEMORY_NODES"),
+)
 """Variables by which users choose cores themselves; then nothing is set."""
 RANKS = (
     *("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"),
@@ -34,8 +36,10 @@ ALL_CORES = 5
 of its time to computing (two cores instead of one: 1.65 times the speed), and the
 slowest thread sets the pace: n cores at 0.82 beat n - 1 at 1.0 up to n = 5."""
 TCMALLOC = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
-LIBRARY_FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu")
-MORE_FOLDERS = ("/usr/lib64", "/usr/local/lib")
+LIBRARY_FOLDERS = (
+    *("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu"),
+    *("/usr/lib64", "/usr/local/lib"),
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def choose_threads(
         environment: Of this process; what the user set there stays.
         flags: For vLLM, which may ask for several ranks.
     """
-    set_by_user = [name for name in (*OWN, *OWN_TOO) if name in environment]
+    set_by_user = [name for name in OWN if name in environment]
     if set_by_user:
         name = set_by_user[0]
         return Choice(f"threads as {name}={environment[name]} says")
@@ -110,7 +114,7 @@ def choose_libraries(
         return Choice("allocator as LD_PRELOAD says")
     if folders is None:
         here = Path(sys.prefix, "lib")
-        folders = [here, *map(Path, (*LIBRARY_FOLDERS, *MORE_FOLDERS))]
+        folders = [here, *map(Path, LIBRARY_FOLDERS)]
     found = (folder / name for name in TCMALLOC for folder in folders)
     library = next((path for path in found if path.is_file()), None)
     if library is None:
