@@ -8,7 +8,7 @@ import asyncio
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import httpx
 from pydantic import Field, ValidationError
@@ -251,9 +251,6 @@ class _Choice(Printed):
 
 class _Completion(Printed):
     choices: Annotated[tuple[_Choice, ...], Field(min_length=1, max_length=1)]
-
-
-Found = TypeVar("Found")
 
 
 class _Asker:
