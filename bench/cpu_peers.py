@@ -292,7 +292,9 @@ def measure(
             outs[name] = call(x, weights, ids)
             times[name].append(time.perf_counter() - begin)
             rates[name].append(used * held / times[name][-1] / 1e9)
-            if options.realtime:  # others get a turn
+            if options.realtime:
+                # At real-time priority nothing else runs on these cores meanwhile: the
+                # kernel and whoever shares the machine get as long a turn after it.
                 time.sleep(min(times[name][-1], 0.5))
     least = {name: min(found[1:]) for name, found in times.items()}
     read = READ_BYTES / min(reading[2:]) / 1e9
