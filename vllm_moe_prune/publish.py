@@ -18,8 +18,7 @@ from .cut.transaction import RUN_FILE
 from .errors import CheckpointError, OutputError, RemapError
 
 CARD = "README.md"
-HIDDEN = [".*", "*/.*"]
-KEPT_BACK = [RUN_FILE, CARD, *HIDDEN]
+KEPT_BACK = [RUN_FILE, CARD, ".*", "*/.*"]
 """Not uploaded with the folder: the record of this machine, the card, hidden files."""
 REPLACED = ["*.safetensors", "*.index.json"]
 """Others of these are deleted from the repository: loaders would read them too."""
@@ -68,6 +67,8 @@ def pack(
         RemapError: The folder is no output of this tool.
         CheckpointError: It has no card, or a file is a link out of it.
     """
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+
     for asked in filter(None, (repo, base_model)):
         if not is_hub_id(asked):
             raise OutputError(f"{asked}: is no Hub id of the form owner/name.")
@@ -75,16 +76,19 @@ def pack(
         raise RemapError(
             f"{output.origin.name}: is no folder that vllm-moe-prune wrote."
         )
+    found = {
+        path.relative_to(output.folder).as_posix(): path
+        for path in sorted(output.folder.rglob("*"))
+        if not path.is_dir()
+    }
     files = {}
-    for path in sorted(output.folder.rglob("*")):
-        name = path.relative_to(output.folder)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or name.as_posix() in (RUN_FILE, CARD) or path.is_dir():
-            continue
+    # Sorted out as upload_folder will do it.
+    for name in filter_repo_objects(found, ignore_patterns=KEPT_BACK):
+        path = found[name]
         check_link(output.folder, path, allow_links=output.allow_links)
         if not path.is_file():
             raise CheckpointError(f"{path}: is no regular file; remove it.")
-        files[name.as_posix()] = path.stat().st_size
+        files[name] = path.stat().st_size
     card = _card(output, repo, base_model)
     return Parcel(
         output.folder, repo, private, {CARD: len(card.encode()), **files}, card
@@ -126,6 +130,7 @@ def push(parcel: Parcel, *, bars: bool = False) -> Pushed:
     from huggingface_hub.utils import logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    # Its warnings and hints would stand among our lines; failures are raised anyway.
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if not bars:
         disable_progress_bars()
