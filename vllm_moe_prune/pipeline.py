@@ -19,9 +19,10 @@ from .checkpoint.open import Checkpoint
 from .checkpoint.output_path import check_file, check_folder
 from .checkpoint.source import open_checkpoint
 from .checkpoint.writer import plan_shards
-from .cut.convert import Converted, parse_storage_name
+from .cut.convert import Converted, parse_spelling_name, parse_storage_name
 from .cut.convert import convert as convert_checkpoint
 from .cut.execute import CutResult, cut_key, execute_plan, finished_cut
+from .cut.means import means_of
 from .cut.output import companions_sha256
 from .cut.predict import model_facts
 from .cut.slice import output_tensors
@@ -113,14 +114,16 @@ def _cut(
     }
     ours: dict[str, Any] = {"resume": options.resume, "overwrite": options.overwrite}
     storage = options.storage or decided.recipe.storage
-    if storage == "dense":
+    if storage == "dense" and decided.spelling == "moe-prune":
         return execute_plan(checkpoint, decided, out, **how, **ours)
+    means = means_of(checkpoint, decided, stats)
     shards = plan_shards(output_tensors(checkpoint, decided), options.max_shard_bytes)
     key = cut_key(checkpoint, decided, shards, tokens, stats, storage)
     if is_complete(out, key, **ours):
         return finished_cut(checkpoint, decided, out)
     with output_transaction(out, key, [checkpoint], **ours) as space:
-        # Sizes are known only when every zero is: compressed in a second pass.
+        # Sizes are known only when every zero is: compressed in a second pass. For
+        # stock vLLM, too, the compact form is what is cut and what is read back.
         dense = space.work / "dense"
         # Always resumed: whatever lies in this folder is of the same key.
         result = execute_plan(checkpoint, decided, dense, **how, resume=True)
@@ -128,6 +131,8 @@ def _cut(
             open_checkpoint(dense),
             space.result,
             storage,
+            decided.spelling,
+            means=means,
             resume=True,
             max_shard_bytes=options.max_shard_bytes,
             report=options.report,
@@ -136,12 +141,13 @@ def _cut(
 
 
 def convert(checkpoint: Checkpoint, out: Path, options: RunOptions) -> Converted:
-    """Write a checkpoint again in ``options.storage``, bit for bit the same weights."""
+    """Write a checkpoint again, stored or spelled otherwise, the same weights."""
     validate_output(checkpoint, out, options)
     return convert_checkpoint(
         checkpoint,
         out,
         options.storage or "dense",
+        options.spelling,
         resume=options.resume,
         overwrite=options.overwrite,
         max_shard_bytes=options.max_shard_bytes,
@@ -344,6 +350,7 @@ __all__ = [
     "measure",
     "measure_into",
     "measuring_tokens",
+    "parse_spelling_name",
     "parse_storage_name",
     "plan",
     "plan_sweep",

@@ -22,10 +22,18 @@ from . import routed
 from .boundary import BoundaryStore
 from .data import Tokens
 from .distances import router_distances, router_row_norms, weight_distances
-from .expert_forward import run_experts
+from .expert_forward import Served, run_experts
 from .forward import StreamingModel
 from .memory import release_freed
-from .stats import FORMAT_VERSION, Array, LayerStats, SourceStats, Stats, together
+from .stats import (
+    FORMAT_VERSION,
+    PER_SOURCE,
+    Array,
+    LayerStats,
+    SourceStats,
+    Stats,
+    together,
+)
 
 
 def measure(
@@ -148,7 +156,11 @@ class _Measure:
                 hidden, sums = self._forward(model, layer, hidden, go_on)
                 found = replace(found, **_joined(sums))
                 for at, name in enumerate(names):
-                    own = {key: np.asarray(sums[key][at]) for key in sums}
+                    own = {
+                        key: np.asarray(value_Q[at])
+                        for key, value_Q in sums.items()
+                        if key in PER_SOURCE
+                    }
                     stats.sources[name].layers[layer.index] = LayerStats(**own)
                 # MTP states have fewer tokens, so they do not compare with the others.
                 if whole and not layer.mtp:
@@ -223,19 +235,29 @@ class _Measure:
                 sources,
             )
         # Only routing is asked of the last layer: its experts need not run.
-        if not go_on and not self.fields & (routed.CONTRIBUTIONS | routed.COSINES):
+        run = routed.CONTRIBUTIONS | routed.COSINES | routed.OUTPUT_SUMS
+        if not go_on and not self.fields & run:
             return hidden, sums
-        contributions = routed.Contributions(layer.num_experts, sources)
+        seen: list[routed.Contributions | routed.OutputSums] = []
+        if self.fields & routed.CONTRIBUTIONS:
+            seen.append(routed.Contributions(layer.num_experts, sources))
+        if self.fields & routed.OUTPUT_SUMS:
+            seen.append(routed.OutputSums(layer.num_experts, x_ND.shape[1]))
+
+        def see(expert: int, served: Served) -> None:
+            for one in seen:
+                one(expert, served)
+
         out_ND = run_experts(
             x_ND,
             routing,
             layer,
             lambda expert: read_expert(self.checkpoint, layer, expert),
             model.act,
-            contributions if self.fields & routed.CONTRIBUTIONS else None,
+            see if seen else None,
         )
-        if self.fields & routed.CONTRIBUTIONS:
-            sums |= contributions.sums
+        for one in seen:
+            sums |= one.sums
         # After contributions, which are of routed experts alone; before the cosines, as
         # MoE(x) in Eq. 8 and 9 is the whole sublayer.
         model.add_shared(layer.index, x_ND, out_ND)

@@ -14,6 +14,7 @@ from ..checkpoint.open import Checkpoint
 from ..checkpoint.reader import read_expert
 from ..errors import CalibrationError, CheckpointError
 from ..progress import Progress, Report, ignore
+from .constants import add_constants
 from .data import Ids, TokenReader
 from .expert_forward import run_experts
 from .forward import NO_TARGET, StreamingModel
@@ -141,13 +142,16 @@ def routed(model: StreamingModel, index: int, x_ND: torch.Tensor) -> torch.Tenso
     """What a layer's routed experts make of ``x_ND`` [N, D], shared ones left out."""
     checkpoint = model.checkpoint
     layer = checkpoint.layers[index]
-    return run_experts(
+    routing = model.route(layer, x_ND)
+    out_ND = run_experts(
         x_ND,
-        model.route(layer, x_ND),
+        routing,
         layer,
         lambda expert: read_expert(checkpoint, layer, expert),
         model.act,
     )
+    add_constants(checkpoint, layer, routing, out_ND)
+    return out_ND
 
 
 def leave(

@@ -38,7 +38,8 @@ CONTRIBUTIONS = frozenset(
 COSINES = frozenset({"moe_cosine_sum", "moe_only_cosine_sum"})
 BLOCKS = frozenset({"block_cosine_HH", "block_tokens"})
 OUTPUTS = frozenset({"output_sqdist_EE", "output_sqnorm_E", "contribution_gram_EE"})
-FIELDS = SCORES | CONTRIBUTIONS | COSINES | BLOCKS | OUTPUTS
+OUTPUT_SUMS = frozenset({"output_sum_ED"})
+FIELDS = SCORES | CONTRIBUTIONS | COSINES | BLOCKS | OUTPUTS | OUTPUT_SUMS
 """What this file measures on request; counts are always taken."""
 
 # Tokens processed at once; every sum over them is exact enough in fp32.
@@ -149,6 +150,27 @@ class Contributions:
         most_QE = self.sums["activation_max_E"]
         most_Q = sources.largest(served.down_nD.abs().amax(1), at_n)
         most_QE[:, expert] = np.maximum(most_QE[:, expert], most_Q)
+
+
+class OutputSums:
+    """Sums of what experts gave for their own tokens; a visitor of ``run_experts``.
+
+    Of all sources together: an [E, D] of each would not fit beside the others.
+    """
+
+    def __init__(self, experts: int, hidden: int) -> None:
+        """All sums start at zero."""
+        self._sum_ED: Array = np.zeros((experts, hidden))
+
+    def __call__(self, expert: int, served: Served) -> None:
+        """Take in one expert's outputs for some of its tokens."""
+        sum_D = served.down_nD.sum(0, dtype=torch.float64)
+        self._sum_ED[expert] += sum_D.cpu().numpy()
+
+    @property
+    def sums(self) -> Sums:
+        """As if there were one source."""
+        return {"output_sum_ED": self._sum_ED[None]}
 
 
 def cosines(

@@ -76,6 +76,8 @@ class LayerStats:
     """Sum over sampled tokens of ||E_i(x) - E_j(x)||^2, whoever was chosen."""
     output_sqnorm_E: Array | None = None
     """Sum over the same tokens of ||E_i(x)||^2."""
+    output_sum_ED: Array | None = None
+    """Sum over the expert's own tokens of E_i(x), of all sources together; D hidden."""
     moe_cosine_sum: Array | None = None
     """Sum over tokens of cos(x', x' + MoE(Norm(x'))), shape [] (Eq. 9)."""
     moe_only_cosine_sum: Array | None = None
@@ -103,6 +105,7 @@ SUMS = (
 # Of parts of the text the larger one stays.
 MAXIMA = ("activation_max_E",)
 PER_SOURCE = frozenset({*SUMS, *MAXIMA})
+ADDED = PER_SOURCE | {"output_sum_ED"}
 """What is kept for each source of text; the layer's own is put together from it."""
 QUANTITIES = frozenset(item.name for item in fields(LayerStats))
 MODEL_ARRAYS = ("block_cosine_HH", "block_tokens")
@@ -200,7 +203,7 @@ def _add_layers(one: LayerStats, two: LayerStats) -> LayerStats:
     merged: dict[str, Array | None] = {}
     for item in fields(LayerStats):
         a, b = getattr(one, item.name), getattr(two, item.name)
-        if item.name in PER_SOURCE:
+        if item.name in ADDED:
             known = [part for part in (a, b) if part is not None]
             merged[item.name] = together(item.name, known) if known else None
         else:

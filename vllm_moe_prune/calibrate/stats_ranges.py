@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 MAX_EXPERTS = 1 << 13
+MAX_HIDDEN = 1 << 17
 COUNT = float(1 << 53)
 """Up to here float64 has every whole number."""
 LARGE = 1e100
@@ -54,6 +55,7 @@ RANGES = {
     "contribution_gram_EE": ANY,
     "output_sqdist_EE": DISTANCES,
     "output_sqnorm_E": Range(),
+    "output_sum_ED": ANY,
     "moe_cosine_sum": ANY,
     "moe_only_cosine_sum": ANY,
     "owl_outliers_E": COUNTS,
@@ -98,7 +100,7 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
                 "experts"
             )
         # Bounds an [E, E] array before it is read.
-        if max(shape, default=0) > MAX_EXPERTS:
+        if max(shape, default=0) > (MAX_HIDDEN if "D" in axes else MAX_EXPERTS):
             raise ValueError(f"{where}: {name} has shape {list(shape)}")
 
 

@@ -29,7 +29,9 @@ from .index import TensorInfo
 from .layer import LayerReader
 from .open import Checkpoint, Origin, names_scale
 from .quantized_tensors import FLOATS, PartedTensor, fold_quantized, read_form
-from .remap import load_remap
+from .remap import ExpertRemap, load_remap
+from .substitution import Substitution, compact_view
+from .uneven import made_table, uneven_view
 
 # transformers' names for what single layers see instead of the global values; layers
 # that predict further tokens are counted from 0 again.
@@ -64,6 +66,8 @@ def build_checkpoint(
     files = file_states(folder, {where, *(info.file for info in tensors.values())})
     # First, as it puts back the quantization_config that FP8 weights had.
     config, tensors, storage = dense_view(config, tensors, arch, str(where))
+    config, tensors, substitution = compact_view(config, tensors, arch, where)
+    config, uneven = uneven_view(config, arch, where)
     form = read_form(config, str(where)) or read_auto_form(config, str(where))
     parts: dict[str, TensorInfo] = {}
     if form is not None:
@@ -99,6 +103,25 @@ def build_checkpoint(
         check_scales(tensors, blocks)
     layout = find_layout(arch, tensors, total, folder)
     rule = router_rule(arch, config, where)
+    # A layer that predicts further tokens always has experts.
+    dense = [
+        index < count and not _has_moe(arch, view, index, where)
+        for index, view in enumerate(views)
+    ]
+    foreign = remap is None and (substitution is not None or uneven is not None)
+    if foreign:
+        remap = made_table(
+            arch,
+            [not one for one in dense],
+            [positive(one, arch.config.experts, where, least=0) for one in views],
+            count,
+            name=origin.name,
+            groups=rule.groups,
+            substitution=substitution,
+            uneven=uneven,
+        )
+    elif substitution is not None and remap is not None:
+        _check_substitution(substitution, remap, folder)
     scales = frozenset(
         name for name in tensors if names_scale(name, tensors, blocks is not None)
     )
@@ -117,8 +140,7 @@ def build_checkpoint(
         reader.build(
             index,
             view,
-            # A layer that predicts further tokens always has experts.
-            dense=index < count and not _has_moe(arch, view, index, where),
+            dense=dense[index],
             mtp=index >= count,
         )
         for index, view in enumerate(views)
@@ -147,9 +169,24 @@ def build_checkpoint(
         parts=parts,
         experts=experts,
         files=files,
+        substitution=substitution,
+        foreign=foreign,
     )
     check_claims(found)
     return found
+
+
+def _check_substitution(
+    substitution: Substitution, remap: ExpertRemap, folder: Path
+) -> None:
+    """The ids in tensor names must be those that the remap table lists."""
+    for index, one in substitution.layers.items():
+        listed = remap.layers[index].kept if index < len(remap.layers) else ()
+        if listed != one.kept:
+            raise RemapError(
+                f"{folder}: layer {index}: config.json keeps experts "
+                f"{list(one.kept)[:8]}, the remap table {list(listed)[:8]}."
+            )
 
 
 def _without_parts(

@@ -17,6 +17,7 @@ from .index import TensorInfo
 from .layer import Layer
 from .quantized_tensors import PartedTensor
 from .remap import ExpertRemap
+from .substitution import Substitution
 
 __all__ = ["Checkpoint", "Layer", "Origin"]
 
@@ -59,6 +60,11 @@ class Checkpoint:
     """Which tensors are of which expert."""
     trust_code: bool = False
     """Whether its own code may tokenize, where no file says how."""
+    substitution: Substitution | None = None
+    """Where removed experts have vectors in their place; ``config`` and ``tensors`` are
+    those of the compact form then."""
+    foreign: bool = False
+    """Whether another tool cut it; ``remap`` says what is known of that."""
     files: tuple[FileState, ...] = ()
     """Its files with sizes and times, as they were when it was opened."""
 

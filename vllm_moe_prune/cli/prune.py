@@ -147,6 +147,10 @@ def cut(
     trust_remote_code: TrustCode = False,
     allow_links: AllowLinks = False,
     calibration: Text = None,
+    stats: Annotated[
+        Path | None,
+        flag("Statistics behind the plan; needed where it puts means in their place."),
+    ] = None,
     device: Device = "auto",
     storage: Annotated[
         str | None,
@@ -167,6 +171,7 @@ def cut(
     Example: `vllm-moe-prune cut CKPT --plan plan.json -o OUT`
     """
     from .. import pipeline
+    from ..calibrate.stats import load_stats
     from ..checkpoint.source import open_checkpoint
     from ..decide.cut_plan import load_plan
     from ..recipes.calibration import parse_texts
@@ -193,7 +198,13 @@ def cut(
             storage=stored,
         )
         result = pipeline.cut(
-            checkpoint, decided, output, options, text=text, where=str(plan)
+            checkpoint,
+            decided,
+            output,
+            options,
+            text=text,
+            where=str(plan),
+            stats=load_stats(stats) if stats is not None else None,
         )
     show_cut(checkpoint, decided, result, time.monotonic() - started, as_json)
     note_dense_zeros(decided, stored)
@@ -205,7 +216,14 @@ def convert(
     storage: Annotated[
         str,
         flag("bitmask (zeros are not stored) or dense.", "--storage", "--layout"),
-    ],
+    ] = "dense",
+    spelling: Annotated[
+        str,
+        flag(
+            "Layers that differ: moe-prune (for the plugin) or stock-vllm (for vLLM "
+            "from 0.33 on without it)."
+        ),
+    ] = "moe-prune",
     revision: Revision = None,
     allow_links: AllowLinks = False,
     shard_size: ShardSize = "5GB",
@@ -213,9 +231,13 @@ def convert(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Store expert weights as bitmask (zeros are not stored) or dense, bit for bit.
+    """Store a checkpoint otherwise, the same weights; reads what other tools cut.
 
     Example: `vllm-moe-prune convert DENSE OUT --storage bitmask`
+
+    Uneven checkpoints of other tools (lists of counts, `per_layer_num_experts`,
+    `block_configs`, `approximate_experts`, ...) are written as this tool's, for the
+    plugin to serve.
     """
     from .. import pipeline
     from ..checkpoint.source import open_checkpoint
@@ -224,6 +246,7 @@ def convert(
     from .output.show import show_converted
 
     stored = pipeline.parse_storage_name(storage)
+    spelled = pipeline.parse_spelling_name(spelling)
     max_shard_bytes = parse_size(shard_size)
     checkpoint = open_checkpoint(source, revision, allow_links=allow_links)
     with resumable(RESUME), watching(as_json) as report:
@@ -234,6 +257,7 @@ def convert(
             max_shard_bytes=max_shard_bytes,
             report=report,
             storage=stored,
+            spelling=spelled,
         )
         result = pipeline.convert(checkpoint, output, options)
     show_converted(result, as_json)

@@ -87,6 +87,12 @@ def model_card(
 def _serving(checkpoint: Checkpoint, plan: CutPlan, architecture: str) -> str:
     """What a server needs to load the output."""
     if architecture == checkpoint.arch.pruned_architecture:
+        if plan.spelling == "stock-vllm":
+            return (
+                "Its layers differ. Removed experts have vectors in their place "
+                "(`approximate_experts`), by which vLLM from 0.33 on serves it without "
+                "the plugin: no expert or data parallelism, no quantization of experts."
+            )
         return (
             "Its layers differ, so vLLM needs the plugin (`pip install "
             "vllm-moe-prune`), which it picks up by itself. Without the plugin loading "

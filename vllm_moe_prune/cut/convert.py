@@ -1,4 +1,4 @@
-"""Changing how expert weights are stored: dense or compressed, both ways, bit for bit.
+"""Changing how a checkpoint is stored or spelled; weights stay bit for bit.
 
 A first pass counts non-zeros, so that every shard is planned to the byte before it is
 written; the second one writes. Memory holds one expert matrix, also where all experts
@@ -7,8 +7,9 @@ of a layer are packed into one tensor.
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,15 @@ from .. import __version__
 from ..checkpoint.compressed import compressed_config
 from ..checkpoint.index import ITEM_BYTES, TensorInfo, read_bytes
 from ..checkpoint.open import Checkpoint, Layer
+from ..checkpoint.quantized_tensors import PartedTensor
 from ..checkpoint.reader import read_row, read_tensor
+from ..checkpoint.remap import (
+    CONFIG_BLOCK,
+    FILE_NAME,
+    FORMAT_VERSION,
+    ExpertRemap,
+    dump_remap,
+)
 from ..checkpoint.tensor_hashes import write_hashes
 from ..checkpoint.writer import (
     CHUNK_BYTES,
@@ -34,17 +43,29 @@ from ..errors import CheckpointError, RecipeError
 from ..files.atomic import write_file, writing
 from ..kernels.bitmask import INTEGERS, fits, pack
 from ..progress import Progress, Report, gib, ignore
+from ..recipes.schema import Spelling as SpellingName
 from ..recipes.schema import parse_pattern
 from .card import source_card
 from .card_places import BYTES, fill
 from .copy import tensor_view
 from .output import companions_sha256, copy_companions, copy_records
-from .predict import StoredPart, bitmask_parts
-from .slice import names_in_order
+from .predict import bitmask_parts
+from .slice import StoredPart, names_in_order
+from .spell import (
+    Means,
+    Spelling,
+    constant,
+    constant_parts,
+    spelled_config,
+    spelled_part,
+    spelled_rows,
+    spelling_of,
+)
 from .transaction import is_complete, output_transaction
 
 StorageName = Literal["dense", "bitmask"]
 STORAGES: tuple[StorageName, ...] = ("dense", "bitmask")
+SPELLINGS: tuple[SpellingName, ...] = ("moe-prune", "stock-vllm")
 NOTE = """
 ## Stored compressed
 
@@ -52,6 +73,28 @@ This copy stores its expert weights without their zeros. vLLM needs the plugin
 (`pip install vllm-moe-prune`) to read it, whatever is said above about the plain
 weights, which `vllm-moe-prune convert <this folder> OUT --storage dense` gives back.
 """
+
+
+SPELLED_NOTE = """
+## Spelled for stock vLLM
+
+In this copy removed experts have vectors in their place (`approximate_experts`), which
+vLLM from 0.33 on serves without the plugin, whatever is said above. It refuses expert
+and data parallelism, LoRA on experts and quantization of experts for it.
+"""
+NOTES = (NOTE, SPELLED_NOTE)
+
+
+def parse_spelling_name(name: str) -> SpellingName:
+    """The spelling a user named.
+
+    Raises:
+        RecipeError: There is no such spelling.
+    """
+    for spelling in SPELLINGS:
+        if name == spelling:
+            return spelling
+    raise RecipeError(f"spelling {name!r} is not one of: {', '.join(SPELLINGS)}.")
 
 
 def parse_storage_name(name: str) -> StorageName:
@@ -75,6 +118,8 @@ class Stored:
     parts: tuple[StoredPart, ...]
     group: tuple[int, int] | None = None
     """(n, m) where it is compressed at a fixed rate."""
+    make: Callable[[], torch.Tensor] | None = None
+    """Gives what is written where that is not what is read."""
 
     @property
     def compressed(self) -> bool:
@@ -100,18 +145,22 @@ def convert(
     checkpoint: Checkpoint,
     out: Path,
     storage: StorageName,
+    spelling: SpellingName = "moe-prune",
     *,
+    means: Means | None = None,
     resume: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     report: Report = ignore,
 ) -> Converted:
-    """Write ``checkpoint`` to ``out`` in another storage; everything else stays.
+    """Write ``checkpoint`` to ``out`` in another storage or spelling.
 
     Args:
         checkpoint: The input, in either storage.
         out: The output folder, which appears when everything is in it.
         storage: How expert weights are stored there.
+        spelling: For whom layers that differ are written there.
+        means: What stands for removed experts in stock vLLM; None: zeros.
         resume: Continue an interrupted conversion.
         overwrite: Replace an existing output once the new one is complete.
         max_shard_bytes: Size limit of one output file.
@@ -121,19 +170,24 @@ def convert(
         CheckpointError: Experts are quantized, or damaged.
         OutputError: See ``output_transaction``.
     """
-    if checkpoint.form is not None:
-        raise CheckpointError(
-            f"{checkpoint.folder}: its weights are quantized; only those that are not "
-            "can be stored without their zeros."
-        )
+    _check(checkpoint, storage, spelling)
+    spelled = spelling_of(checkpoint) if spelling == "stock-vllm" else None
+    # First: it refuses, and planning may take long.
+    config = None
+    if spelled is not None:
+        config = spelled_config(checkpoint, spelled, means=means is not None)
     plan, dense_layers = _plan(checkpoint, storage, report)
+    if spelled is not None:
+        plan = _spelled(checkpoint, spelled, plan, means)
     shards = plan_shards(
         [part for item in plan for part in item.parts], max_shard_bytes
     )
     stored = sum(sum(shard.sizes.values()) for shard in shards)
-    config = _config(checkpoint, storage, dense_layers)
+    if config is None:
+        config = _config(checkpoint, storage, dense_layers)
     # All that determines the output's bytes; a resumed run must have the same key.
-    said = (__version__, checkpoint.fingerprint, companions_sha256(checkpoint), storage)
+    form = storage if spelled is None else f"{spelling} {_hash(means)}"
+    said = (__version__, checkpoint.fingerprint, companions_sha256(checkpoint), form)
     digest = hashlib.sha256(repr(said).encode())
     for shard in shards:
         digest.update(shard.header)
@@ -158,7 +212,12 @@ def convert(
                 write_hashes(folder, writer)
                 copy_companions(checkpoint, folder)
                 copy_records(checkpoint, folder)
-                _write_card(checkpoint, folder, storage, stored)
+                if checkpoint.foreign and checkpoint.remap is not None:
+                    write_file(folder / FILE_NAME, dump_remap(checkpoint.remap))
+                note = NOTE if storage == "bitmask" else ""
+                if spelled is not None and spelled.layers:
+                    note = SPELLED_NOTE
+                _write_card(checkpoint, folder, note, stored)
                 text = json.dumps(config, indent=2) + "\n"
                 write_file(folder / "config.json", text.encode())
     return Converted(
@@ -169,6 +228,61 @@ def convert(
         file_bytes=sum(shard.file_bytes for shard in shards),
         dense_layers=dense_layers,
     )
+
+
+def _check(checkpoint: Checkpoint, storage: str, spelling: str) -> None:
+    where = checkpoint.folder
+    if checkpoint.form is not None and (storage != "dense" or not checkpoint.foreign):
+        raise CheckpointError(
+            f"{where}: its weights are quantized; only those that are not "
+            "can be stored without their zeros."
+        )
+    if storage != "dense" and spelling != "moe-prune":
+        raise CheckpointError(
+            f"{where}: stock vLLM reads experts that are stored dense. Leave out "
+            "--storage, or --spelling."
+        )
+    if checkpoint.substitution is None:
+        return
+    if spelling != "moe-prune":
+        raise CheckpointError(f"{where}: is spelled for stock vLLM already.")
+    for layer in checkpoint.substitution.constants.values():
+        for info in layer.values():
+            if bool(read_tensor(info).any()):
+                raise CheckpointError(
+                    f"{where}: {info.name!r} is not zero, and the plugin has no "
+                    "constants. vLLM from 0.33 on serves this checkpoint as it is."
+                )
+
+
+def _hash(means: Means | None) -> str:
+    digest = hashlib.sha256()
+    for layer, found in sorted((means or {}).items()):
+        for expert, value_D in sorted(found.items()):
+            digest.update(f"{layer} {expert}".encode() + value_D.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _spelled(
+    checkpoint: Checkpoint, spelling: Spelling, plan: list[Stored], means: Means | None
+) -> list[Stored]:
+    """The same tensors under stock vLLM's names, and those it wants besides."""
+    found, rules = [], checkpoint.layout.router_parts
+    for item in plan:
+        part = spelled_part(spelling, item.info, item.layer, rules)
+        make = None
+        if part.shape != item.info.shape and item.layer is not None:
+            make = partial(
+                spelled_rows, checkpoint, item.info.name, item.layer, spelling
+            )
+        found.append(replace(item, parts=(part,), make=make))
+    for layer, one in sorted(spelling.layers.items()):
+        for part in constant_parts(checkpoint, layer, one):
+            info = plan[0].info
+            found.append(
+                Stored(info, layer, (part,), make=partial(constant, part, layer, means))
+            )
+    return found
 
 
 def _plan(
@@ -191,8 +305,14 @@ def _plan(
     plan = []
     for name in names_in_order(checkpoint):
         info = checkpoint.tensors[name]
-        plain = StoredPart(name, info.dtype, info.shape)
         layer_index = checkpoint.arch.layer_of(name)
+        if isinstance(info, PartedTensor):
+            base = name.rpartition(".")[0]
+            for suffix, one in info.parts.items():
+                stored_as = StoredPart(f"{base}.{suffix}", one.dtype, one.shape)
+                plan.append(Stored(one, layer_index, (stored_as,)))
+            continue
+        plain = StoredPart(name, info.dtype, info.shape)
         plan.append(compressed.get(name) or Stored(info, layer_index, (plain,)))
     return plan, tuple(dense_layers)
 
@@ -241,6 +361,9 @@ def _write(item: Stored, writer: ShardWriter) -> None:
     if not any(writer.needs(part.name) for part in item.parts):
         return
     info = item.info
+    if item.make is not None:
+        writer.write(item.parts[0].name, tensor_view(item.make()))
+        return
     if not item.compressed:
         # Whole rows, since a compressed input unpacks whole rows.
         step = max(
@@ -248,7 +371,8 @@ def _write(item: Stored, writer: ShardWriter) -> None:
         )
         for start in range(0, info.nbytes, max(step, ITEM_BYTES[info.dtype])):
             stop = min(start + step, info.nbytes) if step else info.nbytes
-            writer.write(info.name, memoryview(read_bytes(info, start, stop)), start)
+            name = item.parts[0].name
+            writer.write(name, memoryview(read_bytes(info, start, stop)), start)
         return
     at = [0] * len(item.parts)
     before = 0
@@ -270,6 +394,8 @@ def _write(item: Stored, writer: ShardWriter) -> None:
 def _config(
     checkpoint: Checkpoint, storage: StorageName, dense_layers: tuple[int, ...]
 ) -> dict[str, Any]:
+    if checkpoint.foreign and checkpoint.remap is not None:
+        return _with_block(checkpoint, checkpoint.remap)
     if storage == "dense":
         return checkpoint.config
     # A pruned checkpoint gets the class that verifies it before it loads a weight.
@@ -279,15 +405,27 @@ def _config(
     )
 
 
+def _with_block(checkpoint: Checkpoint, remap: ExpertRemap) -> dict[str, Any]:
+    """config.json of what another tool cut, with the table that was made for it."""
+    block = {
+        "format_version": FORMAT_VERSION,
+        "tool_version": __version__,
+        "remap": FILE_NAME,
+        "remap_sha256": hashlib.sha256(dump_remap(remap)).hexdigest(),
+    }
+    return {**checkpoint.config, CONFIG_BLOCK: block}
+
+
 def _write_card(
-    checkpoint: Checkpoint, folder: Path, storage: StorageName, stored_bytes: int
+    checkpoint: Checkpoint, folder: Path, note: str, stored_bytes: int
 ) -> None:
     text = source_card(checkpoint)
     if text is None:
         return
-    # The input may carry the note already; a dense output must not.
-    note = NOTE if storage == "bitmask" else ""
-    text = fill(text.removesuffix(NOTE) + note, BYTES, gib(stored_bytes))
+    # The input may carry a note already, which would say wrong things of the output.
+    for other in NOTES:
+        text = text.removesuffix(other)
+    text = fill(text + note, BYTES, gib(stored_bytes))
     write_file(folder / "README.md", text.encode())
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from ..checkpoint.compressed import DENSE, DTYPES
 from ..checkpoint.open import Checkpoint, Layer
@@ -17,7 +16,8 @@ from ..decide.facts import LayerFacts, ModelFacts, count_plan
 from ..recipes.schema import parse_pattern
 from ..slim.quota import zeros_in_matrix
 from .matrices import channel_block, dense_matrices, expert_names
-from .slice import OutputTensor, output_tensors
+from .slice import OutputTensor, StoredPart, output_tensors
+from .spell import planned_parts
 from .validate_plan import fixed_form
 
 
@@ -117,21 +117,14 @@ def with_prediction(
     return plan.model_copy(update={"predicted": predicted})
 
 
-@dataclass(frozen=True)
-class StoredPart:
-    """A tensor of the output as it is stored."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
 def stored_tensors(checkpoint: Checkpoint, plan: CutPlan) -> list[TensorSpec]:
     """Every tensor of the output as ``storage`` of the plan's recipe stores it.
 
     Values of a bitmask are counted by the zeros that the plan writes.
     """
     tensors = output_tensors(checkpoint, plan)
+    if plan.spelling == "stock-vllm":
+        return planned_parts(checkpoint, plan, tensors)
     smaller = bitmasks(checkpoint, plan, tensors)
     found: list[TensorSpec] = []
     for tensor in tensors:

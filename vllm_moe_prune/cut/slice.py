@@ -32,6 +32,15 @@ class Piece:
     """Its weight in the mean of its group; None in a plain mean."""
 
 
+@dataclass(frozen=True)
+class StoredPart:
+    """A tensor of the output as it is stored."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
 Group = tuple[Piece, ...]
 
 

@@ -58,6 +58,8 @@ def make_plan(
         model=facts.model,
         recipe=recipe,
         routing=plan_routing(recipe),
+        spelling=recipe.spelling,
+        constants="means" if recipe.routing == "mean" else "zeros",
         slim=recipe.slim.method,
         pattern=recipe.slim.pattern,
         slim_parts=recipe.slim.scope,

@@ -25,6 +25,7 @@ from ..recipes.schema import (
     QuantizeStage,
     Recipe,
     SlimMethod,
+    Spelling,
     Strict,
     first_problem,
     parse_pattern,
@@ -157,6 +158,11 @@ class CutPlan(Strict):
     model: ModelId
     recipe: Recipe
     routing: Literal["drop", "redirect"] = "drop"
+    spelling: Spelling = "moe-prune"
+    """For whom layers that differ are written: ``stock-vllm`` writes them as expert
+    substitution, so that routing drop keeps rows that are never chosen."""
+    constants: Literal["zeros", "means"] = "zeros"
+    """What unserved experts give there: nothing, or the mean of their outputs."""
     slim: SlimMethod = "none"
     pattern: str = "unstructured"
     """Or ``n:m``: zeros are counted in groups of m neighbors of a row, by each layer's

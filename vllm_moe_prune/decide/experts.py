@@ -283,7 +283,7 @@ def _dropped_plan(
         experts=shape.num_experts,
         keep=keep,
         clusters=tuple((expert,) for expert in keep),
-        # preserve: rows of removed experts stay, and what they are chosen for is lost.
+        # preserve, mean: rows of removed experts stay, and lead to none that is kept.
         unserved=removed,
     )
 

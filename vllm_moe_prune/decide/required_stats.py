@@ -27,6 +27,8 @@ def needed_statistics(recipe: Recipe) -> frozenset[str]:
             fields |= {"sensitivity_P2", "zeros"}
         if recipe.experts.protect == "super":
             fields.add("activation_max_E")
+    if recipe.routing == "mean":
+        fields |= {"output_sum_ED", "routed_E"}
     if recipe.layers.moe_count or recipe.layers.moe_share:
         norm = recipe.layers.moe_norm
         fields |= {

@@ -21,8 +21,10 @@ WISHES = {
     "any": ("default",),
     "cpu": ("cpu50",),
     "gpu": ("gpu", "gpu-fp8", "gpu-int4"),
+    "stock-vllm": ("stock-vllm", "stock-vllm-mean"),
 }
-"""What each wish means, the first that fits into the bytes given if any are."""
+"""What each wish means: the first that the family's routers allow and that fits into
+the bytes given, if any are."""
 
 RECIPE = Kind(
     name="recipe", max_bytes=256 * KIB, error=RecipeError, remedy="Mend that place."
@@ -79,6 +81,11 @@ def wished(
         raise RecipeError(f"--for {wish!r} is not one of: {', '.join(WISHES)}.")
     if search and recipe is None:
         recipe = "best"
+    if wish == "stock-vllm" and recipe is not None:
+        raise RecipeError(
+            "--for stock-vllm is a recipe of its own; leave out --recipe, and use "
+            "`run` or `plan`, which do not search."
+        )
     if recipe is None:
         return [load_recipe(name) for name in WISHES[wish or "any"]]
     if wish is None:

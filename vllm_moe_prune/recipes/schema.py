@@ -39,6 +39,7 @@ __all__ = [
     "Recipe",
     "SlimMethod",
     "SlimStage",
+    "Spelling",
     "Strict",
     "TuneStage",
     "first_problem",
@@ -46,6 +47,9 @@ __all__ = [
     "parse_recipe",
     "refuse",
 ]
+
+
+Spelling = Literal["moe-prune", "stock-vllm"]
 
 
 class LayerStage(Strict):
@@ -140,8 +144,12 @@ class Recipe(Strict):
     quantize: QuantizeStage = QuantizeStage()
     narrow: NarrowStage = NarrowStage()
     layers: LayerStage = LayerStage()
-    routing: Literal["drop", "redirect", "preserve"] = "drop"
-    """Router rows of removed experts: deleted, redirected, or preserved (a control)."""
+    routing: Literal["drop", "redirect", "preserve", "mean"] = "drop"
+    """Router rows of removed experts: deleted, redirected, or preserved, leading
+    nowhere or to the mean of the expert's outputs."""
+    spelling: Spelling = "moe-prune"
+    """How layers that differ are written: for the plugin, or for ``stock-vllm`` from
+    0.33 on, without it."""
     structured_share: Fraction | Literal["auto"] | None = None
     """Share of ``total_sparsity`` taken by whole experts; replaces ``experts.drop``.
     ``auto`` chooses it by the measured costs of experts and zeros."""
@@ -176,10 +184,16 @@ class Recipe(Strict):
             and "give structured_share or experts.drop or experts.keep, not two",
             (self.routing == "redirect" and experts.method == "score")
             and "routing: redirect needs the clusters of method: stun",
-            (self.routing == "preserve" and experts.method == "stun")
-            and "routing: preserve needs experts.method: score",
-            (self.routing == "preserve" and experts.min_experts == 0)
-            and "routing: preserve needs at least one expert per layer",
+            (self.keeps_rows and experts.method == "stun")
+            and f"routing: {self.routing} needs experts.method: score",
+            (self.keeps_rows and experts.min_experts == 0)
+            and f"routing: {self.routing} needs at least one expert per layer",
+            (self.routing == "mean" and self.spelling != "stock-vllm")
+            and "routing: mean needs spelling: stock-vllm",
+            (self.routing == "mean" and experts.refit != "none")
+            and "routing: mean and experts.refit both make up for removed experts; "
+            "leave one out",
+            *self._problems_of_spelling(),
             (self.quantize.method != "none" and self.asks_zeros)
             and "quantize and zeros do not go together; set slim.method: none",
             (self.quantize.method != "none" and self.storage != "dense")
@@ -199,6 +213,28 @@ class Recipe(Strict):
             and "order: unstructured-first needs slim.allocation: uniform",
         )
         return self
+
+    def _problems_of_spelling(self) -> list[str | Literal[False]]:
+        """What expert substitution in vLLM has no way to say."""
+        if self.spelling != "stock-vllm":
+            return []
+        layers, at = self.layers, "spelling: stock-vllm"
+        drops = bool(layers.drop_moe or layers.moe_count or layers.moe_share)
+        return [
+            (self.routing == "redirect") and f"{at} has no redirects",
+            (self.experts.min_experts == 0) and f"{at} needs an expert in each layer",
+            drops and f"{at} cannot drop MoE sublayers, only blocks",
+            (self.quantize.method != "none") and f"{at} cannot quantize experts",
+            (self.storage != "dense") and f"{at} needs storage: dense",
+            self.narrow.is_asked and f"{at} cannot narrow experts",
+            (self.tune is not None) and f"{at}: tune searches plans for the plugin",
+            (self.order != "structured-first") and f"{at} is one cut; leave out order",
+        ]
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether router rows of removed experts stay and nobody serves them."""
+        return self.routing in ("preserve", "mean")
 
     @property
     def size_asked(self) -> bool:

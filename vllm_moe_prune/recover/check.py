@@ -17,6 +17,11 @@ def check_recovery(
         RemapError: The original is not what the checkpoint was cut from.
         CheckpointError: The weights are stored in a way that training cannot change.
     """
+    if checkpoint.substitution is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder}: vectors stand for its removed experts. Recover the "
+            "form without them: `vllm-moe-prune convert` writes it."
+        )
     if training.objective != "text":
         _check_original(checkpoint, original)
     elif original is not None:

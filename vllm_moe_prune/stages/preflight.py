@@ -16,6 +16,7 @@ from ..cut.config import pruned_config
 from ..cut.convert import StorageName
 from ..cut.output import companions
 from ..cut.predict import model_facts
+from ..cut.spell import check_form, check_spelling
 from ..cut.transaction import check_output
 from ..cut.validate_plan import check_stored, fixed_form
 from ..decide import build_plan
@@ -23,7 +24,7 @@ from ..decide.check_plan import check_plan
 from ..decide.cut_plan import CutPlan
 from ..errors import PlanError, RecipeError
 from ..progress import Report, ignore
-from ..recipes.schema import Recipe
+from ..recipes.schema import Recipe, Spelling
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class RunOptions:
     report: Report = ignore
     storage: StorageName | None = None
     """How the output stores expert weights; None: as recipe or plan say."""
+    spelling: Spelling = "moe-prune"
+    """For whom ``convert`` writes layers that differ; a cut goes by its plan."""
 
 
 def validate_input(checkpoint: Checkpoint, device: str) -> None:
@@ -89,6 +92,13 @@ def validate_plan(
             f"{where}: quantizes experts, which --storage {stored} cannot "
             "store. Leave --storage out."
         )
+    if plan.spelling == "stock-vllm":
+        check_spelling(checkpoint, plan)
+        if stored != "dense":
+            raise PlanError(
+                f"{where}: is for stock vLLM, which --storage {stored} is not. Leave "
+                "--storage out."
+            )
     # What config.json cannot say of the output is refused before anything runs.
     pruned_config(checkpoint, plan, build_remap(checkpoint, plan))
 
@@ -126,4 +136,6 @@ def check_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
     check_stored(
         checkpoint, zeros=recipe.asks_zeros, quantizes=quantizes, narrows=narrows
     )
+    if recipe.spelling == "stock-vllm" and recipe.experts.budget != "per-layer":
+        check_form(checkpoint, masked=recipe.routing == "drop")
     build_plan.check_recipe(recipe, model_facts(checkpoint))

@@ -21,11 +21,18 @@ def first_that_fits(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> Recipe
         recipes: Those of a wish, in the order of preference; their ``max_bytes``
             agree.
     """
-    *earlier, last = recipes
+    *earlier, last = [one for one in recipes if _possible(checkpoint, one)]
     for recipe in earlier:
         if recipe.max_bytes is None or _fits(checkpoint, recipe, recipe.max_bytes):
             return recipe
     return last
+
+
+def _possible(checkpoint: Checkpoint, recipe: Recipe) -> bool:
+    """Whether the family's routers can keep rows that are never chosen, if asked."""
+    masks = recipe.spelling == "stock-vllm" and recipe.routing == "drop"
+    known = checkpoint.layout.rule("router_bias") is not None
+    return known or not masks or recipe.name != "stock-vllm"
 
 
 def _fits(checkpoint: Checkpoint, recipe: Recipe, max_bytes: int) -> bool:
