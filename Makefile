@@ -15,10 +15,10 @@ PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorde
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast fuzz faults lint docs wheels clean
+.PHONY: help install demo test fast fuzz faults lint substitution docs wheels clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 install: .venv/installed ## Make .venv with the project, vLLM and all tools
 
@@ -47,6 +47,12 @@ lint: install ## Formatting, lint, types, spelling
 	$(PY) -m ruff check
 	$(PY) -m mypy
 	$(PY) -m codespell_lib
+
+# Of the CUDA wheel only the Python files are kept: some hundred MB to fetch, no GPU needed.
+substitution: install ## Compare expert substitution with vLLM 0.33.0's own module
+	@scripts/vllm_sources 0.33.0 .venv/vllm-0.33.0
+	VLLM_SOURCES=.venv/vllm-0.33.0 $(PY) -m pytest -q tests/contract/test_vllm_substitution.py \
+	  tests/contract/test_vllm_symbols.py
 
 docs: install ## The documentation at http://127.0.0.1:8001
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve --strict --dev-addr 127.0.0.1:8001

@@ -70,6 +70,7 @@ class ToyLayer:
             ),
             output_sqdist_EE=(apart_TEED**2).sum((0, -1)),
             output_sqnorm_E=(self.outputs_TED**2).sum((0, -1)),
+            output_sum_ED=(self.outputs_TED * chosen_TE[:, :, None]).sum(0),
             moe_cosine_sum=np.array(
                 sum(map(cosine, self.x_TD, after_TD))  # the toy has no norm
             ),

@@ -223,13 +223,16 @@ def test_each_wish_is_a_shipped_recipe_that_saves_where_it_is_served() -> None:
         found = wished(None, wish)
         assert [one.name for one in found] == list(names)
         assert all(one.storage == "bitmask" for one in found if one.asks_zeros)
-        assert [one.name for one in wished("best", wish)] == [f"best-{wish}"]
+        if wish != "stock-vllm":
+            assert [one.name for one in wished("best", wish)] == [f"best-{wish}"]
     assert [one.name for one in wished(None, None, search=True)] == ["best"]
     assert [one.name for one in wished(None, "cpu", search=True)] == ["best-cpu"]
     with pytest.raises(RecipeError, match="leave out --recipe wanda50"):
         wished("wanda50", "cpu")
-    with pytest.raises(RecipeError, match="'tpu' is not one of: any, cpu, gpu"):
+    with pytest.raises(RecipeError, match="'tpu' is not one of: any, cpu, gpu, stock"):
         wished(None, "tpu")
+    with pytest.raises(RecipeError, match="which do not search"):
+        wished(None, "stock-vllm", search=True)
 
 
 @pytest.mark.parametrize("name", ALIASES)

@@ -37,6 +37,7 @@ GOOD = LayerStats(
     contribution_gram_EE=np.ones((E, E)),
     output_sqdist_EE=np.ones((E, E)) - np.eye(E),
     output_sqnorm_E=np.ones(E),
+    output_sum_ED=-np.ones((E, 5)),
     moe_cosine_sum=np.array(-9.5),
     moe_only_cosine_sum=np.array(9.5),
     owl_outliers_E=np.array([0.0, 2.0, 3.0]),

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 RECIPE = "Shipped recipe, or path of a YAML file; default: what --for chooses."
 WISH = (
     "What the output is for: any (every server, the default), cpu (zeros that are not "
-    "stored) or gpu (FP8 or 4 bits if --bytes asks for it)."
+    "stored), gpu (FP8 or 4 bits if --bytes asks for it) or stock-vllm (uneven layers "
+    "for vLLM from 0.33 on without the plugin)."
 )
 # What the schema says of these is not how the command line reads them.
 HELP = {

@@ -7,9 +7,8 @@ of a layer are packed into one tensor.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +20,7 @@ from ..checkpoint.index import ITEM_BYTES, TensorInfo, read_bytes
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.quantized_tensors import PartedTensor
 from ..checkpoint.reader import read_row, read_tensor
-from ..checkpoint.remap import (
-    CONFIG_BLOCK,
-    FILE_NAME,
-    FORMAT_VERSION,
-    ExpertRemap,
-    dump_remap,
-)
+from ..checkpoint.remap import FILE_NAME, dump_remap
 from ..checkpoint.tensor_hashes import write_hashes
 from ..checkpoint.writer import (
     CHUNK_BYTES,
@@ -51,16 +44,8 @@ from .copy import tensor_view
 from .output import companions_sha256, copy_companions, copy_records
 from .predict import bitmask_parts
 from .slice import StoredPart, names_in_order
-from .spell import (
-    Means,
-    Spelling,
-    constant,
-    constant_parts,
-    spelled_config,
-    spelled_part,
-    spelled_rows,
-    spelling_of,
-)
+from .spell import Means, spelled_config, spelling_of
+from .spelled import Stored, hash_of, in_spelling, with_block
 from .transaction import is_complete, output_transaction
 
 StorageName = Literal["dense", "bitmask"]
@@ -107,24 +92,6 @@ def parse_storage_name(name: str) -> StorageName:
         if name == storage:
             return storage
     raise RecipeError(f"storage {name!r} is not one of: {', '.join(STORAGES)}.")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """How one tensor of the dense form is written."""
-
-    info: TensorInfo
-    layer: int | None
-    parts: tuple[StoredPart, ...]
-    group: tuple[int, int] | None = None
-    """(n, m) where it is compressed at a fixed rate."""
-    make: Callable[[], torch.Tensor] | None = None
-    """Gives what is written where that is not what is read."""
-
-    @property
-    def compressed(self) -> bool:
-        """Whether it is written in parts."""
-        return len(self.parts) > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +145,7 @@ def convert(
         config = spelled_config(checkpoint, spelled, means=means is not None)
     plan, dense_layers = _plan(checkpoint, storage, report)
     if spelled is not None:
-        plan = _spelled(checkpoint, spelled, plan, means)
+        plan = in_spelling(checkpoint, spelled, plan, means)
     shards = plan_shards(
         [part for item in plan for part in item.parts], max_shard_bytes
     )
@@ -186,7 +153,7 @@ def convert(
     if config is None:
         config = _config(checkpoint, storage, dense_layers)
     # All that determines the output's bytes; a resumed run must have the same key.
-    form = storage if spelled is None else f"{spelling} {_hash(means)}"
+    form = storage if spelled is None else f"{spelling} {hash_of(means)}"
     said = (__version__, checkpoint.fingerprint, companions_sha256(checkpoint), form)
     digest = hashlib.sha256(repr(said).encode())
     for shard in shards:
@@ -253,36 +220,6 @@ def _check(checkpoint: Checkpoint, storage: str, spelling: str) -> None:
                     f"{where}: {info.name!r} is not zero, and the plugin has no "
                     "constants. vLLM from 0.33 on serves this checkpoint as it is."
                 )
-
-
-def _hash(means: Means | None) -> str:
-    digest = hashlib.sha256()
-    for layer, found in sorted((means or {}).items()):
-        for expert, value_D in sorted(found.items()):
-            digest.update(f"{layer} {expert}".encode() + value_D.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _spelled(
-    checkpoint: Checkpoint, spelling: Spelling, plan: list[Stored], means: Means | None
-) -> list[Stored]:
-    """The same tensors under stock vLLM's names, and those it wants besides."""
-    found, rules = [], checkpoint.layout.router_parts
-    for item in plan:
-        part = spelled_part(spelling, item.info, item.layer, rules)
-        make = None
-        if part.shape != item.info.shape and item.layer is not None:
-            make = partial(
-                spelled_rows, checkpoint, item.info.name, item.layer, spelling
-            )
-        found.append(replace(item, parts=(part,), make=make))
-    for layer, one in sorted(spelling.layers.items()):
-        for part in constant_parts(checkpoint, layer, one):
-            info = plan[0].info
-            found.append(
-                Stored(info, layer, (part,), make=partial(constant, part, layer, means))
-            )
-    return found
 
 
 def _plan(
@@ -395,7 +332,7 @@ def _config(
     checkpoint: Checkpoint, storage: StorageName, dense_layers: tuple[int, ...]
 ) -> dict[str, Any]:
     if checkpoint.foreign and checkpoint.remap is not None:
-        return _with_block(checkpoint, checkpoint.remap)
+        return with_block(checkpoint, checkpoint.remap)
     if storage == "dense":
         return checkpoint.config
     # A pruned checkpoint gets the class that verifies it before it loads a weight.
@@ -403,17 +340,6 @@ def _config(
     return compressed_config(
         checkpoint.config, arch, tool_version=__version__, dense_layers=dense_layers
     )
-
-
-def _with_block(checkpoint: Checkpoint, remap: ExpertRemap) -> dict[str, Any]:
-    """config.json of what another tool cut, with the table that was made for it."""
-    block = {
-        "format_version": FORMAT_VERSION,
-        "tool_version": __version__,
-        "remap": FILE_NAME,
-        "remap_sha256": hashlib.sha256(dump_remap(remap)).hexdigest(),
-    }
-    return {**checkpoint.config, CONFIG_BLOCK: block}
 
 
 def _write_card(

@@ -5,12 +5,16 @@ Axes: E experts, D hidden.
 
 import torch
 
-from ..calibrate.stats import Stats
+from ..calibrate.stats import Stats, load_stats
 from ..checkpoint.open import Checkpoint
+from ..checkpoint.reader import read_tensor
 from ..decide.cut_plan import CutPlan
-from ..errors import PlanError
+from ..errors import CheckpointError, PlanError
+from .build_remap import build_remap
+from .config import pruned_config
 from .layer_cut import layer_cuts
-from .spell import Means
+from .output import STATS_FILE
+from .spell import Means, is_stock
 
 AGAIN = "Measure with routing: mean, and give `cut` the file with --stats."
 
@@ -51,3 +55,38 @@ def means_of(
             for expert in sorted(set(range(one.experts)) - set(one.keep))
         }
     return found
+
+
+def check_constants(output: Checkpoint, source: Checkpoint, plan: CutPlan) -> None:
+    """Compare the vectors of an output with what its plan puts in place of experts.
+
+    Raises:
+        CheckpointError: One differs, or the output is spelled otherwise than planned.
+    """
+    config = pruned_config(source, plan, build_remap(source, plan))
+    spelled = plan.spelling == "stock-vllm" and not is_stock(source, config)
+    if spelled != (output.substitution is not None):
+        raise CheckpointError(
+            f"{output.folder}: is not spelled as plan.json says ({plan.spelling})."
+        )
+    if output.substitution is None:
+        return
+    kept = output.folder / STATS_FILE
+    means = None
+    if plan.constants == "means":
+        if not kept.is_file():
+            raise CheckpointError(
+                f"{kept}: missing, so the means in place of experts cannot be compared."
+            )
+        means = means_of(source, plan, load_stats(kept))
+    for layer, constants in output.substitution.constants.items():
+        for expert, info in constants.items():
+            found_D = read_tensor(info)
+            expected_D = torch.zeros_like(found_D)
+            if means is not None:
+                expected_D = means[layer][expert].to(found_D.dtype)
+            if not torch.equal(found_D, expected_D):
+                raise CheckpointError(
+                    f"{info.file}: {info.name} is not what plan.json puts in place of "
+                    f"expert {expert}."
+                )

@@ -29,6 +29,7 @@ from .channels import read_channels, take_channels
 from .config import pruned_config
 from .copy import group_mean
 from .finish import PROVENANCE
+from .means import check_constants
 from .output import RECOVERED
 from .slice import OutputTensor, output_tensors
 from .verify_files import check_companions
@@ -101,6 +102,7 @@ def verify(
     check_plan(plan, source.layers, source.fingerprint, str(folder / "plan.json"))
     _check_names(output, source, plan)
     check_companions(folder, source)
+    check_constants(output, source, plan)
     zeros, dense_zeros, done, at = 0, 0, 0, 0
     tensors = output_tensors(source, plan)
     kept = _KeptChannels(folder, source, plan)

@@ -16,6 +16,7 @@ from .quantize import resolved_form
 from .refit import layers_to_refit
 from .required_stats import needed_statistics
 from .share import chosen_share
+from .similarity import measured
 from .super_experts import found_in, protecting
 from .widths import narrow_widths, narrowed_facts, resolved_narrow, with_widths
 from .zeros import check_slimming, counted_size, plan_routing, slim_sparsities
@@ -44,6 +45,8 @@ def make_plan(
             f"the statistics are of {other}. "
             "Run `vllm-moe-prune measure` on this checkpoint."
         )
+    if recipe.routing == "mean":
+        _check_means(stats, facts)
     widths = narrow_widths(recipe, facts)
     quantize = _check_stages(recipe, narrowed_facts(facts, widths))
     complete = resolved(recipe, facts, stats)
@@ -76,6 +79,16 @@ def make_plan(
             for layer, sparsity, refit in zip(layers, sparsities, refits, strict=True)
         ),
     )
+
+
+def _check_means(stats: Stats | None, facts: ModelFacts) -> None:
+    """Every layer needs what its removed experts are to give."""
+    advice = "Run `vllm-moe-prune measure` with routing: mean."
+    for at, shape in enumerate(facts.layers):
+        if shape.has_moe and not shape.mtp:
+            layer = None if stats is None else stats.layers.get(at)
+            for name in ("output_sum_ED", "routed_E"):
+                measured(getattr(layer, name, None), name, advice, layer=at)
 
 
 def check_recipe(recipe: Recipe, facts: ModelFacts) -> None:

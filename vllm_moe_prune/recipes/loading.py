@@ -81,7 +81,7 @@ def wished(
         raise RecipeError(f"--for {wish!r} is not one of: {', '.join(WISHES)}.")
     if search and recipe is None:
         recipe = "best"
-    if wish == "stock-vllm" and recipe is not None:
+    if wish == "stock-vllm" and recipe == "best":
         raise RecipeError(
             "--for stock-vllm is a recipe of its own; leave out --recipe, and use "
             "`run` or `plan`, which do not search."

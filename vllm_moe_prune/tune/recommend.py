@@ -149,11 +149,17 @@ def plan_of_anyone(facts: ModelFacts, recipe: Recipe) -> CutPlan:
         "experts": experts,
         "slim": slim,
         "layers": _last_layers(facts, recipe.layers),
-        "routing": "drop" if recipe.routing == "redirect" else recipe.routing,
+        "routing": _sized_routing(recipe),
         "order": "structured-first",
     }
     asked = recipe.model_copy(update=same)
     return make_plan(None, asked, facts, tool_version=__version__)
+
+
+def _sized_routing(recipe: Recipe) -> str:
+    """A routing with the same sizes that needs no statistics."""
+    like = {"redirect": "drop", "mean": "preserve"}
+    return like.get(recipe.routing, recipe.routing)
 
 
 def sized_plan(checkpoint: Checkpoint, facts: ModelFacts, recipe: Recipe) -> CutPlan:
