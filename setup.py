@@ -67,7 +67,7 @@ def units(steps: Iterable[str]) -> list[tuple[str, list[str]]]:
     pairs = [(source, levels[name]) for name, source in PAIRS.items()]
     activations = [("activation.cpp", levels[name]) for name in ACTIVATIONS]
     common: list[tuple[str, list[str]]] = [
-        (name, []) for name in ("moe.cpp", "paths.cpp", "encode.cpp")
+        (name, []) for name in ("moe.cpp", "linear.cpp", "paths.cpp", "encode.cpp")
     ]
     macros = [f"-D{step}" for step in steps]
     if not macros:

@@ -70,6 +70,7 @@ def write_untrimmed(original: Path, quantized: Path, out: Path) -> Path:
     for name, tensor in found.items():
         place = name.split(".")
         if "layers" not in place:
+            tensors[name] = tensor
             continue
         at = place.index("layers") + 1
         entry = layers[int(place[at])]

@@ -15,6 +15,8 @@ from vllm_moe_prune.decide.cut_plan import CutPlan, load_plan
 from vllm_moe_prune.recipes.schema import Calibration, QuantizeStage
 
 INT4 = {"method": "rtn", "weights": "int4", "group_size": 32}
+ALL = ["experts", "attention", "shared", "mlp", "head"]
+"""Of ``scope``."""
 STAGES: dict[str, dict[str, Any]] = {
     "int4": INT4,
     "zero-points": INT4 | {"zero_point": True},
@@ -24,6 +26,8 @@ STAGES: dict[str, dict[str, Any]] = {
     "gptq": INT4 | {"method": "gptq", "zero_point": True},
     "gptq-ordered": INT4 | {"method": "gptq", "act_order": True},
     "awq": INT4 | {"method": "awq", "zero_point": True},
+    "all-int8": {"method": "rtn", "weights": "int8", "scope": ALL},
+    "all-gptq": INT4 | {"method": "gptq", "zero_point": True, "scope": ALL},
 }
 
 

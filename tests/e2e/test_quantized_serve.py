@@ -22,6 +22,7 @@ from tests.engine import TOKENS, VOCAB, assert_same, served, served_by_stock
 from tests.family_cases import ENGINE, UNEVEN, UNSORTED
 from tests.gptq_awq import make as make_layout
 from tests.quantized import add_outliers, write_dense, write_untrimmed
+from tests.quantizing import ALL
 from tests.reference import (
     DROP_BLOCK,
     DROP_MOE,
@@ -57,7 +58,7 @@ MIXTRAL: Cuts = {
 DEEPSEEK: Cuts = {1: DROP_MOE, 2: UNEVEN, 3: UNSORTED}
 AWQ = {"method": "awq", "group_size": 32, "zero_point": True}
 EXACT = {"moe_prune_activations": "exact"}
-GPTQ = {"method": "gptq", "group_size": 32, "act_order": True}
+GPTQ = {"method": "gptq", "group_size": 32, "act_order": True, "scope": ALL}
 
 
 def make_original(folder: Path, **options: Any) -> Path:
@@ -104,7 +105,9 @@ def test_the_plugin_serves_uneven_mixtral(tmp_path: Path) -> None:
 
 
 def test_the_plugin_serves_uneven_deepseek(tmp_path: Path) -> None:
-    original = make_original(tmp_path / "original", model_type="deepseek_v3")
+    original = make_original(
+        tmp_path / "original", model_type="deepseek_v3", q_lora_rank=64
+    )
     pruned = make_cut(original, tmp_path / "pruned", DEEPSEEK, GPTQ)
     dense = write_untrimmed(original, pruned, tmp_path / "dense")
     found_TV = served(pruned, **ENGINE["deepseek_v3"])
@@ -116,7 +119,7 @@ def test_the_plugin_serves_what_was_trimmed_after_it_was_quantized(
     tmp_path: Path,
 ) -> None:
     original = make_original(tmp_path / "original")
-    stage = {"method": "rtn", "weights": "int8"}
+    stage = {"method": "rtn", "weights": "int8", "scope": ALL}
     whole = make_cut(original, tmp_path / "whole", {}, stage)
     pruned = make_cut(whole, tmp_path / "pruned", MIXTRAL, {})
     dense = write_dense(whole, tmp_path / "dense")
@@ -127,7 +130,7 @@ def test_what_vllm_has_no_kernel_for_stays_quantized(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     original = make_original(tmp_path / "original", dtype="bfloat16")
-    stage = {"method": "rtn", "group_size": 32, "zero_point": True}
+    stage = {"method": "rtn", "group_size": 32, "zero_point": True, "scope": ALL}
     whole = make_cut(original, tmp_path / "whole", {}, stage)
     with caplog.at_level(logging.DEBUG, "vllm_moe_prune"):
         found_TV = served(whole, dtype="bfloat16", additional_config=EXACT)

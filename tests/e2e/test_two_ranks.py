@@ -19,6 +19,7 @@ from tests.family_cases import (
     make_pruned,
 )
 from tests.quantized import write_untrimmed
+from tests.quantizing import ALL
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.convert import convert
 
@@ -58,6 +59,16 @@ def mixtral_jobs(tmp_path: Path) -> Iterator[tuple[str, Job]]:
     right = mixtral.expected(dense, case), mixtral.expected_loads(dense, case)
     yield "integer tensors", Job(integers, *right)
     yield "integer experts", Job(integers, *right, EXPERTS)
+    yield "integers everywhere", integers_everywhere(tmp_path, original)
+
+
+def integers_everywhere(tmp_path: Path, original: Path) -> Job:
+    """Attention and the head as well."""
+    made, case = tmp_path / "everywhere", mixtral.Case(quantized.MIXTRAL, "")
+    stage = {"method": "rtn", "weights": "int8", "scope": ALL}
+    quantized.make_cut(original, made, quantized.MIXTRAL, stage)
+    dense = write_untrimmed(original, made, tmp_path / "everywhere-dense")
+    return Job(made, mixtral.expected(dense, case), mixtral.expected_loads(dense, case))
 
 
 def family_jobs(tmp_path: Path) -> Iterator[tuple[str, Job]]:

@@ -48,6 +48,14 @@ struct MoePruneStored {
 void moe_prune_encode_stored(const MoePruneStored*, int64_t, int64_t, int64_t, int32_t,
                              uint32_t*, int64_t*, void*);
 void moe_prune_run(const MoePruneLayer*);
+struct MoePruneLinear {
+  const void *x, *values, *scales;
+  const int8_t* zeros;
+  void* out;
+  int64_t tokens, inputs, outputs, group, scale_type, threads;
+  int32_t type, storage, level, dots;
+};
+void moe_prune_linear(const MoePruneLinear*);
 }
 
 namespace {
@@ -185,6 +193,37 @@ void run_levels(MoePruneLayer layer, int32_t from, std::vector<T>& out) {
   }
 }
 
+// A linear layer of integers, exact on every level, then with rounded tokens.
+template <class T>
+void run_linear(MoePruneLinear linear) {
+  std::vector<T> x = matrix<T>(linear.tokens * linear.inputs, 0);
+  std::vector<T> out(linear.tokens * linear.outputs);
+  std::vector<float> exact;
+  linear.x = x.data();
+  linear.out = out.data();
+  for (int32_t level = 0, dots = NO_DOTS; dots <= DOTS_AVX512VNNI;) {
+    linear.level = level;
+    linear.dots = dots;
+    linear.threads = below(3);
+    moe_prune_linear(&linear);
+    if (exact.empty()) exact.assign(out.begin(), out.end());
+    for (size_t i = 0; i < out.size(); ++i) {
+      const float found = out[i];
+      if (!(std::fabs(found - exact[i]) <= 0.03f + 0.03f * std::fabs(exact[i]))) {
+        std::printf("linear, level %d, dots %d: %g, exact: %g\n", level, dots, found, exact[i]);
+        std::exit(1);
+      }
+    }
+    if (level < moe_prune_level()) {
+      ++level;
+      continue;
+    }
+    if (linear.group % STEP) return;
+    do dots = dots ? 2 * dots : 1;
+    while (dots <= DOTS_AVX512VNNI && !(moe_prune_dots() & dots));
+  }
+}
+
 // Integers of so many bits; T: what tokens are, S: what scales are.
 template <class T, class S>
 void round_integers(int32_t type, int32_t scale_type, int64_t bits) {
@@ -225,6 +264,9 @@ void round_integers(int32_t type, int32_t scale_type, int64_t bits) {
       0, 0, 0, group13, group2, scale_type, scale_type, type, bits == 4 ? INT4 : INT8, 0,
       NO_DOTS};
   run_levels(layer, 0, out);
+  run_linear<T>({nullptr, w2.data(), s2.data(), shifted ? z2.data() : nullptr, nullptr,
+                 tokens, width, hidden, group2, scale_type, 0, type,
+                 bits == 4 ? INT4 : INT8, 0, NO_DOTS});
   if (group2 % STEP) return;
   // Rounded tokens: close to exact ones, and to each other much closer.
   std::vector<T> rounded[3];

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from tests.killing import Killed, at_layer
@@ -28,6 +29,7 @@ from vllm_moe_prune import pipeline
 from vllm_moe_prune.calibrate.data import load_tokens
 from vllm_moe_prune.calibrate.expert_forward import run_experts
 from vllm_moe_prune.calibrate.forward import StreamingModel
+from vllm_moe_prune.checkpoint.quantized_tensors import PartedTensor
 from vllm_moe_prune.checkpoint.reader import read_expert, read_weight
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.execute import execute_plan
@@ -35,7 +37,7 @@ from vllm_moe_prune.cut.verify import verify
 from vllm_moe_prune.kernels.quantized import Form, dequantize, pack
 from vllm_moe_prune.recipes.flags import with_overrides
 from vllm_moe_prune.recipes.loading import load_recipe
-from vllm_moe_prune.recipes.schema import Calibration
+from vllm_moe_prune.recipes.schema import Calibration, QuantizeStage
 from vllm_moe_prune.slim.rtn import rtn
 
 UNEVEN: Cuts = {
@@ -179,7 +181,7 @@ def test_experts_that_no_token_reached_are_rounded_and_reported(tmp_path: Path) 
             assert torch.equal(dense[name], rounded) == (expert in record.unseen)
 
 
-@pytest.mark.parametrize("name", ["int4", "awq"])
+@pytest.mark.parametrize("name", ["all-int8", "awq"])
 def test_a_resumed_cut_writes_the_same_bytes(name: str, tmp_path: Path) -> None:
     source = tiny(tmp_path / "model")
     quantized(source, tmp_path / "whole", UNEVEN, STAGES[name])
@@ -400,3 +402,31 @@ def test_combined_recipes_scale_to_any_depth(
     assert block["format"] == "pack-quantized"
     passes = read_json(tmp_path / "out" / "provenance.json")["forward_passes"]
     assert passes == {"measure": 1, "cut": 1}
+
+
+def test_a_scope_takes_every_matrix_but_routers_and_embeddings(tmp_path: Path) -> None:
+    latent = {"q_lora_rank": 64, "kv_lora_rank": 64}
+    source = tiny(tmp_path / "model", "deepseek_v3", **latent)
+    cuts: Cuts = {3: DROP_MOE}
+    quantized(source, tmp_path / "out", cuts, STAGES["all-gptq"])
+    out = open_checkpoint(tmp_path / "out")
+    before, after = read_tensors(source.folder), dense_tensors(tmp_path / "out")
+    plain = {
+        name
+        for name, info in out.tensors.items()
+        if len(info.shape) == 2 and not isinstance(info, PartedTensor)
+    }
+    further = {"eh_proj.weight", "embed_tokens.weight", "shared_head.head.weight"}
+    assert all(
+        name.endswith("mlp.gate.weight") or name.partition(".layers.")[2][2:] in further
+        for name in plain - {"model.embed_tokens.weight"}
+    ), plain
+    packed = out.tensors.keys() - plain
+    assert "lm_head.weight" in packed
+    for name in packed:
+        if isinstance(out.tensors[name], PartedTensor):
+            near(before[name], after[name])
+    verify(tmp_path / "out", source)
+    # Data decides all but the head, which is rounded: verify compares its bytes.
+    with pytest.raises(ValidationError, match="awq scales experts alone"):
+        QuantizeStage.model_validate(STAGES["awq"] | {"scope": ["experts", "head"]})

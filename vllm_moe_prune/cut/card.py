@@ -10,7 +10,7 @@ import yaml
 from ..checkpoint.index import is_inside
 from ..checkpoint.open import Checkpoint
 from ..decide.cut_plan import CutPlan
-from ..decide.quantize import form_of
+from ..decide.quantize import said_of
 from ..errors import CheckpointError
 from ..files.regular import KIB, MIB, Kind, read_file
 from ..files.yaml_file import parse_yaml
@@ -58,7 +58,7 @@ def model_card(
         fields["base_model"] = name
     how = ""
     if plan.is_quantized:
-        how = f"{plan.quantize.method.upper()}: {form_of(plan.quantize).words}"
+        how = f"{plan.quantize.method.upper()}: {said_of(plan.quantize)}"
     template = resources.files(__package__) / "model_card.md"
     card = ModelCard.from_template(
         ModelCardData(**fields, **_inherited(checkpoint)),

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from .. import __version__
 from ..calibrate.boundary import BoundaryStore
@@ -24,23 +23,22 @@ from ..calibrate.stats import Stats
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.tensor_hashes import write_hashes
 from ..checkpoint.writer import (
-    JOURNAL_NAME,
     MAX_SHARD_BYTES,
     ShardPlan,
     ShardWriter,
     plan_shards,
 )
 from ..decide.cut_plan import CutPlan, dump_plan
-from ..errors import CalibrationError, OutputError
+from ..errors import CalibrationError
 from ..files.atomic import writing
 from ..progress import Progress, Report, ignore
-from ..recipes.schema import first_problem
 from .achieved import Achieved
 from .copy import write_tensor
 from .finish import read_records, write_companions
 from .layer_cut import LayerCut, layer_cuts
-from .layer_record import LayerRecord
+from .layer_record import LayerRecord, journalled
 from .output import companions_sha256
+from .quantize_dense import DenseQuantizer, quantize_head
 from .quantize_layer import quantize_layer
 from .refit import Refits
 from .slice import OutputTensor, output_tensors
@@ -48,8 +46,6 @@ from .slim_dense import DenseSlimmer
 from .slim_layer import SlimContext, slim_layer, trimmed_routing
 from .transaction import Workspace, is_complete, output_transaction
 from .trimmed import survivor
-
-RECORD = TypeAdapter(LayerRecord)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +187,7 @@ class _Cut:
         self.writer = writer
         self.space = space
         # A resumed pass skips layers: what was done to them is in the journal.
-        self.records = _journalled(space.journal)
+        self.records = journalled(space.journal)
         self._report = report
         self._by_layer: dict[int | None, list[OutputTensor]] = {}
         for tensor in tensors:
@@ -202,13 +198,13 @@ class _Cut:
     def without_activations(self) -> None:
         """Copy, average and slim by weights alone."""
         context = SlimContext(self.writer, None)
-        self._write(None)
+        self._write_beside()
         for cut in self._cuts:
             self._write(cut.index)
             if self._changes(cut):
                 record = LayerRecord(layer=cut.index)
-                dense = DenseSlimmer(cut, self.writer)
-                dense.by_magnitude()
+                dense = self._dense(cut)
+                dense.without_data()
                 record.dense_zeros = dense.zeros
                 if self._changes_experts(cut.index):
                     self._change_experts(context, cut, record, None, want_output=False)
@@ -223,7 +219,7 @@ class _Cut:
         refits = Refits(model, self._cuts, tokens) if self.plan.refits else None
         ids_ST = tokens.ids_ST if refits is None else refits.ids_ST
         store = BoundaryStore(self.space.work, key)
-        self._write(None)
+        self._write_beside()
         width = self.checkpoint.config[self.checkpoint.arch.config.hidden]
         shape_STD = (*ids_ST.shape, int(width))
         # Not beyond a layer with unwritten tensors: that one has to be run again.
@@ -243,7 +239,7 @@ class _Cut:
                 if cut.layer.mtp:
                     hidden = model.further(cut.index, hidden, ids_ST)
                 record = LayerRecord(layer=cut.index)
-                dense = DenseSlimmer(cut, self.writer)
+                dense = self._dense(cut)
                 is_last = cut.index == last
                 with model.shown_to(dense):
                     hidden = self._slim_and_run(
@@ -293,8 +289,8 @@ class _Cut:
                 cut,
                 record,
                 x_ND,
-                # Shared experts are slimmed where their output is added.
-                want_output=not is_last or self.plan.slim_parts != ("experts",),
+                # Shared experts are changed where their output is added.
+                want_output=not is_last or self.plan.changes_shared,
             )
         else:
             routing = trimmed_routing(model, cut, x_ND)
@@ -328,10 +324,22 @@ class _Cut:
             context, cut, record, x_ND, scaled, want_output=want_output
         )
 
+    def _dense(self, cut: LayerCut) -> DenseSlimmer | DenseQuantizer:
+        """What changes a layer's dense matrices: a plan does one of both."""
+        kind = DenseQuantizer if self.plan.is_quantized else DenseSlimmer
+        return kind(cut, self.writer)
+
+    def _write_beside(self) -> None:
+        """Write what belongs to no layer."""
+        self._write(None)
+        if self.plan.is_quantized:
+            quantize_head(self.checkpoint, self.plan, self.writer)
+
     def _changes(self, cut: LayerCut) -> bool:
-        """Whether a layer is slimmed, or its experts made anew."""
+        """Whether a layer is slimmed, or matrices of it made anew."""
         slims = cut.changes_experts and not cut.drops_block
-        made = self.plan.is_quantized and bool(cut.keep)
+        tensors = self._by_layer.get(cut.index, [])
+        made = any(tensor.made != "copied" for tensor in tensors)
         return slims or made or cut.layer_plan.refit
 
     def _changes_experts(self, layer: int) -> bool:
@@ -381,19 +389,3 @@ class _Cut:
                 bytes_total=self._bytes_total,
             )
         )
-
-
-def _journalled(journal: Sequence[dict[str, object]]) -> dict[int, LayerRecord]:
-    """Records of layers an interrupted run has slimmed."""
-    records = {}
-    for entry in journal:
-        if isinstance(fields := entry.get("layer"), dict):
-            try:
-                record = RECORD.validate_python(fields)
-            except ValidationError as error:
-                raise OutputError(
-                    f"{JOURNAL_NAME}: a line does not describe a layer: "
-                    f"{first_problem(error)}. Pass --overwrite to start again."
-                ) from error
-            records[record.layer] = record
-    return records

@@ -1,11 +1,15 @@
 """What a cut did to one layer: a line of its journal, and part of the provenance."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pydantic import Field, FiniteFloat
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
+from ..checkpoint.writer import JOURNAL_NAME
+from ..errors import OutputError
 from ..recipes.numbers import MOST, Count
+from ..recipes.schema import first_problem
 
 Channels = Annotated[str, Field(pattern=r"^[0-9a-f]*$", max_length=MOST // 4)]
 Powers = Annotated[list[FiniteFloat], Field(min_length=5, max_length=5)]
@@ -56,3 +60,22 @@ class LayerRecord:
     """The same of what was written."""
     refit: RefitRecord | None = None
     """None: the layer is not one to refit."""
+
+
+RECORD = TypeAdapter(LayerRecord)
+
+
+def journalled(journal: Sequence[dict[str, object]]) -> dict[int, LayerRecord]:
+    """Records of layers an interrupted run has slimmed."""
+    records = {}
+    for entry in journal:
+        if isinstance(fields := entry.get("layer"), dict):
+            try:
+                record = RECORD.validate_python(fields)
+            except ValidationError as error:
+                raise OutputError(
+                    f"{JOURNAL_NAME}: a line does not describe a layer: "
+                    f"{first_problem(error)}. Pass --overwrite to start again."
+                ) from error
+            records[record.layer] = record
+    return records

@@ -70,6 +70,40 @@ def slimmed_dense(cut: LayerCut) -> dict[str, float]:
     return {one.name: sparsity for one in matrices if slimming.takes(one)}
 
 
+def gone_with_moe(cut: LayerCut) -> frozenset[str]:
+    """Dense matrices that leave with a dropped MoE: shared experts.
+
+    The forward does not come to them, but without a forward they would be changed.
+    """
+    shared = cut.checkpoint.arch.shared if cut.layer_plan.drops_moe else None
+    return frozenset(shared.names if shared else ())
+
+
+def quantized_dense(cut: LayerCut) -> frozenset[str]:
+    """The dense matrices that a plan quantizes, by their names below the prefix."""
+    if not cut.plan.is_quantized:
+        return frozenset()
+    scope = cut.plan.quantize.scope
+    matrices = dense_matrices(cut.checkpoint, cut.layer)
+    return frozenset(one.name for one in matrices if one.part in scope)
+
+
+def head_matrix(checkpoint: Checkpoint) -> Matrix | None:
+    """The output head; None where the embedding is it, too."""
+    info = checkpoint.tensors.get(checkpoint.arch.head)
+    # Some files hold it although config.json says that nothing reads it.
+    if info is None or checkpoint.config.get("tie_word_embeddings"):
+        return None
+    return Matrix(info.name, "head", *info.shape)
+
+
+def quantized_head(checkpoint: Checkpoint, plan: CutPlan) -> str | None:
+    """The name of the output head if a plan quantizes it."""
+    head = head_matrix(checkpoint)
+    asked = plan.is_quantized and "head" in plan.quantize.scope
+    return head.name if asked and head is not None else None
+
+
 def slimmed_roles(cut: LayerCut) -> set[str]:
     """The roles of the experts' tensors that a plan slims."""
     gate, up, down = taken(cut)

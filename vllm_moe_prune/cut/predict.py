@@ -15,7 +15,7 @@ from ..decide.cut_plan import CutPlan, ModelId, Predicted
 from ..decide.facts import LayerFacts, ModelFacts, count_plan
 from ..recipes.schema import parse_pattern
 from ..slim.quota import zeros_in_matrix
-from .matrices import channel_block, dense_matrices, expert_names
+from .matrices import channel_block, dense_matrices, expert_names, head_matrix
 from .slice import OutputTensor, StoredPart, output_tensors
 from .spell import planned_parts
 from .validate_plan import fixed_form
@@ -38,6 +38,7 @@ def facts_of(checkpoint: Checkpoint, fingerprint: str) -> ModelFacts:
         layers=tuple(_layer_facts(checkpoint, layer) for layer in checkpoint.layers),
         all_parameters=checkpoint.parameters,
         fixed=fixed_form(checkpoint),
+        head=head_matrix(checkpoint),
     )
 
 

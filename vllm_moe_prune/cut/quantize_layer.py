@@ -77,7 +77,7 @@ def quantize_layer(
     for found in run.experts():
         with naming(cut, found.new):
             # Without inputs GPTQ and AWQ have nothing to minimize: rounded to nearest.
-            made = _quantize(
+            made = quantize_expert(
                 found.expert, stage, x_ND, found.served, run.act, input_scale_D
             )
         finish_expert(context.model, cut, record, found, made.computes, x_ND, out_ND)
@@ -127,25 +127,36 @@ class _QuantizedLayer:
         return awq.best(scales, total_A)
 
 
-class _Made:
+class Made:
     """One quantized expert."""
 
     def __init__(
         self, stored: tuple[Quantized, Quantized, Quantized], computes: Expert
     ) -> None:
-        self.gate, self.up, self.down = stored
+        self.stored = stored
+        """Gate, up and down."""
         self.computes = computes
         """What it computes, on inputs that nobody scaled."""
 
 
-def _quantize(
+def quantize_expert(
     expert: Expert,
     stage: QuantizeStage,
     x_ND: torch.Tensor | None,
     served: ExpertTokens | None,
     act: Activation,
     input_scale_D: torch.Tensor | None,
-) -> _Made:
+) -> Made:
+    """Quantize the three matrices of an MLP, on the device that they are on.
+
+    Args:
+        expert: They, trimmed.
+        stage: How.
+        x_ND: What enters the layer's MLPs; None where no data is used.
+        served: The tokens that this one serves; None likewise.
+        act: The activation between gate and up.
+        input_scale_D: AWQ's; None where it is not AWQ.
+    """
     form = form_of(stage)
     if input_scale_D is not None and x_ND is not None and served is not None:
         return _by_awq(expert, form, x_ND, served, act, input_scale_D)
@@ -155,7 +166,7 @@ def _quantize(
         gate, up, down = (rtn(matrix, form) for matrix in expert)
         stored = gate, up, down
     dtype = expert.gate_FD.dtype
-    return _Made(stored, Expert(*(dequantize(each, form, dtype) for each in stored)))
+    return Made(stored, Expert(*(dequantize(each, form, dtype) for each in stored)))
 
 
 def _by_gptq(
@@ -167,8 +178,8 @@ def _by_gptq(
 ) -> tuple[Quantized, Quantized, Quantized]:
     """GPTQ of all three; gate and up have the same inputs, so one Hessian is enough."""
     form, width = form_of(stage), len(expert.gate_FD)
-    input_DD = _no_sums(expert.gate_FD)
-    inner_FF = _no_sums(expert.down_DF)
+    input_DD = no_sums(expert.gate_FD)
+    inner_FF = no_sums(expert.down_DF)
     running = place(expert, x_ND)
     for token_n, _ in token_chunks(*served, running):
         x_nD = x_ND.index_select(0, token_n)
@@ -183,7 +194,8 @@ def _by_gptq(
     return _rows(both, slice(None, width)), _rows(both, slice(width, None)), down
 
 
-def _no_sums(weight_RD: torch.Tensor) -> torch.Tensor:
+def no_sums(weight_RD: torch.Tensor) -> torch.Tensor:
+    """Zeros [D, D] for the sums of a matrix's inputs."""
     # Sums are fp32, whatever the weights are.
     cols = weight_RD.shape[1]
     return torch.zeros(cols, cols, device=weight_RD.device)
@@ -204,7 +216,7 @@ def _by_awq(
     served: ExpertTokens,
     act: Activation,
     input_scale_D: torch.Tensor,
-) -> _Made:
+) -> Made:
     """AWQ: the rows of up make up for the scale of what down reads."""
     inner_scale_F = torch.ones(len(expert.gate_FD), device=x_ND.device)
     if len(served.token_n):
@@ -227,7 +239,7 @@ def _by_awq(
         ),
         (dequantize(down, form, dtype) / inner_scale_F).to(dtype),
     )
-    return _Made((gate, up, down), computes)
+    return Made((gate, up, down), computes)
 
 
 def _mean_size(x_ND: torch.Tensor) -> torch.Tensor:
@@ -249,14 +261,18 @@ def _write_scaled(
     writer.write(tensor.name, tensor_view(changed.to(dense.dtype)))
 
 
-def _write(writer: ShardWriter, cut: LayerCut, new: int, made: _Made) -> None:
+def _write(writer: ShardWriter, cut: LayerCut, new: int, made: Made) -> None:
     """Hand one expert's parts to the writer."""
-    matrices = {"gate": made.gate, "up": made.up, "down": made.down}
+    matrices = dict(zip(("gate", "up", "down"), made.stored, strict=True))
     form = form_of(cut.plan.quantize)
     for rule in cut.checkpoint.layout.experts:
         # NAME.weight is stored as NAME.weight_packed, NAME.weight_scale and so on.
         base = rule.name(cut.new_index, new).rpartition(".")[0]
-        for part, tensor in pack(matrices[rule.role], form).items():
-            if writer.needs(f"{base}.{part}"):
-                data = tensor_view(tensor.cpu())
-                writer.write(f"{base}.{part}", data)
+        write_matrix(writer, base, matrices[rule.role], form)
+
+
+def write_matrix(writer: ShardWriter, base: str, matrix: Quantized, form: Form) -> None:
+    """Hand the parts of a matrix to the writer: NAME.weight_packed and so on."""
+    for part, tensor in pack(matrix, form).items():
+        if writer.needs(f"{base}.{part}"):
+            writer.write(f"{base}.{part}", tensor_view(tensor.cpu()))

@@ -7,20 +7,24 @@ from ..checkpoint.module_names import PATTERN
 from ..checkpoint.open import Checkpoint
 from ..decide.cut_plan import CutPlan
 from ..decide.quantize import form_of
+from .matrices import quantized_head
 from .slice import output_tensors
 
 
 def quantization_config(checkpoint: Checkpoint, plan: CutPlan) -> dict[str, Any]:
-    """The block of a checkpoint whose experts the plan quantizes, all in one form."""
+    """The block of a checkpoint that the plan quantizes, all in one form."""
     from compressed_tensors.quantization import QuantizationConfig
 
     form = form_of(plan.quantize)
+    # To vLLM a head is no Linear: only its name names it.
+    head = quantized_head(checkpoint, plan)
+    named = [] if head is None else [head.removesuffix(".weight")]
     block = QuantizationConfig.model_validate(
         {
             "config_groups": {
                 "group_0": {
-                    # All linear layers but those under ignore: that leaves the experts.
-                    "targets": ["Linear"],
+                    # All linear layers but those under ignore.
+                    "targets": ["Linear", *named],
                     "weights": form.args,
                     "input_activations": form.inputs,
                     "format": form.format,
@@ -42,7 +46,7 @@ def unquantized(checkpoint: Checkpoint, plan: CutPlan) -> list[str]:
     for tensor in output_tensors(checkpoint, plan):
         base, _, part = tensor.name.rpartition(".")
         matrix = part == "weight" and len(tensor.shape) == 2
-        # Routers, attention and heads are Linear too: listed, they stay dense.
+        # Routers are Linear too: listed, they stay dense.
         if not matrix or tensor.made == "quantized" or _is_embedding(base):
             continue
         layer, _, inner = base.removeprefix(start).partition(".")

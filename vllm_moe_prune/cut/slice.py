@@ -18,7 +18,13 @@ from ..checkpoint.quantized_tensors import PartedTensor
 from ..decide.cut_plan import CutPlan
 from ..decide.quantize import form_of
 from .layer_cut import LayerCut, layer_cuts
-from .matrices import read_by_experts, slimmed_dense, slimmed_roles
+from .matrices import (
+    quantized_dense,
+    quantized_head,
+    read_by_experts,
+    slimmed_dense,
+    slimmed_roles,
+)
 from .validate_plan import check_possible
 
 
@@ -100,8 +106,11 @@ def output_tensors(checkpoint: Checkpoint, plan: CutPlan) -> list[OutputTensor]:
     for cut in layer_cuts(checkpoint, plan):
         if not cut.drops_block:
             tensors += _layer_tensors(cut, layers[cut.index])
+    head = quantized_head(checkpoint, plan)
     for name in after:
-        tensors += _copies(checkpoint.tensors[name], name)
+        info = checkpoint.tensors[name]
+        quantized = name == head
+        tensors += _parts(_copy(info, name), plan) if quantized else _copies(info, name)
     return tensors
 
 
@@ -177,7 +186,7 @@ def _layer_tensors(cut: LayerCut, names: list[str]) -> Iterator[OutputTensor]:
         for expert in range(layer.num_experts)
     }
     dropped = layer_plan.drops_moe
-    dense = slimmed_dense(cut)
+    dense, quantized = slimmed_dense(cut), quantized_dense(cut)
     scales = cut.plan.quantize.method == "awq" and layer.has_moe and not dropped
     scaled = read_by_experts(checkpoint, layer) if scales else frozenset()
     for name in names:
@@ -191,6 +200,10 @@ def _layer_tensors(cut: LayerCut, names: list[str]) -> Iterator[OutputTensor]:
             continue
         inner = name.removeprefix(cut.old_prefix)
         info = checkpoint.tensors[name]
+        if inner in quantized:
+            copied = _copy(info, cut.new_prefix + inner, layer.index)
+            yield from _parts(copied, cut.plan)
+            continue
         for copied in _copies(info, cut.new_prefix + inner, layer.index):
             if inner in scaled:
                 yield replace(copied, made="scaled")

@@ -14,7 +14,7 @@ from ..checkpoint.writer import ShardWriter
 from ..slim.magnitude import magnitude
 from .copy import stored_view
 from .layer_cut import LayerCut
-from .matrices import dense_matrices, slimmed_dense
+from .matrices import dense_matrices, gone_with_moe, slimmed_dense
 from .slim_expert import add_sums, no_sums, slim_by_data, slim_matrix
 
 
@@ -34,14 +34,10 @@ class DenseSlimmer:
         """Zeros in what was slimmed."""
         self._cut = cut
         self._sparsity = cut.layer_plan.sparsity
-        # Shared experts leave with a dropped MoE; the forward does not come to them,
-        # but without a forward they would be slimmed.
-        gone = self.checkpoint.arch.shared if cut.layer_plan.drops_moe else None
-        found = slimmed_dense(cut)
-        self._names = frozenset(found) - frozenset(gone.names if gone else ())
+        self._names = frozenset(slimmed_dense(cut)) - gone_with_moe(cut)
 
-    def by_magnitude(self) -> None:
-        """Slim all of the layer's matrices in scope without data."""
+    def without_data(self) -> None:
+        """Slim all of the layer's matrices in scope by magnitude."""
         for name in sorted(self._names):
             weight_RD = self._read(name)
             self._write(name, magnitude(weight_RD, self._sparsity, self.plan.group))

@@ -8,7 +8,7 @@ from ..checkpoint.open import Checkpoint, Layer
 from ..decide.cut_plan import CutPlan
 from ..decide.quantize import form_of
 from ..errors import PlanError
-from .matrices import channel_block
+from .matrices import channel_block, dense_matrices, head_matrix
 
 
 def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
@@ -112,6 +112,15 @@ def _check_form(checkpoint: Checkpoint, plan: CutPlan) -> None:
                     rows, cols = (rows, width) if down else (width, cols)
                 if why := form.misfit(rows, cols):
                     raise PlanError(f"the plan's quantize: {name}: {why}.")
+    scope = plan.quantize.scope
+    others = [
+        one for layer in checkpoint.layers for one in dense_matrices(checkpoint, layer)
+    ]
+    if (head := head_matrix(checkpoint)) is not None:
+        others.append(head)
+    for one in others:
+        if one.part in scope and (why := form.misfit(one.rows, one.cols)):
+            raise PlanError(f"the plan's quantize: {one.name}: {why}.")
 
 
 def _check_means(plan: CutPlan, kind: str) -> None:

@@ -53,7 +53,9 @@ def check_quantized(
     if not isinstance(info, QuantizedTensor):
         raise CheckpointError(f"{info.file}: {name}: is not quantized.")
     found = info.load()
-    if plan.quantize.method == "rtn" and not is_refitted(tensor, plan):
+    # The head belongs to no layer.
+    rounded = plan.quantize.method == "rtn" or tensor.layer is None
+    if rounded and not is_refitted(tensor, plan):
         weight = group_mean(source, tensor.groups[0])
         if kept_K is not None:
             weight = weight.index_select(int(tensor.role == "down"), kept_K)

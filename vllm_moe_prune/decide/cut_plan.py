@@ -173,7 +173,7 @@ class CutPlan(Strict):
     router_weighted: bool = False
     """Wanda's input norms are of inputs times routing weights."""
     quantize: QuantizeStage = QuantizeStage()
-    """How the experts that survive are quantized."""
+    """How the experts that survive, and what else is in its scope, are quantized."""
     narrow: NarrowStage = NarrowStage()
     """How channels are chosen where ``width`` of a layer says that some leave."""
     measurement: Measurement = Measurement()
@@ -201,6 +201,11 @@ class CutPlan(Strict):
         return self.slim != "none" and any(
             layer.action != "drop-block" and layer.sparsity > 0 for layer in self.layers
         )
+
+    @property
+    def changes_shared(self) -> bool:
+        """Whether shared experts may be slimmed or quantized."""
+        return self.slim_parts != ("experts",) or "shared" in self.quantize.scope
 
     @property
     def refits(self) -> bool:
@@ -257,7 +262,7 @@ class CutPlan(Strict):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether executing the plan quantizes experts."""
+        """Whether executing the plan quantizes weights."""
         return self.quantize.method != "none"
 
     @field_validator("pattern")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..recipes.schema import Part, SlimMethod
+from ..recipes.schema import Part, QuantPart, SlimMethod
 from ..slim.quota import groups_in, zeros_in_group
 from .cut_plan import CutPlan, LayerPlan, ModelId
 
@@ -21,7 +21,7 @@ class Matrix:
 
     name: str
     """Below the layer's prefix, as in the checkpoint: ``self_attn.q_proj.weight``."""
-    part: Part
+    part: QuantPart
     rows: int
     cols: int
 
@@ -94,6 +94,8 @@ class ModelFacts:
     all_parameters: int
     fixed: Literal["fp8", "quantized"] | None = None
     """How experts are stored whose values must stay as they are."""
+    head: Matrix | None = None
+    """The output head, where it is a matrix of its own."""
 
     @property
     def expert_parameters(self) -> int:

@@ -18,17 +18,25 @@ def form_of(stage: QuantizeStage) -> Form:
     return Form(stage.weights, stage.group_size, stage.zero_point, stage.act_order)
 
 
+def said_of(stage: QuantizeStage) -> str:
+    """How a stage quantizes, and what, as a person says it."""
+    form = form_of(stage).words
+    if stage.scope == ("experts",):
+        return form
+    return f"{form} ({', '.join(stage.scope)})"
+
+
 def resolved_form(stage: QuantizeStage, facts: ModelFacts) -> QuantizeStage:
     """The stage with a group size: int4 needs one, fp8 has one where blocks fit.
 
     Raises:
-        RecipeError: The experts' matrices do not have such a form; names the first.
+        RecipeError: Matrices in scope do not have such a form; names the first.
     """
     if stage.method == "none":
         return stage
     sizes = (stage.group_size,) if stage.group_size else SIZES[stage.weights]
     tried = [stage.model_copy(update={"group_size": size}) for size in sizes]
-    problems = [(found, _misfit(form_of(found), facts)) for found in tried]
+    problems = [(found, _misfit(found, facts)) for found in tried]
     for found, problem in problems:
         if problem is None:
             return found
@@ -38,9 +46,18 @@ def resolved_form(stage: QuantizeStage, facts: ModelFacts) -> QuantizeStage:
     raise RecipeError(f"quantize.weights {stage.weights}: {problems[-1][1]}. {wish}")
 
 
-def _misfit(form: Form, facts: ModelFacts) -> str | None:
+def _misfit(stage: QuantizeStage, facts: ModelFacts) -> str | None:
+    """The first matrix in scope that does not have the form, and why."""
+    form = form_of(stage)
     for at, layer in enumerate(facts.layers):
-        for matrix in layer.expert_matrices if layer.has_moe else ():
-            if why := form.misfit(matrix.rows, matrix.cols):
+        for matrix in (
+            *(layer.expert_matrices if layer.has_moe else ()),
+            *layer.others,
+        ):
+            why = form.misfit(matrix.rows, matrix.cols)
+            if matrix.part in stage.scope and why:
                 return f"layer {at}: {matrix.name or 'an expert matrix'}: {why}"
+    if (head := facts.head) is not None and "head" in stage.scope:
+        why = form.misfit(head.rows, head.cols)
+        return f"{head.name}: {why}" if why else None
     return None

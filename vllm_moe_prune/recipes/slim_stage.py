@@ -14,6 +14,9 @@ QuantMethod = Literal["rtn", "gptq", "awq", "none"]
 Part = Literal["experts", "attention", "shared", "mlp"]
 """What can be slimmed: routed experts; attention; shared experts; other MLPs, that is
 dense layers and Arctic's residual MLP. The router is none of them."""
+QuantPart = Literal[Part, "head"]
+"""What can be quantized: the same, and the output head. vLLM's models build routers
+without quantization."""
 
 
 class SlimStage(Strict):
@@ -71,8 +74,8 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
 
 
 class QuantizeStage(Strict):
-    """Fewer bits for the kept routed experts, in the formats of compressed-tensors. All
-    other tensors keep their dtype."""
+    """Fewer bits for the kept routed experts and perhaps other matrices, in the formats
+    of compressed-tensors. All other tensors keep their dtype."""
 
     method: QuantMethod = "none"
     """``rtn`` rounds to nearest without data; ``gptq`` and ``awq`` need calibration."""
@@ -84,10 +87,18 @@ class QuantizeStage(Strict):
     """int4: asymmetric ranges, with a zero point per group."""
     act_order: bool = False
     """gptq: columns with the largest inputs first."""
+    scope: tuple[QuantPart, ...] = ("experts",)
+    """What is quantized, all in one form. ``mlp``: dense layers and Arctic's residual
+    MLP; ``head``: the output head, which is always rounded to nearest."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "QuantizeStage":
+        repeated = len(set(self.scope)) < len(self.scope)
         refuse(
+            ("experts" not in self.scope or repeated)
+            and "scope needs experts, and each part once",
+            (len(self.scope) > 1 and self.method == "awq")
+            and "method: awq scales experts alone; for more in scope use gptq or rtn",
             (self.weights != "int4" and self.method in ("gptq", "awq"))
             and f"weights: {self.weights} needs method: rtn",
             (self.weights == "int8" and self.group_size is not None)

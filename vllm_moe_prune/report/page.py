@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..calibrate.stats import Array
-from ..decide.quantize import form_of
+from ..decide.quantize import said_of
 from ..files.atomic import REPEAT, write_file, writing
 from ..progress import gib
 from . import deciding, svg
@@ -377,8 +377,8 @@ def _facts(numbers: Numbers) -> list[tuple[str, str]]:
         ("Forward passes", passes),
     ]
     if plan.is_quantized:
-        how = f"{plan.quantize.method}, {form_of(plan.quantize).words}"
-        facts.append(("Quantized experts", how))
+        how = f"{plan.quantize.method}, {said_of(plan.quantize)}"
+        facts.append(("Quantized", how))
     if plan.threshold is not None:
         facts.append(("Threshold", f"{plan.threshold:.6g}"))
     if plan.recipe.experts.protect != "none":

@@ -51,9 +51,7 @@ class IntegerLoader(PartsLoader):
 
     def place(self, local: int, shard_id: str, parts: dict[str, Tensor]) -> None:
         """One matrix, whole."""
-        matrix = Integers(
-            _words(parts, self.form), parts[SCALE], zeros_of(parts, self.form)
-        )
+        matrix = integers_of(parts, self.form)
         if shard_id == "w2":
             # Columns cut through words and groups; gate and up are split by whole rows.
             own, group = self._columns(matrix)
@@ -89,6 +87,11 @@ class IntegerLoader(PartsLoader):
         words_NW = matrix.words_NW[:, start // word : (start + width) // word]
         zeros = None if matrix.zeros_NG is None else cut(matrix.zeros_NG)
         return Integers(words_NW, cut(matrix.scales_NG), zeros), part
+
+
+def integers_of(parts: dict[str, Tensor], form: Form) -> Integers:
+    """A matrix from the tensors that store it."""
+    return Integers(_words(parts, form), parts[SCALE], zeros_of(parts, form))
 
 
 def _words(parts: dict[str, Tensor], form: Form) -> Tensor:

@@ -5,7 +5,8 @@ router they know, know neither zero points nor int4 in groups of 32, and leave o
 expert of another process. Where they do not fit, vLLM stops. Here int4 and int8 experts
 then stay as they are and run by our kernel (``integer_moe.py``); others are turned into
 the model's dtype while they load (``dequantized_moe.py``), as are linear layers in FP8
-(``dequantized_linear.py``). On GPUs all is vLLM's.
+(``dequantized_linear.py``). Linear layers in int4 and int8 run by our kernel where
+there is no AMX (``integer_linear.py``). On GPUs all is vLLM's.
 """
 
 import logging
@@ -29,9 +30,10 @@ from ...checkpoint.module_names import CONFIG_KEY
 from ...checkpoint.quantized_tensors import read_form
 from ...errors import ServeError
 from ..compat import chosen_experts
-from . import activations, integer_moe
+from . import activations, integer_linear, integer_moe
 from .dequantized_linear import FallbackLinearMethod
 from .dequantized_moe import DequantizingMethod
+from .integer_linear import IntegerLinearMethod
 from .integer_moe import IntegerMethod
 
 log = logging.getLogger(__name__)
@@ -50,8 +52,7 @@ class FallbackConfig(CompressedTensorsConfig):
         if not current_platform.is_cpu():
             return choose()
         if not isinstance(layer, RoutedExperts):
-            method = choose()
-            return FallbackLinearMethod(method) if _is_fp8(layer, method) else method
+            return self._linear(layer, prefix, choose())
         method, why = chosen_experts(choose, layer)
         if method is not None:
             return method
@@ -75,12 +76,25 @@ class FallbackConfig(CompressedTensorsConfig):
         )
         return DequantizingMethod(layer.moe_config, form)
 
+    def _linear(self, layer: torch.nn.Module, prefix: str, method: Any) -> Any:
+        """The method of a linear layer, the head among them, or of another one."""
+        if type(method) is not CompressedTensorsLinearMethod:
+            return method
+        if _is_fp8(layer, method):
+            return FallbackLinearMethod(method)
+        vllm_config = get_current_vllm_config()
+        dtype = vllm_config.model_config.dtype
+        form = read_form({CONFIG_KEY: self.config}, prefix)
+        if form is None or not integer_linear.fits(form, dtype):
+            return method
+        rounded = activations.are_rounded(vllm_config, dtype)
+        return IntegerLinearMethod(method, form, rounded=rounded)
+
 
 def _is_fp8(layer: torch.nn.Module, method: Any) -> bool:
     """Whether a method is for weights in FP8 with a scale per block or row."""
     schemes = (CompressedTensorsW8A8Fp8, CompressedTensorsW8A16Fp8)
-    return (
-        type(method) is CompressedTensorsLinearMethod
-        and isinstance(layer.scheme, schemes)
-        and layer.scheme.strategy in ("block", "channel")
+    return isinstance(layer.scheme, schemes) and layer.scheme.strategy in (
+        "block",
+        "channel",
     )
