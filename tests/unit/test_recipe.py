@@ -114,6 +114,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "group_size": {"quantize": "rtn"},
     "zero_point": {"quantize": "awq"},
     "act_order": {"quantize": "gptq"},
+    "quantize_scope": {"quantize": "rtn"},
 }
 VALUES: dict[str, Any] = {
     "experts": "score",
