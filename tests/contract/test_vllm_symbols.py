@@ -7,16 +7,25 @@ at the paths in ``VLLM_SOURCES`` (folders that hold ``vllm/``, separated as in P
 import ast
 import importlib.util
 import os
-from collections.abc import Iterator
-from functools import cache
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.vllm_symbols import SYMBOLS, Symbol
+from vllm_moe_prune.errors import ServeError
+from vllm_moe_prune.plugin import compat, launch
+from vllm_moe_prune.plugin.symbols import SYMBOLS
+from vllm_moe_prune.plugin.symbols.sources import (
+    assigned,
+    attributes,
+    file_of,
+    find,
+    parse,
+    problem,
+)
+from vllm_moe_prune.plugin.symbols.symbol import Symbol
 
 PLUGIN = Path(__file__).parents[2] / "vllm_moe_prune" / "plugin"
-Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 # Our constructor replaces vLLM's, so it must set every attribute that vLLM's sets.
 REPLACED = {
     "mixtral": {
@@ -47,137 +56,10 @@ on_every_source = pytest.mark.parametrize(
 )
 
 
-@cache
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text("utf-8"))
-
-
-def file_of(root: Path, module: str) -> Path:
-    path = root.joinpath(*module.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements, those in ``if`` and ``try`` included."""
-    for node in body:
-        yield node
-        if isinstance(node, ast.If | ast.Try):
-            yield from statements([*node.body, *node.orelse])
-
-
-def names_set(node: ast.stmt) -> set[str]:
-    """Plain names that a statement assigns."""
-    if isinstance(node, ast.Assign):
-        targets = node.targets
-    elif isinstance(node, ast.AnnAssign):
-        targets = [node.target]
-    else:
-        return set()
-    return {target.id for target in targets if isinstance(target, ast.Name)}
-
-
-def find(root: Path, module: str, name: str) -> ast.stmt | None:
-    """What a module calls ``name``: its definition, followed through imports."""
-    package = module.split(".")
-    if file_of(root, module).name != "__init__.py":
-        package = package[:-1]
-    for node in statements(parse(file_of(root, module)).body):
-        if isinstance(node, Definition) and node.name == name:
-            return node
-        if name in names_set(node):
-            return node
-        if isinstance(node, ast.ImportFrom):
-            up = len(package) - node.level + 1
-            base = package[:up] if node.level else []
-            target = ".".join([*base, *filter(None, [node.module])])
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    return find(root, target, alias.name)
-                if alias.name == "*" and (found := find(root, target, name)):
-                    return found
-    return lazy(root, module, name)
-
-
-def lazy(root: Path, module: str, name: str) -> ast.stmt | None:
-    """An entry of ``MODULE_ATTRS``, the table behind ``from vllm import ...``."""
-    for node in ast.walk(parse(file_of(root, module))):
-        if isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                if (
-                    isinstance(key, ast.Constant)
-                    and key.value == name
-                    and isinstance(value, ast.Constant)
-                ):
-                    target, _, attribute = str(value.value).partition(":")
-                    return find(root, module + target, attribute)
-    return None
-
-
-def member(owner: ast.ClassDef, name: str) -> ast.stmt | None:
-    """A method, a class attribute, or whatever sets the attribute on construction."""
-    for node in owner.body:
-        if (isinstance(node, Definition) and node.name == name) or name in names_set(
-            node
-        ):
-            return node
-    made = attributes(owner, {"__init__", "__post_init__"})
-    return owner if name in made else None
-
-
-def attributes(owner: ast.ClassDef, methods: set[str] | None = None) -> set[str]:
-    """Attributes of ``self`` that methods (None: all) assign."""
-    return {
-        name
-        for node in owner.body
-        if isinstance(node, ast.FunctionDef)
-        and (methods is None or node.name in methods)
-        for name in assigned(node, "self")
-    }
-
-
-def assigned(function: ast.FunctionDef, owner: str) -> set[str]:
-    """Attributes of the variable ``owner`` that a function assigns."""
-    return {
-        part.attr
-        for part in ast.walk(function)
-        if isinstance(part, ast.Attribute)
-        and isinstance(part.ctx, ast.Store)
-        and isinstance(part.value, ast.Name)
-        and part.value.id == owner
-    }
-
-
-def resolve(root: Path, symbol: Symbol) -> ast.stmt | None:
-    name, _, inner = symbol.name.partition(".")
-    found = find(root, symbol.module, name)
-    if not inner or not isinstance(found, ast.ClassDef):
-        return None if inner else found
-    return member(found, inner)
-
-
 @on_every_source
 @pytest.mark.parametrize("symbol", SYMBOLS, ids=lambda s: f"{s.module}:{s.name}")
 def test_symbol_exists_with_the_parameters_we_pass(root: Path, symbol: Symbol) -> None:
-    found = resolve(root, symbol)
-    assert found is not None, f"{symbol.module} has no {symbol.name}"
-    if symbol.parameters is None:
-        return
-    assert isinstance(found, ast.FunctionDef)
-    plain = [*found.args.posonlyargs, *found.args.args]
-    if "." in symbol.name:
-        plain = plain[1:]
-    keyword = found.args.kwonlyargs
-    names = {argument.arg for argument in [*plain, *keyword]}
-    assert set(symbol.parameters) <= names, "a parameter is gone or has a new name"
-    optional = len(found.args.defaults)
-    required = plain[: len(plain) - optional] if optional else plain
-    required += [
-        argument
-        for argument, default in zip(keyword, found.args.kw_defaults, strict=True)
-        if default is None
-    ]
-    new = {argument.arg for argument in required} - set(symbol.parameters)
-    assert not new, f"has a new parameter without a default: {new}"
+    assert problem(root, symbol) is None
 
 
 @on_every_source
@@ -214,3 +96,42 @@ def test_every_import_from_vllm_is_listed() -> None:
     assert used <= listed
     plain = {entry for entry in listed if "." not in entry[1]}
     assert plain <= used
+
+
+def test_a_vllm_that_moved_something_is_named_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As if installed: the sources, with one function renamed and one with more."""
+    if not SOURCES:
+        pytest.skip("no vLLM")
+    theirs = shutil.ignore_patterns("*.so", "*.json", "__pycache__")
+    shutil.copytree(
+        SOURCES[0] / "vllm",
+        tmp_path / "vllm",
+        copy_function=os.symlink,
+        ignore=theirs,
+    )
+    spec = importlib.util.spec_from_file_location("vllm", tmp_path / "vllm/__init__.py")
+    monkeypatch.setattr(compat, "find_spec", lambda name: spec)
+    assert compat.missing_symbols("0.33.0") is None
+    argument = "def download_model(self, model_config"
+    for module, old, new in (
+        ("custom_op", "op_registry_oot", "op_registry"),
+        ("model_loader.base_loader", argument, "def download_model(self, config"),
+    ):
+        path = file_of(tmp_path, f"vllm.model_executor.{module}")
+        text = path.read_text("utf-8")
+        assert old in text
+        path.unlink()
+        path.write_text(text.replace(old, new), "utf-8")
+    parse.cache_clear()
+    said = compat.missing_symbols("0.99.1")
+    assert said is not None
+    assert "\n" not in said
+    assert "tested with vLLM 0.32.0 and 0.33.0; 0.99.1 is installed" in said
+    assert "vllm.model_executor.custom_op.op_registry_oot is missing" in said
+    assert "BaseModelLoader.download_model takes no model_config" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.importlib.metadata, "version", lambda name: "0.99.1")
+        with pytest.raises(ServeError, match="op_registry_oot is missing"):
+            launch.check_symbols()

@@ -5,6 +5,7 @@ calls ``register`` once in every process; nothing here imports vLLM or torch bef
 that, and the model classes are named by string so that vLLM imports them when needed.
 
     compat.py   supported vLLM versions, vLLM's quirks
+    symbols/    what of vLLM's the plugin uses, and whether it is there
     launch.py   the ``vllm serve`` command line of ``vllm-moe-prune serve``
     models/     one file per family: vLLM's classes with other constructors
     load/       what each layer holds, checks against the remap table, pruning on load,
@@ -32,9 +33,19 @@ def register() -> None:
     """
     from .. import configs
     from ..archs import find_arch, supported
-    from .compat import allow_amx, allow_uneven_mla, check_version, mend_cpu_rotary
+    from .compat import (
+        allow_amx,
+        allow_uneven_mla,
+        check_version,
+        mend_cpu_rotary,
+        missing_symbols,
+    )
 
     check_version()
+    # Other models are served as without us; ours are then unknown to vLLM.
+    if (why := missing_symbols()) is not None:
+        log.error(why)
+        return
     allow_amx()
     allow_uneven_mla()
     configs.register()

@@ -3,6 +3,7 @@
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from ..checkpoint.compressed import METHOD
@@ -10,6 +11,9 @@ from ..checkpoint.gptq_awq import read_auto_form
 from ..errors import ServeError
 
 OLDEST = "0.32"
+TESTED = ("0.32.0", "0.33.0")
+"""Releases whose sources CI or `make substitution` compares with ``symbols``."""
+MOST_NAMED = 3
 
 
 def check_version() -> None:
@@ -32,6 +36,43 @@ def check_version() -> None:
             f"vLLM {found} is installed, but vllm-moe-prune needs {OLDEST} or newer. "
             "Upgrade vLLM, or set VLLM_PLUGINS to leave this plugin out."
         )
+
+
+def missing_symbols(version: str | None = None) -> str | None:
+    """What a vLLM that was not tested lacks of what the plugin uses, in one line.
+
+    Sources are read, about a second's work, and nothing is imported; for releases that
+    were tested nothing is read.
+
+    Args:
+        version: The release installed; None: what vLLM says.
+    """
+    from packaging.version import Version
+
+    installed = version
+    if installed is None:
+        import vllm
+
+        installed = vllm.__version__
+    if Version(installed).public in TESTED:
+        return None
+    from .symbols import SYMBOLS
+    from .symbols.sources import problem
+
+    spec = find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return None
+    root = Path(spec.origin).parents[1]
+    found = [what for symbol in SYMBOLS if (what := problem(root, symbol))]
+    if not found:
+        return None
+    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+    return (
+        f"vllm-moe-prune was tested with vLLM {' and '.join(TESTED)}; {installed} is "
+        f"installed, where {'; '.join(found[:MOST_NAMED])}{more}. Pruned checkpoints "
+        "that need the plugin are not served. Upgrade vllm-moe-prune, or install a "
+        "tested vLLM."
+    )
 
 
 def is_cpu_build() -> bool:

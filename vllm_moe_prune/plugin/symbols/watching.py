@@ -1,6 +1,6 @@
 """For counting routed tokens, and for routes in vLLM's server."""
 
-from tests.vllm_symbols.symbol import Symbol, members
+from .symbol import Symbol, members
 
 _CONFIG = "vllm.config"
 _CONTEXT = "vllm.forward_context"

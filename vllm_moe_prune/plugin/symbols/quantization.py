@@ -1,6 +1,6 @@
 """For the quantization method."""
 
-from tests.vllm_symbols.symbol import Symbol, members
+from .symbol import Symbol, members
 
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 _LAYERS = "vllm.model_executor.layers"
