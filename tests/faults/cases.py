@@ -12,6 +12,8 @@ LAYERS, EXPERTS, CHARACTERS = 2, 4, 6_000
 SHARDS = "--shard-size 60KB"
 TEXT = "--calibration ../inputs/text.txt --samples 4 --sequence-length 32 --json"
 MODEL, PRUNED = "../inputs/model", "../inputs/pruned"
+WIDE = "../inputs/wide"
+"""Of channels enough to lose some."""
 CUTS = {
     0: LayerCut(
         keep=(1, 2, 3), clusters=((0, 1), (2,), (3,)), reconstruct=True, sparsity=0.5
@@ -51,8 +53,8 @@ def cut(plan: str, flags: str = "") -> str:
     return f"cut {MODEL} --plan ../inputs/{plan}.json -o out {SHARDS} {flags} --json"
 
 
-def run(recipe: str, flags: str = "") -> str:
-    return f"run {MODEL} out --recipe ../inputs/{recipe}.yaml {SHARDS} {flags} --json"
+def run(recipe: str, flags: str = "", model: str = MODEL) -> str:
+    return f"run {model} out --recipe ../inputs/{recipe}.yaml {SHARDS} {flags} --json"
 
 
 def recover(method: str, flags: str = "") -> str:
@@ -111,7 +113,7 @@ CASES = [
     Case("run, tuned", run("tuned"), slow=True),
     Case("run, zeros first", run("zeros-first")),
     Case("run, quantized", run("quantized"), slow=True),
-    Case("run, narrowed", run("narrowed"), slow=True),
+    Case("run, narrowed", run("narrowed", model=WIDE), slow=True),
     Case("run --overwrite", run("stun", "--overwrite"), earlier=True),
     Case(
         "convert to bitmask", f"convert {PRUNED} out --storage bitmask {SHARDS} --json"
@@ -162,6 +164,9 @@ def make_inputs(folder: Path) -> None:
         width=32,
         vocab=300,
     )
+    tiny_checkpoint(
+        folder / "wide", layers=2, experts=2, hidden=32, width=64, vocab=300
+    )
     tiny_text(folder, characters=CHARACTERS)
     checkpoint = open_checkpoint(folder / "model")
     calibration = {"source": "../inputs/text.txt", "samples": 4, "sequence_length": 32}
@@ -192,7 +197,7 @@ def make_inputs(folder: Path) -> None:
     )
     (folder / "narrowed.yaml").write_text(
         "name: narrowed\nexperts: {method: none}\nslim: {method: none}\n"
-        "narrow: {share: 0.25}\n" + said
+        "narrow: {share: 0.5}\n" + said
     )
     (folder / "quantized.yaml").write_text(
         "name: quantized\nexperts: {drop: 0.3}\nslim: {method: none}\n"

@@ -145,6 +145,31 @@ def test_a_cut_slims_as_the_method_does_on_what_reaches_each_expert(
                 assert (zeros == plan.group // 2).all()
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_down_makes_up_for_what_slimmed_gates_and_ups_lose(
+    checkpoint: Checkpoint, tokens: Tokens, tmp_path: Path, method: str
+) -> None:
+    plan = plan_for(checkpoint, everyone_at(0.5), slim=method, compensate=True)
+    execute_plan(checkpoint, plan, tmp_path / "out", tokens=tokens)
+    output = open_checkpoint(tmp_path / "out")
+    for expert in range(EXPERTS):
+        x, inner, _ = inputs_of(checkpoint, tokens, expert)
+        before = read_expert(checkpoint, checkpoint.layers[0], expert)
+        found = read_expert(output, output.layers[0], expert)
+        gate, up = (naive(method, None, one, x) for one in before[:2])
+        own = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+        # The normal equations of |down inner' - new own'|^2 + pull |new - down|^2.
+        down, g = before.down_DF.double(), own.double()
+        gram = g.T @ g
+        pull = 0.05 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        new = torch.linalg.solve(
+            gram + pull, g.T @ inner.double() @ down.T + pull @ down.T
+        )
+        expected = naive(method, None, new.T.float(), own)
+        for mine, theirs in zip(found, (gate, up, expected), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
 def test_merge_weights_give_the_weighted_mean_of_experts_and_router_rows(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

@@ -19,20 +19,15 @@ from .narrow_expert import narrow_expert
 from .slim_expert import (
     ALL,
     Known,
+    Slimming,
     Taken,
     input_sums,
+    kind_of,
     known_of,
     slim_by_data,
     slim_by_known,
     slim_by_magnitude,
 )
-
-Slimming = tuple[str, str, bool]
-
-
-def kind_of(plan: CutPlan) -> Slimming:
-    """How a plan writes zeros, but for how many."""
-    return plan.slim, plan.pattern, plan.router_weighted
 
 
 def alone(expert: int) -> Members:

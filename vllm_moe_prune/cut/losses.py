@@ -27,6 +27,7 @@ from ..files.json_file import parse_json
 from ..files.regular import MIB, Kind, read_file
 from ..progress import Progress, Report
 from .layer_cut import LayerCut
+from .slim_expert import kind_of
 
 STATE_BYTES = 1 << 30
 """Of hidden states held at once; more plans than fit take further sweeps."""
@@ -150,7 +151,7 @@ def key_of(
 ) -> str:
     """Identifies a loss: the plan's effect on which model, judged by which tokens."""
     # Nothing of recipe or prediction: plans of the same effect share a loss.
-    slim = (plan.slim, plan.pattern, plan.router_weighted, plan.slim_parts)
+    slim = (*kind_of(plan), plan.slim_parts)
     layers = [layer.model_dump_json() for layer in plan.layers]
     tokens = [sha256_of(text.ids_ST) for text in texts]
     tokens += [
@@ -191,7 +192,7 @@ def split_at(
 def _effect(cut: LayerCut) -> Hashable:
     """Everything a plan says about one layer."""
     plan = cut.plan
-    how = (plan.slim, plan.pattern, plan.router_weighted, plan.slim_exclude)
+    how = (*kind_of(plan), plan.slim_exclude)
     slims = how if cut.writes_zeros else None
     narrows = plan.narrow if cut.layer_plan.narrows else None
     return plan.routing, cut.layer_plan, slims, narrows

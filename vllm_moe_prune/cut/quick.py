@@ -24,7 +24,7 @@ from ..checkpoint.reader import Expert, read_expert
 from ..decide.cut_plan import CutPlan
 from ..errors import CheckpointError
 from ..progress import Report, ignore
-from .intact import IntactStream, SharedZeros, alone, kind_of
+from .intact import IntactStream, SharedZeros, alone
 from .layer_cut import LayerCut, Members, layer_cuts
 from .losses import (
     Loss,
@@ -38,7 +38,7 @@ from .losses import (
     split_at,
 )
 from .matrices import taken
-from .slim_expert import slim_by_magnitude
+from .slim_expert import kind_of, slim_by_magnitude
 from .slim_layer import naming, trimmed_routing
 from .trimmed import survivor
 

@@ -12,6 +12,7 @@ from ..calibrate.expert_forward import Activation, expert_hidden, place, token_c
 from ..checkpoint.reader import Expert
 from ..decide.cut_plan import CutPlan
 from ..slim.magnitude import magnitude
+from ..slim.ridge import Ridge
 from ..slim.sparsegpt import Factored, add_inputs, factored, sparsegpt
 from ..slim.wanda import Ranked, wanda
 from ..slim.wanda_variant import wanda_variant
@@ -19,8 +20,16 @@ from ..slim.wanda_variant import wanda_variant
 Taken = Sequence[bool]
 """Whether gate, up and down are slimmed."""
 ALL = (True, True, True)
+Slimming = tuple[str, str, bool, bool]
+COMPENSATION_RIDGE = 0.05
+"""Relative to the mean diagonal of what slimmed gate and up feed down."""
 Known = Sequence[torch.Tensor | Factored | Ranked]
 """What a method knows of gate, up and down."""
+
+
+def kind_of(plan: CutPlan) -> Slimming:
+    """How a plan writes zeros, but for how many."""
+    return plan.slim, plan.pattern, plan.router_weighted, plan.compensate
 
 
 def slim_by_magnitude(
@@ -61,8 +70,65 @@ def slim_by_data(
         taken: Whether gate, up and down are slimmed; the others stay as they are.
     """
     expert = Expert(*(matrix.to(x_ND.device) for matrix in expert))
+    if plan.compensate and taken[2]:
+        return _slim_in_turn(
+            expert, plan, sparsity, x_ND, token_n, weight_n, act, taken
+        )
     known = known_of(input_sums(expert, plan, x_ND, token_n, weight_n, act), plan)
     return slim_by_known(expert, known, plan, sparsity, taken)
+
+
+def _slim_in_turn(
+    expert: Expert,
+    plan: CutPlan,
+    sparsity: float,
+    x_ND: torch.Tensor,
+    token_n: torch.Tensor,
+    weight_n: torch.Tensor,
+    act: Activation,
+    taken: Taken,
+) -> Expert:
+    """Gate and up first; down makes up for that on what they feed it, then is slimmed.
+
+    With h of the dense and g of the slimmed gate and up, down is to give on g what it
+    gave on h (asymmetric calibration, arXiv 2504.02692, within an expert).
+    """
+    served = (token_n, weight_n)
+    hidden, width = expert.gate_FD.shape[1], expert.down_DF.shape[1]
+    x_sums = no_sums(hidden, plan, x_ND.device)
+    for some_n, weight in token_chunks(*served, expert):
+        add_sums(x_sums, _weighted(x_ND.index_select(0, some_n), weight, plan), plan)
+    known = factored(x_sums) if plan.slim == "sparsegpt" else x_sums
+    gate_FD, up_FD = (
+        slim_matrix(matrix, known, plan, sparsity) if take else matrix
+        for matrix, take in zip(expert[:2], taken[:2], strict=True)
+    )
+    del x_sums, known
+    dense, slimmed = (
+        place(expert, x_ND),
+        place(expert._replace(gate_FD=gate_FD, up_FD=up_FD), x_ND),
+    )
+    sums = no_sums(width, plan, x_ND.device)
+    gram_FF = x_ND.new_zeros(width, width, dtype=torch.float32)
+    cross_FF = torch.zeros_like(gram_FF)
+    for some_n, weight in token_chunks(*served, dense):
+        x_nD = x_ND.index_select(0, some_n)
+        own_nF = expert_hidden(x_nD, slimmed, act)
+        lost_nF = expert_hidden(x_nD, dense, act).float() - own_nF.float()
+        add_inputs(gram_FF, own_nF)
+        cross_FF.addmm_(own_nF.float().T, lost_nF)
+        if plan.slim != "sparsegpt":
+            add_sums(sums, _weighted(own_nF, weight, plan), plan)
+    down_DF = expert.down_DF
+    if bool(gram_FF.diagonal().any()):
+        # What down gave on what is lost is to come from what is left.
+        change_DF = Ridge(gram_FF, COMPENSATION_RIDGE).change(
+            cross_FF @ down_DF.float().T, torch.zeros_like(down_DF, dtype=torch.float32)
+        )
+        changed_DF = (down_DF.float() + change_DF).to(down_DF.dtype)
+        down_DF = changed_DF.masked_fill_(expert.down_DF == 0, 0.0)
+    found = gram_FF if plan.slim == "sparsegpt" else sums
+    return Expert(gate_FD, up_FD, slim_matrix(down_DF, found, plan, sparsity))
 
 
 def slim_by_known(
@@ -165,7 +231,11 @@ def _inputs(
     for at_n, weight in token_chunks(token_n, weight_n, running):
         x_nD = x_ND.index_select(0, at_n)
         inner_nF = expert_hidden(x_nD, running, act)
-        # MoE-Pruner's score: |W| * ||x * g||, g the routing weight of each token.
-        if plan.router_weighted:
-            x_nD, inner_nF = x_nD * weight[:, None], inner_nF * weight[:, None]
-        yield x_nD, inner_nF
+        yield _weighted(x_nD, weight, plan), _weighted(inner_nF, weight, plan)
+
+
+def _weighted(
+    x_nD: torch.Tensor, weight_n: torch.Tensor, plan: CutPlan
+) -> torch.Tensor:
+    # MoE-Pruner's score: |W| * ||x * g||, g the routing weight of each token.
+    return x_nD * weight_n[:, None] if plan.router_weighted else x_nD

@@ -68,6 +68,7 @@ def make_plan(
         slim_parts=recipe.slim.scope,
         slim_exclude=recipe.slim.exclude,
         router_weighted=recipe.slim.router_weighted,
+        compensate=recipe.slim.compensate,
         quantize=quantize,
         narrow=resolved_narrow(recipe, facts),
         threshold=threshold,

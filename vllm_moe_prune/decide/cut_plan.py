@@ -172,6 +172,8 @@ class CutPlan(Strict):
     """Matrices whose name below the layer's prefix contains one of these stay dense."""
     router_weighted: bool = False
     """Wanda's input norms are of inputs times routing weights."""
+    compensate: bool = False
+    """Down projections make up for zeros in gate and up."""
     quantize: QuantizeStage = QuantizeStage()
     """How the experts that survive, and what else is in its scope, are quantized."""
     narrow: NarrowStage = NarrowStage()

@@ -36,6 +36,9 @@ class SlimStage(Strict):
     """Maximum distance of a layer's sparsity from the mean."""
     router_weighted: bool = False
     """Weight Wanda's inputs by the router's weight for the expert (MoE-Pruner)."""
+    compensate: bool = False
+    """Down projections are slimmed last, on what slimmed gates and ups feed them, and
+    make up for what is lost there."""
     scope: tuple[Part, ...] = ("experts",)
     """What is slimmed. ``mlp``: dense layers and Arctic's residual MLP."""
     exclude: tuple[str, ...] = ()
@@ -52,6 +55,8 @@ class SlimStage(Strict):
             and f"pattern {self.pattern} sets the sparsity; give no other",
             (self.router_weighted and not by_wanda)
             and "router_weighted needs method: wanda or wanda-variant",
+            (self.compensate and self.method not in NEEDS_ACTIVATIONS)
+            and f"compensate needs method: {', '.join(NEEDS_ACTIVATIONS)}",
             (not self.scope or repeated) and "scope needs at least one part, each once",
             "" in self.exclude and "exclude: an empty string is in every name",
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..cut.losses import Loss
+from ..cut.slim_expert import kind_of
 from ..decide.cut_plan import CutPlan
 from .sizes import Size
 
@@ -87,6 +88,6 @@ def distinct(judged: Iterable[Judged]) -> list[Judged]:
     for one in judged:
         plan = one.plan
         said = [layer.model_dump_json() for layer in plan.layers]
-        how = (plan.routing, plan.slim, plan.pattern, plan.router_weighted)
+        how = (plan.routing, *kind_of(plan))
         found.setdefault(repr((how, said)), one)
     return list(found.values())
