@@ -1,5 +1,6 @@
 """Uneven layers spelled as expert substitution, for vLLM from 0.33 on."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -26,6 +27,7 @@ from vllm_moe_prune.errors import (
     PlanError,
     RecipeError,
     RemapError,
+    ServeError,
 )
 from vllm_moe_prune.pipeline import (
     RunOptions,
@@ -35,6 +37,7 @@ from vllm_moe_prune.pipeline import (
     run,
     verify,
 )
+from vllm_moe_prune.plugin import compat, launch
 from vllm_moe_prune.recipes.loading import wished
 from vllm_moe_prune.recipes.schema import Recipe, parse_recipe
 
@@ -474,3 +477,25 @@ def test_our_block_and_table_must_agree(
     change(out, moe_prune=config["moe_prune"] | {"substitution": {"version": 9}})
     with pytest.raises(MoePruneError, match="substitution"):
         open_checkpoint(out)
+
+
+def test_a_vllm_that_would_ignore_the_vectors_is_refused(
+    sources: dict[str, Checkpoint],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, out = sources["mixtral"], tmp_path / "out"
+    cut(source, planned(source, "preserve"), out, HOW)
+    assert not launch.needs_plugin(open_checkpoint(out))
+    package = tmp_path / "vllm"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    spec = importlib.util.spec_from_file_location("vllm", package / "__init__.py")
+    monkeypatch.setattr(compat, "find_spec", lambda name: spec)
+    with pytest.raises(ServeError, match=r"only vLLM from 0\.33 on reads.*convert"):
+        launch.serve_command(str(out))
+    module = package / compat.SUBSTITUTION
+    module.parent.mkdir(parents=True)
+    module.touch()
+    with pytest.raises(ServeError, match="without --enable-expert-parallel only"):
+        launch.serve_command(str(out), extra=["--enable-expert-parallel"])

@@ -14,8 +14,9 @@ from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cut.predict import model_facts
 from vllm_moe_prune.decide.cut_plan import CutPlan, LayerPlan
-from vllm_moe_prune.errors import CheckpointError, PlanError
+from vllm_moe_prune.errors import CheckpointError, PlanError, ServeError
 from vllm_moe_prune.pipeline import RunOptions, convert, cut, verify
+from vllm_moe_prune.plugin.launch import serve_command
 from vllm_moe_prune.recipes.schema import Recipe
 
 IDS_ST = torch.randint(3, 500, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -130,6 +131,8 @@ def test_a_spelling_is_read_as_ours(name: str, cut_one: Path, tmp_path: Path) ->
     kept = tuple(entry.kept for entry in found.remap.layers)
     told = name == "reap_pruning"
     assert kept == (KEPT if told else tuple(tuple(range(one)) for one in COUNTS))
+    with pytest.raises(ServeError, match="convert IN OUT"):
+        serve_command(str(tmp_path / "other"))
     if told:
         converted = tmp_path / "converted"
         convert(found, converted, RunOptions())

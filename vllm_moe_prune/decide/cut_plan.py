@@ -189,6 +189,15 @@ class CutPlan(Strict):
     predicted: Predicted | None = None
 
     @property
+    def routing_text(self) -> str:
+        """What becomes of rows of removed experts, in words."""
+        if self.spelling == "moe-prune":
+            return self.routing
+        if self.routing == "drop":
+            return "drop, for stock vLLM: rows that are never chosen"
+        return f"rows stay and give {self.constants}, for stock vLLM"
+
+    @property
     def super_text(self) -> str:
         """The super-experts in words."""
         found = (

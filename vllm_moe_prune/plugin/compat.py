@@ -1,7 +1,7 @@
 """The vLLM we stand on: versions and quirks; the only file that compares versions."""
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,47 @@ def missing_symbols(version: str | None = None) -> str | None:
         "that need the plugin are not served. Upgrade vllm-moe-prune, or install a "
         "tested vLLM."
     )
+
+
+SUBSTITUTION = "model_executor/layers/fused_moe/expert_substitution.py"
+NOT_SUBSTITUTED = (
+    "--enable-expert-parallel",
+    "--data-parallel-size",
+    "-dp",
+    "--enable-eplb",
+    "--enable-lora",
+)
+"""Flags with which vLLM refuses expert substitution."""
+
+
+def refuse_substitution(where: str, flags: Sequence[str] = ()) -> None:
+    """Refuse a checkpoint whose removed experts have vectors where vLLM would not.
+
+    Older releases ignore the key, and compute with memory that nothing was loaded into.
+
+    Args:
+        where: What to call the checkpoint.
+        flags: Of vLLM's command line.
+
+    Raises:
+        ServeError: Saying what to do.
+    """
+    spec = find_spec("vllm")
+    package = Path(spec.origin).parent if spec and spec.origin else None
+    # None: another environment's vLLM will be run.
+    if package is not None and not (package / SUBSTITUTION).is_file():
+        raise ServeError(
+            f"{where}: removed experts have vectors in their place "
+            "(approximate_experts), which only vLLM from 0.33 on reads. Upgrade "
+            "vLLM, or write the plugin's form: `vllm-moe-prune convert IN OUT`."
+        )
+    given = {flag.partition("=")[0] for flag in flags}
+    if found := sorted(given & {*NOT_SUBSTITUTED}):
+        raise ServeError(
+            f"{where}: vLLM serves removed experts that have vectors in their place "
+            f"without {found[0]} only. Leave it out, or write the plugin's form: "
+            "`vllm-moe-prune convert IN OUT`."
+        )
 
 
 def is_cpu_build() -> bool:

@@ -18,7 +18,7 @@ from ..checkpoint.tokenizer import TRUST, needs_code
 from ..decide.check_plan import check_plan
 from ..decide.cut_plan import load_plan
 from ..errors import ServeError
-from .compat import missing_symbols, refuse_without_kernel
+from .compat import missing_symbols, refuse_substitution, refuse_without_kernel
 from .load.verify_remap import check_beside_config, verify_folder
 from .watch.switch import EXTENSION, PLUGINS, SWITCH
 
@@ -92,11 +92,19 @@ def serve_command(
             nothing runs its experts here.
     """
     checkpoint = open_checkpoint(source, revision, allow_links=allow_links)
-    if checkpoint.remap is not None:
+    if checkpoint.remap is not None and not checkpoint.foreign:
         verify_folder(checkpoint.folder)
     # With a plan our own loader reads the shards, wherever the index puts them.
     elif plan is None:
         check_beside_config(checkpoint)
+    if checkpoint.substitution is not None:
+        refuse_substitution(source, extra)
+    elif checkpoint.foreign:
+        raise ServeError(
+            f"{source}: its layers have different numbers of experts in another tool's "
+            "spelling, which vLLM would misread. Write the plugin's form first: "
+            "`vllm-moe-prune convert IN OUT`."
+        )
     if not _names_tokenizer(extra):
         needs_code(checkpoint.folder, trust_code=TRUST in extra)
     command = [find_vllm(), "serve", source]
@@ -174,6 +182,8 @@ def needs_plugin(checkpoint: Checkpoint) -> bool:
     """Whether stock vLLM would refuse the checkpoint."""
     names = checkpoint.config.get("architectures") or []
     arch = checkpoint.arch
+    if checkpoint.substitution is not None:
+        return False
     return (
         checkpoint.storage is not None
         or not arch.stock_vllm

@@ -372,7 +372,7 @@ def _facts(numbers: Numbers) -> list[tuple[str, str]]:
         ("Source", f"{numbers.name} ({plan.model.revision or 'local'})"),
         ("Family", plan.model.model_type),
         ("Fingerprint", plan.model.fingerprint),
-        ("Routing", plan.routing),
+        ("Routing", plan.routing_text),
         ("Slimming", f"{plan.slim}, {plan.pattern}"),
         ("Forward passes", passes),
     ]

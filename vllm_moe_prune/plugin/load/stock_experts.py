@@ -14,6 +14,8 @@ from vllm.model_executor.layers.fused_moe.routed_experts import (
 
 from ...archs import find_arch, supported
 from ...checkpoint.remap import CONFIG_BLOCK
+from ...checkpoint.substitution import KEY
+from ..compat import refuse_substitution
 from .verify_remap import local_folder, verify_folder
 
 
@@ -46,12 +48,15 @@ def check_stock(vllm_config: VllmConfig) -> None:
     Raises:
         RemapError: See ``verify_folder``.
         CheckpointError: See ``verify_folder``.
+        ServeError: This vLLM would ignore that experts have vectors in their place.
     """
     from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
 
     model_config = vllm_config.model_config
     if model_config is None:
         return  # layers on their own, outside of any engine
+    if getattr(model_config.hf_config, KEY, None):
+        refuse_substitution(model_config.model)
     if getattr(model_config.hf_config, CONFIG_BLOCK, None) is None:
         return
     ours = {find_arch(each, __name__).pruned_architecture for each in supported()}
