@@ -4,7 +4,8 @@
 
 Judged like bench/quality.py. For every size: perplexity of the wish's recipe, of the
 plan that `tune --for` finds, their ratio as perplexity over dense minus one, and the
-processor time of both (measuring and deciding; the cut is the same). ``--shares`` adds
+processor time of both (measuring and deciding; the cut is the same). For `default` and
+`experts50` the search is among whole experts. ``--shares`` adds
 the cost of each structured share at every size, and what the rule of ``auto`` expects;
 ``--no-tune`` leaves the searches out. ``--json`` keeps the numbers.
 """
@@ -56,6 +57,15 @@ def shipped(bench: Bench, name: str) -> Recipe:
     return bench.recipe(name, load_recipe(name).model_dump(exclude={"calibration"}))
 
 
+def searched(recipe: Recipe, size: float, whole_experts: bool) -> Recipe:
+    """A search for a size, among the same means as the wish has."""
+    asked = with_overrides(recipe, {"total": size})
+    if not whole_experts:
+        return asked
+    only = asked.tune.model_copy(update={"layers": (), "narrow": ()})
+    return asked.model_copy(update={"tune": only})
+
+
 def plans_of(
     bench: Bench, args: argparse.Namespace
 ) -> tuple[dict[str, CutPlan], dict[str, float], dict[str, float]]:
@@ -79,7 +89,7 @@ def plans_of(
                 fixed = recipe.model_copy(update={"structured_share": share})
                 plans[f"{name}, share {share:g}"] = plan(model, fixed, stats)
         if not args.no_tune:
-            asked = with_overrides(shipped(bench, search), {"total": size})
+            asked = searched(shipped(bench, search), size, search == "best-any")
             best, seconds[f"{name}, tune"] = timed(
                 lambda asked=asked: tune(model, asked, options).best
             )
