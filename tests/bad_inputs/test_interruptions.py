@@ -139,6 +139,7 @@ def test_a_full_disk_leaves_an_earlier_file_as_it_was(
     assert not list(folder.glob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [

@@ -86,6 +86,7 @@ def test_bad_input_is_refused(
     assert left == []
 
 
+@pytest.mark.slow
 def test_warnings_of_libraries_do_not_stand_before_the_error(tmp_path: Path) -> None:
     # compressed-tensors warns of `dynamic` without an observer, once a process.
     cases_quantized.block(

@@ -44,6 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_stage_works(name: str, tmp_path: Path) -> None:
     folder = tiny_checkpoint(

@@ -256,6 +256,7 @@ def assert_refused(result: Result, *says: str) -> None:
         assert text in line
 
 
+@pytest.mark.slow
 def test_inspecting_reads_headers_only(world: World, online: dict[str, Result]) -> None:
     shown = json.loads(online["inspect"].out)
     assert shown["experts_per_layer"] == [8, 8]
@@ -340,6 +341,7 @@ def test_repositories_without_safetensors_are_refused(
     assert_refused(online["inspect dataset"], "acme/dataset", "no config.json")
 
 
+@pytest.mark.slow
 def test_without_the_hub_the_cache_will_do(
     world: World, online: dict[str, Result]
 ) -> None:

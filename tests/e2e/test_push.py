@@ -236,6 +236,7 @@ def uploaded(out: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_an_output_is_uploaded_and_its_card_speaks_of_the_repository(
     world: World,
 ) -> None:
@@ -275,6 +276,7 @@ def test_an_output_is_uploaded_and_its_card_speaks_of_the_repository(
     assert len(repo.commits) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_upload_continues(world: World) -> None:
     world.hub.refuse_after = 2
     old = {"model-00099-of-00099.safetensors": b"x", "notes.txt": b"kept"}
@@ -294,6 +296,7 @@ def test_an_interrupted_upload_continues(world: World) -> None:
     assert repo.commits[-1] == ["README.md"]
 
 
+@pytest.mark.slow
 def test_without_a_token_or_with_a_dry_run_nobody_is_asked(world: World) -> None:
     found = world.push(
         {
@@ -315,6 +318,7 @@ def test_without_a_token_or_with_a_dry_run_nobody_is_asked(world: World) -> None
     assert world.hub.asked == []
 
 
+@pytest.mark.slow
 def test_what_cannot_be_uploaded_is_refused_in_one_line(world: World) -> None:
     out, broken = world.out, world.folder / "broken"
     if not broken.exists():

@@ -277,6 +277,7 @@ def test_an_unfinished_run_is_refused_without_resume(
     assert folder_bytes(partial_of(out)) == before
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_does_the_same(
     world: World, tmp_path: Path, half_done: GiveHalfDone
 ) -> None:
@@ -450,6 +451,7 @@ def measuring(out: Path) -> bool:
     return any(partial_of(out).glob("work/*.work/hidden-*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["measure", "cut"])
 def test_killed_run_resumes_to_the_same_bytes(
     world: World, tmp_path: Path, stage: str

@@ -32,6 +32,7 @@ def running(scratch: Path) -> Iterator[Server]:
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc for the shim")
 def test_disturbed_commands_resume_to_the_same_bytes_and_leave_nothing_behind(

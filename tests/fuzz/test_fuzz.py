@@ -81,6 +81,7 @@ def fail(error: BaseException) -> None:
     raise error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "found"),
     [

@@ -184,6 +184,7 @@ def test_survivors_and_their_router_rows_keep_their_bytes(
         assert f"model.layers.{new}.input_layernorm.weight" not in after
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(data=st.data())
 def test_cutting_twice_equals_cutting_once(model: Path, data: st.DataObject) -> None:

@@ -190,6 +190,7 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
 def test_narrowing_goes_with_everything_else(
     tmp_path: Path, text: Path, name: str

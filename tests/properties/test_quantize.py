@@ -216,6 +216,7 @@ def naive_gptq(
     return values, scales
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(
     seed=SEEDS,

@@ -379,6 +379,7 @@ def test_the_config_is_what_the_library_reads_and_leaves_the_rest_alone(
     assert sum("mlp\\.gate_proj" in name for name in block["ignore"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "action"), RECIPES.items())
 def test_combined_recipes_scale_to_any_depth(
     name: str, action: tuple[str, int], tmp_path: Path

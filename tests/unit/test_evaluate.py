@@ -103,6 +103,7 @@ def prune_in_memory(model: MixtralForCausalLM, remap: ExpertRemap) -> None:
     model.config.num_hidden_layers = len(remap.layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["drop", "redirect"])
 @pytest.mark.parametrize("layers", [{}, {"drop_moe": [1]}, {"drop_blocks": [2]}])
 def test_pruned_checkpoints_compute_what_was_left_of_the_original(

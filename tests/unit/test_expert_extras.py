@@ -69,6 +69,7 @@ def planned(source: Checkpoint, tmp_path: Path) -> CutPlan:
     return with_prediction(source, plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["dense", "fp8", "gptq", "awq"])
 def test_they_are_renumbered_with_their_expert(form: str, tmp_path: Path) -> None:
     # GPTQ has a g_idx of its own, which is a part of the matrix.

@@ -23,6 +23,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(["id", "x"]), values) | values)
 def test_models_that_are_read_can_be_passed_on(entry: object) -> None:
     try:

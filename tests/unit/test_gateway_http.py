@@ -70,6 +70,7 @@ def answer(client: socket.socket) -> dict[str, Any]:
     return json.loads(client.recv(length, socket.MSG_WAITALL))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nx: "])
 def test_a_slow_head_is_not_waited_for(client: socket.socket, sent: bytes) -> None:
     start = time.monotonic()
@@ -78,6 +79,7 @@ def test_a_slow_head_is_not_waited_for(client: socket.socket, sent: bytes) -> No
     assert HEAD_TIMEOUT_S - 0.1 < time.monotonic() - start < 5
 
 
+@pytest.mark.slow
 def test_a_connection_may_be_idle_between_requests(client: socket.socket) -> None:
     request = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
     for _ in range(2):

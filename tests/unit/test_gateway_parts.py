@@ -72,6 +72,7 @@ def test_an_endless_event_is_not_collected() -> None:
     assert len(events.feed(b"x")) == LONGEST_EVENT + 1
 
 
+@pytest.mark.slow
 def test_an_event_in_single_bytes_costs_no_more_than_its_bytes() -> None:
     # Looking at all of it again for each byte would take a quarter of an hour.
     events = EventStream()

@@ -204,6 +204,7 @@ def _without(key: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("said", "says"),
     [

@@ -64,6 +64,7 @@ def test_proxies_are_for_other_machines(monkeypatch: pytest.MonkeyPatch) -> None
             find_endpoint("http://192.0.2.1:9", None)
 
 
+@pytest.mark.slow
 def test_no_server_survives_what_started_it() -> None:
     command = [sys.executable, "-c", HOLDER, str(STUB), str(free_port())]
     with subprocess.Popen(

@@ -135,6 +135,7 @@ def test_heldout_windows_can_be_of_a_text_of_their_own(
         load_heldout(checkpoint, asked)
 
 
+@pytest.mark.slow
 def test_planned_losses_are_those_of_what_is_cut(
     checkpoint: Checkpoint,
     calibration: Calibration,

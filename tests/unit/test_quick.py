@@ -108,6 +108,7 @@ def test_the_first_layer_sees_what_every_plan_sees(given: Given) -> None:
     assert len(set(found)) == len(plans)
 
 
+@pytest.mark.slow
 def test_neither_company_nor_threads_nor_memory_change_a_loss(
     given: Given, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,7 @@ def test_a_head_that_is_stored_twice_is_read_once(tmp_path: Path) -> None:
     assert costs[0] == costs[1]
 
 
+@pytest.mark.slow
 def test_a_wish_chooses_among_the_shipped_recipes(tmp_path: Path) -> None:
     model = mixtral_8x7b(tmp_path)
     recipes = [load_recipe(name) for name in shipped_recipes()]

@@ -86,6 +86,7 @@ HOLDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", WAYS)
 def test_only_targets_change_and_zeros_stay(family: str, tmp_path: Path) -> None:
     case, method, targets = WAYS[family]
@@ -251,6 +252,7 @@ def naive(
     return results
 
 
+@pytest.mark.slow
 def test_what_is_stored_without_zeros(tmp_path: Path) -> None:
     """Routers and attention can be trained; experts are refused elsewhere."""
     original, pruned = make(tmp_path, MIXTRAL)
@@ -264,6 +266,7 @@ def test_what_is_stored_without_zeros(tmp_path: Path) -> None:
     assert check_same_but(packed, tmp_path / "routed", HOLDS["router"])
 
 
+@pytest.mark.slow
 def test_shards_in_a_folder_below_stay_there(tmp_path: Path) -> None:
     original, pruned = make(tmp_path, MIXTRAL)
     go(tmp_path, pruned, ask(pruned, "router"), original, "flat")
@@ -299,6 +302,7 @@ def test_fp8_routers_can_be_trained(tmp_path: Path) -> None:
     assert record["layers"][0]["after"] < record["layers"][0]["before"]
 
 
+@pytest.mark.slow
 def test_a_second_recovery_is_added_to_the_first(tmp_path: Path) -> None:
     original, pruned = make(tmp_path, MIXTRAL)
     go(tmp_path, pruned, ask(pruned, "router"), original)
@@ -336,6 +340,7 @@ def test_the_demo_model_gets_better(method: str, rate: float, tmp_path: Path) ->
     assert found.loss_after < found.loss_before - 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["router", "lora", "full"])
 def test_a_teacher_is_approached(method: str, tmp_path: Path) -> None:
     original, pruned = make(tmp_path, LESSONS["mixtral"], "float32")

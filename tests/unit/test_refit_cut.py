@@ -85,6 +85,7 @@ def test_a_plan_that_changes_nothing_gives_identical_bytes(
     assert not any(record.refit for record in result.records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [{}, {"method": "gptq", "group_size": 32}])
 def test_a_killed_run_resumes_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: dict[str, Any]

@@ -287,6 +287,7 @@ def test_maps_hold_the_values_as_opacity() -> None:
     assert opacity == [[0, 128, 255], [0, 0, 255]]
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_of_what_was_measured(
     numbers: Numbers, tmp_path: Path
 ) -> None:

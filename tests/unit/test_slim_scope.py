@@ -46,6 +46,7 @@ def tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return read_tensor(checkpoint.tensors[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_part_loses_as_many_weights_as_planned(

@@ -84,6 +84,7 @@ def test_candidates_are_all_different_and_name_what_they_are() -> None:
     ] == [("sparsegpt", "uniform"), ("wanda", "owl")]
 
 
+@pytest.mark.slow
 def test_narrower_experts_are_tried_with_the_finalists(
     checkpoint: Checkpoint, recipe: Recipe, tuned: Tuned
 ) -> None:
@@ -101,6 +102,7 @@ def test_narrower_experts_are_tried_with_the_finalists(
     assert all(one.final and one.plan.is_narrowed for one in found.values())
 
 
+@pytest.mark.slow
 def test_the_best_loses_least_and_is_what_gets_cut(
     checkpoint: Checkpoint, recipe: Recipe, tuned: Tuned, tmp_path: Path
 ) -> None:
@@ -123,6 +125,7 @@ def test_the_best_loses_least_and_is_what_gets_cut(
     assert loss.mean == pytest.approx(tuned.best.loss.mean, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_search_continues_to_the_same_plan(
     checkpoint: Checkpoint, recipe: Recipe, tuned: Tuned, tmp_path: Path
 ) -> None:
@@ -170,6 +173,7 @@ def test_a_killed_measurement_serves_no_recipe_that_needs_more(
         assert all(getattr(one, field) is not None for one in stats.layers.values())
 
 
+@pytest.mark.slow
 def test_every_candidate_fits_the_bytes_asked_for(
     checkpoint: Checkpoint, recipe: Recipe
 ) -> None:
@@ -187,6 +191,7 @@ def test_every_candidate_fits_the_bytes_asked_for(
         tune(checkpoint, asked, pipeline.RunOptions())
 
 
+@pytest.mark.slow
 def test_sizes_share_a_search_and_find_what_each_finds_alone(
     checkpoint: Checkpoint, recipe: Recipe, tuned: Tuned
 ) -> None:
