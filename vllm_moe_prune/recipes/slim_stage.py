@@ -55,7 +55,7 @@ class SlimStage(Strict):
             and f"pattern {self.pattern} sets the sparsity; give no other",
             (self.router_weighted and not by_wanda)
             and "router_weighted needs method: wanda or wanda-variant",
-            (self.compensate and self.method not in NEEDS_ACTIVATIONS)
+            (self.compensate and self.method == "magnitude")
             and f"compensate needs method: {', '.join(NEEDS_ACTIVATIONS)}",
             (not self.scope or repeated) and "scope needs at least one part, each once",
             "" in self.exclude and "exclude: an empty string is in every name",
