@@ -9,6 +9,7 @@
     ├── OutputError               the output folder: not empty, disk full, cannot resume
     ├── ServeError                the serving environment: vLLM or the plugin is missing
     ├── EvaluationError           a task, its data, or the server it is put to
+    ├── RanksError                torchrun: a rank ended, hangs or has another input
     ├── MissingExtra              a package that only some commands need
     └── Interrupted               Ctrl-C; says how to go on
 
@@ -52,6 +53,10 @@ class RemapError(MoePruneError):
 
 class OutputError(MoePruneError):
     """The output cannot be written or resumed."""
+
+
+class RanksError(MoePruneError):
+    """The processes of one job do not fit together, or one of them is gone."""
 
 
 class ServeError(MoePruneError):

@@ -30,7 +30,7 @@ MAX_LINES = 400
 ROWS = (
     {"errors"},
     {"files"},
-    {"progress", "recipes"},
+    {"progress", "ranks", "recipes"},
     {"archs", "checkpoint", "configs", "kernels"},
     {"calibrate", "cut", "decide", "recover", "report", "slim"},
     {"plugin", "publish", "stages", "tune"},

@@ -18,13 +18,15 @@ from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import read_expert
 from ..errors import CheckpointError
 from ..progress import Progress, Report, ignore
+from ..ranks.group import ALONE, Ranks
 from . import routed
 from .boundary import BoundaryStore
 from .data import Tokens
 from .distances import router_distances, router_row_norms, weight_distances
-from .expert_forward import Served, run_experts
+from .expert_forward import Served
 from .forward import StreamingModel
 from .memory import release_freed
+from .shared_experts import run_shared
 from .stats import (
     FORMAT_VERSION,
     PER_SOURCE,
@@ -46,6 +48,7 @@ def measure(
     device: torch.device | str = "cpu",
     report: Report = ignore,
     work: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Stats:
     """Collect the statistics of every MoE layer.
 
@@ -59,6 +62,7 @@ def measure(
         device: Where the forward pass runs.
         report: Called after every layer.
         work: A folder for what a killed run needs to continue; gone at the end.
+        ranks: Share out the experts; every rank returns the same.
 
     Raises:
         CheckpointError: The checkpoint redirects removed experts, or holds NaN.
@@ -77,13 +81,15 @@ def measure(
         tokens=tokens,
         fields=fields,
         device=device,
+        ranks=ranks,
     )
     # Block similarity needs every hidden state, so it cannot start in the middle.
     if work is None or fields & routed.BLOCKS:
         return run.all_layers(None, report)
     store = BoundaryStore(work, run.key)
     stats = run.all_layers(store, report)
-    store.clear()
+    if ranks.rank == 0:
+        store.clear()
     return stats
 
 
@@ -97,6 +103,7 @@ class _Measure:
     tokens: Tokens | None
     fields: frozenset[str]
     device: torch.device | str
+    ranks: Ranks
 
     @property
     def key(self) -> str:
@@ -144,6 +151,7 @@ class _Measure:
             (start, hidden), stats = saved, summed
         elif model and self.tokens:
             hidden = model.embed(self.tokens.ids_ST)
+        self.ranks.agree(saved_state=start)
         meter = _Meter(self.checkpoint, last, report)
         for layer in layers[start : last + 1]:
             found = self._weight_stats(layer) if layer.has_moe else LayerStats()
@@ -167,7 +175,8 @@ class _Measure:
                     blocks.add(hidden)
             if layer.has_moe:
                 stats.layers[layer.index] = found
-            if store and layer.index < last:
+            # States are the same on all ranks; one of them keeps them.
+            if store and layer.index < last and self.ranks.rank == 0:
                 store.save(layer.index + 1, hidden, stats)
                 # Older boundaries go only once a newer one is on disk.
                 store.keep_from(layer.index + 1)
@@ -222,6 +231,7 @@ class _Measure:
         # MTP layers see fewer tokens of each window.
         sources = self._sources(len(self.tokens.names), hidden.shape[1])
         routing = model.route(layer, x_ND)
+        self._check_states(x_ND, layer.index)
         sums = routed.counted(routing, layer.num_experts, sources)
         if self.fields & routed.SCORES:
             sums |= routed.scores(routing, sources)
@@ -248,7 +258,8 @@ class _Measure:
             for one in seen:
                 one(expert, served)
 
-        out_ND = run_experts(
+        out_ND = run_shared(
+            self.ranks,
             x_ND,
             routing,
             layer,
@@ -257,7 +268,7 @@ class _Measure:
             see if seen else None,
         )
         for one in seen:
-            sums |= one.sums
+            sums |= self._of_owners(one.sums)
         # After contributions, which are of routed experts alone; before the cosines, as
         # MoE(x) in Eq. 8 and 9 is the whole sublayer.
         model.add_shared(layer.index, x_ND, out_ND)
@@ -265,6 +276,22 @@ class _Measure:
             sums |= routed.cosines(hidden.flatten(0, 1), x_ND, out_ND, sources)
         hidden += out_ND.view_as(hidden)
         return hidden, sums
+
+    def _check_states(self, x_ND: torch.Tensor, index: int) -> None:
+        """Refuse ranks whose arithmetic differs: sums would be of a mixture."""
+        if self.ranks.size > 1:
+            data = x_ND.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            digest = hashlib.sha256(data).hexdigest()
+            self.ranks.agree(
+                **{f"hidden_state_before_the_experts_of_layer_{index}": digest}
+            )
+
+    def _of_owners(self, sums: routed.Sums) -> routed.Sums:
+        """Sums of experts that ran elsewhere, from there."""
+        found = {name: torch.from_numpy(value) for name, value in sums.items()}
+        return {
+            name: value.numpy() for name, value in self.ranks.by_owner(found).items()
+        }
 
 
 def _joined(sums: routed.Sums) -> dict[str, Array]:

@@ -8,7 +8,7 @@ K top-k.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -231,16 +231,29 @@ def add_expert(
     see: Callable[[Served], None] | None = None,
 ) -> None:
     """Add one expert's weighted output for its tokens to ``out_ND``, in place."""
+    for at_n, scaled_nD in expert_outputs(x_ND, token_n, weight_n, expert, act, see):
+        # index_add_ is single-threaded on CPU; no token comes twice, so copy does it.
+        scaled_nD += out_ND.index_select(0, at_n)
+        out_ND.index_copy_(0, at_n, scaled_nD)
+
+
+def expert_outputs(
+    x_ND: torch.Tensor,
+    token_n: torch.Tensor,
+    weight_n: torch.Tensor,
+    expert: Expert,
+    act: Activation,
+    see: Callable[[Served], None] | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One expert's weighted output in the dtype of ``x_ND``, some tokens at a time."""
     for at_n, weight in token_chunks(token_n, weight_n, expert):
         hidden_nF = expert_hidden(x_ND.index_select(0, at_n), expert, act)
         down_nD = functional.linear(hidden_nF, expert.down_DF)
         # fp32 weight times stored dtype, rounded once: as transformers does it.
-        scaled_nD = (down_nD * weight.unsqueeze(1)).to(out_ND.dtype)
+        scaled_nD = (down_nD * weight.unsqueeze(1)).to(x_ND.dtype)
         if see is not None:
             see(Served(at_n, down_nD, scaled_nD))
-        # index_add_ is single-threaded on CPU; no token comes twice, so copy does it.
-        scaled_nD += out_ND.index_select(0, at_n)
-        out_ND.index_copy_(0, at_n, scaled_nD)
+        yield at_n, scaled_nD
 
 
 def token_chunks(

@@ -8,7 +8,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from .. import __version__
-from ..errors import Interrupted, MoePruneError, said_by
+from ..errors import Interrupted, MoePruneError, RanksError, said_by
+from ..ranks.launched import launched
 from . import choose, gateway, judge, prune, publish, recover, serve
 from .flags import flag
 
@@ -34,6 +35,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -42,6 +44,12 @@ def _root(
     ] = False,
     debug: Annotated[bool, flag("Show tracebacks of errors.", "--debug")] = False,
 ) -> None:
+    command = context.invoked_subcommand
+    if command != "measure" and launched():
+        raise RanksError(
+            f"{command} runs in one process; torchrun is for `measure` alone. Start it "
+            "without torchrun."
+        )
     if debug:
         # main() handles the errors and has no Typer context to read it from.
         os.environ["MOE_PRUNE_DEBUG"] = "1"

@@ -57,10 +57,14 @@ def measure(
     Recipes that use router rows only need no text and no forward pass.
 
     Example: `vllm-moe-prune measure CKPT -o stats.safetensors --calibration c4.txt`
+
+    On several processes: `torchrun --nproc-per-node 4 -m vllm_moe_prune measure ...`
     """
     from .. import pipeline
     from ..checkpoint.output_path import check_file
     from ..checkpoint.source import open_checkpoint
+    from ..progress import ignore
+    from ..ranks.group import joined
     from .output.draw import resumable, watching
     from .output.show import show_stats
 
@@ -73,10 +77,14 @@ def measure(
     recipe = asked.recipe_for(checkpoint)
     # None where no decision of the recipe needs data.
     tokens = pipeline.measuring_tokens(checkpoint, recipe)
-    with resumable(REPEAT), watching(as_json) as report:
-        options = pipeline.RunOptions(device=device, report=report)
-        stats = pipeline.measure_into(output, checkpoint, recipe, tokens, options)
-    show_stats(checkpoint, stats, output, as_json)
+    with joined() as ranks:
+        with resumable(REPEAT), watching(as_json) as report:
+            options = pipeline.RunOptions(
+                device=device, report=ignore if ranks.rank else report, ranks=ranks
+            )
+            stats = pipeline.measure_into(output, checkpoint, recipe, tokens, options)
+        if not ranks.rank:
+            show_stats(checkpoint, stats, output, as_json)
 
 
 @takes_recipe()

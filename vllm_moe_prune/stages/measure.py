@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from .. import __version__
 from ..calibrate import routed
 from ..calibrate.accumulate import measure as measure_checkpoint
 from ..calibrate.data import Tokens, load_heldout, load_tokens
@@ -14,7 +15,7 @@ from ..checkpoint.file_state import check_states
 from ..checkpoint.open import Checkpoint
 from ..cut.losses import LossJournal
 from ..decide.required_stats import needed_statistics, needs_tokens
-from ..errors import OutputError
+from ..errors import OutputError, RanksError
 from ..files.atomic import REPEAT, remove_folder, writing
 from ..recipes.schema import Calibration, Recipe
 from .preflight import RunOptions
@@ -89,8 +90,24 @@ def measure_into(
     Raises:
         OutputError: It cannot be written, or is no regular file.
         CheckpointError: A file of the checkpoint has changed meanwhile.
+        RanksError: Ranks were given different things, or no shared folder.
     """
+    ranks = options.ranks
+    ranks.agree(
+        version_of_this_package=__version__,
+        checkpoint=checkpoint.fingerprint,
+        recipe=sorted(needed_statistics(recipe)),
+        calibration_text=tokens and tokens.sha256,
+    )
+    if ranks.size > 1 and needed_statistics(recipe) & LATER:
+        raise RanksError(
+            f"recipe {recipe.name} tries out zeros or tells outliers apart, which one "
+            "process does. Measure it without torchrun."
+        )
+    ranks.check_shared(file.absolute().parent)
     stats = measure(checkpoint, recipe, tokens, options, _work(file))
+    if ranks.rank:
+        return stats
     # Before it is written: files that changed meanwhile make sums of a mixture.
     check_states(checkpoint.folder, checkpoint.files)
     with writing(file, REPEAT):
@@ -160,6 +177,7 @@ def collect(
         device=options.device,
         report=options.report,
         work=work,
+        ranks=options.ranks,
     )
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)

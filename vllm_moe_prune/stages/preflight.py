@@ -24,6 +24,7 @@ from ..decide.check_plan import check_plan
 from ..decide.cut_plan import CutPlan
 from ..errors import PlanError, RecipeError
 from ..progress import Report, ignore
+from ..ranks.group import ALONE, Ranks
 from ..recipes.schema import Recipe, Spelling
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class RunOptions:
     overwrite: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
     report: Report = ignore
+    ranks: Ranks = ALONE
+    """The processes that share the work."""
     storage: StorageName | None = None
     """How the output stores expert weights; None: as recipe or plan say."""
     spelling: Spelling = "moe-prune"

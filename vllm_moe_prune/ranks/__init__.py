@@ -1,0 +1,1 @@
+"""One job in several processes: which this is, and what they tell each other."""

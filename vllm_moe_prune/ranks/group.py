@@ -1,0 +1,157 @@
+"""The processes that torchrun started for one job, or the only one there is.
+
+Stages take ``Ranks`` as a value. What belongs to expert e is computed by rank
+e % size, from the tokens that one process would take, in the same order.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from ..errors import RanksError
+from ..files.atomic import REPEAT, writing
+from .launched import launched
+
+# Of one exchange, not of the job: as long as ranks get on, nobody waits for so long.
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this one is; without arguments, the only one."""
+
+    rank: int = 0
+    size: int = 1
+
+    def owner(self, item: int) -> int:
+        """The rank that computes what belongs to an item."""
+        return item % self.size
+
+    def owns(self, item: int) -> bool:
+        """Whether this rank computes it."""
+        return self.owner(item) == self.rank
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """The tensor of one rank, of any dtype and device, on all of them.
+
+        Args:
+            tensor: On ``source`` what is sent; elsewhere its shape, dtype and device.
+            source: Who sends.
+
+        Raises:
+            RanksError: A rank ended, or did not come within ``TIMEOUT``.
+        """
+        if self.size == 1 or tensor.numel() == 0:
+            return tensor
+        import torch.distributed
+
+        # As bytes: gloo knows few dtypes.
+        data = tensor.detach().cpu().contiguous()
+        if self.rank != source:
+            data = torch.empty_like(data)
+        try:
+            torch.distributed.broadcast(data.flatten().view(torch.uint8), source)
+        except RuntimeError as error:
+            raise RanksError(
+                f"rank {self.rank}: no answer in an exchange with rank {source}: a "
+                "rank ended or hangs. See what the others said, then start again."
+            ) from error
+        return data.to(tensor.device)
+
+    def agree(self, **what: object) -> None:
+        """Refuse ranks that were not given the same.
+
+        Args:
+            what: By the names that errors use, with ``_`` for a space.
+
+        Raises:
+            RanksError: Naming the first rank that differs from rank 0, and in what.
+        """
+        for name, value in what.items():
+            own = hashlib.sha256(repr(value).encode()).digest()
+            mine = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+            sent = [self.broadcast(mine, rank) for rank in range(self.size)]
+            for rank, other in enumerate(sent):
+                if not torch.equal(other, sent[0]):
+                    raise RanksError(
+                        f"rank {rank} has another {name.replace('_', ' ')} than rank "
+                        "0. Start all ranks on the same files with the same flags, on "
+                        "machines of one kind."
+                    )
+
+    def check_shared(self, folder: Path) -> None:
+        """Refuse a folder that is not the same one for all ranks.
+
+        Raises:
+            RanksError: A rank does not see what rank 0 wrote there.
+            OutputError: Rank 0 cannot write there.
+        """
+        if self.size == 1:
+            return
+        token = torch.frombuffer(bytearray(secrets.token_bytes(16)), dtype=torch.uint8)
+        drawn = self.broadcast(token, 0)
+        probe = folder / f".ranks-{bytes(drawn.tolist()).hex()}"
+        try:
+            if self.rank == 0:
+                with writing(probe, REPEAT):
+                    folder.mkdir(exist_ok=True)
+                    probe.touch()
+            # Nobody looks before rank 0 has written, nor does it remove before all did.
+            self.broadcast(token, 0)
+            seen = torch.tensor([probe.is_file()])
+            missing = [
+                rank
+                for rank in range(self.size)
+                if not bool(self.broadcast(seen, rank))
+            ]
+        finally:
+            if self.rank == 0:
+                probe.unlink(missing_ok=True)
+        if missing:
+            raise RanksError(
+                f"rank {missing[0]} does not see what rank 0 wrote into {folder}. All "
+                "ranks need one shared folder."
+            )
+
+    def by_owner(self, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors [Q, E, ...] with what each expert's owner found for it."""
+        whole = {name: value.clone() for name, value in sums.items()}
+        for rank in range(self.size):
+            # Sets have another order in each process; sums may come from one.
+            for name, value in sorted(sums.items(), key=lambda item: item[0]):
+                part = value[:, rank :: self.size].contiguous()
+                whole[name][:, rank :: self.size] = self.broadcast(part, rank)
+        return whole
+
+
+ALONE = Ranks()
+"""A process that torchrun did not start."""
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Meet the other ranks, if torchrun started any.
+
+    Raises:
+        RanksError: They did not come.
+    """
+    if not launched():
+        yield ALONE
+        return
+    import torch.distributed
+
+    try:
+        torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
+    except RuntimeError as error:
+        raise RanksError(f"ranks do not find each other: {error}") from error
+    try:
+        group = torch.distributed
+        yield Ranks(group.get_rank(), group.get_world_size())
+    finally:
+        torch.distributed.destroy_process_group()
