@@ -16,8 +16,12 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.cli import app
 from vllm_moe_prune.errors import EvaluationError, ServeError
 from vllm_moe_prune.judge import speed
+from vllm_moe_prune.judge.divergence import kl_at_least
+from vllm_moe_prune.judge.generation import LIKELIEST, Generated, Steps, generate
+from vllm_moe_prune.judge.prompts import load_prompts
 from vllm_moe_prune.judge.server import Server, peak_memory, resident, served
 from vllm_moe_prune.judge.tasks import find_endpoint
+from vllm_moe_prune.progress import ignore
 
 pytestmark = pytest.mark.vllm
 
@@ -95,6 +99,28 @@ class Naive:
         )
         return text
 
+    @torch.no_grad()
+    def steps(self, ids: tuple[int, ...]) -> tuple[tuple[int, ...], torch.Tensor]:
+        """The tokens of the greedy answer, and log-probabilities [T, V] at each."""
+        out = self.model.generate(
+            torch.tensor([ids]), max_new_tokens=NEW, do_sample=False
+        )[0].tolist()
+        return tuple(out[len(ids) :]), self.logs(out, len(ids))
+
+    @torch.no_grad()
+    def logs(self, ids: list[int], given: int) -> torch.Tensor:
+        logits_TV = self.model(torch.tensor([ids])).logits[0, given - 1 : -1]
+        return logits_TV.double().log_softmax(-1)
+
+
+def likeliest(log_TV: torch.Tensor) -> tuple[dict[int, float], ...]:
+    """What vLLM tells of some distributions."""
+    values, tokens = log_TV.topk(LIKELIEST)
+    return tuple(
+        dict(zip(row.tolist(), logs.tolist(), strict=True))
+        for row, logs in zip(tokens, values, strict=True)
+    )
+
 
 @pytest.fixture(scope="module")
 def tasks(
@@ -169,6 +195,81 @@ def test_tasks_score_as_they_do_in_transformers(
     assert [one["percent"] for one in again["recovery"]] == pytest.approx([100] * 3)
     ran = CliRunner().invoke(app, [*command, "--against", str(result)])
     assert re.search(r"next +acc +\d+ .*100\.0 ± [\d.]+ %", ran.stdout), ran.output
+
+
+def test_answers_are_compared_as_transformers_would(
+    server: Server, model: Path, tmp_path: Path
+) -> None:
+    """Along the answers of another model, which stands for the original."""
+    other = Naive(tiny_checkpoint(tmp_path / "other", layers=2, seed=1))
+    lines = list(dict.fromkeys(sentences(6_000).splitlines()))[:8]
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"text": line}) + "\n" for line in lines), "utf-8"
+    )
+    prompts = load_prompts(open_checkpoint(model), str(tmp_path / "p.jsonl"))
+    chosen, logits = zip(*map(other.steps, prompts.ids), strict=True)
+    top = [likeliest(rows) for rows in logits]
+    original = Generated(
+        prompts=prompts,
+        new_tokens=NEW,
+        greedy=(),
+        sampled=(),
+        steps=tuple(map(Steps, chosen, top)),
+        against=None,
+    )
+    endpoint = find_endpoint(server.url, None)
+    found = generate(endpoint, prompts, NEW, original, ignore)
+
+    naive = Naive(model)
+    own = [naive.steps(ids)[0] for ids in prompts.ids]
+    assert [steps.chosen for steps in found.steps] == own
+    ours = [
+        naive.logs([*ids, *answer], len(ids))
+        for ids, answer in zip(prompts.ids, chosen, strict=True)
+    ]
+    tokens = sum(map(len, chosen))
+    exact = sum(
+        float((p_TV.exp() * (p_TV - q_TV)).sum())
+        for p_TV, q_TV in zip(logits, ours, strict=True)
+    )
+    same = sum(
+        int((q_TV.argmax(-1) == torch.tensor(answer)).sum())
+        for q_TV, answer in zip(ours, chosen, strict=True)
+    )
+    assert found.against is not None
+    assert found.against.tokens == tokens
+    assert found.against.agreement == pytest.approx(same / tokens)
+    assert 0 < found.against.kl <= exact / tokens + 1e-4
+    bound = sum(
+        kl_at_least(p, q)
+        for p_T, q_TV in zip(top, ours, strict=True)
+        for p, q in zip(p_T, likeliest(q_TV), strict=True)
+    )
+    # The server also tells the token that was given, which can only add to it.
+    assert found.against.kl >= bound / tokens - 1e-4
+
+    # The model against itself: nothing differs but rounding.
+    again = generate(endpoint, prompts, NEW, found, ignore).against
+    assert again is not None
+    assert (again.agreement, again.prefix) == (1.0, 1.0)
+    assert again.kl < 1e-4
+
+
+def test_eval_fails_where_a_condition_holds(
+    server: Server, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("a miller\nthe old clock\n", "utf-8")
+    command = ["eval", str(model), "--generate", str(tmp_path / "p.txt"), "--json"]
+    command += ["--new-tokens", "16", "--server", server.url]
+    ran = CliRunner().invoke(app, [*command, "--fail-if", "length<17"])
+    assert ran.exit_code == 3, (ran.output, ran.exception)
+    found = json.loads(ran.stdout)
+    assert found["generation"]["greedy"]["answers"] == 2
+    assert {one["where"] for one in found["failed"]} == {
+        "greedy answers",
+        "sampled answers",
+    }
+    assert run(*command, "--fail-if", "length>17")["failed"] == []
 
 
 def test_a_server_says_what_it_serves(server: Server) -> None:
