@@ -2,7 +2,8 @@
 
     .venv/bin/python bench/wishes.py examples/demo-mixtral --seeds 0 1 2
 
-Judged like bench/quality.py. For every size: perplexity of the wish's recipe, of the
+Judged like bench/quality.py, but what is judged is the output of the cut, refitted as
+its recipe says. For every size: perplexity of the wish's recipe, of the
 plan that `tune --for` finds, their ratio as perplexity over dense minus one, and the
 processor time of both (measuring and deciding; the cut is the same). For `default` and
 `experts50` the search is among whole experts. ``--shares`` adds
@@ -22,7 +23,9 @@ from typing import Any, TypeVar
 
 from quality import NO_EXPERTS, NO_ZEROS, Bench, search_text, summary
 
+from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.source import open_checkpoint
+from vllm_moe_prune.cut.execute import execute_plan
 from vllm_moe_prune.cut.planned import planned_losses
 from vllm_moe_prune.cut.predict import model_facts
 from vllm_moe_prune.decide.build_plan import resolved
@@ -97,20 +100,22 @@ def plans_of(
     return plans, seconds, chosen
 
 
+def cut_perplexity(bench: Bench, plan_: CutPlan) -> float:
+    """Of what the plan's cut writes: refits show only there."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        execute_plan(bench.checkpoint, plan_, out, tokens=bench.tokens)
+        output = open_checkpoint(out)
+        as_is = plan(output, bench.recipe("", {**NO_EXPERTS, **NO_ZEROS}), None)
+        model = StreamingModel(output)
+        return summary(planned_losses(model, [as_is], bench.texts)[0])["all"]
+
+
 def run(folder: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One model with one calibration seed."""
     bench = Bench(folder, seed, args)
     plans, seconds, chosen = plans_of(bench, args)
-    losses = planned_losses(
-        bench.model,
-        list(plans.values()),
-        bench.texts,
-        bench.tokens.ids_ST,
-        journal=bench.journal,
-    )
-    found = {
-        name: summary(loss)["all"] for name, loss in zip(plans, losses, strict=True)
-    }
+    found = {name: cut_perplexity(bench, one) for name, one in plans.items()}
     return {"perplexity": found, "seconds": seconds, "chosen": chosen}
 
 
@@ -123,9 +128,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=6, help="of each domain")
     parser.add_argument("--shares", action="store_true")
     parser.add_argument("--no-tune", action="store_true")
-    parser.add_argument("--work", type=Path, help="keeps losses, to continue with")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    args.work = None
     with tempfile.TemporaryDirectory() as folder:
         args.search = Path(folder) / "search.txt"
         args.search.write_text(search_text(open_checkpoint(args.model)), "utf-8")
