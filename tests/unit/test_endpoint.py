@@ -118,9 +118,11 @@ def test_workers_are_asked_only_while_counting_is_on(pruned: Path) -> None:
     client_of(off).get("load")
     assert off.asked == []
     on = Engine(pruned, on=True, extension=EXTENSION)
-    load = client_of(on).get("load").json()
-    read = ["moe_prune_read_load", "moe_prune_weight_bytes"]
-    assert on.asked == ["moe_prune_start_load", *read]
+    client = client_of(on)
+    started = ["moe_prune_start_load", "moe_prune_weight_bytes"]
+    assert on.asked == started
+    load = client.get("load").json()
+    assert on.asked == [*started, "moe_prune_read_load"]  # once for each answer
     assert (load["enabled"], load["since"]) == (True, 11.0)
     assert load["weight_bytes"] == 1000  # of all processes
     assert [layer["experts"] for layer in load["layers"][:2]] == [[], [3, 4]]

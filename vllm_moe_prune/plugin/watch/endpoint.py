@@ -57,6 +57,8 @@ class ServedModel:
     """Slots of a token, as the model says."""
     since: float | None
     """When counting of routed tokens began; None: it is off."""
+    weight_bytes: int
+    """Of the model in the memory of all processes; 0 where nothing counts."""
     report: str | None = None
     drawing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -85,7 +87,7 @@ class MoePruneEndpoints:
 
 async def _open(engine: Any) -> ServedModel:
     config = engine.vllm_config
-    since = None
+    since, held = None, [0]
     if is_on(config):
         if config.parallel_config.worker_extension_cls != EXTENSION:
             raise ServeError(
@@ -95,6 +97,8 @@ async def _open(engine: Any) -> ServedModel:
         starts = await engine.collective_rpc("moe_prune_start_load")
         # Workers reset their counters one by one; the first says since when any counts.
         since = min(starts)
+        # Once: what is loaded stays as it is, and workers answer between two steps.
+        held = await engine.collective_rpc("moe_prune_weight_bytes")
     in_memory = config.load_config.load_format == LOAD_FORMAT
     # Opening reads every header: too long for the event loop.
     checkpoint, remap = await run_in_threadpool(_read, config, in_memory)
@@ -106,6 +110,7 @@ async def _open(engine: Any) -> ServedModel:
         in_memory=in_memory,
         top_k=top_k,
         since=since,
+        weight_bytes=sum(held),
     )
 
 
@@ -137,13 +142,12 @@ def make_router() -> APIRouter:
     async def load(request: Request) -> Load:
         """Tokens per expert and layer since the server was ready."""
         served = _served(request)
-        workers, held = [], []
+        workers = []
         if served.since is not None:
             workers = await served.engine.collective_rpc("moe_prune_read_load")
-            held = await served.engine.collective_rpc("moe_prune_weight_bytes")
         return describe_load(
             *(served.checkpoint, served.remap, merge(workers)),
-            *(served.since, served.top_k, sum(held)),
+            *(served.since, served.top_k, served.weight_bytes),
         )
 
     @router.get("/remap")
