@@ -28,6 +28,7 @@ KNOWN = {
     },
     # Files of this package itself.
     "recipes/loading.py": {"read_bytes"},
+    "plugin/symbols/sources.py": {"read_text"},  # of the vLLM that is installed
     "report/page.py": {"read_text"},
     "report/svg.py": {"read_text"},
     "cut/card.py": {"read_text"},

@@ -348,7 +348,7 @@ def test_undeclared_mtp_layers_name_their_key(
     assert "num_hidden_layers is 2" in said
 
 
-def test_a_number_of_experts_per_layer_points_to_what_is_read(tmp_path: Path) -> None:
+def test_a_number_of_experts_per_layer_is_read_and_checked(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "model", shards=1, **SMALL)
     moe = "model.layers.1.block_sparse_moe."
     stored = load_file(folder / "model.safetensors")
@@ -359,9 +359,10 @@ def test_a_number_of_experts_per_layer_points_to_what_is_read(tmp_path: Path) ->
     }
     edit_tensors(folder, gone | {f"{moe}gate.weight": stored[f"{moe}gate.weight"][:6]})
     edit(folder, num_local_experts=[8, 6])
-    said = refused(folder)
-    assert "per_layer_config" in said
-    assert "vllm-moe-prune convert" in said
+    assert [layer.num_experts for layer in open_checkpoint(folder).layers] == [8, 6]
+    for wrong in ([8, 8], [8], [8, 6, 6], [8, "6"], [8, -6], [8, None], []):
+        edit(folder, num_local_experts=wrong)
+        refused(folder)
     edit(folder, num_local_experts=8, per_layer_config={"1": {"num_local_experts": 6}})
     assert [layer.num_experts for layer in open_checkpoint(folder).layers] == [8, 6]
 
