@@ -23,9 +23,10 @@ LAYOUTS = {
     "deepseek": "mlp.gate_up_down",
     "deepseek_v2": "mlp.gate_up_down",
     "deepseek_v3": "mlp.gate_up_down",
+    "kimi_k2": "mlp.gate_up_down",
 }
 # Experts and how many of them a token uses, where not asked for otherwise.
-EXPERTS = {"deepseek_v2": (16, 4), "deepseek_v3": (16, 4)}
+EXPERTS = {"deepseek_v2": (16, 4), "deepseek_v3": (16, 4), "kimi_k2": (16, 4)}
 
 
 def default_counts(model_type: str) -> tuple[int, int]:
@@ -75,7 +76,7 @@ def family_fields(
     if model_type == "deepseek_v2":
         extra = {"topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5}
         return fields | extra
-    return fields | {
+    fields |= {
         "norm_topk_prob": True,
         "num_nextn_predict_layers": 0,
         "n_shared_experts": 1,
@@ -83,6 +84,16 @@ def family_fields(
         "routed_scaling_factor": 2.5,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
+    }
+    if model_type == "deepseek_v3":
+        return fields
+    # moonshotai/Kimi-K2-Instruct: one group, and a factor of its own.
+    return fields | {
+        "n_group": 1,
+        "pretraining_tp": 1,
+        "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.827,
+        "topk_group": 1,
     }
 
 

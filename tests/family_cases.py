@@ -21,13 +21,20 @@ from vllm_moe_prune.decide.cut_plan import load_plan
 
 # The other CPU kernels for latent attention are for bfloat16 only.
 MLA = {"attention_backend": "CPU_MLA"}
-ENGINE = {"arctic": {}, "deepseek": {}, "deepseek_v2": MLA, "deepseek_v3": MLA}
+ENGINE = {
+    "arctic": {},
+    "deepseek": {},
+    "deepseek_v2": MLA,
+    "deepseek_v3": MLA,
+    "kimi_k2": MLA,
+}
 STOCK = "DeepseekV3ForCausalLM"
 OURS = {
     "arctic": "MoePruneArcticForCausalLM",
     "deepseek": "MoePruneDeepseekForCausalLM",
     "deepseek_v2": "MoePruneDeepseekV2ForCausalLM",
     "deepseek_v3": "MoePruneDeepseekV3ForCausalLM",
+    "kimi_k2": "MoePruneDeepseekV3ForCausalLM",
 }
 
 
@@ -114,6 +121,8 @@ CASES = {
     ),
     "v3-drops": Case("deepseek_v3", {0: DROP_BLOCK, 1: DROP_MOE, 2: UNEVEN}),
     "v3-redirect": Case("deepseek_v3", {1: SIXTEEN, 3: SIXTEEN}, "redirect"),
+    "k2-equal": Case("kimi_k2", {1: UNEVEN, 2: UNEVEN, 3: UNEVEN}, architecture=STOCK),
+    "k2-drops": Case("kimi_k2", {0: DROP_BLOCK, 1: DROP_MOE, 2: UNEVEN}),
 }
 # Half of the weights in the experts of layers 1 and 2 become zero; layer 3 stays dense.
 HALF = LayerCut(sparsity=0.5)

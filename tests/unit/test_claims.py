@@ -316,7 +316,7 @@ def test_a_quantized_router_is_refused(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("alias", "architecture", "works"),
     [
-        ("kimi_k2", "DeepseekV3ForCausalLM", "deepseek_v3"),
+        ("kimi_k3", "DeepseekV3ForCausalLM", "deepseek_v3"),
         ("deepseek-v3", "Custom", "deepseek_v3"),
         ("DeepseekV2", "Custom", "deepseek_v2"),
         ("deepseek_moe", "Custom", "deepseek"),

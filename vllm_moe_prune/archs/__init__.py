@@ -7,13 +7,21 @@ from collections.abc import Sequence
 from ..errors import CheckpointError
 from .spec import MoeArch
 
-__all__ = ["find_arch", "supported"]
+__all__ = ["ALIASES", "find_arch", "known", "supported"]
+
+ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Families whose tensors, routers and config keys are those of another one's table."""
 
 
 def supported() -> list[str]:
     """Every ``model_type`` that has a table, sorted."""
     names = (module.name for module in pkgutil.iter_modules(__path__))
     return sorted(name for name in names if name != "spec")
+
+
+def known() -> list[str]:
+    """Every ``model_type`` that is read: those with a table, and aliases; sorted."""
+    return sorted([*supported(), *ALIASES])
 
 
 def find_arch(
@@ -31,14 +39,14 @@ def find_arch(
         CheckpointError: There is no such table.
     """
     # It comes from the file, and becomes part of a module's name below.
-    if model_type not in supported():
+    if model_type not in known():
         found = _meant(str(model_type), architectures)
         meant = f" If it is a {found}, set model_type to {found!r}." if found else ""
         raise CheckpointError(
             f"{where}: model_type {model_type!r} is not supported. "
-            f"Supported families: {', '.join(supported())}.{meant}"
+            f"Supported families: {', '.join(known())}.{meant}"
         )
-    return _table(str(model_type))
+    return _table(ALIASES.get(str(model_type), str(model_type)))
 
 
 def _table(model_type: str) -> MoeArch:

@@ -1,4 +1,4 @@
-"""DeepSeek-V3, R1 and Moonlight: MLA; sigmoid scores with a bias that only chooses."""
+"""DeepSeek-V3, R1, Moonlight, Kimi-K2: MLA; sigmoid scores; a bias only chooses."""
 
 from dataclasses import replace
 

@@ -170,7 +170,7 @@ def refuse_without_kernel(config: Mapping[str, Any], where: str) -> None:
 
 
 def allow_uneven_mla() -> None:
-    """Let DeepSeek-V2 and V3 checkpoints of ours have layers that differ.
+    """Let checkpoints of ours with latent attention have layers that differ.
 
     vLLM refuses them because it may have to repair the global configuration, and layers
     would get the repair each on a copy. Here the global one is repaired first. Others'
@@ -182,7 +182,8 @@ def allow_uneven_mla() -> None:
         ModelArchConfigConvertorBase,
     )
 
-    from ..archs import find_arch
+    from ..archs import find_arch, known
+    from ..archs.spec import LATENT_ATTENTION
 
     class UnevenMlaConvertor(ModelArchConfigConvertorBase):
         def convert(self, supports_multimodal: bool = True) -> ModelArchitectureConfig:
@@ -201,9 +202,10 @@ def allow_uneven_mla() -> None:
                 ]
             )
 
-    for model_type in ("deepseek_v2", "deepseek_v3"):
-        # A converter of vLLM's own would know more than ours.
-        MODEL_ARCH_CONFIG_CONVERTORS.setdefault(model_type, UnevenMlaConvertor)
+    for model_type in known():
+        if find_arch(model_type, __name__).attention is LATENT_ATTENTION:
+            # A converter of vLLM's own would know more than ours.
+            MODEL_ARCH_CONFIG_CONVERTORS.setdefault(model_type, UnevenMlaConvertor)
 
 
 def mend_cpu_rotary() -> None:

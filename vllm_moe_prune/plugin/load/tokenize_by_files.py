@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ...archs import supported
+from ...archs import known
 from ...checkpoint.index import CONFIG
 from ...checkpoint.tokenizer import (
     corrections,
@@ -59,7 +59,7 @@ def tokenizer_by_files(folder: Path, *, trust_code: bool) -> Any | None:
     """
     config = folder / "config.json"
     if not config.is_file() or read_json(config, CONFIG).get("model_type") not in (
-        supported()
+        known()
     ):
         return None
     if needs_code(folder, trust_code=trust_code):

@@ -19,7 +19,7 @@ from fastapi.responses import HTMLResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 
-from ...archs import supported
+from ...archs import known
 from ...checkpoint.open import Checkpoint
 from ...checkpoint.remap import FILE_NAME, ExpertRemap, dump_remap
 from ...checkpoint.source import open_checkpoint
@@ -124,8 +124,8 @@ def _read(config: Any, in_memory: bool) -> tuple[Checkpoint | None, ExpertRemap 
         return checkpoint, build_remap(checkpoint, plan)
     model = config.model_config
     folder = local_folder(model.model, model.revision, config.load_config.download_dir)
-    known = model.hf_config.model_type in supported()
-    if not known and not (folder / FILE_NAME).exists():
+    of_ours = model.hf_config.model_type in known()
+    if not of_ours and not (folder / FILE_NAME).exists():
         return None, None  # nothing of ours: there is only what was counted
     checkpoint = open_checkpoint(folder, allow_links=True)
     return checkpoint, checkpoint.remap
