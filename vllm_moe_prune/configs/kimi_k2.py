@@ -3,7 +3,7 @@
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 
 
-class KimiK2Config(DeepseekV3Config):  # type: ignore[misc]
+class KimiK2Config(DeepseekV3Config):
     """Fields of config.json of moonshotai/Kimi-K2-Instruct."""
 
     model_type = "kimi_k2"
