@@ -13,7 +13,8 @@ from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_tensor
 from vllm_moe_prune.checkpoint.source import open_checkpoint
-from vllm_moe_prune.errors import RecipeError
+from vllm_moe_prune.cut.validate_plan import check_possible
+from vllm_moe_prune.errors import PlanError, RecipeError
 from vllm_moe_prune.recipes.schema import parse_recipe
 from vllm_moe_prune.slim.wanda import wanda
 
@@ -47,16 +48,22 @@ def tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize(
+    ("method", "compensate"),
+    [
+        *(("wanda", False), ("wanda", True), ("sparsegpt", False)),
+        ("magnitude", False),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_part_loses_as_many_weights_as_planned(
-    folder: Path, tmp_path: Path, family: str, method: str
+    folder: Path, tmp_path: Path, family: str, method: str, compensate: bool
 ) -> None:
     checkpoint = checkpoint_of(folder, family)
     scope = ["experts", "attention", "shared", "mlp"]
     recipe = recipe_of(
         folder,
-        {"method": method, "scope": scope},
+        {"method": method, "scope": scope, "compensate": compensate},
         total_sparsity=0.4,
         sparsity_of="all",
     )
@@ -144,6 +151,20 @@ def test_what_is_excluded_keeps_its_bytes(
         same = torch.equal(tensor(after, name), tensor(checkpoint, name))
         zeros = any(part in name for part in ("w1", "w3", "q_proj", "v_proj", "o_proj"))
         assert same != zeros, name
+
+
+def test_fp8_weights_that_stay_are_not_compensated(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = tiny_checkpoint(tmp_path / "fp8", model_type="deepseek_v3", fp8=(16, 32))
+    checkpoint = open_checkpoint(path)
+    recipe = recipe_of(folder, {"method": "wanda", "sparsity": 0.5, "compensate": True})
+    out = tmp_path / "out"
+    plan, _, _ = pipeline.run(checkpoint, recipe, out, pipeline.RunOptions())
+    assert not plan.compensate
+    edited = plan.model_copy(update={"compensate": True})
+    with pytest.raises(PlanError, match=r"slim\.compensate changes the weights"):
+        check_possible(checkpoint, edited)
 
 
 def test_an_exclusion_that_excludes_nothing_is_refused(folder: Path) -> None:

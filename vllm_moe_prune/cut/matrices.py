@@ -17,6 +17,11 @@ def slimming_of(plan: CutPlan) -> Slimming:
     return Slimming(plan.slim, plan.group, plan.slim_parts, plan.slim_exclude)
 
 
+def updates(plan: CutPlan, *, down: bool) -> bool:
+    """Whether slimming a matrix changes the weights that stay; ``down``: of an MLP."""
+    return plan.slim == "sparsegpt" or (plan.compensate and down)
+
+
 def dense_matrices(checkpoint: Checkpoint, layer: Layer) -> tuple[Matrix, ...]:
     """Every matrix of attention, shared experts and other MLPs."""
     prefix = checkpoint.arch.layer_prefix.format(layer=layer.index)

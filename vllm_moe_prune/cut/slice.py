@@ -12,6 +12,7 @@ from typing import Literal
 
 from ..archs.spec import ROUTER_ROLES, Role, TensorRule
 from ..checkpoint.block_fp8 import SUFFIX
+from ..checkpoint.dense_parts import dense_parts
 from ..checkpoint.index import TensorInfo
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.quantized_tensors import PartedTensor
@@ -24,6 +25,7 @@ from .matrices import (
     read_by_experts,
     slimmed_dense,
     slimmed_roles,
+    updates,
 )
 from .validate_plan import check_possible
 
@@ -70,6 +72,8 @@ class OutputTensor:
     """The axis of its matrix along which some channels are taken; None: it is whole."""
     expert: int | None = None
     """Whose it is in the output; None where it is of none, or of all."""
+    updated: bool = False
+    """Whether slimming changes the weights that stay, too."""
     refitted: bool = False
     """Whether it may hold down projections that were refitted."""
     stands_for: int | None = None
@@ -187,6 +191,7 @@ def _layer_tensors(cut: LayerCut, names: list[str]) -> Iterator[OutputTensor]:
     }
     dropped = layer_plan.drops_moe
     dense, quantized = slimmed_dense(cut), quantized_dense(cut)
+    downs = {part.mlp.names[2] for part in dense_parts(checkpoint, layer)}
     scales = cut.plan.quantize.method == "awq" and layer.has_moe and not dropped
     scaled = read_by_experts(checkpoint, layer) if scales else frozenset()
     for name in names:
@@ -208,7 +213,9 @@ def _layer_tensors(cut: LayerCut, names: list[str]) -> Iterator[OutputTensor]:
             if inner in scaled:
                 yield replace(copied, made="scaled")
             else:
-                yield replace(copied, sparsity=dense.get(inner, 0.0))
+                share = dense.get(inner, 0.0)
+                updated = share > 0 and updates(cut.plan, down=inner in downs)
+                yield replace(copied, sparsity=share, updated=updated)
     if layer.has_moe and not dropped:
         for rule in layout.router_parts:
             router = _router(cut, rule)
@@ -268,6 +275,7 @@ def _experts(cut: LayerCut) -> Iterator[OutputTensor]:
             sparsity=share,
             channels=channels,
             expert=new,
+            updated=share > 0 and updates(plan, down=rule.role == "down"),
             refitted=cut.layer_plan.refit and rule.role == "down",
         )
 

@@ -8,7 +8,7 @@ from ..checkpoint.open import Checkpoint, Layer
 from ..decide.cut_plan import CutPlan
 from ..decide.quantize import form_of
 from ..errors import PlanError
-from .matrices import channel_block, dense_matrices, head_matrix
+from .matrices import channel_block, dense_matrices, head_matrix, updates
 
 
 def check_possible(checkpoint: Checkpoint, plan: CutPlan) -> None:
@@ -218,8 +218,10 @@ def _check_beside(checkpoint: Checkpoint, plan: CutPlan) -> None:
 def _check_fp8(plan: CutPlan) -> None:
     """Refuse what would change FP8 weights other than to zero."""
     _check_means(plan, "fp8")
-    if plan.is_slimmed and plan.slim == "sparsegpt":
+    if plan.is_slimmed and updates(plan, down=True):
+        what = "compensate" if plan.slim != "sparsegpt" else "method sparsegpt"
         raise PlanError(
-            "slim.method sparsegpt changes the weights that stay, which fp8 weights do "
-            "not survive exactly. Use wanda or magnitude, or start from bf16 weights."
+            f"slim.{what} changes the weights that stay, which fp8 weights do "
+            "not survive exactly. Use wanda or magnitude without it, or start from "
+            "bf16 weights."
         )

@@ -68,7 +68,8 @@ def make_plan(
         slim_parts=recipe.slim.scope,
         slim_exclude=recipe.slim.exclude,
         router_weighted=recipe.slim.router_weighted,
-        compensate=recipe.slim.compensate,
+        # As refits: not where the stored values of weights that stay have to stay.
+        compensate=recipe.slim.compensate and facts.fixed is None,
         quantize=quantize,
         narrow=resolved_narrow(recipe, facts),
         threshold=threshold,

@@ -38,7 +38,7 @@ class SlimStage(Strict):
     """Weight Wanda's inputs by the router's weight for the expert (MoE-Pruner)."""
     compensate: bool = False
     """Down projections are slimmed last, on what slimmed gates and ups feed them, and
-    make up for what is lost there."""
+    make up for what is lost there; not where weights stay FP8."""
     scope: tuple[Part, ...] = ("experts",)
     """What is slimmed. ``mlp``: dense layers and Arctic's residual MLP."""
     exclude: tuple[str, ...] = ()
