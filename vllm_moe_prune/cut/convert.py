@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -49,6 +49,7 @@ from .spelled import Stored, hash_of, in_spelling, with_block
 from .transaction import is_complete, output_transaction
 
 StorageName = Literal["dense", "bitmask"]
+Name = TypeVar("Name", bound=str)
 STORAGES: tuple[StorageName, ...] = ("dense", "bitmask")
 SPELLINGS: tuple[SpellingName, ...] = ("moe-prune", "stock-vllm")
 NOTE = """
@@ -76,10 +77,7 @@ def parse_spelling_name(name: str) -> SpellingName:
     Raises:
         RecipeError: There is no such spelling.
     """
-    for spelling in SPELLINGS:
-        if name == spelling:
-            return spelling
-    raise RecipeError(f"spelling {name!r} is not one of: {', '.join(SPELLINGS)}.")
+    return _named("spelling", name, SPELLINGS)
 
 
 def parse_storage_name(name: str) -> StorageName:
@@ -88,10 +86,14 @@ def parse_storage_name(name: str) -> StorageName:
     Raises:
         RecipeError: There is no such storage.
     """
-    for storage in STORAGES:
-        if name == storage:
-            return storage
-    raise RecipeError(f"storage {name!r} is not one of: {', '.join(STORAGES)}.")
+    return _named("storage", name, STORAGES)
+
+
+def _named(what: str, name: str, known: tuple[Name, ...]) -> Name:
+    for one in known:
+        if name == one:
+            return one
+    raise RecipeError(f"{what} {name!r} is not one of: {', '.join(known)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
