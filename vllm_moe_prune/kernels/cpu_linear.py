@@ -8,7 +8,6 @@ import ctypes
 import torch
 from torch import Tensor
 
-from . import int_blocks
 from .blocks import BLOCK, PAIR, STEP, round_up
 from .cpu_library import (
     EXACT,
@@ -20,7 +19,7 @@ from .cpu_library import (
     library,
     runs_integers,
 )
-from .int_blocks import IntBlocks, Integers
+from .int_blocks import IntBlocks
 
 POINTERS = ("x", "values", "scales", "zeros", "out")
 NUMBERS = ("tokens", "inputs", "outputs", "group", "scale_type", "threads")
@@ -40,11 +39,6 @@ def runs_linear() -> bool:
     """Whether the kernel is the way to run linear layers of integers here."""
     # A library compiled before there were such layers lacks the function.
     return runs_integers() and hasattr(library(), "moe_prune_linear")
-
-
-def encode(matrix: Integers, group: int, bits: int) -> IntBlocks:
-    """A matrix [N, K] as ``linear`` wants it; see ``int_blocks.encode``."""
-    return int_blocks.encode([matrix], group, bits)
 
 
 def linear(
