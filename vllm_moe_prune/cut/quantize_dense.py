@@ -5,9 +5,6 @@ As in ``slim_dense``, what enters a sublayer comes from the quantized ones befor
 Axes: N tokens, n some of them, D the inputs of a matrix, R its rows.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from ..calibrate.forward import StreamingModel
@@ -17,7 +14,6 @@ from ..checkpoint.reader import Expert, read_weight
 from ..checkpoint.writer import ShardWriter
 from ..decide.cut_plan import CutPlan
 from ..decide.quantize import form_of
-from ..errors import CalibrationError, CheckpointError
 from ..kernels.quantized import Quantized, dequantize
 from ..slim.gptq import gptq
 from ..slim.rtn import rtn
@@ -25,7 +21,7 @@ from ..slim.sparsegpt import add_inputs
 from .layer_cut import LayerCut
 from .matrices import dense_matrices, gone_with_moe, quantized_dense, quantized_head
 from .quantize_layer import no_sums, quantize_expert, write_matrix
-from .slim_layer import ExpertTokens
+from .slim_layer import ExpertTokens, errors_at
 
 
 def quantize_head(checkpoint: Checkpoint, plan: CutPlan, writer: ShardWriter) -> None:
@@ -38,7 +34,7 @@ def quantize_head(checkpoint: Checkpoint, plan: CutPlan, writer: ShardWriter) ->
         return
     base = name.rpartition(".")[0]
     # All parts or none are in files that are finished: a shard may hold some of them.
-    with _naming(name):
+    with errors_at(name):
         write_matrix(writer, base, rtn(read_weight(checkpoint, name), form), form)
 
 
@@ -57,7 +53,7 @@ class DenseQuantizer:
     def without_data(self) -> None:
         """Round all of the layer's matrices in scope to nearest."""
         for name in sorted(self._names):
-            with _naming(self._cut.old_prefix + name):
+            with errors_at(self._cut.old_prefix + name):
                 self._write(name, rtn(self._read(name), self._form))
 
     def before_attention(
@@ -86,7 +82,7 @@ class DenseQuantizer:
         made = {}
         for matrix in found:
             weight_RD = self._read(matrix.name).to(hidden_STD.device)
-            with _naming(self._cut.old_prefix + matrix.name):
+            with errors_at(self._cut.old_prefix + matrix.name):
                 stored = (
                     gptq(
                         weight_RD,
@@ -116,7 +112,7 @@ class DenseQuantizer:
             torch.arange(len(x_ND), device=x_ND.device),
             torch.ones(len(x_ND), device=x_ND.device),
         )
-        with _naming(self._cut.old_prefix + part.mlp.names[0]):
+        with errors_at(self._cut.old_prefix + part.mlp.names[0]):
             made = quantize_expert(mlp, self.stage, x_ND, served, model.act, None)
         three = zip(part.mlp.names, made.stored, made.computes, strict=True)
         found = {}
@@ -131,12 +127,3 @@ class DenseQuantizer:
     def _write(self, name: str, stored: Quantized) -> None:
         base = f"{self._cut.new_prefix}{name}".rpartition(".")[0]
         write_matrix(self.writer, base, stored, self._form)
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Errors of quantizing say of which matrix they are."""
-    try:
-        yield
-    except (CalibrationError, CheckpointError) as error:
-        raise type(error)(f"{name}: {error}") from error

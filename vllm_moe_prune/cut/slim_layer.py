@@ -6,7 +6,7 @@ calibrated on what the pruned model computes (the published code feeds dense one
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -182,14 +182,18 @@ def trimmed_experts(
         yield Trimmed(new, expert, served, kept_K)
 
 
+def naming(cut: LayerCut, new: int) -> AbstractContextManager[None]:
+    """Say which expert it was that a method could not work on."""
+    where = f"{cut.checkpoint.folder}: layer {cut.index}, expert {cut.keep[new]}"
+    return errors_at(where)
+
+
 @contextmanager
-def naming(cut: LayerCut, new: int) -> Iterator[None]:
-    """Say which expert it was that a slimming method could not work on."""
+def errors_at(where: str) -> Iterator[None]:
+    """Say where it was: methods see a bare matrix."""
     try:
         yield
     except (CheckpointError, CalibrationError) as error:
-        # Methods see a bare matrix; only here is its place known.
-        where = f"{cut.checkpoint.folder}: layer {cut.index}, expert {cut.keep[new]}"
         raise type(error)(f"{where}: {error}") from error
 
 
