@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoint.config_values import MAX_EXPERTS
+
 Array = NDArray[np.float64]
-MAX_EXPERTS = 1 << 13
 MAX_HIDDEN = 1 << 17
 COUNT = float(1 << 53)
 """Up to here float64 has every whole number."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..archs.spec import LATENT_ATTENTION, MOE_NORM, MoeArch
-from ..checkpoint.build import MTP_OVERRIDES, OVERRIDES
+from ..checkpoint.config_values import MTP_OVERRIDES, OVERRIDES
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.remap import CONFIG_BLOCK
 from ..errors import CheckpointError

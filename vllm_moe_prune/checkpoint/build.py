@@ -15,6 +15,8 @@ from .block_fp8 import check_scales, read_blocks
 from .claims import check_claims
 from .compressed import dense_view
 from .config_values import (
+    MTP_OVERRIDES,
+    OVERRIDES,
     check_beyond,
     check_dense,
     check_lists,
@@ -33,10 +35,6 @@ from .remap import ExpertRemap, load_remap
 from .substitution import Substitution, compact_view
 from .uneven import made_table, uneven_view
 
-# transformers' names for what single layers see instead of the global values; layers
-# that predict further tokens are counted from 0 again.
-OVERRIDES = "per_layer_config"
-MTP_OVERRIDES = "mtp_per_layer_config"
 # Sizes that every family calls the same; where they are given, they must be sizes.
 SIZES = (
     "max_position_embeddings",

@@ -11,6 +11,12 @@ from ..errors import CheckpointError
 
 FLOATS = ("BF16", "F16", "F32")
 SCORES = ("softmax", "sigmoid")
+# transformers' names for what single layers see instead of the global values; layers
+# that predict further tokens are counted from 0 again.
+OVERRIDES = "per_layer_config"
+MTP_OVERRIDES = "mtp_per_layer_config"
+MAX_EXPERTS = 1 << 13
+"""Of a layer; far above any model's."""
 
 
 def positive(config: Mapping[str, Any], key: str, where: Path, least: int = 1) -> int:

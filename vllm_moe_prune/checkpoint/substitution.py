@@ -17,7 +17,7 @@ from pydantic import JsonValue, ValidationError
 from ..archs.spec import MoeArch
 from ..errors import CheckpointError
 from ..recipes.schema import Strict, first_problem
-from .config_values import FLOATS, positive
+from .config_values import FLOATS, MAX_EXPERTS, OVERRIDES, positive
 from .expert_tensors import EXPERT
 from .index import TensorInfo
 from .remap import CONFIG_BLOCK
@@ -30,7 +30,6 @@ BLOCK = "substitution"
 """In our block of config.json: what else the compact form has."""
 NEVER = -1e4
 """Added to the scores of a row, it keeps the row from being chosen."""
-MAX_EXPERTS = 1 << 13
 SEMANTICS = {
     "preserve_logical_expert_ids": True,
     "preserve_router_weights": True,
@@ -367,7 +366,7 @@ def _compact(
     ):
         changed[first][second].pop(last, None)
     kept = {index: len(one.kept) for index, one in layers.items()}
-    changed["per_layer_config"] = {
+    changed[OVERRIDES] = {
         str(index): {arch.config.experts: number} for index, number in kept.items()
     }
     if layers:

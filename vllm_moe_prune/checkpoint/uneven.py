@@ -13,7 +13,14 @@ from typing import Any
 from .. import __version__
 from ..archs.spec import MoeArch
 from ..errors import CheckpointError
-from .config_values import check_pattern, positive, whole
+from .config_values import (
+    MAX_EXPERTS,
+    MTP_OVERRIDES,
+    OVERRIDES,
+    check_pattern,
+    positive,
+    whole,
+)
 from .remap import ExpertRemap, RemapLayer, RemapSource
 from .substitution import Substitution
 
@@ -26,8 +33,6 @@ BESIDE = (
 PUZZLE = "block_configs"
 REAP = "reap_pruning"
 SPARSITY = "moe_sparsity_config"
-OVERRIDES, MTP_OVERRIDES = "per_layer_config", "mtp_per_layer_config"
-MAX_EXPERTS = 1 << 13
 FORMAT = "docs/reference/format.md"
 Counts = dict[int, int]
 """Layer -> experts that it has; 0: its MoE sublayer is gone."""

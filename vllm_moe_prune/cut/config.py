@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 from typing import Any
 
-from ..checkpoint.build import MTP_OVERRIDES, OVERRIDES
+from ..checkpoint.config_values import MTP_OVERRIDES, OVERRIDES
 from ..checkpoint.module_names import CONFIG_KEY
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.remap import (

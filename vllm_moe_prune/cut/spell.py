@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..archs.spec import TensorRule
+from ..checkpoint.config_values import MTP_OVERRIDES, OVERRIDES
 from ..checkpoint.expert_tensors import EXPERT
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import DTYPES, read_tensor
@@ -25,7 +26,6 @@ from .config import pruned_config
 from .layer_cut import layer_cuts
 from .slice import OutputTensor, StoredPart
 
-OVERRIDES = ("per_layer_config", "mtp_per_layer_config")
 Means = Mapping[int, Mapping[int, torch.Tensor]]
 """Output layer -> removed expert -> the mean of its outputs [D]."""
 
@@ -87,7 +87,7 @@ def is_stock(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
 def _overridden(checkpoint: Checkpoint) -> set[int]:
     """Layers that have another number of experts by config.json."""
     found, count = set(), len(checkpoint.decoder_layers)
-    for key, first in zip(OVERRIDES, (0, count), strict=True):
+    for key, first in ((OVERRIDES, 0), (MTP_OVERRIDES, count)):
         for at, values in (checkpoint.config.get(key) or {}).items():
             if checkpoint.arch.config.experts in values:
                 found.add(first + int(at))
@@ -288,7 +288,7 @@ def spelled_config(
     config, arch = copy.deepcopy(checkpoint.config), checkpoint.arch
     keys = arch.config
     allowed = {keys.experts, arch.router.groups.name}
-    for key in OVERRIDES:
+    for key in (OVERRIDES, MTP_OVERRIDES):
         for layer, values in config.get(key, {}).items():
             if other := sorted(values.keys() - allowed):
                 raise PlanError(
@@ -311,7 +311,7 @@ def spelled_config(
     changed: dict[str, Any] = {
         keys.experts: counts.pop(),
         "architectures": [arch.stock_architecture],
-        **dict.fromkeys(OVERRIDES),
+        **dict.fromkeys((OVERRIDES, MTP_OVERRIDES)),
     }
     restored = {
         key: config.get(key)
