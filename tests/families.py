@@ -24,6 +24,8 @@ LAYOUTS = {
     "deepseek_v2": "mlp.gate_up_down",
     "deepseek_v3": "mlp.gate_up_down",
     "kimi_k2": "mlp.gate_up_down",
+    "olmoe": "mlp.gate_up_down",
+    "qwen3_moe": "mlp.gate_up_down",
 }
 # Experts and how many of them a token uses, where not asked for otherwise.
 EXPERTS = {"deepseek_v2": (16, 4), "deepseek_v3": (16, 4), "kimi_k2": (16, 4)}
@@ -56,6 +58,36 @@ def family_fields(
             "moe_train_capacity_factor": 1,
             "parallel_attn_mlp_res": True,
             "use_residual": True,
+        }
+    if model_type == "olmoe":  # allenai/OLMoE-1B-7B-0924
+        return {
+            "attention_bias": False,
+            "clip_qkv": None,
+            "intermediate_size": width,
+            "norm_topk_prob": False,
+            "num_experts": experts,
+            "output_router_logits": False,
+            "pad_token_id": 1,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "router_aux_loss_coef": 0.01,
+        }
+    if model_type == "qwen3_moe":  # Qwen/Qwen3-30B-A3B
+        return {
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "head_dim": 64,
+            "intermediate_size": 3 * width,
+            "max_window_layers": 4,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": width,
+            "norm_topk_prob": True,
+            "num_experts": experts,
+            "output_router_logits": False,
+            "rope_scaling": None,
+            "router_aux_loss_coef": 0.001,
+            "sliding_window": None,
+            "use_sliding_window": False,
         }
     fields = {
         "attention_bias": False,
@@ -101,7 +133,16 @@ def attention(config: dict[str, Any]) -> tuple[Shapes, list[tuple[str, int]]]:
     """Matrices [rows, cols] of a layer's attention, and norms with their sizes."""
     if "kv_lora_rank" in config:
         return _latent_attention(config), _latent_norms(config)
-    return _plain_attention(config), []
+    norms = []
+    if config["model_type"] == "olmoe":
+        size = config["hidden_size"] // config["num_attention_heads"]
+        norms = [
+            ("self_attn.q_norm.weight", config["num_attention_heads"] * size),
+            ("self_attn.k_norm.weight", config["num_key_value_heads"] * size),
+        ]
+    elif config["model_type"] == "qwen3_moe":
+        norms = [(f"self_attn.{name}_norm.weight", config["head_dim"]) for name in "qk"]
+    return _plain_attention(config), norms
 
 
 def _plain_attention(config: dict[str, Any]) -> Shapes:

@@ -27,6 +27,8 @@ ENGINE = {
     "deepseek_v2": MLA,
     "deepseek_v3": MLA,
     "kimi_k2": MLA,
+    "olmoe": {},
+    "qwen3_moe": {},
 }
 STOCK = "DeepseekV3ForCausalLM"
 OURS = {
@@ -35,6 +37,8 @@ OURS = {
     "deepseek_v2": "MoePruneDeepseekV2ForCausalLM",
     "deepseek_v3": "MoePruneDeepseekV3ForCausalLM",
     "kimi_k2": "MoePruneDeepseekV3ForCausalLM",
+    "olmoe": "MoePruneOlmoeForCausalLM",
+    "qwen3_moe": "MoePruneQwen3MoeForCausalLM",
 }
 
 
@@ -122,6 +126,41 @@ CASES = {
     "v3-drops": Case("deepseek_v3", {0: DROP_BLOCK, 1: DROP_MOE, 2: UNEVEN}),
     "v3-redirect": Case("deepseek_v3", {1: SIXTEEN, 3: SIXTEEN}, "redirect"),
     "k2-equal": Case("kimi_k2", {1: UNEVEN, 2: UNEVEN, 3: UNEVEN}, architecture=STOCK),
+    # vLLM's OLMoE has this epsilon, whatever config.json says.
+    "olmoe-equal": Case(
+        "olmoe",
+        {layer: keep(0, 2, 3, 5, 7) for layer in range(4)},
+        architecture="OlmoeForCausalLM",
+        config={"rms_norm_eps": 1e-5},
+    ),
+    "olmoe-drops": Case(
+        "olmoe",
+        {0: DROP_MOE, 1: DROP_BLOCK, 2: keep(0, 2, 5), 3: keep(6, 0, 2, 1)},
+        config={"rms_norm_eps": 1e-5},
+    ),
+    "olmoe-redirect": Case(
+        "olmoe",
+        {1: EIGHT, 3: DROP_MOE},
+        "redirect",
+        config={"rms_norm_eps": 1e-5},
+        layout="mlp.packed",
+    ),
+    "qwen3-equal": Case(
+        "qwen3_moe",
+        {layer: keep(0, 2, 3, 5, 7) for layer in range(4)},
+        architecture="Qwen3MoeForCausalLM",
+    ),
+    "qwen3-drops": Case(
+        "qwen3_moe",
+        {0: DROP_MOE, 1: DROP_BLOCK, 2: keep(0, 2, 5), 3: keep(6, 0, 2, 1)},
+    ),
+    "qwen3-redirect": Case(
+        "qwen3_moe",
+        {1: EIGHT, 3: EIGHT},
+        "redirect",
+        config={"decoder_sparse_step": 2},
+        layout="mlp.packed",
+    ),
     "k2-drops": Case("kimi_k2", {0: DROP_BLOCK, 1: DROP_MOE, 2: UNEVEN}),
 }
 # Half of the weights in the experts of layers 1 and 2 become zero; layer 3 stays dense.

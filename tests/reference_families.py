@@ -120,6 +120,8 @@ class FamilyReference:
         if not self.has_moe(layer):
             return h_STD + self.mlp(at + "mlp.", normed)
         out = self.experts(layer, at + "mlp.", normed)
+        if not self.config.get("n_shared_experts"):
+            return h_STD + out
         return h_STD + out + self.mlp(at + "mlp.shared_experts.", normed)
 
     def arctic_mlp(self, layer: int, at: str, x_STD: Tensor, h_STD: Tensor) -> Tensor:
@@ -139,6 +141,10 @@ class FamilyReference:
 
     def has_moe(self, layer: int) -> bool:
         config = self.config
+        if self.family == "olmoe":
+            return True
+        if self.family == "qwen3_moe":
+            return (layer + 1) % config["decoder_sparse_step"] == 0
         if self.family == "arctic":
             return (layer + 1) % config["moe_layer_frequency"] == 0
         return (
@@ -236,7 +242,13 @@ class FamilyReference:
 
         def split(name: str, count: int) -> Tensor:
             out = x_STD @ self.weight(f"{at}{name}_proj.weight").T
-            return out.unflatten(2, (count, -1)).transpose(1, 2)
+            norm, heads = f"{at}{name}_norm.weight", out.unflatten(2, (count, -1))
+            if norm in self.tensors:
+                # Of each head, or of all heads together.
+                per_head = len(self.tensors[norm]) == heads.shape[-1] != out.shape[-1]
+                out = self.norm(norm, heads if per_head else out)
+                heads = out.view_as(heads)
+            return heads.transpose(1, 2)
 
         q, k, v = split("q", heads), split("k", groups), split("v", groups)
         angles = self.angles(x_STD.shape[1], q.shape[-1])

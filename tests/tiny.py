@@ -211,7 +211,7 @@ def _moe_tensors(
     arch: MoeArch, layout: Layout, index: int, config: dict[str, Any], draw: _Draw
 ) -> Iterator[tuple[str, torch.Tensor]]:
     hidden, width = config["hidden_size"], config[arch.config.width]
-    experts = range(config[arch.config.experts])
+    experts = range(config[arch.config.experts_in_files or arch.config.experts])
     shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
 
     def matrix(role: str, expert: int) -> torch.Tensor:

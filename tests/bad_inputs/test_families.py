@@ -17,6 +17,7 @@ from vllm_moe_prune.errors import CheckpointError
 ROUTER = "model.layers.1.mlp.gate."
 EXPERT = "model.layers.1.mlp.experts.3."
 V3, V2, V1, ARCTIC = "deepseek_v3", "deepseek_v2", "deepseek", "arctic"
+QWEN3 = "qwen3_moe"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -58,6 +59,9 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     (ARCTIC, {"moe_layer_frequency": 3}, "layer 0 has no experts by config.json"),
     (ARCTIC, {"parallel_attn_mlp_res": 1}, "parallel_attn_mlp_res is 1"),
     (ARCTIC, {"parallel_attn_mlp_res": False}, "parallel_attn_mlp_res is False"),
+    (QWEN3, {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; only an empty list"),
+    (QWEN3, {"num_local_experts": 7}, "num_experts is 8, but num_local_experts"),
+    (QWEN3, {"per_layer_config": {"1": {"num_experts": 7}}}, "Call it num_local_exp"),
 ]
 
 

@@ -44,14 +44,17 @@ def test_vllm_computes_what_the_masked_original_does(name: str, tmp_path: Path) 
         assert (unpruned_TV - expected_TV).abs().max() > 1, "the plan changed nothing"
 
 
-def test_compiled_graphs_compute_the_same(tmp_path: Path) -> None:
-    case = CASES["v3-uneven-groups"]
+@pytest.mark.parametrize("name", ["v3-uneven-groups", "qwen3-drops"])
+def test_compiled_graphs_compute_the_same(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
     pruned, expected_TV, _ = make_pruned(tmp_path, case)
     compiled = {**ENGINE[case.family], "enforce_eager": False}
     assert_same(served(pruned, **compiled), expected_TV)
 
 
-@pytest.mark.parametrize("name", ["arctic-everything", "v3-drops"])
+@pytest.mark.parametrize(
+    "name", ["arctic-everything", "v3-drops", "olmoe-drops", "qwen3-redirect"]
+)
 def test_original_is_pruned_while_loading(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     original = make_original(tmp_path / "original", case)

@@ -21,7 +21,7 @@ from vllm_moe_prune.cut.verify import verify
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError, PlanError
 
-FAMILIES = ("arctic", "deepseek", "deepseek_v2", "deepseek_v3")
+FAMILIES = ("arctic", "deepseek", "deepseek_v2", "deepseek_v3", "olmoe", "qwen3_moe")
 UNEVEN_8 = {1: (0, 3, 4, 6, 7), 2: (1, 2, 5)}
 # Groups of four experts; two of each must stay.
 UNEVEN_16 = {1: (0, 3, 4, 5, 6, 7, 8, 9, 12, 15), 2: (1, 2, 4, 7, 9, 10, 11, 13, 14)}

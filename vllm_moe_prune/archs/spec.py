@@ -116,6 +116,9 @@ class ConfigKeys:
     """The real attribute names of the family's configuration class (not aliases)."""
 
     experts: str
+    experts_in_files: str | None = None
+    """What config.json calls ``experts`` where that is an alias of the class: in
+    ``per_layer_config`` an alias is ignored without a word."""
     top_k: str
     width: str
     layers: str = "num_hidden_layers"
@@ -332,6 +335,8 @@ class MoeArch:
     mtp: MtpNames = MtpNames()
     per_layer_lists: tuple[str, ...] = ("layer_types",)
     """Keys of config.json that hold one entry per decoder layer."""
+    empty_lists: tuple[str, ...] = ()
+    """Keys of config.json whose lists must be empty, or the table is wrong."""
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"

@@ -60,6 +60,7 @@ def build_checkpoint(
     if not isinstance(named, list):
         raise CheckpointError(f"{where}: architectures is not a list.")
     arch = find_arch(config.get("model_type"), str(where), named)
+    config = _real_keys(config, arch, where)
     # Before any weight is read: check_states compares with these afterwards.
     files = file_states(folder, {where, *(info.file for info in tensors.values())})
     # First, as it puts back the quantization_config that FP8 weights had.
@@ -250,6 +251,38 @@ def _is_plain(number: str) -> bool:
     """Whether a number is spelt as we would, and short enough to be converted."""
     # Length first: int() raises above 4,300 digits. isdecimal takes any script's.
     return len(number) < 10 and number == str(int(number))
+
+
+def _real_keys(config: dict[str, Any], arch: MoeArch, where: Path) -> dict[str, Any]:
+    """The config with the class's attribute in place of an alias of it.
+
+    Raises:
+        CheckpointError: Both are there, or the alias where transformers ignores it.
+    """
+    for key in arch.empty_lists:
+        if config.get(key):
+            raise CheckpointError(
+                f"{where}: {key} is {config[key]!r}; only an empty list is supported."
+            )
+    alias, key = arch.config.experts_in_files, arch.config.experts
+    if alias is None:
+        return config
+    overrides = config.get(OVERRIDES)
+    for layer, values in overrides.items() if isinstance(overrides, dict) else ():
+        if isinstance(values, dict) and alias in values:
+            raise CheckpointError(
+                f"{where}: {OVERRIDES}[{layer!r}] says {alias}, which transformers and "
+                f"vLLM ignore there. Call it {key}."
+            )
+    if alias not in config:
+        return config
+    if config.get(key, config[alias]) != config[alias]:
+        raise CheckpointError(
+            f"{where}: {alias} is {config[alias]!r}, but {key}, the same to "
+            f"transformers, is {config[key]!r}."
+        )
+    renamed = {key if name == alias else name: config[name] for name in config}
+    return renamed
 
 
 def _layer_views(
