@@ -31,6 +31,10 @@ LAYOUTS = {
 EXPERTS = {"deepseek_v2": (16, 4), "deepseek_v3": (16, 4), "kimi_k2": (16, 4)}
 
 
+# What the published files leave to the class of the configuration.
+UNSAID = {"olmoe": ("bos_token_id", "rms_norm_eps")}
+
+
 def default_counts(model_type: str) -> tuple[int, int]:
     """Experts and top-k of a family's tiny checkpoint."""
     return EXPERTS.get(model_type, (8, 2))
@@ -66,6 +70,7 @@ def family_fields(
             "intermediate_size": width,
             "norm_topk_prob": False,
             "num_experts": experts,
+            "num_key_value_heads": heads,
             "output_router_logits": False,
             "pad_token_id": 1,
             "rope_scaling": None,
@@ -127,6 +132,17 @@ def family_fields(
         "routed_scaling_factor": 2.827,
         "topk_group": 1,
     }
+
+
+def fp8_fields(model_type: str, layers: int) -> dict[str, Any]:
+    """The keys of an FP8 checkpoint's quantization_config that not every one has."""
+    if model_type != "qwen3_moe":
+        return {}
+    parts = ("input_layernorm", "mlp.gate", "post_attention_layernorm")
+    names = [
+        f"model.layers.{index}.{part}" for index in range(layers) for part in parts
+    ]
+    return {"modules_to_not_convert": ["lm_head", *names]}
 
 
 def attention(config: dict[str, Any]) -> tuple[Shapes, list[tuple[str, int]]]:

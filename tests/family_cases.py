@@ -127,38 +127,22 @@ CASES = {
     "v3-redirect": Case("deepseek_v3", {1: SIXTEEN, 3: SIXTEEN}, "redirect"),
     "k2-equal": Case("kimi_k2", {1: UNEVEN, 2: UNEVEN, 3: UNEVEN}, architecture=STOCK),
     # vLLM's OLMoE has this epsilon, whatever config.json says.
-    "olmoe-equal": Case(
-        "olmoe",
-        {layer: keep(0, 2, 3, 5, 7) for layer in range(4)},
-        architecture="OlmoeForCausalLM",
-        config={"rms_norm_eps": 1e-5},
-    ),
     "olmoe-drops": Case(
         "olmoe",
         {0: DROP_MOE, 1: DROP_BLOCK, 2: keep(0, 2, 5), 3: keep(6, 0, 2, 1)},
         config={"rms_norm_eps": 1e-5},
-    ),
-    "olmoe-redirect": Case(
-        "olmoe",
-        {1: EIGHT, 3: DROP_MOE},
-        "redirect",
-        config={"rms_norm_eps": 1e-5},
-        layout="mlp.packed",
     ),
     "qwen3-equal": Case(
         "qwen3_moe",
         {layer: keep(0, 2, 3, 5, 7) for layer in range(4)},
         architecture="Qwen3MoeForCausalLM",
     ),
-    "qwen3-drops": Case(
+    # Layers 0 and 2 are dense.
+    "qwen3-everything": Case(
         "qwen3_moe",
-        {0: DROP_MOE, 1: DROP_BLOCK, 2: keep(0, 2, 5), 3: keep(6, 0, 2, 1)},
-    ),
-    "qwen3-redirect": Case(
-        "qwen3_moe",
-        {1: EIGHT, 3: EIGHT},
+        {1: EIGHT, 2: DROP_BLOCK, 3: DROP_MOE, 5: EIGHT},
         "redirect",
-        config={"decoder_sparse_step": 2},
+        config={"decoder_sparse_step": 2, "layers": 6},
         layout="mlp.packed",
     ),
     "k2-drops": Case("kimi_k2", {0: DROP_BLOCK, 1: DROP_MOE, 2: UNEVEN}),

@@ -104,7 +104,7 @@ class FamilyReference:
         return float(functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets))
 
     def norm(self, name: str, x: Tensor, eps: float | None = None) -> Tensor:
-        eps = self.config["rms_norm_eps"] if eps is None else eps
+        eps = self.config.get("rms_norm_eps", 1e-5) if eps is None else eps
         return self.weight(name) * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
     def layer(self, layer: int, x_STD: Tensor) -> Tensor:

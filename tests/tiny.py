@@ -102,6 +102,8 @@ def tiny_checkpoint(
         "vocab_size": vocab,
     }
     values |= families.family_fields(model_type, experts, width, heads, sliding_window)
+    for key in families.UNSAID.get(model_type, ()):
+        del values[key]
     values |= config
     if fp8:
         values["quantization_config"] = {
@@ -109,6 +111,7 @@ def tiny_checkpoint(
             "fmt": "e4m3",
             "quant_method": "fp8",
             "weight_block_size": list(fp8),
+            **families.fp8_fields(model_type, layers),
         }
     _write_json(folder / "config.json", values)
     _write_json(

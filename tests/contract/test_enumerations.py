@@ -67,8 +67,8 @@ def test_every_kind_of_rope_is_built_as_transformers_does(
     assert ROPE.keys() == ROPE_INIT_FUNCTIONS.keys() | {"default"}
     sizes = {"layers": 1, "hidden": 32, "heads": 2, "vocab": 40, "tokenizer": False}
     sizes |= {"max_positions": 256, "model_type": family, "first_k_dense_replace": 0}
-    if find_arch(family, "").attention.keys() >= {"kv_b_proj"}:
-        sizes["qk_rope_head_dim"] = 16
+    latent = find_arch(family, "").attention.keys() >= {"kv_b_proj"}
+    sizes["qk_rope_head_dim" if latent else "head_dim"] = 16
     ids_ST = torch.arange(3, 35)[None]
     for kind, values in ROPE.items():
         for key, name in (("rope_parameters", "rope_type"), ("rope_scaling", "type")):

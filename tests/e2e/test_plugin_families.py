@@ -44,17 +44,14 @@ def test_vllm_computes_what_the_masked_original_does(name: str, tmp_path: Path) 
         assert (unpruned_TV - expected_TV).abs().max() > 1, "the plan changed nothing"
 
 
-@pytest.mark.parametrize("name", ["v3-uneven-groups", "qwen3-drops"])
-def test_compiled_graphs_compute_the_same(name: str, tmp_path: Path) -> None:
-    case = CASES[name]
+def test_compiled_graphs_compute_the_same(tmp_path: Path) -> None:
+    case = CASES["v3-uneven-groups"]
     pruned, expected_TV, _ = make_pruned(tmp_path, case)
     compiled = {**ENGINE[case.family], "enforce_eager": False}
     assert_same(served(pruned, **compiled), expected_TV)
 
 
-@pytest.mark.parametrize(
-    "name", ["arctic-everything", "v3-drops", "olmoe-drops", "qwen3-redirect"]
-)
+@pytest.mark.parametrize("name", ["arctic-everything", "v3-drops", "qwen3-everything"])
 def test_original_is_pruned_while_loading(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     original = make_original(tmp_path / "original", case)

@@ -77,6 +77,9 @@ def family_jobs(tmp_path: Path) -> Iterator[tuple[str, Job]]:
     experts = ("arctic-everything", "deepseek-normalized", "v2-everything")
     cases = {f"{name}-tensors": CASES[name] for name in tensors}
     cases |= {f"{name}-experts": CASES[name] for name in experts}
+    # Those built with a configuration per layer.
+    cases["olmoe-tensors"] = CASES["olmoe-drops"]
+    cases["qwen3-experts"] = CASES["qwen3-everything"]
     cases["fp8-experts"] = FP8
     # How blocks are split is the same for every family.
     packed = {"arctic-tensors": COMPRESSED["arctic"], "v3-experts": COMPRESSED["v3"]}

@@ -85,14 +85,27 @@ def test_redirected_experts(family: str, tmp_path: Path, ids_ST: torch.Tensor) -
     assert streamed_loss(out, ids_ST).mean == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
-def test_equal_groups_are_what_transformers_computes(
-    family: str, tmp_path: Path, ids_ST: torch.Tensor
+UNIFORM_8 = dict.fromkeys(range(4), (0, 3, 4, 6, 7))
+
+
+@pytest.mark.parametrize(
+    ("family", "keeps"),
+    [
+        *(("deepseek_v2", EQUAL_16), ("deepseek_v3", EQUAL_16)),
+        *(("olmoe", UNIFORM_8), ("qwen3_moe", UNIFORM_8)),
+    ],
+)
+def test_uniform_plans_are_what_transformers_computes(
+    family: str,
+    keeps: dict[int, tuple[int, ...]],
+    tmp_path: Path,
+    ids_ST: torch.Tensor,
 ) -> None:
+    """Groups, where there are any, lose as many experts each."""
     from transformers import AutoModelForCausalLM
 
     folder = tiny(tmp_path / "in", family)
-    cuts = {layer: LayerCut(keep=keep) for layer, keep in EQUAL_16.items()}
+    cuts = {layer: LayerCut(keep=keep) for layer, keep in keeps.items()}
     out = pruned(folder, cuts)
     config = read_json(out / "config.json")
     assert "per_layer_config" not in config
@@ -100,7 +113,7 @@ def test_equal_groups_are_what_transformers_computes(
     model = AutoModelForCausalLM.from_pretrained(out, dtype="float32").eval()
     with torch.no_grad():
         stock = float(model(ids_ST, labels=ids_ST).loss)
-    expected = FamilyReference(folder, Removed(keep=EQUAL_16)).loss(ids_ST)
+    expected = FamilyReference(folder, Removed(keep=keeps)).loss(ids_ST)
     assert stock == pytest.approx(expected, rel=1e-5)
     assert streamed_loss(out, ids_ST).mean == pytest.approx(expected, rel=1e-5)
 
@@ -197,9 +210,14 @@ def test_which_layers_are_dense_survives_dropped_blocks(
     assert all(set(values) <= allowed for values in overridden.values())
 
 
-def test_fp8_experts_are_copied_with_their_scales(tmp_path: Path) -> None:
-    folder = tiny(tmp_path / "in", "deepseek_v3", layers=2, fp8=(32, 32))
-    keep = EQUAL_16[1]
+@pytest.mark.parametrize(
+    ("family", "keep"), [("deepseek_v3", EQUAL_16[1]), ("qwen3_moe", UNEVEN_8[1])]
+)
+def test_fp8_experts_are_copied_with_their_scales(
+    family: str, keep: tuple[int, ...], tmp_path: Path
+) -> None:
+    folder = tiny(tmp_path / "in", family, layers=2, fp8=(32, 32))
+    experts = open_checkpoint(folder).layers[1].num_experts
     out = pruned(folder, {1: LayerCut(keep=keep)})
     before, after = read_tensors(folder), read_tensors(out)
     for new, old in enumerate(keep):
@@ -211,7 +229,7 @@ def test_fp8_experts_are_copied_with_their_scales(tmp_path: Path) -> None:
                     after[at.format(new, part)],
                 )
                 assert raw_bytes(source) == raw_bytes(copied)
-    assert len(after) == len(before) - 6 * (16 - len(keep))
+    assert len(after) == len(before) - 6 * (experts - len(keep))
     config, source = (read_json(path / "config.json") for path in (out, folder))
     assert config["quantization_config"] == source["quantization_config"]
 

@@ -169,7 +169,10 @@ def run(
     return open_checkpoint(out)
 
 
-FAMILIES = ("mixtral", "arctic", "deepseek", "deepseek_v2", "deepseek_v3")
+FAMILIES = (
+    *("mixtral", "arctic", "deepseek", "deepseek_v2", "deepseek_v3"),
+    *("olmoe", "qwen3_moe"),
+)
 MORE: dict[str, dict[str, Any]] = {
     "alone": {},
     "not fitted": {"narrow": {"refit": "none"}},

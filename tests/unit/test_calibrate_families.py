@@ -90,6 +90,7 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "v2-normalized": ("deepseek_v2", {"norm_topk_prob": True}),
     "v3": ("deepseek_v3", {}),
     "v3-fp8": ("deepseek_v3", {"fp8": (16, 32)}),
+    "qwen3-fp8": ("qwen3_moe", {"fp8": (16, 32)}),
     "k2-fp8": ("kimi_k2", {"fp8": (16, 32)}),
 }
 

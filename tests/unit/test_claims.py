@@ -17,8 +17,9 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.errors import CheckpointError
 from vllm_moe_prune.progress import peak_rss_bytes
 
-FAMILIES = ("mixtral", "arctic", "deepseek", "deepseek_v2", "deepseek_v3")
+PLAIN = ("mixtral", "arctic", "deepseek", "olmoe", "qwen3_moe")
 MLA = ("deepseek_v2", "deepseek_v3")
+FAMILIES = PLAIN + MLA
 SMALL: dict[str, Any] = {"layers": 2, "tokenizer": False, "vocab": 40}
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w3"
 QUERY = "model.layers.1.self_attn.q_proj"
@@ -57,8 +58,8 @@ def refused(folder: Path) -> str:
 SIZES: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("vocab_size", FAMILIES, ("embed_tokens", "vocab_size")),
     ("num_attention_heads", FAMILIES, ("self_attn", "num_attention_heads")),
-    ("num_key_value_heads", FAMILIES[:3], ("k_proj", "num_key_value_heads")),
-    ("head_dim", FAMILIES[:3], ("q_proj", "head_dim")),
+    ("num_key_value_heads", PLAIN, ("k_proj", "num_key_value_heads")),
+    ("head_dim", PLAIN, ("q_proj", "head_dim")),
     ("qk_rope_head_dim", MLA, ("qk_rope_head_dim",)),
     ("qk_nope_head_dim", MLA, ("qk_nope_head_dim",)),
     ("kv_lora_rank", MLA, ("kv_lora_rank",)),

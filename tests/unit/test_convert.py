@@ -108,8 +108,13 @@ def test_there_and_back_is_the_same_folder_to_the_byte(
         ("deepseek_v3", {"fp8": (32, 32)}),
         ("deepseek_v3", {"layout": "mlp.packed"}),
         ("mixtral", {"layout": "block_sparse_moe.packed"}),
+        ("olmoe", {}),
+        ("qwen3_moe", {"fp8": (32, 32)}),
     ],
-    ids=["arctic", "v2", "v3", "v3-fp8", "v3-packed", "mixtral-packed"],
+    ids=[
+        *("arctic", "v2", "v3", "v3-fp8", "v3-packed", "mixtral-packed"),
+        *("olmoe", "qwen3-fp8"),
+    ],
 )
 def test_every_family_goes_there_and_back(
     family: str, options: dict[str, Any], tmp_path: Path

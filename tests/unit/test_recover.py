@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import MixtralForCausalLM
 
-from tests.family_cases import COMPRESSED, EQUAL, Case, keep, make_plan
+from tests.family_cases import CASES, COMPRESSED, EQUAL, Case, keep, make_plan
 from tests.recovering import MIXTRAL, ask, go, make, text
 from tests.reference import DROP_BLOCK, DROP_MOE, raw_bytes, read_tensors, write_plan
 from tests.tiny import tiny_checkpoint
@@ -39,6 +39,8 @@ WAYS = {
     "deepseek": (COMPRESSED["deepseek"], "full", None),
     "deepseek_v2": (COMPRESSED["v2"], "lora", None),
     "deepseek_v3": (COMPRESSED["v3"], "lora", "experts,dense"),
+    "olmoe": (Case("olmoe", {1: keep(0, 2, 5)}), "lora", "attention,experts"),
+    "qwen3_moe": (CASES["qwen3-everything"], "full", "attention,dense"),
 }
 LESSONS = {
     "mixtral": Case("mixtral", {0: keep(1, 4, 6), 1: DROP_MOE, 2: DROP_BLOCK}),
@@ -46,6 +48,8 @@ LESSONS = {
     "deepseek": Case("deepseek", {1: keep(0, 2, 5), 2: DROP_MOE}),
     "deepseek_v2": Case("deepseek_v2", {1: EQUAL, 2: DROP_BLOCK}),
     "deepseek_v3": Case("deepseek_v3", {1: EQUAL, 2: keep(0, 1, 4, 5, 8, 9, 12, 13)}),
+    "olmoe": Case("olmoe", {0: DROP_MOE, 1: keep(0, 2, 5)}),
+    "qwen3_moe": Case("qwen3_moe", {1: keep(0, 2, 5), 2: DROP_BLOCK}),
 }
 
 
@@ -79,7 +83,7 @@ def check_same_but(pruned: Path, out: Path, targets: str) -> int:
 HOLDS = {
     "attention": r"self_attn\.\w*_proj",
     "experts": r"\.experts\.",
-    "dense": r"shared_experts|residual_mlp|layers\.0\.mlp\.|block_sparse_moe\.mlp",
+    "dense": r"shared_experts|residual_mlp|\.mlp\.\w+_proj|block_sparse_moe\.mlp",
     "router": r"\.gate\.weight",
     "norms": r"norm",
     "embeddings": r"embed_tokens|lm_head",

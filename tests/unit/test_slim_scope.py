@@ -18,7 +18,10 @@ from vllm_moe_prune.errors import PlanError, RecipeError
 from vllm_moe_prune.recipes.schema import parse_recipe
 from vllm_moe_prune.slim.wanda import wanda
 
-FAMILIES = ("mixtral", "arctic", "deepseek", "deepseek_v2", "deepseek_v3")
+FAMILIES = (
+    *("mixtral", "arctic", "deepseek", "deepseek_v2", "deepseek_v3"),
+    *("olmoe", "qwen3_moe"),
+)
 LAYERS = 3
 
 

@@ -125,6 +125,24 @@ def test_the_best_loses_least_and_is_what_gets_cut(
     assert loss.mean == pytest.approx(tuned.best.loss.mean, rel=1e-6)
 
 
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+def test_other_families_are_searched_and_cut(
+    family: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", model_type=family, layers=2)
+    few = {"experts": ("frequency",), "budgets": ("sensitivity",), "shares": (1.0,)}
+    few |= {"layers": (), "narrow": (), "finalists": 1}
+    data = recipe.model_dump(mode="json", exclude_defaults=True) | {"tune": few}
+    asked = parse_recipe(data, "test")
+    out = tmp_path / "out"
+    decided, result, _ = pipeline.run(
+        open_checkpoint(folder), asked, out, pipeline.RunOptions()
+    )
+    assert decided.predicted is not None
+    assert decided.predicted.file_bytes == result.file_bytes
+    assert open_checkpoint(out).moe_layers[0].num_experts < 8
+
+
 @pytest.mark.slow
 def test_a_killed_search_continues_to_the_same_plan(
     checkpoint: Checkpoint, recipe: Recipe, tuned: Tuned, tmp_path: Path
