@@ -14,16 +14,17 @@ from typing import Any
 
 from . import __version__
 from .calibrate.data import Tokens, load_heldout
-from .calibrate.stats import Stats, load_stats
+from .calibrate.stats import Stats
+from .calibrate.stats_file import load_stats
 from .checkpoint.open import Checkpoint
 from .checkpoint.output_path import check_file, check_folder
 from .checkpoint.source import open_checkpoint
 from .checkpoint.writer import plan_shards
 from .cut.convert import Converted, parse_spelling_name, parse_storage_name
 from .cut.convert import convert as convert_checkpoint
-from .cut.execute import CutResult, cut_key, execute_plan, finished_cut
+from .cut.execute import CutResult, execute_plan, finished_cut
 from .cut.means import means_of
-from .cut.output import companions_sha256
+from .cut.output import companions_sha256, cut_key
 from .cut.predict import model_facts
 from .cut.slice import output_tensors
 from .cut.transaction import Workspace, is_complete, output_transaction

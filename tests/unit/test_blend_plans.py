@@ -8,7 +8,7 @@ import pytest
 
 from tests.bad_inputs.case import run_cli
 from tests.tiny import tiny_checkpoint
-from vllm_moe_prune.calibrate.stats import load_stats
+from vllm_moe_prune.calibrate.stats_file import load_stats
 
 OPTIONS = "--samples 4 --sequence-length 16 --json"
 RECIPE = """

@@ -19,7 +19,8 @@ from vllm_moe_prune.calibrate import boundary, distances
 from vllm_moe_prune.calibrate.accumulate import measure
 from vllm_moe_prune.calibrate.boundary import BoundaryStore
 from vllm_moe_prune.calibrate.data import Tokens, sha256_of
-from vllm_moe_prune.calibrate.stats import LayerStats, Stats, load_stats, save_stats
+from vllm_moe_prune.calibrate.stats import LayerStats, Stats
+from vllm_moe_prune.calibrate.stats_file import load_stats, save_stats
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_expert, read_router
 from vllm_moe_prune.checkpoint.source import open_checkpoint

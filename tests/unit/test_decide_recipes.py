@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.properties.test_decide_toy import COLS, MODEL, ROWS, toy_facts, toy_stats
-from vllm_moe_prune.calibrate.stats import MODEL_ARRAYS, LayerStats, Stats
+from vllm_moe_prune.calibrate.stats import LayerStats, Stats
+from vllm_moe_prune.calibrate.stats_file import MODEL_ARRAYS
 from vllm_moe_prune.decide.build_plan import make_plan
 from vllm_moe_prune.decide.check_plan import check_plan
 from vllm_moe_prune.decide.cut_plan import CutPlan, dump_plan

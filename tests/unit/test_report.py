@@ -17,14 +17,8 @@ from scipy import stats as scipy_stats
 
 from tests.reference import DROP_MOE, LayerCut, read_json, write_plan
 from tests.tiny import tiny_checkpoint, tiny_text
-from vllm_moe_prune.calibrate.stats import (
-    PER_SOURCE,
-    LayerStats,
-    SourceStats,
-    Stats,
-    load_stats,
-    save_stats,
-)
+from vllm_moe_prune.calibrate.stats import PER_SOURCE, LayerStats, SourceStats, Stats
+from vllm_moe_prune.calibrate.stats_file import load_stats, save_stats
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_expert
 from vllm_moe_prune.checkpoint.source import open_checkpoint

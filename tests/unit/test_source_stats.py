@@ -15,14 +15,8 @@ from vllm_moe_prune.calibrate import accumulate, routed
 from vllm_moe_prune.calibrate.accumulate import measure
 from vllm_moe_prune.calibrate.boundary import BoundaryStore
 from vllm_moe_prune.calibrate.data import Part, Tokens, sha256_of
-from vllm_moe_prune.calibrate.stats import (
-    MODEL_ARRAYS,
-    PER_SOURCE,
-    LayerStats,
-    Stats,
-    load_stats,
-    save_stats,
-)
+from vllm_moe_prune.calibrate.stats import PER_SOURCE, LayerStats, Stats
+from vllm_moe_prune.calibrate.stats_file import MODEL_ARRAYS, load_stats, save_stats
 from vllm_moe_prune.checkpoint.index import read_header
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.source import open_checkpoint

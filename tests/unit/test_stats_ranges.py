@@ -7,13 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_moe_prune.calibrate.stats import (
-    MODEL_ARRAYS,
-    LayerStats,
-    Stats,
-    load_stats,
-    save_stats,
-)
+from vllm_moe_prune.calibrate.stats import LayerStats, Stats
+from vllm_moe_prune.calibrate.stats_file import MODEL_ARRAYS, load_stats, save_stats
 from vllm_moe_prune.calibrate.stats_ranges import RANGES
 from vllm_moe_prune.errors import PlanError
 

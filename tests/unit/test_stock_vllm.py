@@ -15,7 +15,8 @@ from tests.tiny import tiny_checkpoint
 from vllm_moe_prune.calibrate.expert_forward import Routing
 from vllm_moe_prune.calibrate.forward import StreamingModel
 from vllm_moe_prune.calibrate.perplexity import routed, summed_loss
-from vllm_moe_prune.calibrate.stats import LayerStats, Stats, load_stats
+from vllm_moe_prune.calibrate.stats import LayerStats, Stats
+from vllm_moe_prune.calibrate.stats_file import load_stats
 from vllm_moe_prune.checkpoint.open import Checkpoint
 from vllm_moe_prune.checkpoint.reader import read_expert
 from vllm_moe_prune.checkpoint.source import open_checkpoint

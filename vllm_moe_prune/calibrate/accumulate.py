@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..checkpoint.layer_hashes import BESIDE, DIGITS, layer_hashes
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import read_expert
 from ..errors import CheckpointError
@@ -28,7 +29,6 @@ from .forward import StreamingModel
 from .memory import release_freed
 from .shared_experts import run_shared
 from .stats import (
-    FORMAT_VERSION,
     PER_SOURCE,
     Array,
     LayerStats,
@@ -36,6 +36,7 @@ from .stats import (
     Stats,
     together,
 )
+from .stats_file import FORMAT_VERSION
 
 
 def measure(
@@ -153,6 +154,8 @@ class _Measure:
             hidden = model.embed(self.tokens.ids_ST)
         self.ranks.agree(saved_state=start)
         meter = _Meter(self.checkpoint, last, report)
+        if (model or self.weights) and BESIDE not in stats.weight_hashes:
+            stats.weight_hashes[BESIDE] = self._hashes(None)
         for layer in layers[start : last + 1]:
             found = self._weight_stats(layer) if layer.has_moe else LayerStats()
             if model and self.tokens:
@@ -175,6 +178,9 @@ class _Measure:
                     blocks.add(hidden)
             if layer.has_moe:
                 stats.layers[layer.index] = found
+            # Right after it was read, while the system still has it in memory.
+            if model or self.weights:
+                stats.weight_hashes[str(layer.index)] = self._hashes(layer)
             # States are the same on all ranks; one of them keeps them.
             if store and layer.index < last and self.ranks.rank == 0:
                 store.save(layer.index + 1, hidden, stats)
@@ -195,6 +201,18 @@ class _Measure:
             )
         cosine_HH, count = blocks.sums()
         return replace(stats, block_cosine_HH=cosine_HH, block_tokens=count)
+
+    def _hashes(self, layer: Layer | None) -> tuple[str, ...]:
+        """What was read of a layer, each expert by the rank that ran it."""
+        index, count = (None, 0) if layer is None else (layer.index, layer.num_experts)
+        own = [expert for expert in range(count) if self.ranks.owns(expert)]
+        found = layer_hashes(self.checkpoint, index, own)
+        mine = torch.zeros(1, count, DIGITS // 2, dtype=torch.uint8)
+        for expert in own:
+            digest = bytearray.fromhex(found[expert])
+            mine[0, expert] = torch.frombuffer(digest, dtype=torch.uint8)
+        whole = self.ranks.by_owner({"hashes": mine})["hashes"][0]
+        return (found[None], *(bytes(row.tolist()).hex() for row in whole))
 
     def _sources(self, names: int, length: int | None = None) -> routed.Sources:
         """The source of each token; of ``length`` tokens in each window."""

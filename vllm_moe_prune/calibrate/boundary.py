@@ -17,7 +17,8 @@ from ..checkpoint.index import TensorInfo, read_header
 from ..checkpoint.reader import DTYPES, read_tensor
 from ..errors import CheckpointError, OutputError
 from .container import TensorBytes, write_safetensors
-from .stats import Stats, load_stats, save_stats
+from .stats import Stats
+from .stats_file import load_stats, save_stats
 
 log = logging.getLogger(__name__)
 

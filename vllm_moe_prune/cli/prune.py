@@ -117,7 +117,7 @@ def plan(
     `--sweep total=0.2:0.7:0.1` writes one plan per value, all from one measurement.
     """
     from .. import pipeline
-    from ..calibrate.stats import load_stats
+    from ..calibrate.stats_file import load_stats
     from ..checkpoint.output_path import check_file, check_folder
     from ..checkpoint.source import open_checkpoint
     from ..recipes.loading import swept
@@ -179,7 +179,7 @@ def cut(
     Example: `vllm-moe-prune cut CKPT --plan plan.json -o OUT`
     """
     from .. import pipeline
-    from ..calibrate.stats import load_stats
+    from ..calibrate.stats_file import load_stats
     from ..checkpoint.source import open_checkpoint
     from ..decide.cut_plan import load_plan
     from ..recipes.calibration import parse_texts

@@ -5,30 +5,27 @@ the slimmed layer to feed the next one, write. Data-free plans only copy bytes.
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from .. import __version__
 from ..calibrate.boundary import BoundaryStore
 from ..calibrate.data import Tokens
 from ..calibrate.expert_forward import run_experts
 from ..calibrate.forward import StreamingModel
 from ..calibrate.memory import release_freed
 from ..calibrate.stats import Stats
+from ..checkpoint.layer_hashes import check_layer
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.tensor_hashes import write_hashes
 from ..checkpoint.writer import (
     MAX_SHARD_BYTES,
-    ShardPlan,
     ShardWriter,
     plan_shards,
 )
-from ..decide.cut_plan import CutPlan, dump_plan
+from ..decide.cut_plan import CutPlan
 from ..errors import CalibrationError
 from ..files.atomic import writing
 from ..progress import Progress, Report, ignore
@@ -37,7 +34,7 @@ from .copy import write_tensor
 from .finish import read_records, write_companions
 from .layer_cut import LayerCut, layer_cuts
 from .layer_record import LayerRecord, journalled
-from .output import companions_sha256
+from .output import cut_key
 from .quantize_dense import DenseQuantizer, quantize_head
 from .quantize_layer import quantize_layer
 from .refit import Refits
@@ -150,26 +147,6 @@ def finished_cut(checkpoint: Checkpoint, plan: CutPlan, out: Path) -> CutResult:
     )
 
 
-def cut_key(
-    checkpoint: Checkpoint,
-    plan: CutPlan,
-    shards: Sequence[ShardPlan],
-    tokens: Tokens | None,
-    stats: Stats | None,
-    storage: str = "dense",
-) -> str:
-    """Hash of everything that determines the output's bytes."""
-    said = (__version__, companions_sha256(checkpoint), stats is not None, storage)
-    digest = hashlib.sha256(repr(said).encode())
-    digest.update(dump_plan(plan).encode())
-    # The header holds every name, dtype, shape and offset of its shard.
-    for shard in shards:
-        digest.update(shard.header)
-    if plan.needs_activations and tokens is not None:
-        digest.update(tokens.sha256.encode())
-    return digest.hexdigest()
-
-
 class _Cut:
     """One run of ``cut``: what its steps share."""
 
@@ -200,6 +177,7 @@ class _Cut:
         context = SlimContext(self.writer, None)
         self._write_beside()
         for cut in self._cuts:
+            self._check(cut)
             self._write(cut.index)
             if self._changes(cut):
                 record = LayerRecord(layer=cut.index)
@@ -233,6 +211,7 @@ class _Cut:
         # Of the layers that are left; nobody reads what the last one gives.
         last = max(cut.index for cut in self._cuts if not cut.drops_block)
         for cut in self._cuts[start:]:
+            self._check(cut)
             if not cut.drops_block:
                 if refits is not None:
                     refits.pass_layer(cut.index, hidden)
@@ -324,6 +303,15 @@ class _Cut:
             context, cut, record, x_ND, scaled, want_output=want_output
         )
 
+    def _check(self, cut: LayerCut) -> None:
+        """Refuse a layer that is not what was measured, before it is written."""
+        # Between a kill and a resume the states of files are compared.
+        if any(
+            self.writer.needs(one.name) for one in self._by_layer.get(cut.index, ())
+        ):
+            read = {expert for members in cut.survivors for expert, _ in members}
+            check_layer(self.checkpoint, self.plan.weight_hashes, cut.index, read)
+
     def _dense(self, cut: LayerCut) -> DenseSlimmer | DenseQuantizer:
         """What changes a layer's dense matrices: a plan does one of both."""
         kind = DenseQuantizer if self.plan.is_quantized else DenseSlimmer
@@ -331,6 +319,7 @@ class _Cut:
 
     def _write_beside(self) -> None:
         """Write what belongs to no layer."""
+        check_layer(self.checkpoint, self.plan.weight_hashes, None)
         self._write(None)
         if self.plan.is_quantized:
             quantize_head(self.checkpoint, self.plan, self.writer)

@@ -14,7 +14,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ..calibrate.data import Tokens
-from ..calibrate.stats import Stats, save_stats
+from ..calibrate.stats import Stats
+from ..calibrate.stats_file import save_stats
 from ..calibrate.text import name_of
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.remap import FILE_NAME, dump_remap

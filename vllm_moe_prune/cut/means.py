@@ -5,7 +5,8 @@ Axes: E experts, D hidden.
 
 import torch
 
-from ..calibrate.stats import Stats, load_stats
+from ..calibrate.stats import Stats
+from ..calibrate.stats_file import load_stats
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.reader import read_tensor
 from ..decide.cut_plan import CutPlan

@@ -2,13 +2,19 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+from .. import __version__
+from ..calibrate.data import Tokens
+from ..calibrate.stats import Stats
 from ..checkpoint.index import check_link
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.side_files import side_files
 from ..checkpoint.tensor_hashes import FILE_NAME as HASHES
 from ..checkpoint.tokenizer import corrections
+from ..checkpoint.writer import ShardPlan
+from ..decide.cut_plan import CutPlan, dump_plan
 from ..errors import CheckpointError
 from ..files.atomic import copy_file, write_file
 from ..files.regular import MIB, open_regular
@@ -32,6 +38,26 @@ RECORDS = {
 }
 # Written anew for the output of a cut, so never copied from its input.
 OWN_FILES = {"config.json", "README.md", HASHES, RUN_FILE} | RECORDS
+
+
+def cut_key(
+    checkpoint: Checkpoint,
+    plan: CutPlan,
+    shards: Sequence[ShardPlan],
+    tokens: Tokens | None,
+    stats: Stats | None,
+    storage: str = "dense",
+) -> str:
+    """Hash of everything that determines the output's bytes."""
+    said = (__version__, companions_sha256(checkpoint), stats is not None, storage)
+    digest = hashlib.sha256(repr(said).encode())
+    digest.update(dump_plan(plan).encode())
+    # The header holds every name, dtype, shape and offset of its shard.
+    for shard in shards:
+        digest.update(shard.header)
+    if plan.needs_activations and tokens is not None:
+        digest.update(tokens.sha256.encode())
+    return digest.hexdigest()
 
 
 def companions(checkpoint: Checkpoint) -> list[Path]:

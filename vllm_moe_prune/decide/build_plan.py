@@ -74,6 +74,7 @@ def make_plan(
         narrow=resolved_narrow(recipe, facts),
         threshold=threshold,
         super_experts=found,
+        weight_hashes=stats.weight_hashes if stats else {},
         layers=tuple(
             layer.model_copy(
                 update={"sparsity": _snapped(sparsity, pattern), "refit": refit}

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, JsonValue, ValidationError, field_validator
 
+from ..checkpoint.layer_hashes import WeightHashes
 from ..errors import PlanError
 from ..files.atomic import REPEAT, write_file, writing
 from ..files.json_file import read_json
@@ -179,6 +180,8 @@ class CutPlan(Strict):
     narrow: NarrowStage = NarrowStage()
     """How channels are chosen where ``width`` of a layer says that some leave."""
     measurement: Measurement = Measurement()
+    weight_hashes: WeightHashes = Field(default={})
+    """What the layers were when they were measured; a cut compares what it reads."""
     threshold: float | None = None
     """Merge height up to which clusters were formed (STUN's t), or score up to which
     experts were dropped, if one holds for the whole model."""

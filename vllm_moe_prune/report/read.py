@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import JsonValue
 
-from ..calibrate.stats import Array, LayerStats, Stats, load_stats
+from ..calibrate.stats import Array, LayerStats, Stats
+from ..calibrate.stats_file import load_stats
 from ..checkpoint.fingerprint import difference
 from ..checkpoint.source import open_checkpoint
 from ..cut.output import STATS_FILE

@@ -10,7 +10,8 @@ from ..calibrate import routed
 from ..calibrate.accumulate import measure as measure_checkpoint
 from ..calibrate.data import Tokens, load_heldout, load_tokens
 from ..calibrate.forward import StreamingModel
-from ..calibrate.stats import Stats, load_stats, save_stats
+from ..calibrate.stats import Stats
+from ..calibrate.stats_file import load_stats, save_stats
 from ..checkpoint.file_state import check_states
 from ..checkpoint.open import Checkpoint
 from ..cut.losses import LossJournal
