@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..checkpoint.layer_hashes import BESIDE, DIGITS, layer_hashes
+from ..checkpoint.layer_hashes import DIGITS, EMBEDDING, layer_hashes
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import read_expert
 from ..errors import CheckpointError
@@ -154,8 +154,8 @@ class _Measure:
             hidden = model.embed(self.tokens.ids_ST)
         self.ranks.agree(saved_state=start)
         meter = _Meter(self.checkpoint, last, report)
-        if (model or self.weights) and BESIDE not in stats.weight_hashes:
-            stats.weight_hashes[BESIDE] = self._hashes(None)
+        if model and EMBEDDING not in stats.weight_hashes:
+            stats.weight_hashes[EMBEDDING] = self._hashes(None)
         for layer in layers[start : last + 1]:
             found = self._weight_stats(layer) if layer.has_moe else LayerStats()
             if model and self.tokens:

@@ -22,12 +22,12 @@ from .writer import CHUNK_BYTES
 
 Part = tuple[TensorInfo, int, int]
 """A tensor and the first and last byte of it."""
-BESIDE = "beside"
-"""The key of what is in no layer: embeddings, the last norm, the head."""
+EMBEDDING = "embedding"
+"""The key of the one tensor outside the layers that measuring reads."""
 DIGITS = 16
 Hash = Annotated[str, Field(pattern=f"^[0-9a-f]{{{DIGITS}}}$")]
 WeightHashes = dict[
-    Annotated[str, Field(pattern=f"^({BESIDE}|[0-9]{{1,9}})$")], tuple[Hash, ...]
+    Annotated[str, Field(pattern=f"^({EMBEDDING}|[0-9]{{1,9}})$")], tuple[Hash, ...]
 ]
 """By layer: what belongs to no expert, then each expert. The first 16 digits of SHA-256
 over the SHA-256 of its tensors as they are copied, sorted by name."""
@@ -40,7 +40,7 @@ def layer_hashes(
 
     Args:
         checkpoint: Its weights in their dense form, or quantized parts.
-        index: Which layer; None: what belongs to none.
+        index: Which layer; None: the embedding.
         experts: Which of its experts are read; None: all.
 
     Returns:
@@ -70,22 +70,24 @@ def check_layer(
     Args:
         checkpoint: The input.
         measured: As ``WeightHashes``.
-        index: Which layer; None: what belongs to none.
+        index: Which layer; None: the embedding.
         experts: Those that are read.
 
     Raises:
         CheckpointError: Naming what differs.
     """
-    before = measured.get(BESIDE if index is None else str(index))
+    before = measured.get(EMBEDDING if index is None else str(index))
     if before is None:
         return
     for expert, found in layer_hashes(checkpoint, index, experts).items():
         at = 0 if expert is None else expert + 1
         if at >= len(before) or before[at] != found:
-            where = "outside the layers" if index is None else f"layer {index}"
-            what = "a weight" if expert is None else f"expert {expert}"
+            what = (
+                "a weight outside its experts" if expert is None else f"expert {expert}"
+            )
+            where = EMBEDDING if index is None else f"layer {index}: {what}"
             raise CheckpointError(
-                f"{checkpoint.folder}: {where}: {what} is not what the plan's "
+                f"{checkpoint.folder}: {where} is not what the plan's "
                 "statistics were measured on. Measure and plan again."
             )
 
@@ -101,9 +103,13 @@ def _parts(checkpoint: Checkpoint, index: int | None) -> dict[int | None, list[P
         for rule in checkpoint.layout.experts
         if layer is not None and not rule.per_expert
     }
+    # A checkpoint may hold more than a model reads, of any size.
+    names = (
+        [checkpoint.arch.embedding] if index is None else checkpoint.layer_names(index)
+    )
     stored = {
         part.name: part
-        for name in checkpoint.layer_names(index)
+        for name in names
         for part in _as_copied(checkpoint.tensors[name])
     }
     for name, info in sorted(stored.items()):
