@@ -1,10 +1,11 @@
 """Does a data-free cut run at the speed of copying files, in bounded memory?
 
-    python bench/cut_io.py [--gib 8] [--quick] [--measured] [--json FILE] [--keep-in FOLDER]
+    python bench/cut_io.py [--gib 8] [--quick] [--measured] [--json FILE]
+        [--keep-in FOLDER]
 
 Writes a synthetic Mixtral-8x7B-shaped checkpoint, cuts a quarter of its experts away,
 and beside it, in the same run, reads all the input and writes the output by plain file
-copies. Caches are dropped before each part; ``--measured`` cuts by a plan whose statistics say
+copies. Caches are dropped before each part; ``--measured`` cuts by a plan that says
 what every weight was, which is compared. Claim: at most 1.3 times that time, and
 peak memory of at most 1 GiB + 2 x the largest layer.
 """
