@@ -86,6 +86,12 @@ NOT_SUBSTITUTED = (
 """Flags with which vLLM refuses expert substitution."""
 
 
+WITHOUT_VECTORS = (
+    "If all of them are zero, `vllm-moe-prune convert IN OUT` writes the form that the "
+    "plugin serves; means of outputs need vLLM itself."
+)
+
+
 def refuse_substitution(where: str, flags: Sequence[str] = ()) -> None:
     """Refuse a checkpoint whose removed experts have vectors where vLLM would not.
 
@@ -105,14 +111,13 @@ def refuse_substitution(where: str, flags: Sequence[str] = ()) -> None:
         raise ServeError(
             f"{where}: removed experts have vectors in their place "
             "(approximate_experts), which only vLLM from 0.33 on reads. Upgrade "
-            "vLLM, or write the plugin's form: `vllm-moe-prune convert IN OUT`."
+            f"vLLM. {WITHOUT_VECTORS}"
         )
     given = {flag.partition("=")[0] for flag in flags}
     if found := sorted(given & {*NOT_SUBSTITUTED}):
         raise ServeError(
             f"{where}: vLLM serves removed experts that have vectors in their place "
-            f"without {found[0]} only. Leave it out, or write the plugin's form: "
-            "`vllm-moe-prune convert IN OUT`."
+            f"without {found[0]} only. Leave it out. {WITHOUT_VECTORS}"
         )
 
 
