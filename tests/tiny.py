@@ -102,6 +102,8 @@ def tiny_checkpoint(
         "vocab_size": vocab,
     }
     values |= families.family_fields(model_type, experts, width, heads, sliding_window)
+    if sliding_window is not None:
+        values["sliding_window"] = sliding_window
     for key in families.UNSAID.get(model_type, ()):
         del values[key]
     values |= config

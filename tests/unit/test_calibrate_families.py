@@ -40,6 +40,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "v2-query-lora": ("deepseek_v2", {"q_lora_rank": 24, "first_k_dense_replace": 2}),
     "olmoe": ("olmoe", {}),
+    # Not a field of these families, whose attention sees everything.
+    "olmoe-stray-window": ("olmoe", {"sliding_window": 8}),
+    "v3-stray-window": ("deepseek_v3", {"sliding_window": 8}),
+    "qwen3-window": (
+        "qwen3_moe",
+        {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
+    ),
     "qwen3": ("qwen3_moe", {}),
     "qwen3-every-second": ("qwen3_moe", {"decoder_sparse_step": 2}),
     "v3": ("deepseek_v3", {}),

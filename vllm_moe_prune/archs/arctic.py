@@ -55,6 +55,7 @@ ARCH = MoeArch(
         norm="residual_layernorm",
         present=Key("parallel_attn_mlp_res", False),
     ),
+    slides=True,
     hf_config="transformers.models.mixtral.configuration_mixtral:MixtralConfig",
     hf_layer="transformers.models.mixtral.modeling_mixtral:MixtralDecoderLayer",
     hf_rotary="transformers.models.mixtral.modeling_mixtral:MixtralRotaryEmbedding",

@@ -60,6 +60,7 @@ ARCH = MoeArch(
     layer_prefix=LAYER,
     moe_members=("block_sparse_moe.", "mlp.", "post_attention_layernorm."),
     skip_name="mlp",
+    slides=True,
     hf_config="transformers.models.mixtral.configuration_mixtral:MixtralConfig",
     hf_layer="transformers.models.mixtral.modeling_mixtral:MixtralDecoderLayer",
     hf_rotary="transformers.models.mixtral.modeling_mixtral:MixtralRotaryEmbedding",

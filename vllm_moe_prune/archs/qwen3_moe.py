@@ -24,6 +24,7 @@ ARCH = MoeArch(
     dense_mlp=GatedMlp("mlp."),
     # Indices of dense layers: lists no cut renumbers yet. Published ones are empty.
     empty_lists=("mlp_only_layers",),
+    slides=True,
     hf_config=f"{HF}configuration_qwen3_moe:Qwen3MoeConfig",
     hf_layer=f"{HF}modeling_qwen3_moe:Qwen3MoeDecoderLayer",
     hf_rotary=f"{HF}modeling_qwen3_moe:Qwen3MoeRotaryEmbedding",

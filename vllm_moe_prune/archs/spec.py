@@ -330,6 +330,8 @@ class MoeArch:
     dense_width: str = "intermediate_size"
     """The config key of the width of ``dense_mlp``."""
     residual: Residual | None = None
+    slides: bool = False
+    """Whether config.json's ``sliding_window`` bounds what its attention sees."""
     attention: Mapping[str, str] = field(default_factory=lambda: LLAMA_ATTENTION)
     """The matrices below ``ATTENTION``, which recovery can train."""
     mtp: MtpNames = MtpNames()

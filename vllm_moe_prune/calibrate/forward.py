@@ -243,7 +243,9 @@ class StreamingModel:
             x_bTD = hidden_STD[batch]
             if len(x_bTD) != masked_batch:
                 masked_batch = len(x_bTD)
-                mask = causal_mask(self.config, x_bTD, position_ids)
+                mask = causal_mask(
+                    self.checkpoint.arch, self.config, x_bTD, position_ids
+                )
                 position_embeddings = self.rotary(x_bTD, position_ids)
             hidden_STD[batch] = layer(
                 x_bTD,

@@ -157,11 +157,14 @@ def activation(checkpoint: Checkpoint) -> Callable[[torch.Tensor], torch.Tensor]
     return act
 
 
-def causal_mask(config: Any, x_bTD: torch.Tensor, position_ids: torch.Tensor) -> Any:
-    """The mask MixtralModel makes: None where plain causal attention will do."""
+def causal_mask(
+    arch: MoeArch, config: Any, x_bTD: torch.Tensor, position_ids: torch.Tensor
+) -> Any:
+    """The mask that the family's model makes; None where plain causal will do."""
     from transformers import masking_utils
 
-    sliding = getattr(config, "sliding_window", None) is not None
+    # Any config.json may have the key, as attributes of one that nobody reads.
+    sliding = arch.slides and getattr(config, "sliding_window", None) is not None
     make = (
         masking_utils.create_sliding_window_causal_mask
         if sliding

@@ -56,7 +56,7 @@ class TrainableModel(nn.Module):
         """
         super().__init__()
         stream = StreamingModel(source)
-        arch = source.arch
+        self.arch = arch = source.arch
         self.stock_config, self.rotary = stream.config, stream.rotary
         table_VD = stream.read(arch.embedding)
         vocabulary, hidden = table_VD.shape
@@ -110,7 +110,9 @@ class TrainableModel(nn.Module):
         position_ids = torch.arange(input_ids.shape[1], device=hidden_bTD.device)[None]
         inputs = {
             "position_embeddings": self.rotary(hidden_bTD, position_ids),
-            "attention_mask": causal_mask(self.stock_config, hidden_bTD, position_ids),
+            "attention_mask": causal_mask(
+                self.arch, self.stock_config, hidden_bTD, position_ids
+            ),
             "position_ids": position_ids,
         }
         for block in self.blocks:
