@@ -24,6 +24,7 @@ LAYOUTS = {
     "deepseek_v2": "mlp.gate_up_down",
     "deepseek_v3": "mlp.gate_up_down",
     "kimi_k2": "mlp.gate_up_down",
+    "glm4_moe": "mlp.gate_up_down",
     "olmoe": "mlp.gate_up_down",
     "qwen3_moe": "mlp.gate_up_down",
 }
@@ -32,7 +33,10 @@ EXPERTS = {"deepseek_v2": (16, 4), "deepseek_v3": (16, 4), "kimi_k2": (16, 4)}
 
 
 # What the published files leave to the class of the configuration.
-UNSAID = {"olmoe": ("bos_token_id", "rms_norm_eps")}
+UNSAID = {
+    "glm4_moe": ("bos_token_id",),
+    "olmoe": ("bos_token_id", "rms_norm_eps"),
+}
 
 
 def default_counts(model_type: str) -> tuple[int, int]:
@@ -94,6 +98,26 @@ def family_fields(
             "sliding_window": None,
             "use_sliding_window": False,
         }
+    if model_type == "glm4_moe":  # zai-org/GLM-4.5-Air
+        return {
+            "attention_bias": True,
+            "eos_token_id": [2],
+            "first_k_dense_replace": 1,
+            "head_dim": 64,
+            "intermediate_size": 2 * width,
+            "moe_intermediate_size": width,
+            "n_group": 1,
+            "n_routed_experts": experts,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_nextn_predict_layers": 0,  # published: 1
+            "pad_token_id": 0,
+            "partial_rotary_factor": 0.5,
+            "rope_scaling": None,
+            "routed_scaling_factor": 1.0,
+            "topk_group": 1,
+            "use_qk_norm": False,
+        }
     fields = {
         "attention_bias": False,
         "aux_loss_alpha": 0.001,
@@ -146,19 +170,27 @@ def fp8_fields(model_type: str, layers: int) -> dict[str, Any]:
 
 
 def attention(config: dict[str, Any]) -> tuple[Shapes, list[tuple[str, int]]]:
-    """Matrices [rows, cols] of a layer's attention, and norms with their sizes."""
+    """Matrices [rows, cols] of a layer's attention, and vectors with their sizes."""
     if "kv_lora_rank" in config:
         return _latent_attention(config), _latent_norms(config)
-    norms = []
+    vectors = []
     if config["model_type"] == "olmoe":
         size = config["hidden_size"] // config["num_attention_heads"]
-        norms = [
+        vectors = [
             ("self_attn.q_norm.weight", config["num_attention_heads"] * size),
             ("self_attn.k_norm.weight", config["num_key_value_heads"] * size),
         ]
-    elif config["model_type"] == "qwen3_moe":
-        norms = [(f"self_attn.{name}_norm.weight", config["head_dim"]) for name in "qk"]
-    return _plain_attention(config), norms
+    elif config["model_type"] == "qwen3_moe" or config.get("use_qk_norm"):
+        vectors = [
+            (f"self_attn.{name}_norm.weight", config["head_dim"]) for name in "qk"
+        ]
+    if config.get("attention_bias"):
+        vectors += [
+            (name.replace(".weight", ".bias"), rows)
+            for name, (rows, _) in _plain_attention(config)
+            if "o_proj" not in name
+        ]
+    return _plain_attention(config), vectors
 
 
 def _plain_attention(config: dict[str, Any]) -> Shapes:

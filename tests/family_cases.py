@@ -27,6 +27,7 @@ ENGINE = {
     "deepseek_v2": MLA,
     "deepseek_v3": MLA,
     "kimi_k2": MLA,
+    "glm4_moe": {},
     "olmoe": {},
     "qwen3_moe": {},
 }
@@ -37,6 +38,7 @@ OURS = {
     "deepseek_v2": "MoePruneDeepseekV2ForCausalLM",
     "deepseek_v3": "MoePruneDeepseekV3ForCausalLM",
     "kimi_k2": "MoePruneDeepseekV3ForCausalLM",
+    "glm4_moe": "MoePruneGlm4MoeForCausalLM",
     "olmoe": "MoePruneOlmoeForCausalLM",
     "qwen3_moe": "MoePruneQwen3MoeForCausalLM",
 }
@@ -145,7 +147,26 @@ CASES = {
         config={"decoder_sparse_step": 2, "layers": 6},
         layout="mlp.packed",
     ),
-    "k2-drops": Case("kimi_k2", {0: DROP_BLOCK, 1: DROP_MOE, 2: UNEVEN}),
+    "glm4-drops": Case(
+        "glm4_moe",
+        {0: DROP_BLOCK, 1: DROP_MOE, 2: keep(0, 2, 5), 3: keep(6, 0, 2, 1)},
+        config={"num_nextn_predict_layers": 1},
+    ),
+    # As GLM-4.5 and 4.6 have it, and groups, which no published one has.
+    "glm4-uneven-groups": Case(
+        "glm4_moe",
+        {1: EQUAL, 2: UNEVEN, 3: UNSORTED},
+        config={
+            **{"experts": 16, "top_k": 4, "n_group": 4, "topk_group": 2},
+            **{"use_qk_norm": True, "routed_scaling_factor": 2.5},
+        },
+        layout="mlp.packed",
+    ),
+    "k2-drops": Case(
+        "kimi_k2",
+        {0: DROP_BLOCK, 1: DROP_MOE, 2: UNEVEN},
+        config={"num_nextn_predict_layers": 1},
+    ),
 }
 # Half of the weights in the experts of layers 1 and 2 become zero; layer 3 stays dense.
 HALF = LayerCut(sparsity=0.5)
@@ -198,7 +219,9 @@ def loads_of(folder: Path, reference: FamilyReference) -> Loads:
     """What the reference routed where, by layers and experts of a checkpoint."""
     checkpoint = open_checkpoint(folder)
     loads: Loads = {}
-    for layer in checkpoint.moe_layers:
+    for layer in checkpoint.decoder_layers:
+        if not layer.has_moe:
+            continue
         source, kept = layer.index, tuple(range(layer.num_experts))
         if checkpoint.remap is not None:
             entry = checkpoint.remap.layers[layer.index]

@@ -149,7 +149,7 @@ class FamilyReference:
             return (layer + 1) % config["moe_layer_frequency"] == 0
         return (
             layer >= config["first_k_dense_replace"]
-            and layer % config["moe_layer_freq"] == 0
+            and layer % config.get("moe_layer_freq", 1) == 0
         )
 
     def mlp(
@@ -182,7 +182,7 @@ class FamilyReference:
         config, count = self.config, len(logits_E)
         left = set(self.removed.keep.get(layer, range(count)))
         top_k = min(config["num_experts_per_tok"], len(left))
-        if config.get("scoring_func") == "sigmoid":
+        if self.family == "glm4_moe" or config.get("scoring_func") == "sigmoid":
             scores = [float(logit.sigmoid()) for logit in logits_E]
         else:
             gone = torch.tensor([expert not in left for expert in range(count)])
@@ -194,7 +194,7 @@ class FamilyReference:
             for expert in left
         }
         groups = config.get("n_group") or 1
-        if groups > 1 and config["topk_method"] != "greedy":
+        if groups > 1 and config.get("topk_method") != "greedy":
             best = 2 if bias is not None else 1
             size = count // groups
             totals = {
@@ -242,6 +242,8 @@ class FamilyReference:
 
         def split(name: str, count: int) -> Tensor:
             out = x_STD @ self.weight(f"{at}{name}_proj.weight").T
+            if (bias := f"{at}{name}_proj.bias") in self.tensors:
+                out = out + self.weight(bias)
             norm, heads = f"{at}{name}_norm.weight", out.unflatten(2, (count, -1))
             if norm in self.tensors:
                 # Of each head, or of all heads together.
@@ -251,12 +253,13 @@ class FamilyReference:
             return heads.transpose(1, 2)
 
         q, k, v = split("q", heads), split("k", groups), split("v", groups)
-        angles = self.angles(x_STD.shape[1], q.shape[-1])
+        size = int(q.shape[-1] * self.config.get("partial_rotary_factor", 1))
+        angles = self.angles(x_STD.shape[1], size)
 
         def turn(x: Tensor) -> Tensor:
-            a, b = x.chunk(2, -1)
+            (a, b), rest = x[..., :size].chunk(2, -1), x[..., size:]
             cos, sin = angles.cos(), angles.sin()
-            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
         k, v = (t.repeat_interleave(heads // groups, 1) for t in (turn(k), v))
         return self.attend(turn(q), k, v) @ self.weight(at + "o_proj.weight").T

@@ -166,13 +166,17 @@ def _tensors(
     count = config["num_hidden_layers"]
     for index in range(count + further):
         prefix = arch.layer_prefix.format(layer=index)
-        matrices, norms = families.attention(config)
+        matrices, vectors = families.attention(config)
         for name, shape in matrices:
             wide = 1.5 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
             scale = wide * shape[1] ** -0.5
             yield prefix + name, draw.normal(prefix + name, shape, scale).to(draw.dtype)
-        for name, size in norms:
-            yield prefix + name, norm(prefix + name, size)
+        for name, size in vectors:
+            if name.endswith("norm.weight"):
+                yield prefix + name, norm(prefix + name, size)
+            else:
+                bias = draw.normal(prefix + name, (size,), 0.5)
+                yield prefix + name, bias.to(draw.dtype)
         for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
             yield prefix + name, norm(prefix + name)
         if index >= count or arch.pattern.has_moe(config, index):

@@ -80,6 +80,7 @@ def family_jobs(tmp_path: Path) -> Iterator[tuple[str, Job]]:
     # Those built with a configuration per layer.
     cases["olmoe-tensors"] = CASES["olmoe-drops"]
     cases["qwen3-experts"] = CASES["qwen3-everything"]
+    cases["glm4-experts"] = CASES["glm4-uneven-groups"]
     cases["fp8-experts"] = FP8
     # How blocks are split is the same for every family.
     packed = {"arctic-tensors": COMPRESSED["arctic"], "v3-experts": COMPRESSED["v3"]}

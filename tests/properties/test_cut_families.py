@@ -21,7 +21,10 @@ from vllm_moe_prune.cut.verify import verify
 from vllm_moe_prune.decide.cut_plan import load_plan
 from vllm_moe_prune.errors import CheckpointError, PlanError
 
-FAMILIES = ("arctic", "deepseek", "deepseek_v2", "deepseek_v3", "olmoe", "qwen3_moe")
+FAMILIES = (
+    *("arctic", "deepseek", "deepseek_v2", "deepseek_v3"),
+    *("olmoe", "qwen3_moe", "glm4_moe"),
+)
 UNEVEN_8 = {1: (0, 3, 4, 6, 7), 2: (1, 2, 5)}
 # Groups of four experts; two of each must stay.
 UNEVEN_16 = {1: (0, 3, 4, 5, 6, 7, 8, 9, 12, 15), 2: (1, 2, 4, 7, 9, 10, 11, 13, 14)}
@@ -93,6 +96,7 @@ UNIFORM_8 = dict.fromkeys(range(4), (0, 3, 4, 6, 7))
     [
         *(("deepseek_v2", EQUAL_16), ("deepseek_v3", EQUAL_16)),
         *(("olmoe", UNIFORM_8), ("qwen3_moe", UNIFORM_8)),
+        ("glm4_moe", {layer: UNIFORM_8[0] for layer in range(1, 5)}),
     ],
 )
 def test_uniform_plans_are_what_transformers_computes(
@@ -140,8 +144,8 @@ def test_uneven_groups_are_refused_by_who_knows_none(
     folder = tiny(tmp_path / "in", family, layers=2, first_k_dense_replace=0)
     out = pruned(folder, {0: LayerCut(keep=keep), 1: LayerCut(keep=keep)})
     assert read_json(out / "config.json")["per_layer_config"] == {
-        "0": {"n_group": None},
-        "1": {"n_group": None},
+        "0": {"n_group": 0},
+        "1": {"n_group": 0},
     }
     with pytest.raises(AmbiguousGlobalPerLayerAttributeError, match="n_group"):
         AutoModelForCausalLM.from_pretrained(out)
@@ -277,11 +281,13 @@ def test_fp8_means_are_refused(tmp_path: Path) -> None:
         pruned(folder, {1: means})
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
 @pytest.mark.parametrize("action", ["keep", "drop-block"])
 def test_the_mtp_layer_is_pruned_or_dropped_and_said_so(
-    action: str, tmp_path: Path
+    action: str, family: str, tmp_path: Path
 ) -> None:
-    folder = tiny(tmp_path / "in", "deepseek_v3", layers=2, num_nextn_predict_layers=1)
+    sizes = {"layers": 2, "experts": 16, "num_nextn_predict_layers": 1}
+    folder = tiny(tmp_path / "in", family, **sizes)
     cuts = {2: LayerCut(keep=EQUAL_16[1] if action == "keep" else None, action=action)}
     cuts |= {0: LayerCut(action="drop-block")}
     out = pruned(folder, cuts)

@@ -47,6 +47,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
     ),
+    "glm4": ("glm4_moe", {}),
+    "glm4-norms-groups": (
+        "glm4_moe",
+        {"use_qk_norm": True, "n_group": 2, "routed_scaling_factor": 2.5},
+    ),
     "qwen3": ("qwen3_moe", {}),
     "qwen3-every-second": ("qwen3_moe", {"decoder_sparse_step": 2}),
     "v3": ("deepseek_v3", {}),
@@ -114,12 +119,13 @@ def test_the_loss_is_that_of_plain_float64(
     assert streamed_loss(folder, ids_ST).mean == pytest.approx(reference, rel=1e-5)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
 def test_an_mtp_layer_predicts_as_plain_float64_does(
-    tmp_path: Path, tokens_ST: torch.Tensor
+    family: str, tmp_path: Path, tokens_ST: torch.Tensor
 ) -> None:
     folder = tiny_checkpoint(
         tmp_path,
-        model_type="deepseek_v3",
+        model_type=family,
         layers=2,
         dtype="float32",
         num_nextn_predict_layers=1,

@@ -17,7 +17,7 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.errors import CheckpointError
 from vllm_moe_prune.progress import peak_rss_bytes
 
-PLAIN = ("mixtral", "arctic", "deepseek", "olmoe", "qwen3_moe")
+PLAIN = ("mixtral", "arctic", "deepseek", "olmoe", "qwen3_moe", "glm4_moe")
 MLA = ("deepseek_v2", "deepseek_v3")
 FAMILIES = PLAIN + MLA
 SMALL: dict[str, Any] = {"layers": 2, "tokenizer": False, "vocab": 40}

@@ -149,7 +149,7 @@ def _widths(
 ) -> dict[str, int | None]:
     """A layer's widths where they are not what the global keys make of it."""
     arch, layer = checkpoint.arch, _left(checkpoint, plan, old)
-    found: dict[str, int | None] = {}
+    found = {}
     if layer.has_moe and not plan.layers[old].drops_moe:
         if layer.width != config[arch.config.width]:
             found[arch.config.width] = layer.width
@@ -165,7 +165,7 @@ def _widths(
 
 def _counts(
     checkpoint: Checkpoint, old: int, entry: RemapLayer, config: dict[str, Any]
-) -> dict[str, int | None]:
+) -> dict[str, int]:
     """A layer's numbers of experts and groups where they are not the global ones."""
     keys = checkpoint.arch.config
     found: dict[str, int | None] = {
@@ -174,8 +174,9 @@ def _counts(
     }
     groups = checkpoint.arch.router.groups.name
     if groups is not None and not _equal_groups(entry, checkpoint.rule.groups):
-        # No number says which groups they are; readers of the global one fail.
-        found[groups] = None
+        # No number says which groups they are; readers of the global one fail. Not
+        # null: some families' classes want a whole number.
+        found[groups] = 0
     return {key: value for key, value in found.items() if value != config[key]}
 
 

@@ -113,7 +113,7 @@ def _check_strays(checkpoint: Checkpoint) -> None:
 
 def _check_leftovers(checkpoint: Checkpoint, remap: ExpertRemap) -> None:
     arch = checkpoint.arch
-    for layer, entry in zip(checkpoint.layers, remap.layers, strict=True):
+    for layer, entry in zip(checkpoint.layers, remap.all_layers, strict=True):
         if layer.has_moe != entry.moe:
             state = "has experts" if layer.has_moe else "has no experts"
             raise RemapError(

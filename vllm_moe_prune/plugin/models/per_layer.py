@@ -6,6 +6,7 @@ it is; a configuration that answers for that layer; and a MoE class that hands o
 it gets where the sublayer was dropped, and routes as the remap table says.
 """
 
+import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from .identity import Identity
 from .moe_parts import connect_rows, count_experts, row_table
 from .routing import route_rows
 
+FUSED_SHARED = "resolve_layer_fused_shared_expert"
+"""AMD's way to run shared experts as further routed ones, after one global number."""
+
 
 @contextmanager
 def per_layer(
@@ -34,8 +38,8 @@ def per_layer(
     """Let the constructors of a module of vLLM's build each layer as it is.
 
     Args:
-        moe_class: Of vLLM's, in the module of the model; with a softmax router without
-            a bias, in layers that have ``post_attention_layernorm``.
+        moe_class: Of vLLM's, in the module of the model; in layers that have
+            ``post_attention_layernorm``.
         layers: What each layer is.
         arch: The family's table.
         vllm_config: vLLM's, whose model configuration is another one meanwhile.
@@ -54,7 +58,11 @@ def per_layer(
         def build(prefix: str) -> nn.Module:
             layer = layers[extract_layer_index(prefix)]
             building.append(layer)
-            object.__setattr__(config, "_answers", views[layer.index])
+            view = copy.copy(views[layer.index])
+            if layer.has_moe:
+                # Gates and their biases are as long as it says; experts are told.
+                setattr(view, arch.config.experts, layer.router_rows)
+            object.__setattr__(config, "_answers", view)
             built = layer_fn(prefix=prefix)
             object.__setattr__(config, "_answers", views[largest.index])
             building.pop()
@@ -68,7 +76,7 @@ def per_layer(
         return made_by(count, build, prefix=prefix)
 
     made_by: Any = module.make_layers
-    moe = _pruned(module, moe_class, building, rule, vllm_config)
+    moe = _pruned(moe_class, building, rule, vllm_config)
     with (
         _set(module, {"make_layers": make_layers, moe_name: moe}),
         _set(model_config, {"hf_config": config, "hf_text_config": config}),
@@ -91,47 +99,68 @@ def _answering(config: Any) -> Any:
 
 
 def _pruned(
-    module: ModuleType,
-    stock: Any,
-    building: list[ServedLayer],
-    rule: RouterRule,
-    vllm_config: VllmConfig,
+    stock: Any, building: list[ServedLayer], rule: RouterRule, vllm_config: VllmConfig
 ) -> type[nn.Module]:
+    # Where the constructor is, which the class may have from another module.
+    home = sys.modules[stock.__init__.__module__]
+
     class PrunedMoE(stock):
         def __new__(cls, *_args: Any, **_options: Any) -> Any:
             """Nothing with experts where there are none: ``__init__`` is not run."""
             return super().__new__(cls) if building[-1].has_moe else Identity()
 
         def __init__(self, *args: Any, **options: Any) -> None:
-            with _set(module, _parts(module, self, building[-1])):
+            with _set(home, _parts(home, self, building[-1], rule, vllm_config)):
                 super().__init__(*args, **options)
             connect_rows(self, vllm_config)
 
-    def _parts(module: Any, moe: Any, layer: ServedLayer) -> dict[str, Any]:
-        gate_class, make_experts = module.GateLinear, module.FusedMoEFactory
+    return PrunedMoE
 
-        def gate(input_size: int, _experts: int, **options: Any) -> nn.Module:
-            built: nn.Module = gate_class(input_size, layer.router_rows, **options)
-            return built
+
+def _parts(
+    home: ModuleType,
+    moe: Any,
+    layer: ServedLayer,
+    rule: RouterRule,
+    vllm_config: VllmConfig,
+) -> dict[str, Any]:
+    """What the constructor of a MoE block takes from its module, for one layer."""
+    make_experts: Any = home.FusedMoEFactory
+
+    def experts(**options: Any) -> Any:
+        count_experts(moe, layer, vllm_config)
+        moe.rows = row_table(moe, layer, vllm_config)
+        bias_R = options.get("e_score_correction_bias")
 
         def route(
             hidden_states: Any, gating_output: Any, topk: int, renormalize: bool
         ) -> Any:
             return route_rows(
-                gating_output, moe.rows, top_k=topk, renormalize=renormalize
+                gating_output,
+                moe.rows,
+                top_k=topk,
+                renormalize=renormalize,
+                sigmoid=rule.scores == "sigmoid",
+                bias_R=bias_R,
+                top_groups=rule.top_groups,
             )
 
-        def experts(**options: Any) -> Any:
-            count_experts(moe, layer, vllm_config)
-            moe.rows = row_table(moe, layer, vllm_config)
-            options["renormalize"] = rule.renormalize
-            if moe.rows is not None:
-                options["custom_routing_function"] = route
-            return make_experts(**options)
+        options |= {"num_experts": layer.experts, "renormalize": rule.renormalize}
+        if "num_expert_group" in options:
+            options["num_expert_group"] = rule.groups
+        if "routed_scaling_factor" in options:
+            # vLLM's routers do not all scale, its runner always does.
+            options["apply_routed_scale_to_output"] = True
+        if moe.rows is not None:
+            options["custom_routing_function"] = route
+            # Our routing adds the bias itself, and knows groups of unequal size.
+            options |= {"use_grouped_topk": False, "e_score_correction_bias": None}
+        return make_experts(**options)
 
-        return {"GateLinear": gate, "FusedMoEFactory": experts}
-
-    return PrunedMoE
+    parts: dict[str, Any] = {"FusedMoEFactory": experts}
+    if hasattr(home, FUSED_SHARED):
+        parts[FUSED_SHARED] = lambda *_args: False
+    return parts
 
 
 @contextmanager

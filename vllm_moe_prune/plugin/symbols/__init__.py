@@ -5,9 +5,12 @@ The plugin compares them with a vLLM that it was not tested with when it starts
 one, and any other whose sources are at hand. Both read sources and import nothing.
 """
 
-from . import models, quantization, watching
+from . import models, per_layer, quantization, watching
 from .symbol import Symbol
 
 __all__ = ["SYMBOLS", "Symbol"]
 
-SYMBOLS = models.SYMBOLS + quantization.SYMBOLS + watching.SYMBOLS
+SYMBOLS = (
+    *(models.SYMBOLS + per_layer.SYMBOLS),
+    *(quantization.SYMBOLS + watching.SYMBOLS),
+)

@@ -10,8 +10,6 @@ _LAYERS = "vllm.model_executor.layers"
 _LOADER = "vllm.model_executor.model_loader"
 _MIXTRAL = "vllm.model_executor.models.mixtral"
 _MODELS = "vllm.model_executor.models"
-_OLMOE = "vllm.model_executor.models.olmoe"
-_QWEN3 = "vllm.model_executor.models.qwen3_moe"
 
 # Shared by vLLM's attentions, and what latent attention has beside it.
 _ATTENTION = (
@@ -297,13 +295,4 @@ SYMBOLS = (
     Symbol(_DEEPSEEK, "DeepseekV2ForCausalLM.__init__", ("vllm_config", "prefix")),
     Symbol(_DEEPSEEK, "DeepseekV2ForCausalLM.load_weights", ("weights",)),
     Symbol(_DEEPSEEK, "DeepseekV2ForCausalLM.set_moe_parameters", ()),
-    # Those built with a configuration per layer.
-    Symbol(_OLMOE, "OlmoeMoE"),
-    Symbol(_OLMOE, "OlmoeForCausalLM"),
-    Symbol(_OLMOE, "OlmoeForCausalLM.__init__", ("vllm_config", "prefix")),
-    Symbol(_OLMOE, "OlmoeForCausalLM.load_weights", ("weights",)),
-    Symbol(_QWEN3, "Qwen3MoeSparseMoeBlock"),
-    Symbol(_QWEN3, "Qwen3MoeForCausalLM"),
-    Symbol(_QWEN3, "Qwen3MoeForCausalLM.__init__", ("vllm_config", "prefix")),
-    Symbol(_QWEN3, "Qwen3MoeForCausalLM.load_weights", ("weights",)),
 )
