@@ -123,7 +123,15 @@ def test_a_boundary_without_the_original_is_refused(
         run(checkpoint, plan, tmp_path / "out", resume=True, **how)
 
 
-FAMILIES = ("arctic", "deepseek", "deepseek_v2", "deepseek_v3", "olmoe", "qwen3_moe", "glm4_moe")
+FAMILIES = (
+    "arctic",
+    "deepseek",
+    "deepseek_v2",
+    "deepseek_v3",
+    "olmoe",
+    "qwen3_moe",
+    "glm4_moe",
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

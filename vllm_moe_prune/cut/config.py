@@ -165,7 +165,7 @@ def _widths(
 
 def _counts(
     checkpoint: Checkpoint, old: int, entry: RemapLayer, config: dict[str, Any]
-) -> dict[str, int]:
+) -> dict[str, int | None]:
     """A layer's numbers of experts and groups where they are not the global ones."""
     keys = checkpoint.arch.config
     found: dict[str, int | None] = {
