@@ -146,7 +146,7 @@ def _left(checkpoint: Checkpoint, plan: CutPlan, index: int) -> Layer:
 
 def _widths(
     checkpoint: Checkpoint, plan: CutPlan, old: int, config: dict[str, Any]
-) -> dict[str, int | None]:
+) -> dict[str, int]:
     """A layer's widths where they are not what the global keys make of it."""
     arch, layer = checkpoint.arch, _left(checkpoint, plan, old)
     found = {}
@@ -165,10 +165,10 @@ def _widths(
 
 def _counts(
     checkpoint: Checkpoint, old: int, entry: RemapLayer, config: dict[str, Any]
-) -> dict[str, int | None]:
+) -> dict[str, int]:
     """A layer's numbers of experts and groups where they are not the global ones."""
     keys = checkpoint.arch.config
-    found: dict[str, int | None] = {
+    found: dict[str, int] = {
         keys.experts: len(entry.kept),
         keys.top_k: min(checkpoint.layers[old].top_k, len(entry.router_rows)),
     }
