@@ -26,11 +26,12 @@ from .cut.execute import CutResult, execute_plan, finished_cut
 from .cut.means import means_of
 from .cut.output import companions_sha256, cut_key
 from .cut.predict import model_facts
+from .cut.shared_output import is_complete_for, shared_transaction
 from .cut.slice import output_tensors
-from .cut.transaction import Workspace, is_complete, output_transaction
+from .cut.transaction import Workspace
 from .cut.verify import Verified
 from .cut.verify import verify as verify_output
-from .decide.cut_plan import CutPlan, load_plan, save_plan
+from .decide.cut_plan import CutPlan, dump_plan, load_plan, save_plan
 from .decide.order import halves
 from .decide.required_stats import needed_statistics
 from .errors import RecipeError
@@ -52,6 +53,7 @@ from .stages.plan import plan, plan_sweep
 from .stages.preflight import (
     RunOptions,
     check_device,
+    check_ranks,
     check_recipe,
     device_of,
     validate_input,
@@ -60,6 +62,8 @@ from .stages.preflight import (
 )
 from .tune.search import tune, tune_sizes
 from .tune.wishes import first_that_fits
+
+Stages = tuple[CutPlan, CutResult, Verified | None]
 
 
 def cut(
@@ -85,13 +89,14 @@ def cut(
         stats: What the plan was made from, to be kept in the output.
     """
     validate_input(checkpoint, options.device)
-    validate_output(checkpoint, out, options)
+    options.ranks.first(lambda: validate_output(checkpoint, out, options))
     validate_plan(checkpoint, decided, options, where)
     if tokens is None and decided.needs_activations:
         asked = decided.recipe.calibration
         if text is not None:
             asked = asked.model_copy(update={"source": text})
         tokens = tokens_of(checkpoint, asked)
+    check_ranks(checkpoint, options, tokens, plan=dump_plan(decided))
     return _cut(checkpoint, decided, out, options, tokens, where, stats)
 
 
@@ -112,7 +117,9 @@ def _cut(
         "report": options.report,
         "where": where,
         "stats": stats,
+        "ranks": options.ranks,
     }
+    ranks = options.ranks
     ours: dict[str, Any] = {"resume": options.resume, "overwrite": options.overwrite}
     storage = options.storage or decided.recipe.storage
     if storage == "dense" and decided.spelling == "moe-prune":
@@ -120,25 +127,29 @@ def _cut(
     means = means_of(checkpoint, decided, stats)
     shards = plan_shards(output_tensors(checkpoint, decided), options.max_shard_bytes)
     key = cut_key(checkpoint, decided, shards, tokens, stats, storage)
-    if is_complete(out, key, **ours):
+    if is_complete_for(ranks, out, key, **ours):
         return finished_cut(checkpoint, decided, out)
-    with output_transaction(out, key, [checkpoint], **ours) as space:
+    with shared_transaction(ranks, out, key, [checkpoint], **ours) as space:
         # Sizes are known only when every zero is: compressed in a second pass. For
         # stock vLLM, too, the compact form is what is cut and what is read back.
         dense = space.work / "dense"
         # Always resumed: whatever lies in this folder is of the same key.
         result = execute_plan(checkpoint, decided, dense, **how, resume=True)
-        packed = convert_checkpoint(
-            open_checkpoint(dense),
-            space.result,
-            storage,
-            decided.spelling,
-            means=means,
-            resume=True,
-            max_shard_bytes=options.max_shard_bytes,
-            report=options.report,
-        )
-    return dataclasses.replace(result, out=out, file_bytes=packed.file_bytes)
+
+        def packed() -> int:
+            return convert_checkpoint(
+                open_checkpoint(dense),
+                space.result,
+                storage,
+                decided.spelling,
+                means=means,
+                resume=True,
+                max_shard_bytes=options.max_shard_bytes,
+                report=options.report,
+            ).file_bytes
+
+        file_bytes = ranks.first(packed)
+    return dataclasses.replace(result, out=out, file_bytes=file_bytes)
 
 
 def convert(checkpoint: Checkpoint, out: Path, options: RunOptions) -> Converted:
@@ -200,7 +211,7 @@ def run(
     out: Path,
     options: RunOptions,
     stats_file: Path | None = None,
-) -> tuple[CutPlan, CutResult, Verified]:
+) -> Stages:
     """Measure, plan, cut and verify; after a kill, ``options.resume`` continues.
 
     Args:
@@ -209,9 +220,13 @@ def run(
         out: The output folder.
         options: How to run.
         stats_file: Statistics to use if the file exists, and to write if not.
+
+    Returns:
+        The plan, what was done, and what verifying found; None for that but on rank 0.
     """
+    ranks = options.ranks
     validate_input(checkpoint, options.device)
-    validate_output(checkpoint, out, options)
+    ranks.first(lambda: validate_output(checkpoint, out, options))
     if stats_file is not None:
         if recipe.tune is not None or recipe.order != "structured-first":
             raise RecipeError(
@@ -225,16 +240,17 @@ def run(
         check_recipe(checkpoint, recipe)
     tokens = calibration_tokens(checkpoint, recipe)
     key = _run_key(checkpoint, recipe, options, tokens, stats_file)
+    check_ranks(checkpoint, options, tokens, recipe=key)
     ours = {"resume": options.resume, "overwrite": options.overwrite}
-    if is_complete(out, key, **ours):
+    if is_complete_for(ranks, out, key, **ours):
         decided = load_plan(out / "plan.json")
         # After unstructured-first the plan is of the model between, which is gone.
         of_source = decided.model.fingerprint == checkpoint.fingerprint
-        verified = verify(out, checkpoint if of_source else None, options.report)
+        verified = _verified(out, checkpoint if of_source else None, options)
         return decided, finished_cut(checkpoint, decided, out), verified
     # Inside the work folder, which is of this key, everything is resumed.
     inner = dataclasses.replace(options, resume=True, overwrite=False)
-    with output_transaction(out, key, [checkpoint], **ours) as space:
+    with shared_transaction(ranks, out, key, [checkpoint], **ours) as space:
         if recipe.order == "unstructured-first":
             stages = _zeros_first(checkpoint, recipe, space, inner)
         elif recipe.tune is not None:
@@ -246,7 +262,14 @@ def run(
     return decided, dataclasses.replace(result, out=out), verified
 
 
-Stages = tuple[CutPlan, CutResult, Verified]
+def _verified(
+    folder: Path, source: Checkpoint | None, options: RunOptions
+) -> Verified | None:
+    """What rank 0 finds; the others wait."""
+    first = options.ranks.rank == 0
+    found = verify(folder, source, options.report) if first else None
+    options.ranks.wait()
+    return found
 
 
 def _run_key(
@@ -286,10 +309,10 @@ def _planned(
 ) -> Stages:
     """Measure, plan, cut, verify."""
     kept = stats_file or space.work / "stats.safetensors"
-    if kept.is_file():
+    if options.ranks.first(kept.is_file):
         stats = load_stats(kept)
         # Left there by a kill between writing the file and removing the folder.
-        if resumed:
+        if resumed and options.ranks.rank == 0:
             remove_work(kept)
     else:
         stats = measure_into(kept, checkpoint, recipe, tokens, options)
@@ -297,7 +320,7 @@ def _planned(
     out, where = space.result, recipe.name
     validate_plan(checkpoint, decided, options, where)
     result = _cut(checkpoint, decided, out, options, tokens, where, stats)
-    return decided, result, verify(out, checkpoint, options.report)
+    return decided, result, _verified(out, checkpoint, options)
 
 
 def _best(
@@ -306,16 +329,18 @@ def _best(
     """Search for a plan and carry it out; the plan found survives a kill."""
     found, out = space.work / "plan.json", space.result
     # The search is the long part; its result outlives a kill of the cut.
-    if not found.is_file():
+    if not options.ranks.first(found.is_file):
         tuned = tune(checkpoint, recipe, options, work=space.work / "tune")
-        save_plan(tuned.best.plan, found)
+        if options.ranks.rank == 0:
+            save_plan(tuned.best.plan, found)
+        options.ranks.wait()
     decided = load_plan(found)
     validate_plan(checkpoint, decided, options, recipe.name)
     tokens = None
     if decided.needs_activations:
         tokens = tokens_of(checkpoint, decided.recipe.calibration)
     result = _cut(checkpoint, decided, out, options, tokens, recipe.name)
-    return decided, result, verify(out, checkpoint, options.report)
+    return decided, result, _verified(out, checkpoint, options)
 
 
 def _zeros_first(

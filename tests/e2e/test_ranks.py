@@ -1,6 +1,5 @@
-"""``measure`` under torchrun: any number of processes writes the file that one does."""
+"""Under torchrun: any number of processes writes the bytes that one does."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,68 +7,68 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import tiny_checkpoint, tiny_text
+from tests import several_ranks
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def moe_prune(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command in one process, or in several that torchrun starts."""
-    torchrun = ["torch.distributed.run", "--nproc-per-node", str(ranks)]
-    torchrun += ["--standalone", "-m"]
-    start = torchrun if ranks > 1 else []
+def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """What torchrun starts, on one machine."""
+    start = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.run(
-        [sys.executable, "-m", *start, "vllm_moe_prune", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", *start, *map(str, arguments)],
+        env=ONE_THREAD,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # 7 experts: no number of ranks divides them.
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"), layers=2, experts=7)
-
-
-RECIPES = {
-    # Contributions and mean outputs: what owners of experts find.
-    "reap": {
-        "experts": {"method": "score", "criterion": "reap", "keep": 4},
-        "routing": "mean",
-        "spelling": "stock-vllm",
-    },
-}
-
-
-@pytest.mark.parametrize(("name", "sizes"), [("reap", (3,))])
-def test_any_number_of_ranks_measures_the_same_bytes(
-    model: Path, tmp_path: Path, name: str, sizes: tuple[int, ...]
-) -> None:
-    recipe = tmp_path / f"{name}.yaml"
-    recipe.write_text(json.dumps({"name": name, **RECIPES[name]}))
-    text = tiny_text(tmp_path, 20_000)
-    asked = [str(model), "--recipe", str(recipe), "--calibration", str(text)]
-    asked += ["--samples", "4", "--sequence-length", "64"]
-    found = []
-    for ranks in (1, *sizes):
-        out = tmp_path / f"{ranks}.safetensors"
-        done = moe_prune(ranks, "measure", *asked, "-o", str(out))
-        assert done.returncode == 0, done.stderr
-        # One of them speaks, and nothing is left beside the file.
-        assert done.stdout.count("Wrote ") == 1
-        found.append(out.read_bytes())
-    assert found[1:] == found[:1] * len(sizes)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {recipe.name, text.name} | {
-        f"{ranks}.safetensors" for ranks in (1, *sizes)
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All but ``run.json``, which has times."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "run.json"
     }
 
 
-def test_other_commands_refuse_torchrun(model: Path, tmp_path: Path) -> None:
-    done = moe_prune(2, "run", str(model), str(tmp_path / "out"))
-    assert done.returncode
-    assert "error: run runs in one process; torchrun is for `measure`" in done.stderr
-    assert not (tmp_path / "out").exists()
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, and what one process makes of them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    several_ranks.make_models(folder / "models")
+    command = [sys.executable, "-m", "tests.several_ranks", "models", "1"]
+    root = str(Path(__file__).parents[2])
+    paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    env = ONE_THREAD | {"PYTHONPATH": paths}
+    subprocess.run(command, env=env, cwd=folder, check=True, timeout=240)
+    return folder
+
+
+def test_three_ranks_write_what_one_process_does(alone: Path) -> None:
+    script = ("-m", "tests.several_ranks", alone / "models", alone / "3")
+    done = torchrun(3, *script)
+    assert done.returncode == 0, done.stderr
+    for name in several_ranks.RECIPES:
+        one, three = files_of(alone / "1" / name), files_of(alone / "3" / name)
+        assert one.keys() == three.keys()
+        # Names alone: a difference of whole files would be too long to read.
+        assert not [path for path, data in one.items() if three[path] != data], name
+    assert {path.name for path in (alone / "3").iterdir()} == {*several_ranks.RECIPES}
+
+
+def test_other_commands_refuse_torchrun(alone: Path) -> None:
+    # As torchrun would start it; nobody is met.
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_moe_prune", "verify", str(alone / "1" / "wanda")],
+        env=ONE_THREAD | {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "error: verify runs in one process; torchrun is for" in done.stderr
 
 
 DIFFERENT = """
@@ -95,15 +94,7 @@ with joined() as ranks:
 def test_ranks_with_another_input_or_folder_are_named(tmp_path: Path) -> None:
     script = tmp_path / "different.py"
     script.write_text(DIFFERENT)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "3", str(script), str(tmp_path)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = torchrun(3, script, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rank 2 has another calibration text than rank 0") == 3
     assert done.stdout.count("rank 1 does not see what rank 0 wrote") == 3

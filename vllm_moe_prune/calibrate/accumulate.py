@@ -27,7 +27,7 @@ from .distances import router_distances, router_row_norms, weight_distances
 from .expert_forward import Served
 from .forward import StreamingModel
 from .memory import release_freed
-from .shared_experts import run_shared
+from .shared_experts import check_states, run_shared
 from .stats import (
     PER_SOURCE,
     Array,
@@ -249,7 +249,7 @@ class _Measure:
         # MTP layers see fewer tokens of each window.
         sources = self._sources(len(self.tokens.names), hidden.shape[1])
         routing = model.route(layer, x_ND)
-        self._check_states(x_ND, layer.index)
+        check_states(self.ranks, x_ND, layer.index)
         sums = routed.counted(routing, layer.num_experts, sources)
         if self.fields & routed.SCORES:
             sums |= routed.scores(routing, sources)
@@ -294,15 +294,6 @@ class _Measure:
             sums |= routed.cosines(hidden.flatten(0, 1), x_ND, out_ND, sources)
         hidden += out_ND.view_as(hidden)
         return hidden, sums
-
-    def _check_states(self, x_ND: torch.Tensor, index: int) -> None:
-        """Refuse ranks whose arithmetic differs: sums would be of a mixture."""
-        if self.ranks.size > 1:
-            data = x_ND.cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            digest = hashlib.sha256(data).hexdigest()
-            self.ranks.agree(
-                **{f"hidden_state_before_the_experts_of_layer_{index}": digest}
-            )
 
     def _of_owners(self, sums: routed.Sums) -> routed.Sums:
         """Sums of experts that ran elsewhere, from there."""

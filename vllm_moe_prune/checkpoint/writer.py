@@ -108,7 +108,9 @@ def index_json(shards: Sequence[ShardPlan], parameters: int) -> bytes:
 
 
 @dataclass(kw_only=True)
-class _OpenShard:
+class OpenShard:
+    """A shard being written."""
+
     plan: ShardPlan
     path: Path
     fd: int
@@ -122,6 +124,14 @@ class _OpenShard:
         empty = hashlib.sha256()
         names = self.plan.offsets
         return {name: self.digests.get(name, empty).hexdigest() for name in names}
+
+    def close(self) -> None:
+        """Force the bytes to disk."""
+        with writing(self.path):
+            try:
+                os.fsync(self.fd)
+            finally:
+                os.close(self.fd)
 
 
 @dataclass(kw_only=True)
@@ -138,7 +148,7 @@ class ShardWriter:
     journal: Path | None = None
     """The folder of the journal; None: where the shards are."""
     bytes_written: int = 0
-    _open: dict[str, _OpenShard] = field(default_factory=dict)
+    _open: dict[str, OpenShard] = field(default_factory=dict)
     _done: dict[str, Mapping[str, str]] = field(default_factory=dict)
     _closing: list[Future[None]] = field(default_factory=list)
     _hashing: Future[None] | None = None
@@ -152,6 +162,9 @@ class ShardWriter:
     def needs(self, name: str) -> bool:
         """Whether a tensor still has to be written."""
         return self._where[name].file_name not in self.finished
+
+    def meet(self) -> None:
+        """Tell the other processes what was written; here there are none."""
 
     def file_of(self, name: str) -> str:
         """The shard a tensor goes into."""
@@ -176,21 +189,29 @@ class ShardWriter:
             return
         shard = self._open.get(plan.file_name) or self._start(plan)
         offset, view = plan.offsets[name] + at, data.cast("B")
-        assert at == shard.at.get(name, 0), f"{name}: written out of order"
         # One update at a time, in the order of the bytes; then the buffer is free.
         self._hashed()
-        digest = shard.digests.setdefault(name, hashlib.sha256())
-        self._hashing = self._hasher.submit(digest.update, view)
+        self._hash(shard, name, at, view)
         done = 0
         with writing(shard.path):
             while done < len(view):
                 # May write less than asked: Linux takes at most 2 GiB at once.
                 done += os.pwrite(shard.fd, view[done:], offset + done)
         self.bytes_written += done
-        shard.at[name] = at + done
+        shard.at[name] = shard.at.get(name, 0) + done
         shard.left -= done
+        self._wrote(shard)
+
+    def _hash(self, shard: OpenShard, name: str, at: int, view: memoryview) -> None:
+        """Begin to hash what is about to be written."""
+        assert at == shard.at.get(name, 0), f"{name}: written out of order"
+        digest = shard.digests.setdefault(name, hashlib.sha256())
+        self._hashing = self._hasher.submit(digest.update, view)
+
+    def _wrote(self, shard: OpenShard) -> None:
+        """Close a shard that is complete, meanwhile."""
         if shard.left == 0:
-            del self._open[plan.file_name]
+            del self._open[shard.plan.file_name]
             self._hashed()
             self._closing.append(self._pool.submit(self._finish, shard))
         # A shard that could not be closed meanwhile ends the run here.
@@ -202,31 +223,36 @@ class ShardWriter:
             self._hashing.result()
             self._hashing = None
 
-    def _start(self, plan: ShardPlan) -> _OpenShard:
-        path = self.folder / (plan.file_name + ".tmp")
+    def _start(self, plan: ShardPlan) -> OpenShard:
+        path = self._unfinished(plan)
         with writing(path):
             if "/" in plan.file_name:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            # A shard that a killed run left unfinished begins anew.
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            # Not truncated: other processes may write into it. What a killed run left
+            # of the same shard is written over, every byte.
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+            os.ftruncate(fd, plan.file_bytes)
             os.pwrite(fd, plan.header, 0)
         left = plan.file_bytes - len(plan.header)
-        shard = _OpenShard(plan=plan, path=path, fd=fd, left=left)
+        shard = OpenShard(plan=plan, path=path, fd=fd, left=left)
         self._open[plan.file_name] = shard
         return shard
 
-    def _finish(self, shard: _OpenShard) -> None:
-        hashes = shard.hashes()
+    def _finish(self, shard: OpenShard) -> None:
+        shard.close()
+        self._publish(shard.plan, shard.hashes())
+
+    def _publish(self, plan: ShardPlan, hashes: Mapping[str, str]) -> None:
         # On disk, then named, then journalled: a kill in between costs one shard.
-        with writing(shard.path):
-            try:
-                os.fsync(shard.fd)
-            finally:
-                os.close(shard.fd)
-            shard.path.rename(self.folder / shard.plan.file_name)
-        line: dict[str, object] = {"shard": shard.plan.file_name, "sha256": hashes}
+        path = self._unfinished(plan)
+        with writing(path):
+            path.rename(self.folder / plan.file_name)
+        line: dict[str, object] = {"shard": plan.file_name, "sha256": hashes}
         append_journal(self.journal or self.folder, line)
-        self._done[shard.plan.file_name] = hashes
+        self._done[plan.file_name] = hashes
+
+    def _unfinished(self, plan: ShardPlan) -> Path:
+        return self.folder / (plan.file_name + ".tmp")
 
     def _raise_failures(self) -> None:
         for future in [item for item in self._closing if item.done()]:
@@ -317,11 +343,11 @@ def _read_again(path: Path, plan: ShardPlan) -> dict[str, str] | None:
             return None
         # Offsets are in the order of the data: one pass over the file.
         return {
-            name: sha256_of(_pieces(file, plan.sizes[name])) for name in plan.offsets
+            name: sha256_of(pieces(file, plan.sizes[name])) for name in plan.offsets
         }
 
 
-def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+def pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
     """The next ``size`` bytes of a file."""
     while size > 0 and (piece := file.read(min(size, CHUNK_BYTES))):
         size -= len(piece)

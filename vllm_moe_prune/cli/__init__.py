@@ -17,6 +17,8 @@ from .flags import flag
 UsageError: Any = typer.BadParameter.__base__
 NAME = "vllm-moe-prune"
 MAX_LINE = 4000
+SHARED = {"measure", "cut", "run"}
+"""What torchrun can start."""
 
 app = typer.Typer(
     name=NAME,
@@ -45,10 +47,10 @@ def _root(
     debug: Annotated[bool, flag("Show tracebacks of errors.", "--debug")] = False,
 ) -> None:
     command = context.invoked_subcommand
-    if command != "measure" and launched():
+    if command not in SHARED and launched():
         raise RanksError(
-            f"{command} runs in one process; torchrun is for `measure` alone. Start it "
-            "without torchrun."
+            f"{command} runs in one process; torchrun is for `measure`, `cut` and "
+            "`run`. Start it without torchrun."
         )
     if debug:
         # main() handles the errors and has no Typer context to read it from.

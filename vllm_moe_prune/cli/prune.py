@@ -63,27 +63,24 @@ def measure(
     from .. import pipeline
     from ..checkpoint.output_path import check_file
     from ..checkpoint.source import open_checkpoint
-    from ..progress import ignore
     from ..ranks.group import joined
     from .output.draw import resumable, watching
     from .output.show import show_stats
 
-    checkpoint = open_checkpoint(
-        source, revision, trust_code=trust_remote_code, allow_links=allow_links
-    )
-    device = chosen_device(device)
-    pipeline.validate_input(checkpoint, device)
-    check_file(output, checkpoint.folder)
-    recipe = asked.recipe_for(checkpoint)
-    # None where no decision of the recipe needs data.
-    tokens = pipeline.measuring_tokens(checkpoint, recipe)
     with joined() as ranks:
-        with resumable(REPEAT), watching(as_json) as report:
-            options = pipeline.RunOptions(
-                device=device, report=ignore if ranks.rank else report, ranks=ranks
-            )
+        checkpoint = open_checkpoint(
+            source, revision, trust_code=trust_remote_code, allow_links=allow_links
+        )
+        device = chosen_device(device)
+        pipeline.validate_input(checkpoint, device)
+        check_file(output, checkpoint.folder)
+        recipe = asked.recipe_for(checkpoint)
+        # None where no decision of the recipe needs data.
+        tokens = pipeline.measuring_tokens(checkpoint, recipe)
+        with resumable(REPEAT), watching(as_json or ranks.rank > 0) as report:
+            options = pipeline.RunOptions(device=device, report=report, ranks=ranks)
             stats = pipeline.measure_into(output, checkpoint, recipe, tokens, options)
-        if not ranks.rank:
+        if ranks.rank == 0:
             show_stats(checkpoint, stats, output, as_json)
 
 
@@ -177,11 +174,14 @@ def cut(
     """Execute a plan in one streaming pass; holds one layer in memory.
 
     Example: `vllm-moe-prune cut CKPT --plan plan.json -o OUT`
+
+    On several processes: `torchrun --nproc-per-node 4 -m vllm_moe_prune cut ...`
     """
     from .. import pipeline
     from ..calibrate.stats_file import load_stats
     from ..checkpoint.source import open_checkpoint
     from ..decide.cut_plan import load_plan
+    from ..ranks.group import joined
     from ..recipes.calibration import parse_texts
     from ..recipes.numbers import parse_size
     from .output.draw import resumable, watching
@@ -191,31 +191,35 @@ def cut(
     stored = pipeline.parse_storage_name(storage) if storage is not None else None
     max_shard_bytes = parse_size(shard_size)
     text = parse_texts(calibration, "--calibration") if calibration else None
-    decided = load_plan(plan)
-    device = chosen_device(device)
-    checkpoint = open_checkpoint(
-        source, revision, trust_code=trust_remote_code, allow_links=allow_links
-    )
-    with resumable(RESUME), watching(as_json) as report:
-        options = pipeline.RunOptions(
-            device=device,
-            resume=resume,
-            overwrite=overwrite,
-            max_shard_bytes=max_shard_bytes,
-            report=report,
-            storage=stored,
+    with joined() as ranks:
+        decided = load_plan(plan)
+        device = chosen_device(device)
+        checkpoint = open_checkpoint(
+            source, revision, trust_code=trust_remote_code, allow_links=allow_links
         )
-        result = pipeline.cut(
-            checkpoint,
-            decided,
-            output,
-            options,
-            text=text,
-            where=str(plan),
-            stats=load_stats(stats) if stats is not None else None,
-        )
-    show_cut(checkpoint, decided, result, time.monotonic() - started, as_json)
-    note_dense_zeros(decided, stored)
+        with resumable(RESUME), watching(as_json or ranks.rank > 0) as report:
+            options = pipeline.RunOptions(
+                device=device,
+                resume=resume,
+                overwrite=overwrite,
+                max_shard_bytes=max_shard_bytes,
+                report=report,
+                storage=stored,
+                ranks=ranks,
+            )
+            result = pipeline.cut(
+                checkpoint,
+                decided,
+                output,
+                options,
+                text=text,
+                where=str(plan),
+                stats=load_stats(stats) if stats is not None else None,
+            )
+        if ranks.rank == 0:
+            elapsed = time.monotonic() - started
+            show_cut(checkpoint, decided, result, elapsed, as_json)
+            note_dense_zeros(decided, stored)
 
 
 def convert(
@@ -322,30 +326,40 @@ def run(
     """Measure, plan, cut and verify; --resume continues an interrupted run.
 
     Example: `vllm-moe-prune run CKPT OUT --for cpu --total 0.5 --calibration c4.txt`
+
+    On several processes: `torchrun --nproc-per-node 4 -m vllm_moe_prune run ...`
     """
     from .. import pipeline
     from ..checkpoint.source import open_checkpoint
+    from ..ranks.group import joined
     from ..recipes.numbers import parse_size
     from .output.draw import resumable, watching
     from .output.show import note_dense_zeros, show_cut, show_plan
 
     started = time.monotonic()
     max_shard_bytes = parse_size(shard_size)
-    device = chosen_device(device)
-    checkpoint = open_checkpoint(
-        source, revision, trust_code=trust_remote_code, allow_links=allow_links
-    )
-    recipe = asked.recipe_for(checkpoint)
-    with resumable(RESUME), watching(as_json) as report:
-        options = pipeline.RunOptions(
-            device=device,
-            resume=resume,
-            overwrite=overwrite,
-            max_shard_bytes=max_shard_bytes,
-            report=report,
+    with joined() as ranks:
+        device = chosen_device(device)
+        checkpoint = open_checkpoint(
+            source, revision, trust_code=trust_remote_code, allow_links=allow_links
         )
-        decided, result, _ = pipeline.run(checkpoint, recipe, output, options, stats)
+        recipe = asked.recipe_for(checkpoint)
+        with resumable(RESUME), watching(as_json or ranks.rank > 0) as report:
+            options = pipeline.RunOptions(
+                device=device,
+                resume=resume,
+                overwrite=overwrite,
+                max_shard_bytes=max_shard_bytes,
+                report=report,
+                ranks=ranks,
+            )
+            decided, result, _ = pipeline.run(
+                checkpoint, recipe, output, options, stats
+            )
+        if ranks.rank:
+            return
     if not as_json:
-        show_plan(checkpoint, decided, output / "plan.json", as_json=False, brief=True)
+        path = output / "plan.json"
+        show_plan(checkpoint, decided, path, as_json=False, brief=True)
     show_cut(checkpoint, decided, result, time.monotonic() - started, as_json)
     note_dense_zeros(decided)

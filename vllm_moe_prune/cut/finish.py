@@ -57,14 +57,14 @@ def write_companions(
     records: Sequence[LayerRecord],
     tokens: Tokens | None,
     stats: Stats | None,
-) -> Achieved:
+    result: Achieved,
+) -> None:
     """Complete a folder whose shards are all written; config.json comes last."""
     corrected = (
         *copy_companions(checkpoint, folder),
         *_renumber_copies(checkpoint, plan, folder),
     )
     plan = _without_paths(plan)
-    result = achieved(checkpoint, plan, records)
     remap = build_remap(checkpoint, plan)
     config = pruned_config(checkpoint, plan, remap)
     history = provenance(checkpoint, plan, result, tokens)
@@ -103,7 +103,6 @@ def write_companions(
     write_file(folder / "README.md", card.encode())
     # A folder without config.json is taken for no checkpoint.
     _write_json(folder / "config.json", config)
-    return result
 
 
 def _renumber_copies(checkpoint: Checkpoint, plan: CutPlan, folder: Path) -> list[str]:

@@ -38,6 +38,24 @@ class RefitRecord:
 
 
 @dataclass(kw_only=True)
+class ExpertRecord:
+    """What was done to one expert, as ranks tell each other."""
+
+    expert: int
+    """Its id in the input."""
+    new: int
+    """Its number in the output."""
+    seen: bool
+    """Whether calibration tokens reached it, or none were used."""
+    parameters: int
+    zeros: int
+    trimmed_powers_M5: list[list[float]]
+    """Of each of its matrices; see ``LayerRecord``."""
+    slimmed_powers_M5: list[list[float]]
+    channels: str | None
+
+
+@dataclass(kw_only=True)
 class LayerRecord:
     """What slimming did to one layer; one journal line."""
 
@@ -60,6 +78,23 @@ class LayerRecord:
     """The same of what was written."""
     refit: RefitRecord | None = None
     """None: the layer is not one to refit."""
+
+    def add(self, one: ExpertRecord) -> None:
+        """Count an expert; all in the order of the output, by which sums go."""
+        if not one.seen:
+            self.unseen.append(one.expert)
+        self.expert_parameters += one.parameters
+        self.zeros += one.zeros
+        _add(self.trimmed_powers_5, one.trimmed_powers_M5)
+        _add(self.slimmed_powers_5, one.slimmed_powers_M5)
+        if one.channels is not None:
+            self.channels.append(one.channels)
+
+
+def _add(powers_5: list[float], powers_M5: list[list[float]]) -> None:
+    for matrix_5 in powers_M5:
+        for power, total in enumerate(matrix_5):
+            powers_5[power] += total
 
 
 RECORD = TypeAdapter(LayerRecord)

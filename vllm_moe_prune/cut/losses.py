@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +26,7 @@ from ..files.atomic import writing
 from ..files.json_file import parse_json
 from ..files.regular import MIB, Kind, read_file
 from ..progress import Progress, Report
+from ..ranks.group import ALONE, Ranks
 from .layer_cut import LayerCut
 from .slim_expert import kind_of
 
@@ -76,20 +77,32 @@ class _Line(BaseModel):
 class LossJournal:
     """Losses found so far, one line each, so that a killed search can continue."""
 
-    def __init__(self, path: Path | None = None) -> None:
-        """Read what is there; a line cut short by a kill is left out."""
-        self._path = path
+    def __init__(self, path: Path | None = None, ranks: Ranks = ALONE) -> None:
+        """Read what is there; a line cut short by a kill is left out.
+
+        Args:
+            path: The file; None: nothing is kept.
+            ranks: Who shares in finding losses. Rank 0 keeps the file.
+        """
+        self.ranks = ranks
+        self._path = path if ranks.rank == 0 else None
         self.losses: dict[str, tuple[Loss, ...]] = {}
         """By ``key_of`` a plan, or what is made of that."""
-        if path is None or not path.is_file():
-            return
-        for line in read_file(path, LOSSES).split(b"\n"):
+        lines = ranks.first(lambda: self._lines())
+        for line in lines:
             with suppress(ValueError):  # of pydantic too
                 entry = _Line.model_validate(parse_json(line))
                 self.losses[entry.key] = tuple(
                     Loss(math.inf if nll is None else nll, tokens, exact)
                     for nll, tokens, exact in entry.losses
                 )
+
+    def _lines(self) -> list[str]:
+        if self._path is None or not self._path.is_file():
+            return []
+        data = read_file(self._path, LOSSES)
+        # What a disk spoilt is no UTF-8, nor JSON.
+        return data.decode(errors="replace").split("\n")
 
     def missing(
         self, keys: Sequence[str], plans: Sequence[CutPlan]
@@ -229,7 +242,7 @@ def add_losses(
     """Find the losses of plans and add them to the journal, sweep by sweep.
 
     Args:
-        journal: Where they go.
+        journal: Where they go; its ranks share the work.
         plans: By the keys that they have there.
         together: Plans of one sweep.
         sweep: Finds their losses.
@@ -237,13 +250,19 @@ def add_losses(
         report: Called after every layer of every sweep.
         stage: How progress calls it.
     """
-    sweeps = math.ceil(len(plans) / together)
+    ranks = journal.ranks
+    # Each rank judges some of the plans, whose losses depend on no others.
+    step = together * ranks.size
+    sweeps = math.ceil(len(plans) / step)
     for number in range(sweeps):
-        keys = list(plans)[number * together : (number + 1) * together]
+        keys = list(plans)[number * step : (number + 1) * step]
         tell = partial(_tell, checkpoint, report, stage, number, sweeps)
-        found = sweep([plans[key] for key in keys], tell)
-        for key, losses in zip(keys, found, strict=True):
-            journal.add(key, losses)
+        own = [plans[key] for key in keys[ranks.rank :: ranks.size]]
+        found = sweep(own, tell) if own else []
+        told = ranks.everyones([[astuple(loss) for loss in each] for each in found])
+        for at, key in enumerate(keys):
+            losses = told[ranks.owner(at)][at // ranks.size]
+            journal.add(key, tuple(Loss(*loss) for loss in losses))
 
 
 def _tell(

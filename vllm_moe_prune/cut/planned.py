@@ -213,9 +213,13 @@ class _Sweep:
         slimmed = None
         if cut.changes_experts:
             by_data = cut.plan.needs_activations
-            # The calibration's input is the last one; see planned_losses.
             slimmed = slimmed_experts(
-                cut, model if by_data else None, inputs[-1] if by_data else None
+                cut,
+                model if by_data else None,
+                # The calibration's input is the last one; see planned_losses.
+                inputs[-1] if by_data else None,
+                routings[-1] if by_data else None,
+                range(trimmed.num_experts),
             )
         inputs, routings = inputs[:wanted], routings[:wanted]
         outputs = [torch.zeros_like(x_ND) for x_ND in inputs]

@@ -41,10 +41,18 @@ def quantize_head(checkpoint: Checkpoint, plan: CutPlan, writer: ShardWriter) ->
 class DenseQuantizer:
     """Quantizes and writes the dense matrices of one layer."""
 
-    def __init__(self, cut: LayerCut, writer: ShardWriter) -> None:
-        """Quantize a layer's matrices that are in scope."""
+    def __init__(
+        self, cut: LayerCut, writer: ShardWriter, *, writes: bool = True
+    ) -> None:
+        """Quantize a layer's matrices that are in scope.
+
+        Args:
+            cut: The layer.
+            writer: Where they go.
+            writes: False: another rank writes the same.
+        """
         self.checkpoint, self.stage = cut.checkpoint, cut.plan.quantize
-        self.writer = writer
+        self.writer, self._writes = writer, writes
         self.zeros = 0
         """None are written."""
         self._cut, self._form = cut, form_of(cut.plan.quantize)
@@ -126,4 +134,5 @@ class DenseQuantizer:
 
     def _write(self, name: str, stored: Quantized) -> None:
         base = f"{self._cut.new_prefix}{name}".rpartition(".")[0]
-        write_matrix(self.writer, base, stored, self._form)
+        if self._writes:
+            write_matrix(self.writer, base, stored, self._form)

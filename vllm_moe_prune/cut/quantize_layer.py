@@ -7,7 +7,7 @@ leaves it as it is and divides the weights instead, which gives the same to the 
 Axes: N tokens, n some of them, D hidden, F expert width, R rows of a matrix.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -18,7 +18,6 @@ from ..calibrate.expert_forward import (
     place,
     token_chunks,
 )
-from ..calibrate.forward import StreamingModel
 from ..checkpoint.reader import Expert
 from ..checkpoint.writer import ShardWriter
 from ..decide.quantize import form_of
@@ -37,7 +36,7 @@ from .slim_layer import (
     ExpertTokens,
     SlimContext,
     Trimmed,
-    finish_expert,
+    change_experts,
     naming,
     trimmed_experts,
     trimmed_routing,
@@ -68,21 +67,24 @@ def quantize_layer(
         The MoE output [N, D] of the quantized layer if wanted.
     """
     stage = cut.plan.quantize
-    run = _QuantizedLayer(context.model, cut, x_ND)
+    run = _QuantizedLayer(context, cut, x_ND)
     input_scale_D = run.input_scale() if stage.method == "awq" else None
-    for tensor in scaled:
+    for tensor in scaled if context.ranks.rank == 0 else ():
         if input_scale_D is not None and context.writer.needs(tensor.name):
             _write_scaled(context.writer, cut, tensor, input_scale_D)
-    out_ND = torch.zeros_like(x_ND) if want_output and x_ND is not None else None
-    for found in run.experts():
-        with naming(cut, found.new):
-            # Without inputs GPTQ and AWQ have nothing to minimize: rounded to nearest.
-            made = quantize_expert(
-                found.expert, stage, x_ND, found.served, run.act, input_scale_D
-            )
-        finish_expert(context.model, cut, record, found, made.computes, x_ND, out_ND)
-        _write(context.writer, cut, found.new, made)
-    return out_ND
+
+    def make(experts: Iterable[int]) -> Iterator[tuple[Trimmed, Expert]]:
+        for found in run.experts(experts):
+            with naming(cut, found.new):
+                # Without inputs GPTQ and AWQ have nothing to minimize: rounded to
+                # nearest.
+                made = quantize_expert(
+                    found.expert, stage, x_ND, found.served, run.act, input_scale_D
+                )
+            yield found, made.computes
+            _write(context.writer, cut, found.new, made)
+
+    return change_experts(context, cut, record, x_ND, run.routing, make, want_output)
 
 
 class _QuantizedLayer:
@@ -90,19 +92,21 @@ class _QuantizedLayer:
 
     def __init__(
         self,
-        model: StreamingModel | None,
+        context: SlimContext,
         cut: LayerCut,
         x_ND: torch.Tensor | None,
     ) -> None:
+        model = context.model
         self._cut, self._model, self._x_ND = cut, model, x_ND
-        self._routing: Routing | None = None
+        self._ranks = context.ranks
+        self.routing: Routing | None = None
         self.act: Activation = torch.nn.functional.silu if model is None else model.act
         if model is not None and x_ND is not None:
-            self._routing = trimmed_routing(model, cut, x_ND)
+            self.routing = trimmed_routing(model, cut, x_ND)
 
-    def experts(self) -> Iterator[Trimmed]:
-        """Each expert, trimmed, with its tokens; None where there are no tokens."""
-        found = trimmed_experts(self._cut, self._model, self._routing, self._x_ND)
+    def experts(self, which: Iterable[int]) -> Iterator[Trimmed]:
+        """Experts, trimmed, with their tokens; None where there are no tokens."""
+        found = trimmed_experts(self._cut, self._model, self.routing, self._x_ND, which)
         for one in found:
             if self._x_ND is not None:
                 placed = Expert(*(part.to(self._x_ND.device) for part in one.expert))
@@ -115,15 +119,25 @@ class _QuantizedLayer:
         form = form_of(self._cut.plan.quantize)
         scales = awq.candidates(_mean_size(self._x_ND))
         # All experts read the same x, so errors are summed for one common choice.
-        total_A = torch.zeros(len(scales), dtype=torch.float64)
-        for new, expert, served, _ in self.experts():
+        count = self._cut.trimmed.num_experts
+        # [gate and up, experts, scales]; of experts without tokens they stay 0.
+        errors_2EA = torch.zeros(2, count, len(scales), dtype=torch.float64)
+        for new, expert, served, _ in self.experts(
+            filter(self._ranks.owns, range(count))
+        ):
             if served is None or len(served.token_n) == 0:
                 continue
             x_nD = self._x_ND.index_select(0, awq.sampled(served.token_n))
             with naming(self._cut, new):
                 # down reads something else and has a scale of its own: _by_awq.
-                for weight_FD in (expert.gate_FD, expert.up_FD):
-                    total_A += awq.errors(weight_FD, x_nD, scales, form).cpu()
+                for at, weight_FD in enumerate((expert.gate_FD, expert.up_FD)):
+                    errors_2EA[at, new] = awq.errors(weight_FD, x_nD, scales, form)
+        found = self._ranks.by_owner({"errors": errors_2EA})["errors"]
+        total_A = torch.zeros(len(scales), dtype=torch.float64)
+        for new in range(count):
+            # One after the other: whoever found them, the same sum to the last bit.
+            total_A += found[0, new]
+            total_A += found[1, new]
         return awq.best(scales, total_A)
 
 

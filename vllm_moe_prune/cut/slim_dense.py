@@ -21,15 +21,18 @@ from .slim_expert import add_sums, no_sums, slim_by_data, slim_matrix
 class DenseSlimmer:
     """Slims and writes the dense matrices of one layer."""
 
-    def __init__(self, cut: LayerCut, writer: ShardWriter) -> None:
+    def __init__(
+        self, cut: LayerCut, writer: ShardWriter, *, writes: bool = True
+    ) -> None:
         """Slim a layer.
 
         Args:
             cut: The layer.
             writer: Where the slimmed matrices go.
+            writes: False: another rank writes the same.
         """
         self.checkpoint, self.plan = cut.checkpoint, cut.plan
-        self.writer = writer
+        self.writer, self._writes = writer, writes
         self.zeros = 0
         """Zeros in what was slimmed."""
         self._cut = cut
@@ -99,6 +102,6 @@ class DenseSlimmer:
         """Hand it to the writer."""
         old, new = self._cut.old_prefix + name, self._cut.new_prefix + name
         self.zeros += weight_RD.numel() - int(torch.count_nonzero(weight_RD))
-        if self.writer.needs(new):
+        if self._writes and self.writer.needs(new):
             data = stored_view(self.checkpoint.tensors[old], weight_RD)
             self.writer.write(new, data)

@@ -5,10 +5,11 @@ hidden states that go on come from the slimmed one, so that later layers are
 calibrated on what the pruned model computes (the published code feeds dense ones).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -17,15 +18,17 @@ import torch
 from ..archs.spec import TensorRule
 from ..calibrate.expert_forward import Routing, add_expert, expert_tokens, place
 from ..calibrate.forward import StreamingModel
+from ..calibrate.shared_experts import add_outputs, scaled_outputs, turns
 from ..checkpoint.block_fp8 import SUFFIX
 from ..checkpoint.reader import Expert, read_tensor
 from ..checkpoint.writer import ShardWriter
 from ..errors import CalibrationError, CheckpointError
+from ..ranks.group import ALONE, Ranks
 from ..recipes.schema import NEEDS_ACTIVATIONS
 from ..slim.kurtosis import power_sums
 from .copy import stored_view, tensor_view
 from .layer_cut import LayerCut
-from .layer_record import LayerRecord
+from .layer_record import ExpertRecord, LayerRecord
 from .matrices import channel_block, taken
 from .narrow_expert import narrow_expert
 from .slim_expert import slim_by_data, slim_by_magnitude
@@ -39,6 +42,8 @@ class SlimContext:
     writer: ShardWriter
     model: StreamingModel | None
     """None for methods that need no activations."""
+    ranks: Ranks = ALONE
+    """Who shares the experts."""
 
 
 def slim_layer(
@@ -61,11 +66,16 @@ def slim_layer(
     Returns:
         The MoE output [N, D] of the slimmed layer if wanted.
     """
-    out_ND = torch.zeros_like(x_ND) if want_output and x_ND is not None else None
-    for found, expert in slimmed_experts(cut, context.model, x_ND):
-        finish_expert(context.model, cut, record, found, expert, x_ND, out_ND)
-        _write_expert(context.writer, cut, found, expert)
-    return out_ND
+    model, routing = context.model, None
+    if model is not None and x_ND is not None:
+        routing = trimmed_routing(model, cut, x_ND)
+
+    def make(experts: Iterable[int]) -> Iterator[tuple[Trimmed, Expert]]:
+        for found, expert in slimmed_experts(cut, model, x_ND, routing, experts):
+            yield found, expert
+            _write_expert(context.writer, cut, found, expert)
+
+    return change_experts(context, cut, record, x_ND, routing, make, want_output)
 
 
 class ExpertTokens(NamedTuple):
@@ -86,60 +96,100 @@ class Trimmed(NamedTuple):
     """The channels that are left of it, ascending; None: all of them."""
 
 
-def finish_expert(
-    model: StreamingModel | None,
+def change_experts(
+    context: SlimContext,
     cut: LayerCut,
     record: LayerRecord,
-    found: Trimmed,
-    made: Expert,
     x_ND: torch.Tensor | None,
-    out_ND: torch.Tensor | None,
-) -> None:
-    """Count what was done to one expert, and add its outputs for its tokens.
+    routing: Routing | None,
+    make: Callable[[Iterable[int]], Iterator[tuple[Trimmed, Expert]]],
+    want_output: bool,
+) -> torch.Tensor | None:
+    """Have each rank change and write its experts of a layer; run them as written.
 
     Args:
-        model: For its activation.
+        context: The pass.
         cut: The layer.
-        record: Where it is counted.
+        record: Where what was done is counted.
+        x_ND: Calibration activations entering the MoE; None if not needed.
+        routing: Of these.
+        make: Changes some experts, by new number: as they were, and what they compute.
+        want_output: Whether the changed layer's output is needed.
+
+    Returns:
+        The MoE output [N, D] if wanted, the same on every rank.
+    """
+    ranks, model = context.ranks, context.model
+    out_ND = torch.zeros_like(x_ND) if want_output and x_ND is not None else None
+    done: list[ExpertRecord] = []
+    for turn in turns(ranks, cut.trimmed.num_experts):
+        gave = {}
+        for found, made in make(filter(ranks.owns, turn)):
+            done.append(_record(cut, found, made))
+            served = found.served
+            if x_ND is None or out_ND is None or model is None or served is None:
+                continue
+            if ranks.size > 1:
+                gave[found.new] = scaled_outputs(x_ND, *served, made, model.act)
+            elif len(served.token_n):
+                add_expert(out_ND, x_ND, *served, place(made, x_ND), model.act)
+        if ranks.size > 1 and out_ND is not None and routing is not None:
+            redirect = cut.trimmed.redirect
+            of_turn = {new: expert_tokens(routing, new, redirect)[0] for new in turn}
+            add_outputs(ranks, out_ND, of_turn, gave)
+    told = [
+        one for own in ranks.everyones([asdict(one) for one in done]) for one in own
+    ]
+    for fields in sorted(told, key=itemgetter("new")):
+        record.add(ExpertRecord(**fields))
+    return out_ND
+
+
+def _record(cut: LayerCut, found: Trimmed, made: Expert) -> ExpertRecord:
+    """What was done to an expert.
+
+    Args:
+        cut: The layer.
         found: The expert before.
         made: What it computes as it is written.
-        x_ND: Calibration activations entering the MoE; None if not needed.
-        out_ND: The layer's output so far, added to in place; None if nobody wants it.
     """
-    if found.served is None:
-        # No data: nothing to run, and no expert counts as unseen.
-        pass
-    elif len(found.served.token_n) == 0:
-        record.unseen.append(cut.keep[found.new])
-    elif out_ND is not None and x_ND is not None and model is not None:
-        add_expert(out_ND, x_ND, *found.served, place(made, x_ND), model.act)
-    record.expert_parameters += sum(matrix.numel() for matrix in made)
-    if cut.writes_zeros:
-        record.zeros += sum(_zeros(matrix) for matrix in made)
-    _add_powers(record.trimmed_powers_5, found.expert)
-    _add_powers(record.slimmed_powers_5, made)
+    channels = None
     if found.kept_K is not None:
-        record.channels.append(_packed_bits(found.kept_K, cut.layer.width))
+        channels = _packed_bits(found.kept_K, cut.layer.width)
+    return ExpertRecord(
+        expert=cut.keep[found.new],
+        new=found.new,
+        # Without data there is nothing to run, and no expert counts as unseen.
+        seen=found.served is None or len(found.served.token_n) > 0,
+        parameters=sum(matrix.numel() for matrix in made),
+        zeros=sum(map(_zeros, made)) if cut.writes_zeros else 0,
+        trimmed_powers_M5=_powers(found.expert),
+        slimmed_powers_M5=_powers(made),
+        channels=channels,
+    )
 
 
 def slimmed_experts(
-    cut: LayerCut, model: StreamingModel | None, x_ND: torch.Tensor | None
+    cut: LayerCut,
+    model: StreamingModel | None,
+    x_ND: torch.Tensor | None,
+    routing: Routing | None,
+    experts: Iterable[int],
 ) -> Iterator[tuple[Trimmed, Expert]]:
-    """The experts a layer is left with, one at a time, and as they will be written.
+    """Experts a layer is left with, one at a time, and as they will be written.
 
     Args:
         cut: The layer, under a plan that names the method.
-        model: For its routing; None for methods that need no activations.
+        model: For its activation; None for methods that need no activations.
         x_ND: Calibration activations entering the MoE; None likewise.
+        routing: Of these; None likewise.
+        experts: Which, by new number.
     """
     plan, sparsity = cut.plan, cut.layer_plan.sparsity
     wanted = taken(cut)
     # There may be tokens because experts were refitted or narrowed by them.
     by_data = plan.slim in NEEDS_ACTIVATIONS
-    routing = None
-    if x_ND is not None and model is not None:
-        routing = trimmed_routing(model, cut, x_ND)
-    for found in trimmed_experts(cut, model, routing, x_ND):
+    for found in trimmed_experts(cut, model, routing, x_ND, experts):
         expert, served = found.expert, found.served
         with naming(cut, found.new):
             if not cut.writes_zeros:
@@ -158,17 +208,19 @@ def trimmed_experts(
     model: StreamingModel | None,
     routing: Routing | None,
     x_ND: torch.Tensor | None,
+    experts: Iterable[int],
 ) -> Iterator[Trimmed]:
-    """Each expert a layer is left with, narrowed if the plan says so, and its tokens.
+    """Experts a layer is left with, narrowed if the plan says so, and their tokens.
 
     Args:
         cut: The layer.
         model: For its activation.
         routing: Of the calibration tokens; None where no data is used.
         x_ND: What enters the MoE sublayer; None likewise.
+        experts: Which, by new number.
     """
     width, block = cut.layer_plan.width, channel_block(cut.checkpoint, cut.layer)
-    for new in range(cut.trimmed.num_experts):
+    for new in experts:
         served, kept_K = None, None
         if routing is not None:
             served = ExpertTokens(*expert_tokens(routing, new, cut.trimmed.redirect))
@@ -204,12 +256,9 @@ def trimmed_routing(
     return model.route(cut.trimmed, x_ND, partial(trimmed_router, cut))
 
 
-def _add_powers(powers_5: list[float], expert: Expert) -> None:
-    """Add to ``powers_5`` in place."""
-    for matrix in expert:
-        # Sums add up over experts, which are never in memory together.
-        for power, total in enumerate(power_sums(matrix.reshape(-1)).tolist()):
-            powers_5[power] += total
+def _powers(expert: Expert) -> list[list[float]]:
+    """Of each matrix; they add up over experts, never in memory together."""
+    return [power_sums(matrix.reshape(-1)).tolist() for matrix in expert]
 
 
 def _packed_bits(kept_K: torch.Tensor, width: int) -> str:

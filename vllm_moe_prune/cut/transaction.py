@@ -25,6 +25,7 @@ from typing import Any
 
 from ..checkpoint.file_state import check_states
 from ..checkpoint.open import Checkpoint
+from ..checkpoint.shared_writer import SharedWriter
 from ..checkpoint.writer import (
     JOURNAL_NAME,
     ShardPlan,
@@ -39,6 +40,7 @@ from ..files.atomic import sync_folder, write_file, writing
 from ..files.json_file import read_json
 from ..files.regular import MIB, Kind
 from ..progress import peak_rss_bytes
+from ..ranks.group import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ class Workspace:
     partial: Path
     journal: list[dict[str, object]]
     """What an interrupted run has recorded."""
+    ranks: Ranks = ALONE
+    """Who writes into it; see ``shared_output.py``."""
     writer: ShardWriter | None = field(default=None, init=False)
 
     @property
@@ -69,8 +73,9 @@ class Workspace:
         return self.partial / "work"
 
     def record(self, entry: dict[str, object]) -> None:
-        """Add a line to the journal."""
-        append_journal(self.partial, entry)
+        """Add a line to the journal, which rank 0 keeps."""
+        if self.ranks.rank == 0:
+            append_journal(self.partial, entry)
 
     def write_shards(self, shards: Sequence[ShardPlan]) -> ShardWriter:
         """A writer for the planned shards that goes on where an earlier one stopped.
@@ -78,6 +83,17 @@ class Workspace:
         Raises:
             OutputError: The disk is too full.
         """
+        finished = self.ranks.first(lambda: self._prepare(shards))
+        how: dict[str, Any] = {"folder": self.result, "shards": shards}
+        how |= {"finished": finished, "journal": self.partial}
+        alone = self.ranks.size == 1
+        self.writer = (
+            ShardWriter(**how) if alone else SharedWriter(**how, ranks=self.ranks)
+        )
+        return self.writer
+
+    def _prepare(self, shards: Sequence[ShardPlan]) -> dict[str, dict[str, str]]:
+        """Shards that are finished already, and room for the others."""
         with writing(self.partial):
             self.result.mkdir(exist_ok=True)
         finished = finished_shards(self.result, shards, self.journal)
@@ -90,13 +106,7 @@ class Workspace:
             entry for entry in self.journal if entry.get("shard") in (None, *finished)
         ]
         rewrite_journal(self.partial, self.journal)
-        self.writer = ShardWriter(
-            folder=self.result,
-            shards=shards,
-            finished=finished,
-            journal=self.partial,
-        )
-        return self.writer
+        return finished
 
 
 def partial_folder(out: Path) -> Path:

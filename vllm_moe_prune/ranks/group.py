@@ -5,12 +5,14 @@ e % size, from the tokens that one process would take, in the same order.
 """
 
 import hashlib
+import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +22,7 @@ from .launched import launched
 
 # Of one exchange, not of the job: as long as ranks get on, nobody waits for so long.
 TIMEOUT = timedelta(minutes=30)
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,36 @@ class Ranks:
                 "rank ended or hangs. See what the others said, then start again."
             ) from error
         return data.to(tensor.device)
+
+    def everyones(self, value: object) -> list[Any]:
+        """What each rank passes, in the order of ranks, as JSON gives it back.
+
+        Numbers keep their bits in it.
+        """
+        if self.size == 1:
+            return [value]
+        data = json.dumps(value).encode()
+        return [json.loads(self._bytes(data, rank)) for rank in range(self.size)]
+
+    def first(self, make: Callable[[], Made]) -> Made:
+        """What ``make`` returns on rank 0, as JSON gives it back; others wait."""
+        if self.size == 1:
+            return make()
+        data = json.dumps(make()).encode() if self.rank == 0 else b""
+        found: Made = json.loads(self._bytes(data, 0))
+        return found
+
+    def wait(self) -> None:
+        """Go on when all ranks have come here."""
+        self.everyones(None)
+
+    def _bytes(self, data: bytes, source: int) -> bytes:
+        """Bytes of one rank; what others pass counts for nothing."""
+        size = int(self.broadcast(torch.tensor([len(data)]), source))
+        if self.rank != source:
+            data = bytes(size)
+        sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return self.broadcast(sent, source).numpy().tobytes()
 
     def agree(self, **what: object) -> None:
         """Refuse ranks that were not given the same.

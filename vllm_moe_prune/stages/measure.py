@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from .. import __version__
 from ..calibrate import routed
 from ..calibrate.accumulate import measure as measure_checkpoint
 from ..calibrate.data import Tokens, load_heldout, load_tokens
@@ -16,10 +15,10 @@ from ..checkpoint.file_state import check_states
 from ..checkpoint.open import Checkpoint
 from ..cut.losses import LossJournal
 from ..decide.required_stats import needed_statistics, needs_tokens
-from ..errors import OutputError, RanksError
+from ..errors import OutputError
 from ..files.atomic import REPEAT, remove_folder, writing
 from ..recipes.schema import Calibration, Recipe
-from .preflight import RunOptions
+from .preflight import RunOptions, check_ranks
 from .probe import with_owl, with_sensitivity
 
 ROUTER_FIELDS = frozenset({"router_sqdist_EE", "router_norm", "router_row_norm_E"})
@@ -64,7 +63,8 @@ def measure(
     model = StreamingModel(checkpoint, options.device) if later else None
     if model and tokens and "sensitivity_P2" in later:
         heldout = load_heldout(checkpoint, recipe.calibration)
-        journal = LossJournal(None if work is None else work / "losses.jsonl")
+        kept = None if work is None else work / "losses.jsonl"
+        journal = LossJournal(kept, options.ranks)
         stats = with_sensitivity(
             model,
             recipe,
@@ -94,27 +94,17 @@ def measure_into(
         RanksError: Ranks were given different things, or no shared folder.
     """
     ranks = options.ranks
-    ranks.agree(
-        version_of_this_package=__version__,
-        checkpoint=checkpoint.fingerprint,
-        recipe=sorted(needed_statistics(recipe)),
-        calibration_text=tokens and tokens.sha256,
-    )
-    if ranks.size > 1 and needed_statistics(recipe) & LATER:
-        raise RanksError(
-            f"recipe {recipe.name} tries out zeros or tells outliers apart, which one "
-            "process does. Measure it without torchrun."
-        )
+    check_ranks(checkpoint, options, tokens, recipe=sorted(needed_statistics(recipe)))
     ranks.check_shared(file.absolute().parent)
     stats = measure(checkpoint, recipe, tokens, options, _work(file))
-    if ranks.rank:
-        return stats
-    # Before it is written: files that changed meanwhile make sums of a mixture.
-    check_states(checkpoint.folder, checkpoint.files)
-    with writing(file, REPEAT):
-        file.parent.mkdir(exist_ok=True)
-        save_stats(stats, file)
-    remove_work(file)
+    if ranks.rank == 0:
+        # Before it is written: files that changed meanwhile make sums of a mixture.
+        check_states(checkpoint.folder, checkpoint.files)
+        with writing(file, REPEAT):
+            file.parent.mkdir(exist_ok=True)
+            save_stats(stats, file)
+        remove_work(file)
+    ranks.wait()
     return stats
 
 
@@ -157,7 +147,7 @@ def collect(
         asked = json.dumps([clusters, sorted(needed - LATER)])
         name = hashlib.sha256(asked.encode()).hexdigest()[:16]
         kept = work / f"measured-{name}.safetensors"
-    if kept is not None and kept.is_file():
+    if kept is not None and options.ranks.first(kept.is_file):
         return resumed_stats(kept, tokens)
     # All of it is tried out later: no pass is needed here.
     if needed & LATER and not needed - LATER and tokens is not None:
@@ -180,7 +170,7 @@ def collect(
         work=work,
         ranks=options.ranks,
     )
-    if kept is not None:
+    if kept is not None and options.ranks.rank == 0:
         kept.parent.mkdir(parents=True, exist_ok=True)
         save_stats(stats, kept)
     return stats

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from .. import __version__
+from ..calibrate.data import Tokens
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.output_path import check_folder
 from ..checkpoint.reader import check_routers
@@ -45,6 +47,28 @@ class RunOptions:
     """How the output stores expert weights; None: as recipe or plan say."""
     spelling: Spelling = "moe-prune"
     """For whom ``convert`` writes layers that differ; a cut goes by its plan."""
+
+
+def check_ranks(
+    checkpoint: Checkpoint, options: RunOptions, tokens: Tokens | None, **what: object
+) -> None:
+    """Refuse ranks that were not started on the same.
+
+    Args:
+        checkpoint: What they share the work on.
+        options: Says who they are.
+        tokens: The calibration tokens.
+        what: What else is to be the same, by the names that errors use.
+
+    Raises:
+        RanksError: Naming the first rank that differs from rank 0, and in what.
+    """
+    options.ranks.agree(
+        version_of_this_package=__version__,
+        checkpoint=checkpoint.fingerprint,
+        calibration_text=tokens and tokens.sha256,
+        **what,
+    )
 
 
 def validate_input(checkpoint: Checkpoint, device: str) -> None:

@@ -120,7 +120,8 @@ class _Search:
         # Estimates in fp32 on CPUs, most of which multiply bf16 at half its speed.
         dtype = torch.float32 if self.model.device.type == "cpu" else None
         self.ranking = StreamingModel(checkpoint, options.device, dtype)
-        self.journal = LossJournal(None if work is None else work / "losses.jsonl")
+        kept = None if work is None else work / "losses.jsonl"
+        self.journal = LossJournal(kept, options.ranks)
         self.tokens = tokens_of(checkpoint, recipe.calibration)
         self.heldout = load_heldout(checkpoint, recipe.calibration)
         self.found = [Found(size) for size in sizes]
