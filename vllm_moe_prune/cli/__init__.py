@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..errors import Interrupted, MoePruneError, RanksError, said_by
-from ..ranks.launched import launched
+from ..ranks.launched import launched, who_speaks
 from . import choose, gateway, judge, prune, publish, recover, serve
 from .flags import flag
 
@@ -110,13 +110,15 @@ def main() -> None:
             raise
         interrupted = isinstance(error, Interrupted)
         label, status = ("interrupted", 130) if interrupted else ("error", 2)
-        _fail(label, said_by(error), status)
+        # Those of ranks name one themselves.
+        who = "" if isinstance(error, RanksError) else who_speaks()
+        _fail(label, who + said_by(error), status)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of Rust code is no Exception
         if os.environ.get("MOE_PRUNE_DEBUG"):
             raise
-        _fail("error", _unexpected(error), 2)
+        _fail("error", who_speaks() + _unexpected(error), 2)
     if status == 130:  # Typer's word for a Ctrl-C that nobody caught
         _fail("interrupted", "nothing was changed.", status)
     sys.exit(status)

@@ -9,10 +9,10 @@ import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -20,9 +20,16 @@ from ..errors import RanksError
 from ..files.atomic import REPEAT, writing
 from .launched import launched
 
-# Of one exchange, not of the job: as long as ranks get on, nobody waits for so long.
-TIMEOUT = timedelta(minutes=30)
+if TYPE_CHECKING:
+    from .watch import Watch
+
+# Never reached: who waits is freed by the watch, which sees whether others get on.
+TIMEOUT = timedelta(days=30)
 Made = TypeVar("Made")
+
+
+class LostConnection(RanksError):
+    """An exchange failed: some rank is gone; ``Watch.explain`` finds out which."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,8 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    watch: "Watch | None" = field(default=None, compare=False, repr=False)
+    """None: it is alone."""
 
     def owner(self, item: int) -> int:
         """The rank that computes what belongs to an item."""
@@ -48,9 +57,9 @@ class Ranks:
             source: Who sends.
 
         Raises:
-            RanksError: A rank ended, or did not come within ``TIMEOUT``.
+            LostConnection: A rank ended.
         """
-        if self.size == 1 or tensor.numel() == 0:
+        if self.watch is None or tensor.numel() == 0:
             return tensor
         import torch.distributed
 
@@ -59,12 +68,10 @@ class Ranks:
         if self.rank != source:
             data = torch.empty_like(data)
         try:
-            torch.distributed.broadcast(data.flatten().view(torch.uint8), source)
+            with self.watch.waiting():
+                torch.distributed.broadcast(data.flatten().view(torch.uint8), source)
         except RuntimeError as error:
-            raise RanksError(
-                f"rank {self.rank}: no answer in an exchange with rank {source}: a "
-                "rank ended or hangs. See what the others said, then start again."
-            ) from error
+            raise LostConnection(f"rank {self.rank}: {error}") from error
         return data.to(tensor.device)
 
     def everyones(self, value: object) -> list[Any]:
@@ -172,19 +179,29 @@ def joined() -> Iterator[Ranks]:
     """Meet the other ranks, if torchrun started any.
 
     Raises:
-        RanksError: They did not come.
+        RanksError: One did not come, ended or hangs.
+        SystemExit: Another rank has said why the job ends.
     """
     if not launched():
         yield ALONE
         return
     import torch.distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    from .watch import Watch
 
     try:
-        torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
+        store, rank, size = next(rendezvous("env://"))
+        watch = Watch(store, rank, size)
+        watch.meet()
+        torch.distributed.init_process_group(
+            "gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT
+        )
     except RuntimeError as error:
         raise RanksError(f"ranks do not find each other: {error}") from error
     try:
-        group = torch.distributed
-        yield Ranks(group.get_rank(), group.get_world_size())
-    finally:
-        torch.distributed.destroy_process_group()
+        yield Ranks(rank, size, watch)
+    except BaseException as error:
+        raise watch.explain(error) from error
+    watch.close()
+    torch.distributed.destroy_process_group()
