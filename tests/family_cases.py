@@ -129,6 +129,12 @@ CASES = {
     "v3-redirect": Case("deepseek_v3", {1: SIXTEEN, 3: SIXTEEN}, "redirect"),
     "k2-equal": Case("kimi_k2", {1: UNEVEN, 2: UNEVEN, 3: UNEVEN}, architecture=STOCK),
     # vLLM's OLMoE has this epsilon, whatever config.json says.
+    "olmoe-equal": Case(
+        "olmoe",
+        {layer: keep(0, 2, 3, 5, 7) for layer in range(4)},
+        architecture="OlmoeForCausalLM",
+        config={"rms_norm_eps": 1e-5},
+    ),
     "olmoe-drops": Case(
         "olmoe",
         {0: DROP_MOE, 1: DROP_BLOCK, 2: keep(0, 2, 5), 3: keep(6, 0, 2, 1)},
@@ -146,6 +152,11 @@ CASES = {
         "redirect",
         config={"decoder_sparse_step": 2, "layers": 6},
         layout="mlp.packed",
+    ),
+    "glm4-equal": Case(
+        "glm4_moe",
+        {layer: keep(0, 2, 3, 5, 7) for layer in range(1, 4)},
+        architecture="Glm4MoeForCausalLM",
     ),
     "glm4-drops": Case(
         "glm4_moe",

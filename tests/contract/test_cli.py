@@ -37,6 +37,7 @@ RUNS = {
     "run": f"run ckpt new --calibration text.txt --keep 3 {SMALL}",
     "recover": "recover out new --method lora --steps 2 --calibration text.txt "
     f"{SMALL}",
+    "families": "families",
     "recipes": "recipes",
     "recommend": "recommend ckpt --speed 1.1",
     "tune": f"tune ckpt -o best.json --total 0.4 --calibration text.txt {SMALL}"
@@ -196,7 +197,7 @@ def test_results_go_to_stdout_and_progress_to_stderr(
     assert ran.status == 0, ran
     assert ran.stdout
     assert PROGRESS.sub("", ran.stderr) == ""
-    silent = {"inspect", "plan", "recipes", "recommend", "report"}
+    silent = {"families", "inspect", "plan", "recipes", "recommend", "report"}
     assert bool(ran.stderr) == (name not in silent)
     assert_plain(ran)
 

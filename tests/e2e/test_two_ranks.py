@@ -71,17 +71,23 @@ def integers_everywhere(tmp_path: Path, original: Path) -> Job:
     return Job(made, mixtral.expected(dense, case), mixtral.expected_loads(dense, case))
 
 
+# By rows and columns and by experts; V2 and V3 are the same classes of ours.
+TENSORS = {
+    **{
+        name: CASES[name] for name in ("arctic-one-after-the-other", "v3-uneven-groups")
+    },
+    **{name: CASES[name] for name in ("deepseek-normalized", "olmoe-drops")},
+}
+BY_EXPERTS = {
+    **{name: CASES[name] for name in ("arctic-everything", "deepseek-normalized")},
+    **{name: CASES[name] for name in ("v2-everything", "qwen3-everything")},
+    **{"glm4-uneven-groups": CASES["glm4-uneven-groups"], "fp8": FP8},
+}
+
+
 def family_jobs(tmp_path: Path) -> Iterator[tuple[str, Job]]:
-    """By rows and columns and by experts; V2 and V3 are the same classes of ours."""
-    tensors = ("arctic-one-after-the-other", "deepseek-normalized", "v3-uneven-groups")
-    experts = ("arctic-everything", "deepseek-normalized", "v2-everything")
-    cases = {f"{name}-tensors": CASES[name] for name in tensors}
-    cases |= {f"{name}-experts": CASES[name] for name in experts}
-    # Those built with a configuration per layer.
-    cases["olmoe-tensors"] = CASES["olmoe-drops"]
-    cases["qwen3-experts"] = CASES["qwen3-everything"]
-    cases["glm4-experts"] = CASES["glm4-uneven-groups"]
-    cases["fp8-experts"] = FP8
+    cases = {f"{name}-tensors": case for name, case in TENSORS.items()}
+    cases |= {f"{name}-experts": case for name, case in BY_EXPERTS.items()}
     # How blocks are split is the same for every family.
     packed = {"arctic-tensors": COMPRESSED["arctic"], "v3-experts": COMPRESSED["v3"]}
     for name, case in (cases | packed).items():

@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from ..errors import CheckpointError
 from .spec import MoeArch
 
-__all__ = ["ALIASES", "find_arch", "known", "supported"]
+__all__ = ["ALIASES", "ALIAS_CHECKPOINTS", "find_arch", "known", "supported"]
 
 ALIASES = {"kimi_k2": "deepseek_v3"}
 """Families whose tensors, routers and config keys are those of another one's table."""
+ALIAS_CHECKPOINTS = {"kimi_k2": "Kimi-K2"}
+"""Their published checkpoints, for people."""
+NO_TABLES = ("spec", "support")
 
 
 def supported() -> list[str]:
     """Every ``model_type`` that has a table, sorted."""
     names = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in names if name != "spec")
+    return sorted(name for name in names if name not in NO_TABLES)
 
 
 def known() -> list[str]:

@@ -22,6 +22,8 @@ EXPERT = LAYER + "block_sparse_moe.experts.{expert}."
 
 ARCH = MoeArch(
     model_type="arctic",
+    checkpoints="Snowflake Arctic",
+    tested=("float64", "plugin", "two ranks"),
     stock_architecture="ArcticForCausalLM",
     pruned_architecture="MoePruneArcticForCausalLM",
     config=ConfigKeys(

@@ -36,6 +36,8 @@ ROUTER = R(MLP + "gate.weight", "E D", "router")
 
 ARCH = MoeArch(
     model_type="deepseek",
+    checkpoints="DeepSeek-MoE 16B",
+    tested=("float64", "plugin", "two ranks"),
     stock_architecture="DeepseekForCausalLM",
     pruned_architecture="MoePruneDeepseekForCausalLM",
     config=ConfigKeys(

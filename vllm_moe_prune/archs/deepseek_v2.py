@@ -10,6 +10,8 @@ HF = "transformers.models.deepseek_v2."
 ARCH = replace(
     DEEPSEEK,
     model_type="deepseek_v2",
+    checkpoints="DeepSeek-V2, V2-Lite",
+    tested=("transformers", "float64", "plugin", "two ranks"),
     stock_architecture="DeepseekV2ForCausalLM",
     pruned_architecture="MoePruneDeepseekV2ForCausalLM",
     router=RouterKeys(

@@ -13,6 +13,8 @@ HF = "transformers.models.deepseek_v3."
 ARCH = replace(
     DEEPSEEK,
     model_type="deepseek_v3",
+    checkpoints="DeepSeek-V3, R1, Moonlight",
+    tested=("transformers", "float64", "vLLM's class", "plugin", "two ranks"),
     stock_architecture="DeepseekV3ForCausalLM",
     pruned_architecture="MoePruneDeepseekV3ForCausalLM",
     config=replace(DEEPSEEK.config, mtp_layers="num_nextn_predict_layers"),

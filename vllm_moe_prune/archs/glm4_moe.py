@@ -10,6 +10,8 @@ HF = "transformers.models.glm4_moe."
 ARCH = replace(
     DEEPSEEK_V3,
     model_type="glm4_moe",
+    checkpoints="GLM-4.5, 4.5-Air, 4.6, 4.7",
+    tested=("transformers", "float64", "vLLM's class", "plugin", "two ranks"),
     stock_architecture="Glm4MoeForCausalLM",
     pruned_architecture="MoePruneGlm4MoeForCausalLM",
     router=RouterKeys(

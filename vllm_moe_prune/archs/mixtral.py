@@ -49,6 +49,8 @@ def _layouts() -> tuple[Layout, ...]:
 
 ARCH = MoeArch(
     model_type="mixtral",
+    checkpoints="Mixtral 8x7B, 8x22B",
+    tested=("transformers", "float64", "vLLM's class", "plugin", "two ranks"),
     stock_architecture="MixtralForCausalLM",
     pruned_architecture="MoePruneMixtralForCausalLM",
     config=ConfigKeys(

@@ -7,6 +7,8 @@ HF = "transformers.models.olmoe."
 
 ARCH = MoeArch(
     model_type="olmoe",
+    checkpoints="OLMoE 1B-7B",
+    tested=("transformers", "float64", "vLLM's class", "plugin", "two ranks"),
     stock_architecture="OlmoeForCausalLM",
     pruned_architecture="MoePruneOlmoeForCausalLM",
     config=ConfigKeys(

@@ -7,6 +7,8 @@ HF = "transformers.models.qwen3_moe."
 
 ARCH = MoeArch(
     model_type="qwen3_moe",
+    checkpoints="Qwen3-30B-A3B, 235B-A22B",
+    tested=("transformers", "float64", "vLLM's class", "plugin", "two ranks"),
     stock_architecture="Qwen3MoeForCausalLM",
     pruned_architecture="MoePruneQwen3MoeForCausalLM",
     config=ConfigKeys(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 Role = Literal["router", "router_bias", "gate", "up", "down", "gate_up"]
 ROUTER_ROLES = ("router", "router_bias")
 Scores = Literal["softmax", "sigmoid"]
+Evidence = Literal["transformers", "float64", "vLLM's class", "plugin", "two ranks"]
 
 
 ATTENTION = "self_attn."
@@ -304,6 +305,10 @@ class MoeArch:
     """A family as data; class paths are strings so that a table imports nothing."""
 
     model_type: str
+    checkpoints: str
+    """Published ones, for people."""
+    tested: tuple[Evidence, ...]
+    """What the tests compare; ``support.py`` has the meaning."""
     stock_architecture: str
     pruned_architecture: str
     config: ConfigKeys

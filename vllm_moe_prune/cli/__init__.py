@@ -68,6 +68,7 @@ PANELS: dict[str, dict[str, Any]] = {
         "recover": recover.recover,
     },
     "Choose": {
+        "families": choose.families,
         "recipes": choose.recipes,
         "recommend": choose.recommend,
         "tune": choose.tune,

@@ -32,6 +32,17 @@ def recipes(as_json: Json = False) -> None:
     show_recipes([load_recipe(name) for name in shipped_recipes()], as_json)
 
 
+def families(as_json: Json = False) -> None:
+    """List the model families: what serves them, what is refused, what is tested.
+
+    Example: `vllm-moe-prune families`
+    """
+    from ..archs.support import family_support
+    from .output.show_families import show_families
+
+    show_families(family_support(), as_json)
+
+
 def recommend(
     source: Source,
     revision: Revision = None,
