@@ -144,5 +144,5 @@ def test_the_generator_says_what_is_stale(
             generator.main()
         lines = capsys.readouterr().out.splitlines()
         assert done.value.code == status
-        assert len(lines) == (len(FILES) + 4 if word else 0)
+        assert len(lines) == (len(FILES) + 5 if word else 0)
         assert all(line.startswith(word) for line in lines)
