@@ -1,89 +1,29 @@
-"""Ranks that are killed, hang, fail or were started otherwise: one line says which.
+"""Ranks that are killed, hang, fail or were started otherwise: one line says which."""
 
-Ranks are forked from a server that has the imports done, into what torchrun sets up:
-its store and its variables.
-"""
-
+import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from torch.distributed import TCPStore
 
+from tests import several_ranks
 from tests.e2e.test_resume import (
-    SERVER,
     World,
-    command_line,
     finish,
     journal_lines,
     partial_of,
     resume,
     world,
 )
+from tests.ranked import Job, start
 from tests.reference import folder_bytes
 from tests.tiny import tiny_checkpoint
 
 __all__ = ["world"]
 STALL_S = 3
-
-
-def as_rank(
-    variables: dict[str, str],
-    arguments: list[str],
-    errors: Path,
-    file_limit: int | None,
-) -> None:
-    os.environ |= variables
-    command_line(arguments, errors, file_limit)
-
-
-@dataclass
-class Job:
-    """Ranks of one command."""
-
-    store: TCPStore
-    processes: list[BaseProcess]
-    errors: list[Path]
-
-    def codes(self) -> list[int]:
-        return [finish(process) for process in self.processes]
-
-    def said(self) -> list[str]:
-        """What all ranks wrote, without progress."""
-        lines = "".join(path.read_text("utf-8") for path in self.errors).splitlines()
-        return [line for line in lines if line.startswith(("error", "interrupted"))]
-
-
-def start(
-    folder: Path,
-    arguments: Sequence[list[str]],
-    file_limits: dict[int, int] | None = None,
-    stall_s: int = 60,
-) -> Job:
-    """Each rank with arguments of its own."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=30))
-    size = len(arguments)
-    job = Job(store, [], [folder / f"rank-{rank}.txt" for rank in range(size)])
-    for rank, own in enumerate(arguments):
-        variables = {
-            **{"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)},
-            **{"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True"},
-            **{"MOE_PRUNE_RANK_TIMEOUT": str(stall_s), "OMP_NUM_THREADS": "1"},
-        }
-        limit = (file_limits or {}).get(rank)
-        process = SERVER.Process(
-            target=as_rank, args=(variables, own, job.errors[rank], limit)
-        )
-        process.start()
-        job.processes.append(process)
-    return job
 
 
 @pytest.fixture
@@ -164,6 +104,36 @@ def test_a_rank_that_fails_or_differs_is_named(
     (line,) = job.said()
     assert line.startswith("error: rank 1: ")
     assert "cannot be written: File too large" in line
+
+
+def test_two_ranks_search_and_judge_as_one_process_does(
+    world: World, tmp_path: Path
+) -> None:
+    text = str(world.folder / "text.txt")
+    recipe = tmp_path / "recipe.yaml"
+    asked = several_ranks.RECIPES["tuned"][1]
+    recipe.write_text(json.dumps({"name": "tuned", **asked}))
+    search = ["tune", str(world.model), "--recipe", str(recipe), "--calibration", text]
+    search += ["--samples", "4", "--sequence-length", "32", "--heldout", "2"]
+    judge = ["eval", str(world.model), "--text", text, "--json"]
+    judge += ["--max-tokens", "2000", "--sequence-length", "100"]
+    found = []
+    for ranks in (1, 2):
+        plan = tmp_path / f"{ranks}.json"
+        job = start(tmp_path, [[*search, "-o", str(plan)]] * ranks)
+        assert job.codes() == [0] * ranks, job.said()
+        job = start(tmp_path, [judge] * ranks)
+        assert job.codes() == [0] * ranks, job.said()
+        said = [path.read_text("utf-8") for path in job.errors]
+        assert said[1:] == [""] * (ranks - 1)
+        found.append((plan.read_bytes(), json.loads(said[0])))
+    assert found[0] == found[1]
+    assert not list(tmp_path.glob("*.work"))
+    timed = [*search, "-o", str(tmp_path / "plan.json"), "--minutes", "1"]
+    job = start(tmp_path, [timed] * 2)
+    assert job.codes() == [2, 2]
+    (line,) = job.said()
+    assert line.startswith("error: --minutes goes by each process's own clock")
 
 
 def test_what_all_refuse_is_said_once(world: World, tmp_path: Path, out: Path) -> None:

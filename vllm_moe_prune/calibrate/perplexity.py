@@ -10,15 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .. import __version__
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.reader import read_expert
 from ..errors import CalibrationError, CheckpointError
 from ..progress import Progress, Report, ignore
+from ..ranks.group import ALONE, Ranks
 from .constants import add_constants
-from .data import Ids, TokenReader
-from .expert_forward import run_experts
+from .data import Ids, TokenReader, sha256_of
 from .forward import NO_TARGET, StreamingModel
 from .memory import release_freed
+from .shared_experts import check_states, run_shared
 from .text import name_of
 
 # Of the hidden states of one batch; every batch reads all weights once.
@@ -57,6 +59,7 @@ def perplexity(
     max_tokens: int | None = None,
     device: torch.device | str = "cpu",
     report: Report = ignore,
+    ranks: Ranks = ALONE,
 ) -> Perplexity:
     """Perplexity of a text in windows that do not overlap, the last perhaps shorter.
 
@@ -68,6 +71,7 @@ def perplexity(
         max_tokens: Only the first this many tokens of the text.
         device: Where to run.
         report: Called after every layer of every batch.
+        ranks: Share out the experts; every rank returns the same.
 
     Raises:
         CalibrationError: The text cannot be used, or is shorter than two tokens.
@@ -87,7 +91,12 @@ def perplexity(
             f"{source}: gives {len(ids)} tokens; nothing is left to predict. "
             "Use a longer text."
         )
-    total, count = summed_loss(model, windows_ST, source, report)
+    ranks.agree(
+        version_of_this_package=__version__,
+        checkpoint=checkpoint.fingerprint,
+        text=sha256_of(windows_ST),
+    )
+    total, count = summed_loss(model, windows_ST, source, report, ranks)
     return Perplexity(count, total, name or name_of(source))
 
 
@@ -96,6 +105,7 @@ def summed_loss(
     windows_ST: torch.Tensor,
     source: str,
     report: Report = ignore,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, int]:
     """Negative log-likelihood of windows in nats, and how many tokens were predicted.
 
@@ -104,6 +114,7 @@ def summed_loss(
         windows_ST: Token ids; those that are ``NO_TARGET`` are not predicted.
         source: How an error names the text.
         report: Called after every layer of every batch.
+        ranks: Share out the experts.
 
     Raises:
         CheckpointError: The loss is not finite.
@@ -115,7 +126,7 @@ def summed_loss(
         # NO_TARGET is no row of the table; any id does, as nothing after it is scored.
         hidden_STD = model.embed(tokens_ST.clamp(min=0))
         for index in range(model.num_layers):
-            run_layer(model, index, hidden_STD)
+            run_layer(model, index, hidden_STD, ranks)
             release_freed()
             report(_progress(checkpoint, index, number, len(batches)))
         nll, predicted = model.nll(hidden_STD, tokens_ST)
@@ -130,20 +141,29 @@ def summed_loss(
 
 
 @torch.no_grad()
-def run_layer(model: StreamingModel, index: int, hidden_STD: torch.Tensor) -> None:
-    """One whole decoder layer, in place."""
+def run_layer(
+    model: StreamingModel,
+    index: int,
+    hidden_STD: torch.Tensor,
+    ranks: Ranks = ALONE,
+) -> None:
+    """One whole decoder layer, in place; ``ranks`` share its experts."""
     _, x_ND = model.enter(index, hidden_STD)
     if x_ND is not None:
-        leave(model, index, hidden_STD, x_ND, routed(model, index, x_ND))
+        check_states(ranks, x_ND, index)
+        leave(model, index, hidden_STD, x_ND, routed(model, index, x_ND, ranks))
 
 
 @torch.no_grad()
-def routed(model: StreamingModel, index: int, x_ND: torch.Tensor) -> torch.Tensor:
+def routed(
+    model: StreamingModel, index: int, x_ND: torch.Tensor, ranks: Ranks = ALONE
+) -> torch.Tensor:
     """What a layer's routed experts make of ``x_ND`` [N, D], shared ones left out."""
     checkpoint = model.checkpoint
     layer = checkpoint.layers[index]
     routing = model.route(layer, x_ND)
-    out_ND = run_experts(
+    out_ND = run_shared(
+        ranks,
         x_ND,
         routing,
         layer,

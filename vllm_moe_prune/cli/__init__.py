@@ -17,7 +17,7 @@ from .flags import flag
 UsageError: Any = typer.BadParameter.__base__
 NAME = "vllm-moe-prune"
 MAX_LINE = 4000
-SHARED = {"measure", "cut", "run"}
+SHARED = ("run", "measure", "cut", "tune", "eval")
 """What torchrun can start."""
 
 app = typer.Typer(
@@ -49,8 +49,8 @@ def _root(
     command = context.invoked_subcommand
     if command not in SHARED and launched():
         raise RanksError(
-            f"{command} runs in one process; torchrun is for `measure`, `cut` and "
-            "`run`. Start it without torchrun."
+            f"{command} runs in one process; torchrun is for {', '.join(SHARED)}. "
+            "Start it without torchrun."
         )
     if debug:
         # main() handles the errors and has no Typer context to read it from.

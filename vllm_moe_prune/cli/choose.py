@@ -147,11 +147,14 @@ def tune(
     Example: `vllm-moe-prune tune CKPT --total 0.4,0.5,0.65 -o plans --plot front.svg`
 
     Then: `vllm-moe-prune cut CKPT --plan plan.json -o OUT`
+
+    On several processes: `torchrun --nproc-per-node 4 -m vllm_moe_prune tune ...`
     """
     from .. import pipeline
     from ..checkpoint.output_path import check_file, check_folder
     from ..checkpoint.source import open_checkpoint
     from ..files.atomic import remove_folder, writing
+    from ..ranks.group import joined
     from ..recipes.numbers import parse_size
     from ..tune.estimate import estimate
     from ..tune.front import check_plot, plot_front
@@ -159,44 +162,53 @@ def tune(
     from .output.draw import resumable, watching
     from .output.show_search import show_estimate, show_tuned
 
-    device = chosen_device(device)
-    sizes = sizes_of(asked.recipe, total, max_bytes)
-    checkpoint = open_checkpoint(
-        source, revision, trust_code=trust_remote_code, allow_links=allow_links
-    )
-    # Everything is checked before the search, which takes long.
-    pipeline.validate_input(checkpoint, device)
-    several = len(sizes) > 1
-    (check_folder if several else check_file)(output, checkpoint.folder)
-    if plot is not None:
-        check_file(plot, checkpoint.folder)
-        check_plot(plot)
-    # Beside the plan, by its name: the same command finds a killed search's work.
-    work = output.with_name(output.name + ".work")
-    with resumable(REPEAT), watching(as_json) as report:
-        options = pipeline.RunOptions(
-            device=device, max_shard_bytes=parse_size(shard_size), report=report
+    with joined() as ranks:
+        device = chosen_device(device)
+        sizes = sizes_of(asked.recipe, total, max_bytes)
+        checkpoint = open_checkpoint(
+            source, revision, trust_code=trust_remote_code, allow_links=allow_links
         )
-        expected = estimate(checkpoint, asked.recipe, sizes, device)
-        began = time.monotonic()
-        tuned = pipeline.tune_sizes(
-            checkpoint,
-            asked.recipe,
-            options,
-            sizes,
-            work=work,
-            minutes=minutes,
-            started=lambda: None if as_json else show_estimate(expected),
-        )
-        took_s = time.monotonic() - began
-        if several:
-            with writing(output):
-                output.mkdir(parents=True, exist_ok=True)
-        plans = [output / f"{one.size}.json" if several else output for one in tuned]
-        for one, path in zip(tuned, plans, strict=True):
-            pipeline.save_plan(one.best.plan, path)
+        # Everything is checked before the search, which takes long.
+        pipeline.validate_input(checkpoint, device)
+        several = len(sizes) > 1
+        (check_folder if several else check_file)(output, checkpoint.folder)
         if plot is not None:
-            plot_front(tuned, plot)
-        # Last: until plan and plot are written, repeating the command needs it.
-        remove_folder(work)
+            check_file(plot, checkpoint.folder)
+            check_plot(plot)
+        # Beside the plan, by its name: the same command finds a killed search's work.
+        work = output.with_name(output.name + ".work")
+        quiet = as_json or ranks.rank > 0
+        with resumable(REPEAT), watching(quiet) as report:
+            options = pipeline.RunOptions(
+                device=device,
+                max_shard_bytes=parse_size(shard_size),
+                report=report,
+                ranks=ranks,
+            )
+            expected = estimate(checkpoint, asked.recipe, sizes, device)
+            began = time.monotonic()
+            tuned = pipeline.tune_sizes(
+                checkpoint,
+                asked.recipe,
+                options,
+                sizes,
+                work=work,
+                minutes=minutes,
+                started=lambda: None if quiet else show_estimate(expected),
+            )
+            took_s = time.monotonic() - began
+            if ranks.rank:
+                return
+            if several:
+                with writing(output):
+                    output.mkdir(parents=True, exist_ok=True)
+            plans = [
+                output / f"{one.size}.json" if several else output for one in tuned
+            ]
+            for one, path in zip(tuned, plans, strict=True):
+                pipeline.save_plan(one.best.plan, path)
+            if plot is not None:
+                plot_front(tuned, plot)
+            # Last: until plan and plot are written, repeating the command needs it.
+            remove_folder(work)
     show_tuned(checkpoint, tuned, plans, expected, took_s, as_json)

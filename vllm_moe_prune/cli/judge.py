@@ -83,13 +83,18 @@ def evaluate(
     Example: `vllm-moe-prune eval OUT --tasks demo --task-dir examples/tasks --json`
 
     Example: `vllm-moe-prune eval OUT --generate prompts.txt --fail-if "loops>0.02"`
+
+    On several processes: `torchrun --nproc-per-node 4 -m vllm_moe_prune eval ...`, for
+    --text.
     """
     from ..checkpoint.source import open_checkpoint
-    from ..errors import EvaluationError
+    from ..errors import EvaluationError, RanksError
     from ..judge.gate import check_measured, failures, parse_conditions
     from ..judge.quality import Subject, judge
     from ..judge.scored_card import check_card, write_scores
     from ..judge.tasks import find_endpoint
+    from ..ranks.group import joined
+    from ..ranks.launched import launched
     from .output.draw import watching
     from .output.show_judged import show_quality
 
@@ -103,6 +108,10 @@ def evaluate(
         )
     if model is not None and server is None:
         raise EvaluationError("--model names one of a server's models; add --server.")
+    if launched() and (tasks or generate):
+        raise RanksError(
+            "tasks and answers are asked of one server; torchrun is for --text alone."
+        )
     conditions = parse_conditions(fail_if or ())
     check_measured(
         conditions,
@@ -111,45 +120,49 @@ def evaluate(
         tasks=bool(tasks),
         original=against is not None,
     )
-    questions = find_questions(
-        text,
-        tasks,
-        task_dir,
-        sequence_length,
-        max_tokens,
-        device,
-        vllm_flags,
-        as_json,
-    )
-    checkpoint = open_checkpoint(
-        source, revision, trust_code=trust_remote_code, allow_links=allow_links
-    )
-    if card:
-        check_card(checkpoint)
-    # Asked before the perplexity, which may take hours.
-    endpoint = find_endpoint(server, model) if server is not None else None
-    subject = Subject(checkpoint, source, revision, endpoint)
-    # A result that lacks a task is refused before anything is measured.
-    known = find_result(against, questions, generate)
-    original = None
-    if against is not None and known is None:
-        original = Subject(
-            open_checkpoint(
-                against, trust_code=trust_remote_code, allow_links=allow_links
-            ),
-            against,
+    with joined() as ranks:
+        quiet = as_json or ranks.rank > 0
+        questions = find_questions(
+            text,
+            tasks,
+            task_dir,
+            sequence_length,
+            max_tokens,
+            device,
+            vllm_flags,
+            as_json,
         )
-    questions = with_prompts(questions, checkpoint, generate, new_tokens)
-    # The original first: its answers are what others are compared with.
-    if original is not None:
-        with watching(as_json) as report:
-            known = judge(original, questions, report)
-    with watching(as_json) as report:
-        quality = judge(subject, questions, report, known)
-    if card:
-        write_scores(checkpoint, quality, known)
-    failed = failures(conditions, quality, known)
-    show_quality(quality, known, failed, as_json)
+        checkpoint = open_checkpoint(
+            source, revision, trust_code=trust_remote_code, allow_links=allow_links
+        )
+        if card:
+            check_card(checkpoint)
+        # Asked before the perplexity, which may take hours.
+        endpoint = find_endpoint(server, model) if server is not None else None
+        subject = Subject(checkpoint, source, revision, endpoint)
+        # A result that lacks a task is refused before anything is measured.
+        known = find_result(against, questions, generate)
+        original = None
+        if against is not None and known is None:
+            original = Subject(
+                open_checkpoint(
+                    against, trust_code=trust_remote_code, allow_links=allow_links
+                ),
+                against,
+            )
+        questions = with_prompts(questions, checkpoint, generate, new_tokens)
+        # The original first: its answers are what others are compared with.
+        if original is not None:
+            with watching(quiet) as report:
+                known = judge(original, questions, report, ranks=ranks)
+        with watching(quiet) as report:
+            quality = judge(subject, questions, report, known, ranks)
+        if ranks.rank:
+            return
+        if card:
+            write_scores(checkpoint, quality, known)
+        failed = failures(conditions, quality, known)
+        show_quality(quality, known, failed, as_json)
     if failed:
         raise typer.Exit(FAILED)
 

@@ -13,6 +13,7 @@ from ..calibrate.perplexity import Perplexity, perplexity
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.tokenizer import needs_code, tokenizer_folder
 from ..progress import Report
+from ..ranks.group import ALONE, Ranks
 from ..recipes.calibration import NamedText
 from .generation import Generated, generate
 from .prompts import Prompts
@@ -82,6 +83,7 @@ def judge(
     questions: Questions,
     report: Report,
     original: Quality | None = None,
+    ranks: Ranks = ALONE,
 ) -> Quality:
     """Perplexity by the streaming forward, then tasks and prompts by a server.
 
@@ -90,6 +92,7 @@ def judge(
         questions: What it is asked.
         report: Called as it goes on.
         original: What the original answered, to be compared with.
+        ranks: Share in the perplexity.
 
     Raises:
         MoePruneError: A text, a task, a prompt or the server does not do.
@@ -103,6 +106,7 @@ def judge(
             max_tokens=questions.max_tokens,
             device=questions.device,
             report=report,
+            ranks=ranks,
         )
         for text in questions.texts
     ]

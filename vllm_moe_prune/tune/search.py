@@ -27,12 +27,12 @@ from ..cut.quick import quick_losses
 from ..decide.cut_plan import CutPlan, trimming
 from ..decide.required_stats import needed_statistics
 from ..decide.sensitivity import rule
-from ..errors import RecipeError
+from ..errors import RanksError, RecipeError
 from ..progress import Progress, Report
 from ..recipes.schema import ExpertStage, Recipe, SlimStage, TuneStage
 from ..stages.measure import collect, tokens_of
 from ..stages.plan import plan
-from ..stages.preflight import RunOptions
+from ..stages.preflight import RunOptions, check_ranks
 from ..stages.probe import with_owl, with_sensitivity
 from .candidates import Candidate, refinements, structures, zeros_alone
 from .judged import (
@@ -110,6 +110,11 @@ class _Search:
         work: Path | None,
         minutes: float | None,
     ) -> None:
+        if minutes is not None and options.ranks.size > 1:
+            raise RanksError(
+                "--minutes goes by each process's own clock. Leave it out, or start "
+                "tune without torchrun."
+            )
         self.until = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self.checkpoint = checkpoint
         self.recipe = recipe
@@ -120,10 +125,14 @@ class _Search:
         # Estimates in fp32 on CPUs, most of which multiply bf16 at half its speed.
         dtype = torch.float32 if self.model.device.type == "cpu" else None
         self.ranking = StreamingModel(checkpoint, options.device, dtype)
-        kept = None if work is None else work / "losses.jsonl"
-        self.journal = LossJournal(kept, options.ranks)
         self.tokens = tokens_of(checkpoint, recipe.calibration)
         self.heldout = load_heldout(checkpoint, recipe.calibration)
+        asked = self.settings.model_dump_json(), tuple(sizes), self.heldout.sha256
+        check_ranks(checkpoint, options, self.tokens, search=asked)
+        if work is not None:
+            options.ranks.check_shared(work.absolute().parent)
+        kept = None if work is None else work / "losses.jsonl"
+        self.journal = LossJournal(kept, options.ranks)
         self.found = [Found(size) for size in sizes]
         self._outliers: dict[float, Stats] = {}
         """By OWL's threshold."""
