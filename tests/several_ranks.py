@@ -14,6 +14,7 @@ import torch
 
 from tests.tiny import tiny_checkpoint, tiny_text
 from vllm_moe_prune import pipeline
+from vllm_moe_prune.calibrate import expert_forward, memory
 from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.ranks.group import joined
 from vllm_moe_prune.recipes.schema import parse_recipe
@@ -117,6 +118,8 @@ def make_models(folder: Path) -> Path:
 
 def main(folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
+    # So that tiny models too run some windows, or tokens, at a time.
+    memory.TEMPORARY_BYTES = expert_forward.TEMPORARY_BYTES = 200_000
     with joined() as ranks:
         text = str(next(folder.glob("*.txt")))
         calibration = {"source": text, "samples": 10, "sequence_length": 32}

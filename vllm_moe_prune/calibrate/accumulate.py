@@ -136,7 +136,9 @@ class _Measure:
         last = last if whole else self.checkpoint.moe_layers[-1].index
         names = self.tokens.names if self.tokens else ()
         blocks = routed.BlockSamples(self._sources(len(names)))
-        model = StreamingModel(self.checkpoint, self.device) if self.tokens else None
+        model = None
+        if self.tokens:
+            model = StreamingModel(self.checkpoint, self.device, ranks=self.ranks)
         hidden = torch.empty(0)
         start = 0
         stats = Stats(

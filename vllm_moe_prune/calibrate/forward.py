@@ -22,10 +22,12 @@ from ..checkpoint.dense_parts import DensePart, dense_parts
 from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import DTYPES, Expert, read_weight
 from ..errors import CalibrationError
-from .expert_forward import Routing, add_expert, route
+from ..ranks.group import ALONE, Ranks
+from .expert_forward import Routing, route
 from .members import check_layers, info_of
 from .memory import batches, keep_few_kernels
 from .router import router_of
+from .shared_experts import exchange, run_mlp
 from .stock import (
     activation,
     attention_bytes,
@@ -68,6 +70,7 @@ class StreamingModel:
         checkpoint: Checkpoint,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Check config and tensor names; read no weight.
 
@@ -75,12 +78,13 @@ class StreamingModel:
             checkpoint: The model.
             device: Where it computes.
             dtype: In what; None: as it is stored.
+            ranks: Who shares in running layers; all of them then run the same.
 
         Raises:
             CheckpointError: A tensor that the forward needs is missing or misshapen.
         """
         keep_few_kernels()
-        self.checkpoint = checkpoint
+        self.checkpoint, self.ranks = checkpoint, ranks
         self.device = torch.device(device)
         arch = checkpoint.arch
         self.act = activation(checkpoint)
@@ -231,15 +235,19 @@ class StreamingModel:
         hidden_STD: torch.Tensor,
         see: Callable[[str, torch.Tensor], None] | None = None,
     ) -> None:
-        layer = self._once(index, lambda: self.build_layer(index))
-        if see is not None:
-            watch_linears(layer, see)
         sequences, length, _ = hidden_STD.shape
         position_embeddings, mask, masked_batch = None, None, 0
         position_ids = torch.arange(length, device=self.device).unsqueeze(0)
-        for batch in batches(
-            sequences, attention_bytes(self.config, length, self.dtype.itemsize)
-        ):
+        size = attention_bytes(self.config, length, self.dtype.itemsize)
+        several = list(batches(sequences, size))
+        # What is watched is summed, by every rank in the same order.
+        ranks = self.ranks if see is None else ALONE
+        own = several[ranks.rank :: ranks.size]
+        if own:
+            layer = self._once(index, lambda: self.build_layer(index))
+            if see is not None:
+                watch_linears(layer, see)
+        for batch in own:
             x_bTD = hidden_STD[batch]
             if len(x_bTD) != masked_batch:
                 masked_batch = len(x_bTD)
@@ -253,6 +261,7 @@ class StreamingModel:
                 attention_mask=mask,
                 position_ids=position_ids,
             )
+        exchange(ranks, hidden_STD, several)
 
     @torch.no_grad()
     def add_shared(self, index: int, x_ND: torch.Tensor, out_ND: torch.Tensor) -> None:
@@ -368,9 +377,7 @@ class StreamingModel:
             self._replaced |= self._observer.before_mlp(self, index, part, x_ND)
         prefix = self.checkpoint.arch.layer_prefix.format(layer=index)
         mlp = Expert(*(self.read(prefix + name) for name in part.mlp.names))
-        token_N = torch.arange(len(x_ND), device=self.device)
-        weight_N = torch.ones(len(x_ND), device=self.device)
-        add_expert(out_ND, x_ND, token_N, weight_N, mlp, self.act)
+        run_mlp(self.ranks, out_ND, x_ND, mlp, self.act)
 
     def build_layer(self, index: int) -> torch.nn.Module:
         """A stock decoder layer with its weights, that adds its attention only."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .. import __version__
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.reader import read_expert
 from ..errors import CalibrationError, CheckpointError
@@ -20,7 +19,7 @@ from .constants import add_constants
 from .data import Ids, TokenReader, sha256_of
 from .forward import NO_TARGET, StreamingModel
 from .memory import release_freed
-from .shared_experts import check_states, run_shared
+from .shared_experts import agree_on, check_states, run_shared
 from .text import name_of
 
 # Of the hidden states of one batch; every batch reads all weights once.
@@ -82,7 +81,7 @@ def perplexity(
             f"sequence length {sequence_length}: a token is predicted from the one "
             "before it, so it must be at least 2."
         )
-    model = StreamingModel(checkpoint, device)
+    model = StreamingModel(checkpoint, device, ranks=ranks)
     text = TokenReader(checkpoint, source)
     ids = text.read(max_tokens)
     windows_ST = _windows(text, ids, text.cap(sequence_length))
@@ -91,12 +90,8 @@ def perplexity(
             f"{source}: gives {len(ids)} tokens; nothing is left to predict. "
             "Use a longer text."
         )
-    ranks.agree(
-        version_of_this_package=__version__,
-        checkpoint=checkpoint.fingerprint,
-        text=sha256_of(windows_ST),
-    )
-    total, count = summed_loss(model, windows_ST, source, report, ranks)
+    agree_on(ranks, checkpoint, text=sha256_of(windows_ST))
+    total, count = summed_loss(model, windows_ST, source, report)
     return Perplexity(count, total, name or name_of(source))
 
 
@@ -105,7 +100,6 @@ def summed_loss(
     windows_ST: torch.Tensor,
     source: str,
     report: Report = ignore,
-    ranks: Ranks = ALONE,
 ) -> tuple[float, int]:
     """Negative log-likelihood of windows in nats, and how many tokens were predicted.
 
@@ -114,7 +108,6 @@ def summed_loss(
         windows_ST: Token ids; those that are ``NO_TARGET`` are not predicted.
         source: How an error names the text.
         report: Called after every layer of every batch.
-        ranks: Share out the experts.
 
     Raises:
         CheckpointError: The loss is not finite.
@@ -126,7 +119,7 @@ def summed_loss(
         # NO_TARGET is no row of the table; any id does, as nothing after it is scored.
         hidden_STD = model.embed(tokens_ST.clamp(min=0))
         for index in range(model.num_layers):
-            run_layer(model, index, hidden_STD, ranks)
+            run_layer(model, index, hidden_STD)
             release_freed()
             report(_progress(checkpoint, index, number, len(batches)))
         nll, predicted = model.nll(hidden_STD, tokens_ST)
@@ -141,29 +134,22 @@ def summed_loss(
 
 
 @torch.no_grad()
-def run_layer(
-    model: StreamingModel,
-    index: int,
-    hidden_STD: torch.Tensor,
-    ranks: Ranks = ALONE,
-) -> None:
-    """One whole decoder layer, in place; ``ranks`` share its experts."""
+def run_layer(model: StreamingModel, index: int, hidden_STD: torch.Tensor) -> None:
+    """One whole decoder layer, in place."""
     _, x_ND = model.enter(index, hidden_STD)
     if x_ND is not None:
-        check_states(ranks, x_ND, index)
-        leave(model, index, hidden_STD, x_ND, routed(model, index, x_ND, ranks))
+        check_states(model.ranks, x_ND, index)
+        leave(model, index, hidden_STD, x_ND, routed(model, index, x_ND))
 
 
 @torch.no_grad()
-def routed(
-    model: StreamingModel, index: int, x_ND: torch.Tensor, ranks: Ranks = ALONE
-) -> torch.Tensor:
+def routed(model: StreamingModel, index: int, x_ND: torch.Tensor) -> torch.Tensor:
     """What a layer's routed experts make of ``x_ND`` [N, D], shared ones left out."""
     checkpoint = model.checkpoint
     layer = checkpoint.layers[index]
     routing = model.route(layer, x_ND)
     out_ND = run_shared(
-        ranks,
+        model.ranks,
         x_ND,
         routing,
         layer,

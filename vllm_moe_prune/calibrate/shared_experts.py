@@ -8,11 +8,13 @@ Axes: N tokens, n those of one expert, D hidden.
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+from torch.nn import functional
 
-from ..checkpoint.open import Layer
+from .. import __version__
+from ..checkpoint.open import Checkpoint, Layer
 from ..checkpoint.reader import Expert
 from ..ranks.group import Ranks
 from .expert_forward import (
@@ -21,10 +23,12 @@ from .expert_forward import (
     Routing,
     Served,
     Visit,
+    add_expert,
     expert_outputs,
     expert_tokens,
     place,
     run_experts,
+    token_chunks,
 )
 
 # Of one rank before all exchange: experts have different numbers of tokens.
@@ -77,6 +81,67 @@ def add_outputs(
         given_nD = ranks.broadcast(scaled_nD, ranks.owner(expert))
         given_nD += out_ND.index_select(0, token_n)
         out_ND.index_copy_(0, token_n, given_nD)
+
+
+def exchange(ranks: Ranks, x_STD: torch.Tensor, slices: Sequence[slice]) -> None:
+    """Put what each rank has of its slices in turn into ``x_STD``, on all ranks."""
+    if ranks.size > 1:
+        for at, one in enumerate(slices):
+            x_STD[one] = ranks.broadcast(x_STD[one], ranks.owner(at))
+
+
+@torch.no_grad()
+def run_mlp(
+    ranks: Ranks,
+    out_ND: torch.Tensor,
+    x_ND: torch.Tensor,
+    mlp: Expert,
+    act: Activation,
+) -> None:
+    """Add an MLP of all tokens to ``out_ND``, in place; ranks take some tokens each."""
+    token_N = torch.arange(len(x_ND), device=x_ND.device)
+    weight_N = torch.ones(len(x_ND), device=x_ND.device)
+    if ranks.size == 1:
+        add_expert(out_ND, x_ND, token_N, weight_N, mlp, act)
+        return
+    # As one process cuts them: the same products, to the last bit.
+    chunks = token_chunks(token_N, weight_N, mlp)
+    own = {
+        at: scaled_outputs(x_ND, *chunk, mlp, act)
+        for at, chunk in enumerate(chunks)
+        if ranks.owns(at)
+    }
+    add_outputs(ranks, out_ND, {at: one for at, (one, _) in enumerate(chunks)}, own)
+
+
+def agree_on(ranks: Ranks, checkpoint: Checkpoint, **what: object) -> None:
+    """Refuse ranks that were not started on the same, or not on the same machines.
+
+    Args:
+        ranks: All of them come here.
+        checkpoint: What they share the work on.
+        what: What else is to be the same, by the names that errors use.
+
+    Raises:
+        RanksError: Naming the first rank that differs from rank 0, and in what.
+    """
+    ranks.agree(
+        version_of_this_package=__version__,
+        version_of_PyTorch=torch.__version__,
+        number_of_threads=torch.get_num_threads(),
+        arithmetic=_arithmetic(),
+        checkpoint=checkpoint.fingerprint,
+        **what,
+    )
+
+
+def _arithmetic() -> str:
+    """What a product comes to on this machine: processors differ in the last bits."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(2, 256, 256, generator=generator)
+    products = [factors.to(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    found = [functional.silu(left @ right).float() for left, right in products]
+    return hashlib.sha256(torch.cat(found).numpy().tobytes()).hexdigest()
 
 
 def check_states(ranks: Ranks, x_ND: torch.Tensor, index: int) -> None:

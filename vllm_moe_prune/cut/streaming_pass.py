@@ -78,7 +78,7 @@ class StreamingPass:
     @torch.no_grad()
     def with_activations(self, tokens: Tokens, device: str, key: str) -> None:
         """One calibration pass: each layer slimmed on what the slimmed ones feed it."""
-        model = StreamingModel(self.checkpoint, device)
+        model = StreamingModel(self.checkpoint, device, ranks=self.ranks)
         context = SlimContext(self.writer, model, self.ranks)
         refits = Refits(model, self._cuts, tokens) if self.plan.refits else None
         ids_ST = tokens.ids_ST if refits is None else refits.ids_ST

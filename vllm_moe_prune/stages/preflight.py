@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__
 from ..calibrate.data import Tokens
+from ..calibrate.shared_experts import agree_on
 from ..checkpoint.open import Checkpoint
 from ..checkpoint.output_path import check_folder
 from ..checkpoint.reader import check_routers
@@ -63,12 +63,8 @@ def check_ranks(
     Raises:
         RanksError: Naming the first rank that differs from rank 0, and in what.
     """
-    options.ranks.agree(
-        version_of_this_package=__version__,
-        checkpoint=checkpoint.fingerprint,
-        calibration_text=tokens and tokens.sha256,
-        **what,
-    )
+    text = tokens and tokens.sha256
+    agree_on(options.ranks, checkpoint, calibration_text=text, **what)
 
 
 def validate_input(checkpoint: Checkpoint, device: str) -> None:
