@@ -25,6 +25,7 @@ LAYOUTS = {
     "deepseek_v3": "mlp.gate_up_down",
     "kimi_k2": "mlp.gate_up_down",
     "glm4_moe": "mlp.gate_up_down",
+    "glm4_moe_lite": "mlp.gate_up_down",
     "olmoe": "mlp.gate_up_down",
     "qwen3_moe": "mlp.gate_up_down",
 }
@@ -35,6 +36,7 @@ EXPERTS = {"deepseek_v2": (16, 4), "deepseek_v3": (16, 4), "kimi_k2": (16, 4)}
 # What the published files leave to the class of the configuration.
 UNSAID = {
     "glm4_moe": ("bos_token_id",),
+    "glm4_moe_lite": ("bos_token_id", "initializer_range", "use_cache"),
     "olmoe": ("bos_token_id", "rms_norm_eps"),
 }
 
@@ -117,6 +119,27 @@ def family_fields(
             "routed_scaling_factor": 1.0,
             "topk_group": 1,
             "use_qk_norm": False,
+        }
+    if model_type == "glm4_moe_lite":  # zai-org/GLM-4.7-Flash
+        return MLA | {
+            "attention_bias": False,
+            "eos_token_id": [2],
+            "first_k_dense_replace": 1,
+            "intermediate_size": 2 * width,
+            "moe_intermediate_size": width,
+            "n_group": 1,
+            "n_routed_experts": experts,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_key_value_heads": heads,
+            "num_nextn_predict_layers": 0,  # published: 1
+            "pad_token_id": 0,
+            "partial_rotary_factor": 1.0,
+            "q_lora_rank": 48,
+            "rope_scaling": None,
+            "routed_scaling_factor": 1.8,
+            "topk_group": 1,
+            "topk_method": "noaux_tc",
         }
     fields = {
         "attention_bias": False,

@@ -28,6 +28,7 @@ ENGINE = {
     "deepseek_v3": MLA,
     "kimi_k2": MLA,
     "glm4_moe": {},
+    "glm4_moe_lite": MLA,
     "olmoe": {},
     "qwen3_moe": {},
 }
@@ -39,6 +40,7 @@ OURS = {
     "deepseek_v3": "MoePruneDeepseekV3ForCausalLM",
     "kimi_k2": "MoePruneDeepseekV3ForCausalLM",
     "glm4_moe": "MoePruneGlm4MoeForCausalLM",
+    "glm4_moe_lite": "MoePruneGlm4MoeLiteForCausalLM",
     "olmoe": "MoePruneOlmoeForCausalLM",
     "qwen3_moe": "MoePruneQwen3MoeForCausalLM",
 }
@@ -172,6 +174,17 @@ CASES = {
             **{"use_qk_norm": True, "routed_scaling_factor": 2.5},
         },
         layout="mlp.packed",
+    ),
+    "glm4-lite-equal": Case(
+        "glm4_moe_lite",
+        {0: DROP_BLOCK, **{layer: keep(0, 2, 3, 5, 7) for layer in range(1, 4)}},
+        architecture="Glm4MoeLiteForCausalLM",
+    ),
+    "glm4-lite-everything": Case(
+        "glm4_moe_lite",
+        {1: EIGHT, 2: DROP_BLOCK, 3: DROP_MOE, 4: EIGHT},
+        "redirect",
+        config={"layers": 5, "num_nextn_predict_layers": 1},
     ),
     "k2-drops": Case(
         "kimi_k2",

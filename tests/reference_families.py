@@ -182,7 +182,8 @@ class FamilyReference:
         config, count = self.config, len(logits_E)
         left = set(self.removed.keep.get(layer, range(count)))
         top_k = min(config["num_experts_per_tok"], len(left))
-        if self.family == "glm4_moe" or config.get("scoring_func") == "sigmoid":
+        glm = self.family.startswith("glm4_moe")
+        if glm or config.get("scoring_func") == "sigmoid":
             scores = [float(logit.sigmoid()) for logit in logits_E]
         else:
             gone = torch.tensor([expert not in left for expert in range(count)])

@@ -17,7 +17,7 @@ from vllm_moe_prune.errors import CheckpointError
 ROUTER = "model.layers.1.mlp.gate."
 EXPERT = "model.layers.1.mlp.experts.3."
 V3, V2, V1, ARCTIC = "deepseek_v3", "deepseek_v2", "deepseek", "arctic"
-QWEN3 = "qwen3_moe"
+QWEN3, LITE = "qwen3_moe", "glm4_moe_lite"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -59,6 +59,10 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     (ARCTIC, {"moe_layer_frequency": 3}, "layer 0 has no experts by config.json"),
     (ARCTIC, {"parallel_attn_mlp_res": 1}, "parallel_attn_mlp_res is 1"),
     (ARCTIC, {"parallel_attn_mlp_res": False}, "parallel_attn_mlp_res is False"),
+    (LITE, {"mlp_layer_types": "sparse"}, "mlp_layer_types is sparse; expected a list"),
+    (LITE, {"mlp_layer_types": ["dense", 1]}, "mlp_layer_types is .*; expected a list"),
+    (LITE, {"mlp_layer_types": ["dense"]}, "mlp_layer_types lists 1 layers"),
+    (LITE, {"mlp_layer_types": ["sparse"] * 2}, "says layer 0 is sparse, but first_k"),
     (QWEN3, {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; only an empty list"),
     (QWEN3, {"num_local_experts": 7}, "num_experts is 8, but num_local_experts"),
     (QWEN3, {"per_layer_config": {"1": {"num_experts": 7}}}, "Call it num_local_exp"),

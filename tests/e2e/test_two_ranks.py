@@ -81,7 +81,8 @@ TENSORS = {
 BY_EXPERTS = {
     **{name: CASES[name] for name in ("arctic-everything", "deepseek-normalized")},
     **{name: CASES[name] for name in ("v2-everything", "qwen3-everything")},
-    **{"glm4-uneven-groups": CASES["glm4-uneven-groups"], "fp8": FP8},
+    **{name: CASES[name] for name in ("glm4-uneven-groups", "glm4-lite-everything")},
+    **{"fp8": FP8},
 }
 
 

@@ -23,7 +23,7 @@ from vllm_moe_prune.errors import CheckpointError, PlanError
 
 FAMILIES = (
     *("arctic", "deepseek", "deepseek_v2", "deepseek_v3"),
-    *("olmoe", "qwen3_moe", "glm4_moe"),
+    *("olmoe", "qwen3_moe", "glm4_moe", "glm4_moe_lite"),
 )
 UNEVEN_8 = {1: (0, 3, 4, 6, 7), 2: (1, 2, 5)}
 # Groups of four experts; two of each must stay.
@@ -199,6 +199,8 @@ def test_a_cut_of_a_cut_keeps_the_original_groups(
         ("deepseek", {"moe_layer_freq": 2}, (1,)),
         ("deepseek", {"first_k_dense_replace": 2}, (0,)),
         ("deepseek", {"moe_layer_freq": 2, "first_k_dense_replace": 3}, (3, 5)),
+        ("glm4_moe_lite", {}, (0,)),
+        ("glm4_moe_lite", {"first_k_dense_replace": 3}, (1, 5)),
     ],
 )
 def test_which_layers_are_dense_survives_dropped_blocks(
@@ -209,6 +211,9 @@ def test_which_layers_are_dense_survives_dropped_blocks(
     out = pruned(folder, {index: LayerCut(action="drop-block") for index in dropped})
     after = [layer.has_moe for layer in open_checkpoint(out).layers]
     assert after == [moe for at, moe in enumerate(before) if at not in dropped]
+    if family == "glm4_moe_lite":
+        types = read_json(out / "config.json")["mlp_layer_types"]
+        assert [one == "sparse" for one in types] == after
     overridden = read_json(out / "config.json").get("per_layer_config", {})
     allowed = {"moe_layer_frequency", "moe_layer_freq", "first_k_dense_replace"}
     assert all(set(values) <= allowed for values in overridden.values())

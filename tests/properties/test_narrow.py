@@ -171,7 +171,7 @@ def run(
 
 FAMILIES = (
     *("mixtral", "arctic", "deepseek", "deepseek_v2", "deepseek_v3"),
-    *("olmoe", "qwen3_moe", "glm4_moe"),
+    *("olmoe", "qwen3_moe", "glm4_moe", "glm4_moe_lite"),
 )
 MORE: dict[str, dict[str, Any]] = {
     "alone": {},

@@ -48,6 +48,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
     ),
     "glm4": ("glm4_moe", {}),
+    "glm4-lite": ("glm4_moe_lite", {}),
+    "glm4-lite-saved": (
+        "glm4_moe_lite",
+        {
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "first_k_dense_replace": None,
+        },
+    ),
     "glm4-norms-groups": (
         "glm4_moe",
         {"use_qk_norm": True, "n_group": 2, "routed_scaling_factor": 2.5},
@@ -119,7 +127,7 @@ def test_the_loss_is_that_of_plain_float64(
     assert streamed_loss(folder, ids_ST).mean == pytest.approx(reference, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "glm4_moe_lite"])
 def test_an_mtp_layer_predicts_as_plain_float64_does(
     family: str, tmp_path: Path, tokens_ST: torch.Tensor
 ) -> None:

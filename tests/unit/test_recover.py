@@ -41,6 +41,7 @@ WAYS = {
     "deepseek_v3": (COMPRESSED["v3"], "lora", "experts,dense"),
     "olmoe": (Case("olmoe", {1: keep(0, 2, 5)}), "lora", "attention,experts"),
     "glm4_moe": (CASES["glm4-drops"], "full", None),
+    "glm4_moe_lite": (CASES["glm4-lite-equal"], "lora", None),
     "qwen3_moe": (CASES["qwen3-everything"], "full", "attention,dense"),
 }
 LESSONS = {

@@ -131,6 +131,7 @@ FAMILIES = (
     "olmoe",
     "qwen3_moe",
     "glm4_moe",
+    "glm4_moe_lite",
 )
 
 

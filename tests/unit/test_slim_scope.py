@@ -20,7 +20,7 @@ from vllm_moe_prune.slim.wanda import wanda
 
 FAMILIES = (
     *("mixtral", "arctic", "deepseek", "deepseek_v2", "deepseek_v3"),
-    *("olmoe", "qwen3_moe", "glm4_moe"),
+    *("olmoe", "qwen3_moe", "glm4_moe", "glm4_moe_lite"),
 )
 LAYERS = 3
 

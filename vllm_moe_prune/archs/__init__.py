@@ -13,7 +13,7 @@ ALIASES = {"kimi_k2": "deepseek_v3"}
 """Families whose tensors, routers and config keys are those of another one's table."""
 ALIAS_CHECKPOINTS = {"kimi_k2": "Kimi-K2"}
 """Their published checkpoints, for people."""
-NO_TABLES = ("spec", "support")
+NO_TABLES = ("pattern", "spec", "support")
 
 
 def supported() -> list[str]:

@@ -58,6 +58,11 @@ def stock_config(checkpoint: Checkpoint) -> Any:
         config = find_class(arch.hf_config).from_dict(values)
         # Unset, transformers takes eager attention: [T, T] scores of every head.
         config._attn_implementation = "sdpa"
+        further = len(checkpoint.layers) - len(checkpoint.decoder_layers)
+        for key in arch.per_layer_lists:
+            # Layers that predict further tokens have indices behind the last.
+            if isinstance(listed := getattr(config, key, None), list):
+                setattr(config, key, [*listed, *(listed[-1:] * further)])
     with _refusing(checkpoint, "a decoder layer"):
         # Built and thrown away: sizes that do not go together fail here.
         stock_layer(arch, config, 0)

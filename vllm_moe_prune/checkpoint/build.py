@@ -21,6 +21,7 @@ from .config_values import (
     check_dense,
     check_lists,
     check_pattern,
+    check_types,
     positive,
     router_rule,
 )
@@ -211,6 +212,7 @@ def _without_parts(
 
 def _has_moe(arch: MoeArch, view: dict[str, Any], index: int, where: Path) -> bool:
     check_pattern(arch, view, where)
+    check_types(arch, view, index, where)
     return arch.pattern.has_moe(view, index)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..archs.pattern import DENSE, SPARSE
 from ..archs.spec import Key, MoeArch, RouterRule
 from ..errors import CheckpointError
 
@@ -56,6 +57,34 @@ def check_pattern(arch: MoeArch, view: Mapping[str, Any], where: Path) -> None:
     pattern = arch.pattern
     whole(pattern.first.read(view), pattern.first.name, where, least=0)
     whole(pattern.frequency.read(view), pattern.frequency.name, where)
+    listed: object = pattern.listed(view)
+    if listed is not None and not (
+        isinstance(listed, list) and all(one in (SPARSE, DENSE) for one in listed)
+    ):
+        raise CheckpointError(
+            f"{where}: {pattern.types} is {str(listed)[:100]}; expected a list of "
+            f"{SPARSE!r} and {DENSE!r}."
+        )
+
+
+def check_types(
+    arch: MoeArch, view: Mapping[str, Any], index: int, where: Path
+) -> None:
+    """Refuse two keys that say different things of a layer to their readers.
+
+    Raises:
+        CheckpointError: Naming the layer.
+    """
+    pattern = arch.pattern
+    listed = pattern.listed(view)
+    if listed is None or view.get(pattern.first.name or "") is None:
+        return
+    if pattern.counted(view, index) != (listed[index] == SPARSE):
+        raise CheckpointError(
+            f"{where}: {pattern.types} says layer {index} is {listed[index]}, but "
+            f"{pattern.first.name} is {pattern.first.read(view)}: transformers reads "
+            "the one, vLLM the other."
+        )
 
 
 def check_dense(arch: MoeArch, config: Mapping[str, Any], where: Path) -> None:

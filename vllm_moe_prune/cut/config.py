@@ -209,6 +209,7 @@ def _patterns(
     ]
     changed, alone = checkpoint.arch.pattern.renumbered(config, has_moe)
     config.update(changed)
+    config.update(checkpoint.arch.pattern.spelled(config, alone, len(has_moe)))
     return alone
 
 

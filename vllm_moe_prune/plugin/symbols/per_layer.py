@@ -4,6 +4,7 @@ from .symbol import Symbol
 
 _CLASSES = {
     "glm4_moe": ("Glm4MoE", "Glm4MoeForCausalLM"),
+    "glm4_moe_lite": ("Glm4MoeLite", "Glm4MoeLiteForCausalLM"),
     "olmoe": ("OlmoeMoE", "OlmoeForCausalLM"),
     "qwen3_moe": ("Qwen3MoeSparseMoeBlock", "Qwen3MoeForCausalLM"),
 }
@@ -25,6 +26,7 @@ PATCHED = tuple(
     Symbol(f"vllm.model_executor.models.{family}", name)
     for family in _CLASSES
     for name in ("FusedMoEFactory", "make_layers")
+    if (family, name) != ("glm4_moe_lite", "FusedMoEFactory")
 )
 """Not imported: others stand in their place while a model is built."""
 
