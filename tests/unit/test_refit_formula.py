@@ -38,6 +38,8 @@ class Naive:
     downs: list[Tensor]
     target_ND: Tensor
     fitted_N: Tensor
+    share_N1: Tensor
+    """1 / RMS of what is wanted behind the layer, 1 on average."""
 
     def refitted(self, ridge: float, sweeps: int) -> list[Tensor]:
         downs = [down.clone() for down in self.downs]
@@ -50,8 +52,9 @@ class Naive:
                     )
                     if number != at
                 )
-                seen = feature_NF[self.fitted_N]
-                wanted = (self.target_ND - others)[self.fitted_N]
+                seen = (self.share_N1 * feature_NF)[self.fitted_N]
+                missing = self.target_ND - others
+                wanted = (self.share_N1 * missing)[self.fitted_N]
                 gram = seen.T @ seen
                 pull = ridge * gram.diagonal().mean()
                 # (G + pull I) W' = F'T + pull W0'
@@ -64,7 +67,10 @@ class Naive:
         given = sum(f @ down.T for f, down in zip(self.features, downs, strict=True))
         missing = self.target_ND - given
         return [
-            float(missing[rows].square().sum() / self.target_ND[rows].square().sum())
+            float(
+                (self.share_N1 * missing)[rows].square().sum()
+                / (self.share_N1 * self.target_ND)[rows].square().sum()
+            )
             for rows in judged
         ]
 
@@ -103,7 +109,10 @@ def naive_of(
     # Every fifth window judges, counted from the middle of each five.
     judged = torch.zeros(len(ids), dtype=torch.bool)
     judged[[2, 7, 12]] = True
-    return Naive(features, downs, target, ~judged.repeat_interleave(ids.shape[1]))
+    rms = goal.flatten(0, 1).double().square().mean(1, keepdim=True).sqrt()
+    share = (1 / rms) / (1 / rms).mean()
+    fitted = ~judged.repeat_interleave(ids.shape[1])
+    return Naive(features, downs, target, fitted, share)
 
 
 def test_a_cut_refits_by_the_formula(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -113,7 +122,8 @@ def test_a_cut_refits_by_the_formula(checkpoint: Checkpoint, tmp_path: Path) -> 
     assert result.forward_passes == 2
     naive = naive_of(checkpoint, pruned, HALF.keep or (), some_tokens())
     judged = [~naive.fitted_N]
-    ridge = naive.best(judged)
+    # The worst window chooses.
+    ridge = naive.best([torch.arange(at * 40, at * 40 + 40) for at in (2, 7, 12)])
     expected = naive.refitted(ridge, SWEEPS)
     (record,) = result.records
     assert record.refit is not None
@@ -168,7 +178,9 @@ def two_sources(
     scale = torch.full((20, 1), 2.0)
     scale[source_S == 1] = {"alike": 2.0, "content": 1.0001, "opposed": 0.5}[second]
     target = given * scale.repeat_interleave(40, 0)
-    downs, record = refit_layer(streaming, cut, windows, x_ND, target)
+    downs, record = refit_layer(
+        streaming, cut, windows, x_ND, target, torch.ones(len(x_ND))
+    )
     found = [(one.before, one.after) for one in record.sources]
     assert [one.source for one in record.sources] == ["code", "maths"]
     return downs, found, record.ridge

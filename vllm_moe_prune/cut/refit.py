@@ -19,7 +19,7 @@ from ..calibrate.forward import StreamingModel
 from ..calibrate.perplexity import run_layer
 from .layer_cut import LayerCut
 from .layer_record import LayerRecord
-from .refit_layer import fit_windows, refit_layer
+from .refit_layer import fit_windows, refit_layer, shares
 
 
 def _first_apart(cuts: Sequence[LayerCut]) -> int:
@@ -107,12 +107,14 @@ class Refits:
             # Nothing has changed so far: there is nothing to make up for.
             return cut
         target_WTD = self.original_WTD.float()
+        share_N = shares(target_WTD.flatten(0, 1))
         target_WTD -= self._used(hidden_STD).float()
         target_WTD -= self._used(others_ND.view_as(hidden_STD)).float()
         x_nD = self._used(x_ND.view_as(hidden_STD)).flatten(0, 1)
         target_nD = target_WTD.flatten(0, 1)
-        found = refit_layer(self._model, cut, self._windows, x_nD, target_nD)
-        refitted, record.refit = found
+        refitted, record.refit = refit_layer(
+            self._model, cut, self._windows, x_nD, target_nD, share_N
+        )
         return dataclasses.replace(cut, refitted=refitted)
 
     def _used(self, hidden_STD: Tensor) -> Tensor:

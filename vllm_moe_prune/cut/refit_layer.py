@@ -3,8 +3,9 @@
 The pruned model is to have, behind the layer, the hidden states of the original. What
 is not the experts' is taken off that target, so that the experts, fed by the layers
 that were pruned before and routed as the pruned router does, are to give the rest. A
-part of every calibration source is kept apart; it chooses the ridge, and a layer in
-which any source would get worse stays as it was.
+part of every calibration source is kept apart; its worst window chooses the ridge, and
+a layer in which any source would get worse stays as it was. Errors count relative to
+the hidden states: what comes next norms those.
 
 Axes: S calibration windows, W those of them that refits use, T tokens of a window, N =
 W*T tokens, n those of one expert, D hidden, F expert width.
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 """What is tried, relative to the mean diagonal of an expert's Gram matrix."""
+SMALLEST = 1e-6
+"""Added to mean squares, as norms do."""
 SWEEPS = 3
 """Over the experts of a layer."""
 JUDGE_ONE_OF = 5
@@ -109,6 +112,7 @@ def refit_layer(
     windows: FitWindows,
     x_ND: Tensor,
     target_ND: Tensor,
+    share_N: Tensor,
 ) -> tuple[dict[int, Tensor], RefitRecord]:
     """The down projections [D, F] of a layer's survivors, by new number.
 
@@ -118,12 +122,13 @@ def refit_layer(
         windows: Which windows these are.
         x_ND: What enters the MoE of the pruned model.
         target_ND: What the routed experts are to give, float32; overwritten.
+        share_N: What an error of each token is multiplied with, float32.
 
     Returns:
         Those that change, in the stored dtype (none if the layer stays as it is), and
         what was found.
     """
-    fit = _Fit(model, cut, windows, x_ND, target_ND)
+    fit = _Fit(model, cut, windows, x_ND, target_ND, share_N)
     ridge = fit.best_ridge()
     downs, sources = fit.refitted(ridge)
     # Not max: one that is NaN must not pass.
@@ -132,9 +137,20 @@ def refit_layer(
     return {}, RefitRecord(ridge=None, sources=sources)
 
 
+def shares(hidden_ND: Tensor) -> Tensor:
+    """What errors of hidden states are multiplied with: 1 / RMS, 1 on average [N]."""
+    # A few tokens have states a hundred times larger, which no norm lets through.
+    share_N = (hidden_ND.square().mean(-1) + SMALLEST).rsqrt()
+    return share_N / share_N.mean()
+
+
 def _ratio(errors: SourceErrors) -> float:
+    return _quotient(errors.after, errors.before)
+
+
+def _quotient(after: float, before: float) -> float:
     # An error of 0 cannot get smaller: a reason to leave the layer alone.
-    return errors.after / errors.before if errors.before > 0 else 1.0
+    return after / before if before > 0 else 1.0
 
 
 class _Seen(NamedTuple):
@@ -169,31 +185,35 @@ class _Fit:
         windows: FitWindows,
         x_ND: Tensor,
         target_ND: Tensor,
+        share_N: Tensor,
     ) -> None:
         self._cut, self._act, self._x_ND = cut, model.act, x_ND
         self._routing = trimmed_routing(model, cut, x_ND)
         length = len(x_ND) // len(windows.rows_W)
         repeated = windows.judged_W.repeat_interleave(length)
         self._judged_N = repeated.to(x_ND.device)
-        self._tokens_of = [
-            ((windows.source_W == source) & windows.judged_W)
-            .repeat_interleave(length)
-            .nonzero()
-            .flatten()
-            .to(x_ND.device)
-            for source in range(len(windows.names))
+        self._windows = [
+            slice(at * length, (at + 1) * length)
+            for at in windows.judged_W.nonzero().flatten().tolist()
         ]
-        self._sizes = self._squares(target_ND)
+        self._source_of = windows.source_W[windows.judged_W].tolist()
+        self._share_N = share_N
+        target_ND *= share_N[:, None]
+        self._names = windows.names
+        self._sizes = self._by_source(self._squares(target_ND))
         for seen in self._experts():
             _take_off(target_ND, seen, seen.down_DF)
         self._missing_ND = target_ND
-        self._names, self._before = windows.names, self._errors(target_ND)
+        self._before = self._squares(target_ND)
 
     def best_ridge(self) -> float:
-        """The ridge that serves the worst source best, after one sweep."""
+        """The ridge that serves the worst window best, after one sweep."""
         tries = [_Try(ridge, self._missing_ND.clone(), None) for ridge in RIDGES]
         self._sweep(tries)
-        worst = [max(map(_ratio, self._judged(one))) for one in tries]
+        worst = [
+            max(map(_quotient, self._squares(one.missing_ND), self._before))
+            for one in tries
+        ]
         return RIDGES[worst.index(min(worst))]
 
     def refitted(self, ridge: float) -> tuple[dict[int, Tensor], list[SourceErrors]]:
@@ -235,6 +255,7 @@ class _Fit:
         for new in range(self._cut.trimmed.num_experts):
             redirect = self._cut.trimmed.redirect
             token_n, weight_n = expert_tokens(self._routing, new, redirect)
+            weight_n = weight_n * self._share_N[token_n].to(weight_n.dtype)
             # Stable: the same order, hence the same sums, every time.
             order = torch.argsort(self._judged_N[token_n].int(), stable=True)
             token_n, weight_n = token_n[order], weight_n[order]
@@ -251,23 +272,35 @@ class _Fit:
             yield _Seen(token_n, feature_nF, len(token_n) - judged, expert.down_DF)
 
     def _judged(self, one: _Try) -> list[SourceErrors]:
-        errors = zip(
-            self._names, self._before, self._errors(one.missing_ND), strict=True
+        found = (
+            self._by_source(self._before),
+            self._by_source(self._squares(one.missing_ND)),
         )
         return [
-            SourceErrors(source=name, before=before, after=after)
-            for name, before, after in errors
+            SourceErrors(
+                source=name,
+                before=before / size if size > 0 else 0.0,
+                after=after / size if size > 0 else 0.0,
+            )
+            for name, size, before, after in zip(
+                self._names, self._sizes, *found, strict=True
+            )
         ]
 
-    def _errors(self, missing_ND: Tensor) -> list[float]:
-        pairs = zip(self._squares(missing_ND), self._sizes, strict=True)
-        return [found / size if size > 0 else 0.0 for found, size in pairs]
+    def _by_source(self, squares: Sequence[float]) -> list[float]:
+        """Sums over the windows of each source that are kept apart."""
+        return [
+            sum(
+                one for one, at in zip(squares, self._source_of, strict=True) if at == s
+            )
+            for s in range(len(self._names))
+        ]
 
     def _squares(self, missing_ND: Tensor) -> list[float]:
-        """Of the windows of each source that are kept apart."""
+        """Of each window that is kept apart."""
         return [
-            float(missing_ND.index_select(0, token_n).square().sum(dtype=torch.float64))
-            for token_n in self._tokens_of
+            float(missing_ND[rows].square().sum(dtype=torch.float64))
+            for rows in self._windows
         ]
 
 
