@@ -24,6 +24,7 @@ from .config_values import (
     check_types,
     positive,
     router_rule,
+    whole,
 )
 from .expert_tensors import expert_tensors, find_layout
 from .file_state import file_states
@@ -278,6 +279,9 @@ def _real_keys(config: dict[str, Any], arch: MoeArch, where: Path) -> dict[str, 
             )
     if alias not in config:
         return config
+    # By the name that the file has; lists are another tool's, and told as such.
+    if not isinstance(config[alias], list):
+        whole(config[alias], alias, where)
     if config.get(key, config[alias]) != config[alias]:
         raise CheckpointError(
             f"{where}: {alias} is {config[alias]!r}, but {key}, the same to "
