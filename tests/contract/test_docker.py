@@ -40,11 +40,22 @@ def test_dockerfiles_pass_hadolint(path: Path) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def test_compose_file_fits_its_published_schema() -> None:
+@pytest.mark.parametrize("name", ["compose.yaml", "cluster/compose.yaml"])
+def test_compose_files_fit_their_published_schema(name: str) -> None:
     command = [sys.executable, "-m", "check_jsonschema"]
-    command += ["--builtin-schema", "vendor.compose-spec", DOCKER / "compose.yaml"]
+    command += ["--builtin-schema", "vendor.compose-spec", DOCKER / name]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_cluster_examples_pass_their_linters() -> None:
+    tools = Path(sys.executable).parent
+    for command in (
+        [tools / "shellcheck", DOCKER / "cluster" / "slurm.sh"],
+        [tools / "kubernetes-validate", "--strict", DOCKER / "cluster" / "job.yaml"],
+    ):
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 def test_compose_file_mounts_and_builds_what_is_there() -> None:

@@ -74,6 +74,20 @@ def test_a_rank_that_hangs_ends_the_job(
     finish(job.processes[2])
 
 
+def test_ranks_do_not_outlive_the_machine_with_the_store(
+    world: World, tmp_path: Path, out: Path
+) -> None:
+    # Rank 0 waits for rank 1, whose connection stays.
+    job = start(tmp_path, [world.cut_arguments("wanda", out)] * 2)
+    disturb(job, out, 1, 4, signal.SIGSTOP)
+    del job.store
+    assert finish(job.processes[0]) == 2
+    (line,) = job.said()
+    assert line.startswith("error: torchrun, or its machine, is gone")
+    job.processes[1].kill()
+    finish(job.processes[1])
+
+
 def others(world: World, tmp_path: Path) -> Iterator[tuple[list[str], str]]:
     """What rank 1 is started with instead, and what is said of it."""
     out = tmp_path / "out"

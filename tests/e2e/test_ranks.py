@@ -1,6 +1,7 @@
 """Under torchrun: any number of processes writes the bytes that one does."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,19 +10,45 @@ import pytest
 
 from tests import several_ranks
 
+# Many imports, and as many processes as ranks on two cores.
+pytestmark = pytest.mark.timeout(300)
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+ROOT = str(Path(__file__).parents[2])
+PATHS = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
 
 
-def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """What torchrun starts, on one machine."""
-    start = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [sys.executable, "-m", *start, *map(str, arguments)],
-        env=ONE_THREAD,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def torchrun(*arguments: object) -> list[str]:
+    """A command line of torchrun."""
+    return [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
+
+
+def on_two_nodes(folder: Path, *arguments: object) -> list[tuple[int, str]]:
+    """Three ranks: two on one node, one on another; status and errors of each.
+
+    Nodes are agents with folders of their own, but for ``folder``.
+    """
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    agents = []
+    for node, ranks in enumerate((2, 1)):
+        own = folder / f"node-{node}"
+        own.mkdir()
+        start = torchrun("--nnodes", 2, "--nproc-per-node", ranks, "--max-restarts", 0)
+        start += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+        start += ["--rdzv-id", "test", "--local-addr", "localhost"]
+        where = {"HOME": str(own), "TMPDIR": str(own), "PYTHONPATH": PATHS}
+        agents.append(
+            subprocess.Popen(
+                [*start, *map(str, arguments)],
+                env=ONE_THREAD | where,
+                cwd=own,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [agent.communicate(timeout=240)[1] for agent in agents]
+    return [(agent.returncode, line) for agent, line in zip(agents, said, strict=True)]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -39,17 +66,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     several_ranks.make_models(folder / "models")
     command = [sys.executable, "-m", "tests.several_ranks", "models", "1"]
-    root = str(Path(__file__).parents[2])
-    paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    env = ONE_THREAD | {"PYTHONPATH": paths}
+    env = ONE_THREAD | {"PYTHONPATH": PATHS}
     subprocess.run(command, env=env, cwd=folder, check=True, timeout=240)
     return folder
 
 
-def test_three_ranks_write_what_one_process_does(alone: Path) -> None:
+def test_three_ranks_on_two_nodes_write_what_one_process_does(alone: Path) -> None:
     script = ("-m", "tests.several_ranks", alone / "models", alone / "3")
-    done = torchrun(3, *script)
-    assert done.returncode == 0, done.stderr
+    for status, said in on_two_nodes(alone, *script):
+        assert status == 0, said
     for name in several_ranks.RECIPES:
         one, three = files_of(alone / "1" / name), files_of(alone / "3" / name)
         assert one.keys() == three.keys()
@@ -94,7 +119,12 @@ with joined() as ranks:
 def test_ranks_with_another_input_or_folder_are_named(tmp_path: Path) -> None:
     script = tmp_path / "different.py"
     script.write_text(DIFFERENT)
-    done = torchrun(3, script, tmp_path)
+    done = subprocess.run(
+        torchrun("--standalone", "--nproc-per-node", 3, script, tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rank 2 has another calibration text than rank 0") == 3
     assert done.stdout.count("rank 1 does not see what rank 0 wrote") == 3

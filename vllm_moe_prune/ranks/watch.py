@@ -30,6 +30,7 @@ JOIN = timedelta(minutes=10)
 STALL_VARIABLE = "MOE_PRUNE_RANK_TIMEOUT"
 STALL_S = 600.0
 RESUME = "What is finished is kept: start again with --resume."
+STORE_GONE = f"torchrun, or its machine, is gone where rank 0 was started. {RESUME}"
 
 
 @dataclass
@@ -116,7 +117,7 @@ class Watch:
                 time.sleep(0.1)
             after = self._beats_of_all()
         except DistError:
-            return RanksError(f"torchrun ended on the machine of rank 0. {RESUME}")
+            return RanksError(STORE_GONE)
         gone = [rank for rank in range(self._size) if before[rank] == after[rank]]
         if gone:
             several = "ranks" if len(gone) > 1 else "rank"
@@ -154,8 +155,9 @@ class Watch:
                 if self._waits and not self._ending and (line := self._stuck()):
                     self._end(line)
         except DistError:
-            # The store is gone, and with it a machine: exchanges will fail.
-            return
+            # Exchanges may not fail: a machine that vanished closes no connection.
+            if not self._ending and not self._stop.is_set():
+                self._end(STORE_GONE)
 
     def _tell(self) -> None:
         self._beats += 1
