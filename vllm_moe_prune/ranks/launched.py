@@ -13,3 +13,8 @@ def who_speaks() -> str:
     """What a line begins with, so that it is known which of several processes it is
     of."""
     return f"rank {os.environ.get('RANK')}: " if launched() else ""
+
+
+def local_rank() -> int | None:
+    """Which of the processes on this machine it is; None: it is alone."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if launched() else None

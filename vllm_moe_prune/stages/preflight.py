@@ -27,6 +27,7 @@ from ..decide.cut_plan import CutPlan
 from ..errors import PlanError, RecipeError
 from ..progress import Report, ignore
 from ..ranks.group import ALONE, Ranks
+from ..ranks.launched import local_rank
 from ..recipes.schema import Recipe, Spelling
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def check_ranks(
         RanksError: Naming the first rank that differs from rank 0, and in what.
     """
     text = tokens and tokens.sha256
-    agree_on(options.ranks, checkpoint, calibration_text=text, **what)
+    kind = torch.device(options.device).type
+    agree_on(options.ranks, checkpoint, calibration_text=text, device=kind, **what)
 
 
 def validate_input(checkpoint: Checkpoint, device: str) -> None:
@@ -127,10 +129,16 @@ def validate_plan(
 
 
 def device_of(name: str) -> str:
-    """What ``auto`` stands for: CUDA's current device if there is one, else the CPU."""
+    """What ``auto`` stands for: CUDA's current device if there is one, else the CPU.
+
+    Of several ranks on a machine each takes one of its own.
+    """
     if name != "auto":
         return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    rank = local_rank()
+    return "cuda" if rank is None else f"cuda:{rank % torch.cuda.device_count()}"
 
 
 def check_device(name: str) -> None:
