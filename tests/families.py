@@ -26,6 +26,7 @@ LAYOUTS = {
     "kimi_k2": "mlp.gate_up_down",
     "glm4_moe": "mlp.gate_up_down",
     "glm4_moe_lite": "mlp.gate_up_down",
+    "minimax_m2": "block_sparse_moe.w1w2w3",
     "olmoe": "mlp.gate_up_down",
     "qwen3_moe": "mlp.gate_up_down",
 }
@@ -37,6 +38,8 @@ EXPERTS = {"deepseek_v2": (16, 4), "deepseek_v3": (16, 4), "kimi_k2": (16, 4)}
 UNSAID = {
     "glm4_moe": ("bos_token_id",),
     "glm4_moe_lite": ("bos_token_id", "initializer_range", "use_cache"),
+    # Nor are first and last token published, but the class's are not in tiny tables.
+    "minimax_m2": ("attention_dropout", "initializer_range"),
     "olmoe": ("bos_token_id", "rms_norm_eps"),
 }
 
@@ -47,7 +50,12 @@ def default_counts(model_type: str) -> tuple[int, int]:
 
 
 def family_fields(
-    model_type: str, experts: int, width: int, heads: int, sliding_window: int | None
+    model_type: str,
+    experts: int,
+    width: int,
+    heads: int,
+    sliding_window: int | None,
+    layers: int,
 ) -> dict[str, Any]:
     """The keys of config.json that not every family has."""
     if model_type in ("mixtral", "arctic"):
@@ -82,6 +90,23 @@ def family_fields(
             "rope_scaling": None,
             "rope_theta": 10000.0,
             "router_aux_loss_coef": 0.01,
+        }
+    if model_type == "minimax_m2":  # MiniMaxAI/MiniMax-M2.1
+        return {
+            "attn_type_list": [1] * layers,
+            "head_dim": 64,
+            "intermediate_size": width,
+            "mtp_transformer_layers": 1,
+            "num_local_experts": experts,
+            "num_mtp_modules": 3,
+            "qk_norm_type": "per_layer",
+            "rope_theta": 5000000,
+            "rotary_dim": 32,
+            "scoring_func": "sigmoid",
+            "shared_intermediate_size": 0,
+            "use_mtp": True,
+            "use_qk_norm": True,
+            "use_routing_bias": True,
         }
     if model_type == "qwen3_moe":  # Qwen/Qwen3-30B-A3B
         return {
@@ -183,6 +208,9 @@ def family_fields(
 
 def fp8_fields(model_type: str, layers: int) -> dict[str, Any]:
     """The keys of an FP8 checkpoint's quantization_config that not every one has."""
+    if model_type == "minimax_m2":
+        names = ["gate", "e_score_correction_bias", "lm_head"]
+        return {"fmt": "float8_e4m3fn", "modules_to_not_convert": names}
     if model_type != "qwen3_moe":
         return {}
     parts = ("input_layernorm", "mlp.gate", "post_attention_layernorm")
@@ -197,10 +225,11 @@ def attention(config: dict[str, Any]) -> tuple[Shapes, list[tuple[str, int]]]:
     if "kv_lora_rank" in config:
         return _latent_attention(config), _latent_norms(config)
     vectors = []
-    if config["model_type"] == "olmoe":
-        size = config["hidden_size"] // config["num_attention_heads"]
+    if config["model_type"] in ("olmoe", "minimax_m2"):
+        heads = config["num_attention_heads"]
+        size = config.get("head_dim") or config["hidden_size"] // heads
         vectors = [
-            ("self_attn.q_norm.weight", config["num_attention_heads"] * size),
+            ("self_attn.q_norm.weight", heads * size),
             ("self_attn.k_norm.weight", config["num_key_value_heads"] * size),
         ]
     elif config["model_type"] == "qwen3_moe" or config.get("use_qk_norm"):

@@ -29,6 +29,7 @@ ENGINE = {
     "kimi_k2": MLA,
     "glm4_moe": {},
     "glm4_moe_lite": MLA,
+    "minimax_m2": {},
     "olmoe": {},
     "qwen3_moe": {},
 }
@@ -41,6 +42,7 @@ OURS = {
     "kimi_k2": "MoePruneDeepseekV3ForCausalLM",
     "glm4_moe": "MoePruneGlm4MoeForCausalLM",
     "glm4_moe_lite": "MoePruneGlm4MoeLiteForCausalLM",
+    "minimax_m2": "MoePruneMiniMaxM2ForCausalLM",
     "olmoe": "MoePruneOlmoeForCausalLM",
     "qwen3_moe": "MoePruneQwen3MoeForCausalLM",
 }
@@ -185,6 +187,12 @@ CASES = {
         {1: EIGHT, 2: DROP_BLOCK, 3: DROP_MOE, 4: EIGHT},
         "redirect",
         config={"layers": 5, "num_nextn_predict_layers": 1},
+    ),
+    "m2-drops": Case(
+        "minimax_m2",
+        {0: DROP_MOE, 1: keep(0, 2, 5), 2: DROP_BLOCK, 3: keep(6, 0, 2, 1)},
+        config={"kv_heads": 2},
+        layout="mlp.packed",
     ),
     "k2-drops": Case(
         "kimi_k2",

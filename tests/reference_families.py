@@ -119,7 +119,8 @@ class FamilyReference:
         normed = self.norm(at + "post_attention_layernorm.weight", h_STD)
         if not self.has_moe(layer):
             return h_STD + self.mlp(at + "mlp.", normed)
-        out = self.experts(layer, at + "mlp.", normed)
+        block = "block_sparse_moe." if self.family == "minimax_m2" else "mlp."
+        out = self.experts(layer, at + block, normed)
         if not self.config.get("n_shared_experts"):
             return h_STD + out
         return h_STD + out + self.mlp(at + "mlp.shared_experts.", normed)
@@ -141,7 +142,7 @@ class FamilyReference:
 
     def has_moe(self, layer: int) -> bool:
         config = self.config
-        if self.family == "olmoe":
+        if self.family in ("olmoe", "minimax_m2"):
             return True
         if self.family == "qwen3_moe":
             return (layer + 1) % config["decoder_sparse_step"] == 0
@@ -161,7 +162,8 @@ class FamilyReference:
         ).T
 
     def experts(self, layer: int, at: str, x_STD: Tensor) -> Tensor:
-        names = ("w1", "w3", "w2") if self.family == "arctic" else ()
+        mixtral = self.family in ("arctic", "minimax_m2")
+        names = ("w1", "w3", "w2") if mixtral else ()
         x_ND = x_STD.flatten(0, 1)
         logits_NE = x_ND @ self.weight(at + "gate.weight").T
         out_ND = torch.zeros_like(x_ND)
@@ -189,7 +191,8 @@ class FamilyReference:
             gone = torch.tensor([expert not in left for expert in range(count)])
             masked = logits_E.masked_fill(gone, -math.inf)
             scores = masked.softmax(-1).tolist()
-        bias = self.tensors.get(at + "gate.e_score_correction_bias")
+        gate = "" if self.family == "minimax_m2" else "gate."
+        bias = self.tensors.get(f"{at}{gate}e_score_correction_bias")
         choice = {
             expert: scores[expert] + (0.0 if bias is None else float(bias[expert]))
             for expert in left
@@ -217,7 +220,8 @@ class FamilyReference:
         ids = sorted(choice, key=lambda expert: -choice[expert])[:top_k]
         weights = [scores[expert] for expert in ids]
         several = config["num_experts_per_tok"] > 1
-        if (self.family == "arctic" and several) or config.get("norm_topk_prob"):
+        always = self.family == "minimax_m2" or (self.family == "arctic" and several)
+        if always or config.get("norm_topk_prob"):
             weights = [weight / sum(weights) for weight in weights]
         scale = config.get("routed_scaling_factor", 1.0)
         return [(i, weight * scale) for i, weight in zip(ids, weights, strict=True)]
@@ -255,6 +259,7 @@ class FamilyReference:
 
         q, k, v = split("q", heads), split("k", groups), split("v", groups)
         size = int(q.shape[-1] * self.config.get("partial_rotary_factor", 1))
+        size = self.config.get("rotary_dim", size)
         angles = self.angles(x_STD.shape[1], size)
 
         def turn(x: Tensor) -> Tensor:

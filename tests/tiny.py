@@ -101,7 +101,9 @@ def tiny_checkpoint(
         "use_cache": True,
         "vocab_size": vocab,
     }
-    values |= families.family_fields(model_type, experts, width, heads, sliding_window)
+    values |= families.family_fields(
+        model_type, experts, width, heads, sliding_window, layers
+    )
     if sliding_window is not None:
         values["sliding_window"] = sliding_window
     for key in families.UNSAID.get(model_type, ()):

@@ -70,8 +70,11 @@ def test_every_kind_of_rope_is_built_as_transformers_does(
     sizes |= {"max_positions": 256, "model_type": family, "first_k_dense_replace": 0}
     latent = find_arch(family, "").attention.keys() >= {"kv_b_proj"}
     # So much of a head is rotated, where the family says it.
-    share = family_fields(family, 8, 96, 2, None).get("partial_rotary_factor", 1)
+    fields = family_fields(family, 8, 96, 2, None, 1)
+    share = fields.get("partial_rotary_factor", 1)
     sizes["qk_rope_head_dim" if latent else "head_dim"] = int(16 / share)
+    if "rotary_dim" in fields:
+        sizes |= {"head_dim": 32, "rotary_dim": 16}
     ids_ST = torch.arange(3, 35)[None]
     for kind, values in ROPE.items():
         for key, name in (("rope_parameters", "rope_type"), ("rope_scaling", "type")):

@@ -171,7 +171,11 @@ def run(
 
 FAMILIES = (
     *("mixtral", "arctic", "deepseek", "deepseek_v2", "deepseek_v3"),
-    *("olmoe", "qwen3_moe", "glm4_moe", "glm4_moe_lite"),
+    "olmoe",
+    "qwen3_moe",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "minimax_m2",
 )
 MORE: dict[str, dict[str, Any]] = {
     "alone": {},

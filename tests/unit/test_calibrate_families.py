@@ -60,6 +60,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "glm4_moe",
         {"use_qk_norm": True, "n_group": 2, "routed_scaling_factor": 2.5},
     ),
+    "m2": ("minimax_m2", {}),
+    "m2-packed": ("minimax_m2", {"layout": "mlp.packed", "heads": 4, "kv_heads": 2}),
     "qwen3": ("qwen3_moe", {}),
     "qwen3-every-second": ("qwen3_moe", {"decoder_sparse_step": 2}),
     "v3": ("deepseek_v3", {}),
@@ -111,6 +113,7 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "v3": ("deepseek_v3", {}),
     "v3-fp8": ("deepseek_v3", {"fp8": (16, 32)}),
     "qwen3-fp8": ("qwen3_moe", {"fp8": (16, 32)}),
+    "m2-fp8": ("minimax_m2", {"fp8": (16, 32)}),
     "k2-fp8": ("kimi_k2", {"fp8": (16, 32)}),
 }
 

@@ -17,7 +17,15 @@ from vllm_moe_prune.checkpoint.source import open_checkpoint
 from vllm_moe_prune.errors import CheckpointError
 from vllm_moe_prune.progress import peak_rss_bytes
 
-PLAIN = ("mixtral", "arctic", "deepseek", "olmoe", "qwen3_moe", "glm4_moe")
+PLAIN = (
+    "mixtral",
+    "arctic",
+    "deepseek",
+    "olmoe",
+    "qwen3_moe",
+    "glm4_moe",
+    "minimax_m2",
+)
 MLA = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 FAMILIES = PLAIN + MLA
 SMALL: dict[str, Any] = {"layers": 2, "tokenizer": False, "vocab": 40}

@@ -111,10 +111,11 @@ def test_there_and_back_is_the_same_folder_to_the_byte(
         ("olmoe", {}),
         ("qwen3_moe", {"fp8": (32, 32)}),
         ("glm4_moe", {}),
+        ("minimax_m2", {"fp8": (32, 32)}),
     ],
     ids=[
         *("arctic", "v2", "v3", "v3-fp8", "v3-packed", "mixtral-packed"),
-        *("olmoe", "qwen3-fp8", "glm4"),
+        *("olmoe", "qwen3-fp8", "glm4", "m2-fp8"),
     ],
 )
 def test_every_family_goes_there_and_back(

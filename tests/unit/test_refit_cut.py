@@ -132,6 +132,7 @@ FAMILIES = (
     "qwen3_moe",
     "glm4_moe",
     "glm4_moe_lite",
+    "minimax_m2",
 )
 
 

@@ -20,7 +20,11 @@ from vllm_moe_prune.slim.wanda import wanda
 
 FAMILIES = (
     *("mixtral", "arctic", "deepseek", "deepseek_v2", "deepseek_v3"),
-    *("olmoe", "qwen3_moe", "glm4_moe", "glm4_moe_lite"),
+    "olmoe",
+    "qwen3_moe",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "minimax_m2",
 )
 LAYERS = 3
 

@@ -149,6 +149,13 @@ def allow_amx() -> None:
         torch.cpu._init_amx()
 
 
+def lacks_router(*, sigmoid: bool, grouped: bool) -> bool:
+    """Whether vLLM asserts instead of choosing experts: sigmoids on CPUs, no groups."""
+    from vllm.platforms import current_platform
+
+    return sigmoid and not grouped and current_platform.is_cpu()
+
+
 def refuse_without_kernel(config: Mapping[str, Any], where: str) -> None:
     """Refuse 4-bit experts in GPTQ's or AWQ's own layout where nothing runs them.
 

@@ -24,17 +24,20 @@ def count_experts(moe: Any, layer: ServedLayer, vllm_config: VllmConfig) -> None
     moe.n_local_physical_experts = moe.n_physical_experts // moe.ep_size
 
 
-def row_table(moe: Any, layer: ServedLayer, vllm_config: VllmConfig) -> RowTable | None:
+def row_table(
+    moe: Any, layer: ServedLayer, vllm_config: VllmConfig, *, always: bool = False
+) -> RowTable | None:
     """The table of our own routing; None where vLLM's routers will do.
 
     Args:
         moe: A block that ``count_experts`` has seen.
         layer: What the block serves.
         vllm_config: vLLM's.
+        always: None of vLLM's routers will.
     """
     # Before the experts exist: which kernel runs them is not known yet.
     routed = _has_local_ids(moe, vllm_config) or not layer.rows_are_experts
-    return RowTable(layer) if routed else None
+    return RowTable(layer) if routed or always else None
 
 
 def connect_rows(moe: Any, vllm_config: VllmConfig) -> None:

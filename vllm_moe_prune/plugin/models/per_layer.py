@@ -18,6 +18,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 
 from ...archs.spec import MoeArch, RouterRule
+from ..compat import lacks_router
 from ..load.resolve_layers import rule_of
 from ..load.served_layer import ServedLayer
 from .identity import Identity
@@ -66,7 +67,7 @@ def per_layer(
             built = layer_fn(prefix=prefix)
             object.__setattr__(config, "_answers", views[largest.index])
             building.pop()
-            if not (layer.has_moe or layer.dense):
+            if arch.dense_mlp and not (layer.has_moe or layer.dense):
                 # Some layers without experts make themselves a dense MLP.
                 setattr(built, arch.skip_name, Identity())
             if not (layer.has_moe or layer.dense or layer.norm_only):
@@ -93,7 +94,8 @@ def _answering(config: Any) -> Any:
             own = object.__getattribute__(self, "__dict__")
             if name in ("__class__", "__dict__"):
                 return object.__getattribute__(self, name)
-            return getattr(own["_answers"], name)
+            # What a constructor set is there for those that follow.
+            return own[name] if name in own else getattr(own["_answers"], name)
 
     return Answering.__new__(Answering)
 
@@ -129,7 +131,9 @@ def _parts(
 
     def experts(**options: Any) -> Any:
         count_experts(moe, layer, vllm_config)
-        moe.rows = row_table(moe, layer, vllm_config)
+        sigmoid, grouped = rule.scores == "sigmoid", options.get("use_grouped_topk")
+        lacking = lacks_router(sigmoid=sigmoid, grouped=bool(grouped))
+        moe.rows = row_table(moe, layer, vllm_config, always=lacking)
         bias_R = options.get("e_score_correction_bias")
 
         def route(
@@ -140,7 +144,7 @@ def _parts(
                 moe.rows,
                 top_k=topk,
                 renormalize=renormalize,
-                sigmoid=rule.scores == "sigmoid",
+                sigmoid=sigmoid,
                 bias_R=bias_R,
                 top_groups=rule.top_groups,
             )

@@ -5,6 +5,7 @@ from .symbol import Symbol
 _CLASSES = {
     "glm4_moe": ("Glm4MoE", "Glm4MoeForCausalLM"),
     "glm4_moe_lite": ("Glm4MoeLite", "Glm4MoeLiteForCausalLM"),
+    "minimax_m2": ("MiniMaxM2MoE", "MiniMaxM2ForCausalLM"),
     "olmoe": ("OlmoeMoE", "OlmoeForCausalLM"),
     "qwen3_moe": ("Qwen3MoeSparseMoeBlock", "Qwen3MoeForCausalLM"),
 }
