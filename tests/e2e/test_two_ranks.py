@@ -76,7 +76,9 @@ TENSORS = {
     **{
         name: CASES[name] for name in ("arctic-one-after-the-other", "v3-uneven-groups")
     },
-    **{name: CASES[name] for name in ("deepseek-normalized", "olmoe-drops")},
+    **{
+        name: CASES[name] for name in ("deepseek-normalized", "olmoe-drops", "m2-drops")
+    },
 }
 BY_EXPERTS = {
     **{name: CASES[name] for name in ("arctic-everything", "deepseek-normalized")},

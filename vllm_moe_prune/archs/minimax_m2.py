@@ -42,6 +42,9 @@ def _layouts() -> tuple[Layout, ...]:
 
 ARCH = MoeArch(
     model_type="minimax_m2",
+    checkpoints="MiniMax-M2, M2.1, M2.5",
+    # vLLM's own class stops at an assertion of its CPU router.
+    tested=("transformers", "float64", "plugin", "two ranks"),
     stock_architecture="MiniMaxM2ForCausalLM",
     pruned_architecture="MoePruneMiniMaxM2ForCausalLM",
     config=ConfigKeys(
