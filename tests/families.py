@@ -28,6 +28,7 @@ LAYOUTS = {
     "glm4_moe_lite": "mlp.gate_up_down",
     "minimax_m2": "block_sparse_moe.w1w2w3",
     "olmoe": "mlp.gate_up_down",
+    "qwen2_moe": "mlp.gate_up_down",
     "qwen3_moe": "mlp.gate_up_down",
 }
 # Experts and how many of them a token uses, where not asked for otherwise.
@@ -107,6 +108,21 @@ def family_fields(
             "use_mtp": True,
             "use_qk_norm": True,
             "use_routing_bias": True,
+        }
+    if model_type == "qwen2_moe":  # Qwen/Qwen1.5-MoE-A2.7B
+        return {
+            "decoder_sparse_step": 1,
+            "intermediate_size": 3 * width,
+            "max_window_layers": 4,
+            "moe_intermediate_size": width,
+            "norm_topk_prob": False,
+            "num_experts": experts,
+            "num_key_value_heads": heads,
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.001,
+            "shared_expert_intermediate_size": 80,  # no multiple of the experts' width
+            "sliding_window": 32768,
+            "use_sliding_window": False,
         }
     if model_type == "qwen3_moe":  # Qwen/Qwen3-30B-A3B
         return {
@@ -236,7 +252,7 @@ def attention(config: dict[str, Any]) -> tuple[Shapes, list[tuple[str, int]]]:
         vectors = [
             (f"self_attn.{name}_norm.weight", config["head_dim"]) for name in "qk"
         ]
-    if config.get("attention_bias"):
+    if config.get("attention_bias") or config["model_type"] == "qwen2_moe":
         vectors += [
             (name.replace(".weight", ".bias"), rows)
             for name, (rows, _) in _plain_attention(config)

@@ -31,6 +31,7 @@ ENGINE = {
     "glm4_moe_lite": MLA,
     "minimax_m2": {},
     "olmoe": {},
+    "qwen2_moe": {},
     "qwen3_moe": {},
 }
 STOCK = "DeepseekV3ForCausalLM"
@@ -44,6 +45,7 @@ OURS = {
     "glm4_moe_lite": "MoePruneGlm4MoeLiteForCausalLM",
     "minimax_m2": "MoePruneMiniMaxM2ForCausalLM",
     "olmoe": "MoePruneOlmoeForCausalLM",
+    "qwen2_moe": "MoePruneQwen2MoeForCausalLM",
     "qwen3_moe": "MoePruneQwen3MoeForCausalLM",
 }
 
@@ -187,6 +189,15 @@ CASES = {
         {1: EIGHT, 2: DROP_BLOCK, 3: DROP_MOE, 4: EIGHT},
         "redirect",
         config={"layers": 5, "num_nextn_predict_layers": 1},
+    ),
+    "qwen2-equal": Case(
+        "qwen2_moe",
+        {layer: keep(0, 2, 3, 5, 7) for layer in range(4)},
+        architecture="Qwen2MoeForCausalLM",
+    ),
+    "qwen2-drops": Case(
+        "qwen2_moe",
+        {0: DROP_MOE, 1: keep(0, 2, 5), 2: DROP_BLOCK, 3: keep(6, 0, 2, 1)},
     ),
     "m2-drops": Case(
         "minimax_m2",

@@ -121,6 +121,10 @@ class FamilyReference:
             return h_STD + self.mlp(at + "mlp.", normed)
         block = "block_sparse_moe." if self.family == "minimax_m2" else "mlp."
         out = self.experts(layer, at + block, normed)
+        if self.family == "qwen2_moe":
+            shared = self.mlp(at + "mlp.shared_expert.", normed)
+            weigher = self.weight(at + "mlp.shared_expert_gate.weight")
+            return h_STD + out + (normed @ weigher.T).sigmoid() * shared
         if not self.config.get("n_shared_experts"):
             return h_STD + out
         return h_STD + out + self.mlp(at + "mlp.shared_experts.", normed)
@@ -144,7 +148,7 @@ class FamilyReference:
         config = self.config
         if self.family in ("olmoe", "minimax_m2"):
             return True
-        if self.family == "qwen3_moe":
+        if self.family in ("qwen2_moe", "qwen3_moe"):
             return (layer + 1) % config["decoder_sparse_step"] == 0
         if self.family == "arctic":
             return (layer + 1) % config["moe_layer_frequency"] == 0

@@ -183,8 +183,9 @@ def _tensors(
             yield prefix + name, norm(prefix + name)
         if index >= count or arch.pattern.has_moe(config, index):
             yield from _moe_tensors(arch, layout, index, config, draw)
-            if arch.shared and config["n_shared_experts"]:
-                width = config[arch.config.width] * config["n_shared_experts"]
+            if arch.shared and arch.shared_key.read(config):
+                width = arch.shared_key.read(config)
+                width *= 1 if arch.shared_width else config[arch.config.width]
                 yield from _mlp(arch.shared, prefix, width, hidden, draw)
             if arch.residual and arch.residual.present.read(config):
                 yield from _mlp(arch.residual.mlp, prefix, hidden, hidden, draw)
@@ -216,6 +217,9 @@ def _mlp(
     ):
         drawn = draw.normal(prefix + name, shape, 1.5 * shape[1] ** -0.5)
         yield prefix + name, drawn.to(draw.dtype)
+    if mlp.weigher:
+        drawn = draw.normal(prefix + mlp.weigher, (1, hidden), 2 * hidden**-0.5)
+        yield prefix + mlp.weigher, drawn.to(draw.dtype)
 
 
 def _moe_tensors(

@@ -63,8 +63,8 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     (LITE, {"mlp_layer_types": ["dense", 1]}, "mlp_layer_types is .*; expected a list"),
     (LITE, {"mlp_layer_types": ["dense"]}, "mlp_layer_types lists 1 layers"),
     (LITE, {"mlp_layer_types": ["sparse"] * 2}, "says layer 0 is sparse, but first_k"),
-    (QWEN3, {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; only an empty list"),
     (QWEN3, {"num_experts": "8"}, "num_experts is '8'; expected a whole"),
+    (QWEN3, {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; only without it"),
     (QWEN3, {"num_local_experts": 7}, "num_experts is 8, but num_local_experts"),
     (QWEN3, {"per_layer_config": {"1": {"num_experts": 7}}}, "Call it num_local_exp"),
 ]

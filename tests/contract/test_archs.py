@@ -100,7 +100,7 @@ def test_every_tensor_has_a_place_in_the_forward(
         parts += [arch.residual.mlp] if arch.residual else []
         for mlp in parts:
             if isinstance(mlp, GatedMlp):
-                named |= {prefix + name for name in mlp.names}
+                named |= {prefix + name for name in (*mlp.names, mlp.weigher) if name}
         if arch.residual:
             named.add(f"{prefix}{arch.residual.norm}.weight")
         named |= {

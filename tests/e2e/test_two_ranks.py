@@ -82,7 +82,10 @@ TENSORS = {
 }
 BY_EXPERTS = {
     **{name: CASES[name] for name in ("arctic-everything", "deepseek-normalized")},
-    **{name: CASES[name] for name in ("v2-everything", "qwen3-everything")},
+    **{
+        name: CASES[name]
+        for name in ("v2-everything", "qwen3-everything", "qwen2-drops")
+    },
     **{name: CASES[name] for name in ("glm4-uneven-groups", "glm4-lite-everything")},
     **{"fp8": FP8},
 }

@@ -28,6 +28,7 @@ FAMILIES = (
     "glm4_moe",
     "glm4_moe_lite",
     "minimax_m2",
+    *("olmoe", "qwen3_moe", "glm4_moe", "minimax_m2", "qwen2_moe"),
 )
 UNEVEN_8 = {1: (0, 3, 4, 6, 7), 2: (1, 2, 5)}
 # Groups of four experts; two of each must stay.
@@ -100,7 +101,7 @@ UNIFORM_8 = dict.fromkeys(range(4), (0, 3, 4, 6, 7))
     [
         *(("deepseek_v2", EQUAL_16), ("deepseek_v3", EQUAL_16)),
         *(("olmoe", UNIFORM_8), ("qwen3_moe", UNIFORM_8)),
-        ("minimax_m2", UNIFORM_8),
+        *(("minimax_m2", UNIFORM_8), ("qwen2_moe", UNIFORM_8)),
         ("glm4_moe", {layer: UNIFORM_8[0] for layer in range(1, 5)}),
     ],
 )

@@ -62,6 +62,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "m2": ("minimax_m2", {}),
     "m2-packed": ("minimax_m2", {"layout": "mlp.packed", "heads": 4, "kv_heads": 2}),
+    "qwen2": ("qwen2_moe", {}),
+    "qwen2-every-second": (
+        "qwen2_moe",
+        {"decoder_sparse_step": 2, "norm_topk_prob": True},
+    ),
     "qwen3": ("qwen3_moe", {}),
     "qwen3-every-second": ("qwen3_moe", {"decoder_sparse_step": 2}),
     "v3": ("deepseek_v3", {}),
@@ -113,6 +118,7 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "v3": ("deepseek_v3", {}),
     "v3-fp8": ("deepseek_v3", {"fp8": (16, 32)}),
     "qwen3-fp8": ("qwen3_moe", {"fp8": (16, 32)}),
+    "qwen2": ("qwen2_moe", {}),
     "m2-fp8": ("minimax_m2", {"fp8": (16, 32)}),
     "k2-fp8": ("kimi_k2", {"fp8": (16, 32)}),
 }

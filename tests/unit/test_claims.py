@@ -25,6 +25,7 @@ PLAIN = (
     "qwen3_moe",
     "glm4_moe",
     "minimax_m2",
+    "qwen2_moe",
 )
 MLA = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 FAMILIES = PLAIN + MLA

@@ -112,10 +112,11 @@ def test_there_and_back_is_the_same_folder_to_the_byte(
         ("qwen3_moe", {"fp8": (32, 32)}),
         ("glm4_moe", {}),
         ("minimax_m2", {"fp8": (32, 32)}),
+        ("qwen2_moe", {}),
     ],
     ids=[
         *("arctic", "v2", "v3", "v3-fp8", "v3-packed", "mixtral-packed"),
-        *("olmoe", "qwen3-fp8", "glm4", "m2-fp8"),
+        *("olmoe", "qwen3-fp8", "glm4", "m2-fp8", "qwen2"),
     ],
 )
 def test_every_family_goes_there_and_back(

@@ -41,6 +41,7 @@ WAYS = {
     "deepseek_v3": (COMPRESSED["v3"], "lora", "experts,dense"),
     "olmoe": (Case("olmoe", {1: keep(0, 2, 5)}), "lora", "attention,experts"),
     "minimax_m2": (CASES["m2-drops"], "full", None),
+    "qwen2_moe": (CASES["qwen2-drops"], "full", "attention,dense"),
     "glm4_moe": (CASES["glm4-drops"], "full", None),
     "glm4_moe_lite": (CASES["glm4-lite-equal"], "lora", None),
     "qwen3_moe": (CASES["qwen3-everything"], "full", "attention,dense"),
@@ -53,6 +54,7 @@ LESSONS = {
     "deepseek_v3": Case("deepseek_v3", {1: EQUAL, 2: keep(0, 1, 4, 5, 8, 9, 12, 13)}),
     "olmoe": Case("olmoe", {0: DROP_MOE, 1: keep(0, 2, 5)}),
     "minimax_m2": Case("minimax_m2", {1: keep(0, 2, 5), 2: DROP_BLOCK}),
+    "qwen2_moe": Case("qwen2_moe", {1: keep(0, 2, 5), 2: DROP_BLOCK}),
     "glm4_moe": Case("glm4_moe", {1: keep(0, 2, 5), 2: DROP_BLOCK}),
     "qwen3_moe": Case("qwen3_moe", {1: keep(0, 2, 5), 2: DROP_BLOCK}),
 }
@@ -88,7 +90,7 @@ def check_same_but(pruned: Path, out: Path, targets: str) -> int:
 HOLDS = {
     "attention": r"self_attn\.\w*_proj",
     "experts": r"\.experts\.",
-    "dense": r"shared_experts|residual_mlp|\.mlp\.\w+_proj|block_sparse_moe\.mlp",
+    "dense": r"shared_experts?\.|residual_mlp|\.mlp\.\w+_proj|block_sparse_moe\.mlp",
     "router": r"\.gate\.weight",
     "norms": r"norm",
     "embeddings": r"embed_tokens|lm_head",

@@ -133,6 +133,7 @@ FAMILIES = (
     "glm4_moe",
     "glm4_moe_lite",
     "minimax_m2",
+    "qwen2_moe",
 )
 
 

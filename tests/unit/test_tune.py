@@ -125,7 +125,9 @@ def test_the_best_loses_least_and_is_what_gets_cut(
     assert loss.mean == pytest.approx(tuned.best.loss.mean, rel=1e-6)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "glm4_moe", "minimax_m2"])
+@pytest.mark.parametrize(
+    "family", ["olmoe", "qwen3_moe", "glm4_moe", "minimax_m2", "qwen2_moe"]
+)
 def test_other_families_are_searched_and_cut(
     family: str, recipe: Recipe, tmp_path: Path
 ) -> None:

@@ -170,6 +170,13 @@ class GatedMlp:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    weighed_by: str | None = None
+    """Below the layer's prefix, a matrix [1, D]: its sigmoid weighs the output."""
+
+    @property
+    def weigher(self) -> str | None:
+        """The name of that matrix below the layer's prefix."""
+        return f"{self.weighed_by}.weight" if self.weighed_by else None
 
     @property
     def names(self) -> tuple[str, str, str]:
@@ -246,6 +253,8 @@ class MoeArch:
     """Experts that every token uses, as one MLP, where the checkpoint has any."""
     shared_count: Key = Key(None, 0)
     """How many they are: the MLP is as wide as so many experts."""
+    shared_width: Key | None = None
+    """How wide it is, where config.json says that instead."""
     dense_width: str = "intermediate_size"
     """The config key of the width of ``dense_mlp``."""
     residual: Residual | None = None
@@ -257,7 +266,7 @@ class MoeArch:
     per_layer_lists: tuple[str, ...] = ("layer_types",)
     """Keys of config.json that hold one entry per decoder layer."""
     empty_lists: tuple[str, ...] = ()
-    """Keys of config.json whose lists must be empty, or the table is wrong."""
+    """Keys of config.json that must be empty or false, or the table is wrong."""
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
@@ -265,6 +274,11 @@ class MoeArch:
     """Whether unmodified vLLM has the family."""
     vllm_names: tuple[tuple[str, str], ...] = ()
     """Parts of names that vLLM spells differently, and how."""
+
+    @property
+    def shared_key(self) -> Key:
+        """The key without which there are no shared experts."""
+        return self.shared_width or self.shared_count
 
     def layer_of(self, name: str) -> int | None:
         """The decoder layer a tensor belongs to, or None for embeddings and head."""

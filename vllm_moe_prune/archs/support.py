@@ -68,7 +68,7 @@ def _spelled(arch: MoeArch) -> str | None:
 
 def _refused(arch: MoeArch) -> Iterator[str]:
     for key in arch.empty_lists:
-        yield f"`{key}` that is not empty"
+        yield f"`{key}` that is set"
     if not arch.stock_vllm:
         yield "`--for stock-vllm`"
     elif arch.layouts[0].rule("router_bias") is None:

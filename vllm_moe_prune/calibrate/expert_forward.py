@@ -172,6 +172,11 @@ def expert_tokens(
     return token_n, weights_nK.sum(dim=1)
 
 
+def weigh(x_ND: torch.Tensor, weigher_1D: torch.Tensor) -> torch.Tensor:
+    """How much shared experts count for each token [N, 1], in the stored dtype."""
+    return functional.linear(x_ND, weigher_1D).sigmoid()
+
+
 @torch.no_grad()
 def expert_hidden(
     x_nD: torch.Tensor, expert: Expert, act: Activation = functional.silu

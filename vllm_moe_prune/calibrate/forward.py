@@ -344,9 +344,8 @@ class StreamingModel:
         info_of(self.checkpoint, name)
         if name in self._replaced:
             return self._replaced[name].to(self.device, self.dtype)
-        stored = self.checkpoint
         return self._once(
-            name, lambda: read_weight(stored, name).to(self.device, self.dtype)
+            name, lambda: read_weight(self.checkpoint, name).to(self.device, self.dtype)
         )
 
     def _once(self, key: str | int, make: Callable[[], Made]) -> Made:
@@ -377,7 +376,8 @@ class StreamingModel:
             self._replaced |= self._observer.before_mlp(self, index, part, x_ND)
         prefix = self.checkpoint.arch.layer_prefix.format(layer=index)
         mlp = Expert(*(self.read(prefix + name) for name in part.mlp.names))
-        run_mlp(self.ranks, out_ND, x_ND, mlp, self.act)
+        weigher_1D = self.read(prefix + name) if (name := part.mlp.weigher) else None
+        run_mlp(self.ranks, out_ND, x_ND, mlp, self.act, weigher_1D)
 
     def build_layer(self, index: int) -> torch.nn.Module:
         """A stock decoder layer with its weights, that adds its attention only."""

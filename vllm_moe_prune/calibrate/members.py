@@ -99,6 +99,8 @@ def _check_mlp(
     shapes = ((part.width, hidden), (part.width, hidden), (hidden, part.width))
     for name, shape in zip(part.mlp.names, shapes, strict=True):
         _check_shape(info_of(checkpoint, prefix + name), shape)
+    if part.mlp.weigher is not None:
+        _check_shape(info_of(checkpoint, prefix + part.mlp.weigher), (1, hidden))
     if part.norm is not None:
         info_of(checkpoint, f"{prefix}{part.norm}.weight")
 

@@ -29,6 +29,7 @@ from .expert_forward import (
     place,
     run_experts,
     token_chunks,
+    weigh,
 )
 
 # Of one rank before all exchange: experts have different numbers of tokens.
@@ -97,10 +98,16 @@ def run_mlp(
     x_ND: torch.Tensor,
     mlp: Expert,
     act: Activation,
+    weigher_1D: torch.Tensor | None = None,
 ) -> None:
-    """Add an MLP of all tokens to ``out_ND``, in place; ranks take some tokens each."""
+    """Add an MLP of all tokens to ``out_ND``, in place; ranks take some tokens each.
+
+    The sigmoid of what ``weigher_1D`` makes of a token weighs it, if it is given.
+    """
     token_N = torch.arange(len(x_ND), device=x_ND.device)
     weight_N = torch.ones(len(x_ND), device=x_ND.device)
+    if weigher_1D is not None:
+        weight_N = weigh(x_ND, weigher_1D).flatten().float()
     if ranks.size == 1:
         add_expert(out_ND, x_ND, token_N, weight_N, mlp, act)
         return

@@ -265,7 +265,8 @@ def _real_keys(config: dict[str, Any], arch: MoeArch, where: Path) -> dict[str, 
     for key in arch.empty_lists:
         if config.get(key):
             raise CheckpointError(
-                f"{where}: {key} is {config[key]!r}; only an empty list is supported."
+                f"{where}: {key} is {config[key]!r}; only without it is the family "
+                "supported."
             )
     alias, key = arch.config.experts_in_files, arch.config.experts
     if alias is None:

@@ -93,7 +93,7 @@ def check_dense(arch: MoeArch, config: Mapping[str, Any], where: Path) -> None:
     Raises:
         CheckpointError: Naming the key.
     """
-    whole(arch.shared_count.read(config), arch.shared_count.name, where, least=0)
+    whole(arch.shared_key.read(config), arch.shared_key.name, where, least=0)
     if arch.dense_mlp is not None:
         positive(config, arch.dense_width, where)
     if arch.residual is not None:

@@ -136,9 +136,10 @@ class LayerReader:
         arch, where = self.arch, self.folder / "config.json"
         shared = dense = 0
         if arch.shared is not None:
-            key = arch.shared_count
-            count = whole(key.read(view), key.name, where, least=0)
-            shared = count * view[arch.config.width]
+            key = arch.shared_key
+            shared = whole(key.read(view), key.name, where, least=0)
+            if arch.shared_width is None:
+                shared *= view[arch.config.width]
         if arch.dense_mlp is not None:
             dense = positive(view, arch.dense_width, where)
         return shared, dense
@@ -147,8 +148,8 @@ class LayerReader:
         """MLPs beside the experts that config.json does not know would be left out."""
         prefix, arch = self.arch.layer_prefix.format(layer=index), self.arch
         unknown = []
-        if arch.shared is not None and not arch.shared_count.read(view):
-            unknown.append((arch.shared, arch.shared_count))
+        if arch.shared is not None and not arch.shared_key.read(view):
+            unknown.append((arch.shared, arch.shared_key))
         if arch.residual is not None and not arch.residual.present.read(view):
             unknown.append((arch.residual.mlp, arch.residual.present))
         for mlp, key in unknown:

@@ -127,7 +127,8 @@ def taken(cut: LayerCut) -> tuple[bool, ...]:
 def read_by_experts(checkpoint: Checkpoint, layer: Layer) -> frozenset[str]:
     """What makes or reads the experts' input besides routers and experts themselves.
 
-    The norm before them, and gate and up of shared experts; names below the layer.
+    The norm before them, gate and up of shared experts, and what weighs these; names
+    below the layer.
     """
     prefix = checkpoint.arch.layer_prefix.format(layer=layer.index)
     norms = {
@@ -140,6 +141,7 @@ def read_by_experts(checkpoint: Checkpoint, layer: Layer) -> frozenset[str]:
         for part in dense_parts(checkpoint, layer)
         if part.norm is None
         # Gate and up; down reads the inner activations instead.
-        for name in part.mlp.names[:2]
+        for name in (*part.mlp.names[:2], part.mlp.weigher)
+        if name is not None
     }
     return frozenset(norms | shared)

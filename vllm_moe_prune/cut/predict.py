@@ -75,7 +75,7 @@ def _layer_facts(checkpoint: Checkpoint, layer: Layer) -> LayerFacts:
             (hidden, layer.width),
         ),
         channel_block=channel_block(checkpoint, layer),
-        shared_width=layer.shared_width,
+        shared_width=0 if checkpoint.arch.shared_width else layer.shared_width,
         router_parameters_per_expert=sum(
             # A router row is D long; of a router bias an expert has one value.
             hidden if rule.axes == "E D" else 1

@@ -163,9 +163,9 @@ def _check_unknown(checkpoint: Checkpoint, layer: Layer, plan: CutPlan) -> None:
     if layer_plan.keep == tuple(range(layer.num_experts)):
         return
     prefix = arch.layer_prefix.format(layer=layer.index)
-    beside = [part.prefix for part in (arch.shared,) if part is not None]
+    shared = (arch.shared.prefix, arch.shared.weigher) if arch.shared else ()
     # Of the MoE sublayer but of no single expert: its norm, shared experts.
-    known = tuple(prefix + part for part in (*beside, f"{MOE_NORM}."))
+    known = tuple(prefix + part for part in (*shared, f"{MOE_NORM}.") if part)
     routed = {rule.name(layer.index) for rule in checkpoint.layout.rules}
     for name in checkpoint.layer_names(layer.index):
         if (
@@ -188,7 +188,7 @@ def _check_width(checkpoint: Checkpoint, layer: Layer, plan: CutPlan) -> None:
     if width is None:
         return
     at = f"layer {layer.index}: width {width}"
-    if layer.shared_width % width:
+    if checkpoint.arch.shared_width is None and layer.shared_width % width:
         raise PlanError(
             f"{at}: its shared experts' {layer.shared_width} channels are no multiple "
             "of it, so no config could describe both. Choose a width that divides them."

@@ -42,7 +42,8 @@ class LayerFacts:
     channel_block: int = 1
     """Neighboring channels that can only leave together: those of an FP8 block."""
     shared_width: int = 0
-    """Channels of the shared experts, as one MLP; 0: there are none."""
+    """Channels of the shared experts, as one MLP, which those of an expert must divide;
+    0: there are none, or a key of their own says how many."""
     router_parameters_per_expert: int = 0
     """What an expert takes with it besides its matrices: router row, biases."""
     moe_norm_parameters: int = 0

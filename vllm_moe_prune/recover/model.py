@@ -23,6 +23,7 @@ from ..calibrate.expert_forward import (
     Routing,
     choose,
     expert_tokens,
+    weigh,
 )
 from ..calibrate.forward import StreamingModel
 from ..calibrate.router import router_of
@@ -220,15 +221,26 @@ class MixtureOfExperts(nn.Module):
 class TrainableMlp(nn.Module):
     """down(act(gate(x)) * up(x))."""
 
-    def __init__(self, weights: Expert, act: Activation, dtype: torch.dtype) -> None:
-        """Three matrices, in the dtype that the model computes with."""
+    weigher_1D: torch.Tensor | None
+
+    def __init__(
+        self,
+        weights: Expert,
+        act: Activation,
+        dtype: torch.dtype,
+        weigher_1D: torch.Tensor | None = None,
+    ) -> None:
+        """Three matrices, in the dtype that the model computes with; one that stays."""
         super().__init__()
+        self.register_buffer("weigher_1D", weigher_1D, persistent=False)
         self.gate, self.up, self.down = (linear(one.to(dtype)) for one in weights)
         self.act = act
 
     def forward(self, x_nD: torch.Tensor) -> torch.Tensor:
         """Its output [n, D], not weighted."""
         out_nD: torch.Tensor = self.down(self.act(self.gate(x_nD)) * self.up(x_nD))
+        if self.weigher_1D is not None:
+            out_nD = out_nD * weigh(x_nD, self.weigher_1D)
         return out_nD
 
 
@@ -276,7 +288,9 @@ def linear(weight: torch.Tensor) -> nn.Linear:
 
 def _mlp(stream: StreamingModel, prefix: str, part: DensePart) -> TrainableMlp:
     weights = Expert(*(stream.read(prefix + name) for name in part.mlp.names))
-    return TrainableMlp(weights, stream.act, stream.dtype)
+    weigher = part.mlp.weigher
+    weigher_1D = None if weigher is None else stream.read(prefix + weigher)
+    return TrainableMlp(weights, stream.act, stream.dtype, weigher_1D)
 
 
 def _places(checkpoint: Checkpoint, layer: Layer, block: nn.Module) -> dict[str, Place]:

@@ -103,7 +103,8 @@ def _layer(
         experts=len(entry.kept),
         top_k=top_k,
         width=width,
-        shared_width=width * (_read(view, arch.shared_count) or 0),
+        shared_width=(_read(view, arch.shared_key) or 0)
+        * (width if arch.shared_width is None else 1),
         dense_width=getattr(view, arch.dense_width) if dense else 0,
         router_rows=rows,
         redirect=entry.redirect,

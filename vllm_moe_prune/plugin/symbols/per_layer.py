@@ -7,6 +7,7 @@ _CLASSES = {
     "glm4_moe_lite": ("Glm4MoeLite", "Glm4MoeLiteForCausalLM"),
     "minimax_m2": ("MiniMaxM2MoE", "MiniMaxM2ForCausalLM"),
     "olmoe": ("OlmoeMoE", "OlmoeForCausalLM"),
+    "qwen2_moe": ("Qwen2MoeSparseMoeBlock", "Qwen2MoeForCausalLM"),
     "qwen3_moe": ("Qwen3MoeSparseMoeBlock", "Qwen3MoeForCausalLM"),
 }
 """By vLLM's module: the MoE block, and the model."""
