@@ -23,6 +23,19 @@ def test_the_op_tells_the_compiler_the_truth() -> None:
     assert load.tolist() == [4, 2, 6, 0]
 
 
+def test_nothing_that_a_graph_made_is_used_outside_it() -> None:
+    """Memory of a captured graph is its own, as what is fake stays among fakes."""
+    from torch._subclasses import FakeTensorMode
+
+    from vllm_moe_prune.plugin.watch.load_op import count_all
+
+    with FakeTensorMode():
+        count_all(torch.zeros(4, dtype=torch.int64), torch.zeros(3, 2).int())
+    load = torch.zeros(4, dtype=torch.int64)
+    count_all(load, IDS)
+    assert load.tolist() == [2, 1, 3, 0]
+
+
 def test_padding_is_not_counted() -> None:
     from vllm.forward_context import ForwardContext, override_forward_context
 

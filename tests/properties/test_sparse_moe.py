@@ -275,6 +275,11 @@ def test_native_encoding_is_the_definition_to_the_bit(dtype: torch.dtype) -> Non
             assert torch.equal(native.values.view(integer), plain.values.view(integer))
             shape = tuple(sources[0].shape)
             again = blocks.decode(plain, 0, len(sources), (shape[0], shape[1]))
+            # The second of two, as values of other experts lie before it.
+            both = blocks.join([plain, plain])
+            fast = cpu_encode.decode(both, 1, len(sources), (shape[0], shape[1]))
+            for one, other in zip(fast, again, strict=True):
+                assert torch.equal(one.view(integer), other.view(integer))
             for found, source in zip(again, sources, strict=True):
                 assert torch.equal(
                     found.contiguous().view(integer), source.view(integer)

@@ -4,6 +4,7 @@ who runs the layer, and where its weights are in the end.
 The layer here has only what is asked of vLLM's: a map of experts and ranks.
 """
 
+import gc
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -171,11 +172,13 @@ def test_fp8_brings_its_scales_in_any_order(ranks: int, form: str) -> None:
             ("w2", "w1", "w2", "w1", "w3", "w3"), "sswwws", strict=True
         ):
             name = "experts.w2_" if shard == "w2" else "experts.w13_"
-            if what == "s":
-                target.load(None, scales[shard], f"{name}weight_scale_inv", shard, 0)
-                continue
-            for part, tensor in form_of(weights[shard], form).items():
-                target.load(None, tensor, name + part, shard, 0)
+            given = {"weight_scale_inv": scales[shard]}
+            if what == "w":
+                given = form_of(weights[shard], form)
+            # As in feed().
+            with torch.device("meta"):
+                for part, tensor in given.items():
+                    target.load(None, tensor, name + part, shard, 0)
         w13, w2 = target.finished()
         assert w13.values.dtype == FP8
         rows = slice(rank * share, (rank + 1) * share)
@@ -184,6 +187,40 @@ def test_fp8_brings_its_scales_in_any_order(ranks: int, form: str) -> None:
         assert torch.equal(gate, dense["w1"][rows])
         assert torch.equal(up, dense["w3"][rows])
         assert torch.equal(down, dense["w2"][:, rows])
+
+
+def host_bytes() -> int:
+    """Of all tensors in the host's memory that somebody holds."""
+    # Not subclasses: fakes of other tests have no storage.
+    tensors = [one for one in gc.get_objects() if type(one) is Tensor]
+    storages = [one.untyped_storage() for one in tensors if one.device.type == "cpu"]
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+@pytest.mark.parametrize("form", ["dense", "parts"])
+def test_experts_leave_the_host_one_by_one(form: str) -> None:
+    """Meta stands for a GPU: what is there takes no memory of the host's."""
+    target = ExpertLoader(
+        a_layer(1, 0, {e: e for e in range(8)}),
+        experts=8,
+        hidden=128,
+        width=256,
+        dtype=torch.bfloat16,
+        device=torch.device("meta"),
+    )
+    matrix = torch.ones(256, 128, dtype=torch.bfloat16)
+    matrix[:, ::2] = 0
+    one = 3 * matrix.nbytes
+    before, held = host_bytes(), []
+    for expert in range(8):
+        for shard in ("w1", "w2", "w3"):
+            given = matrix.T.contiguous() if shard == "w2" else matrix
+            feed(target, {(expert, shard): given}, form)
+            del given
+            held.append(host_bytes() - before)
+    assert max(held) <= one
+    assert held[-1] == 0
+    assert {each.masks_EBS.device.type for each in target.finished()} == {"meta"}
 
 
 def test_fp8_that_does_not_divide_or_is_none_is_refused() -> None:
@@ -263,8 +300,18 @@ class Stock:
     def __init__(self, moe: Any) -> None:
         self.shapes: list[torch.Size] = []
 
+    def maybe_roundup_sizes(self, hidden: int, width: int, *_: Any) -> tuple[int, int]:
+        return hidden, width
+
     def process_weights_after_loading(self, layer: Layer) -> None:
         self.shapes = [layer.w13_weight.shape, layer.w2_weight.shape]
+
+
+class Rounding(Stock):
+    """As vLLM's for Blackwell: weights must have been made wider."""
+
+    def maybe_roundup_sizes(self, hidden: int, width: int, *_: Any) -> tuple[int, int]:
+        return hidden, -(-width // 128) * 128
 
 
 def refusing(*arguments: Any) -> Any:
@@ -282,12 +329,18 @@ def moe_config(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**(plain | {"in_dtype": torch.bfloat16} | changes))
 
 
-def processed(weights: Weights, device: str = "cpu") -> Layer:
+def processed(
+    weights: Weights, device: str = "cpu", moved_to: str | None = None
+) -> Layer:
     """A layer after loading; vLLM makes layers on the device where weights belong."""
     layer, method = Layer(), SparseMoEMethod(moe_config())
     with torch.device(device):
         method.create_weights(layer, EXPERTS, HIDDEN, WIDTH, torch.bfloat16)
     feed(layer.moe_prune_loader, weights, "dense")
+    if moved_to is not None:
+        for name, parameter in dict(layer.named_parameters()).items():
+            moved = torch.empty_like(parameter, device=moved_to)
+            layer.register_parameter(name, torch.nn.Parameter(moved, False))
     method.process_weights_after_loading(layer)
     return layer
 
@@ -302,7 +355,8 @@ def test_weights_end_where_vllm_made_the_layer(
     weights: Weights, full: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparse_moe, "UnquantizedFusedMoEMethod", Stock)
-    buffers = dict(processed(weights, "meta").named_buffers())
+    # --cpu-offload-gb moves parameters away; ours are empty by then.
+    buffers = dict(processed(weights, "meta", moved_to="cpu").named_buffers())
     assert {"w13_values", "w2_values"} < buffers.keys()
     assert {buffer.device.type for buffer in buffers.values()} == {"meta"}
     parameters = dict(processed(full, "meta").named_parameters())
@@ -341,10 +395,11 @@ def test_few_zeros_are_vllms_expert_by_expert(
     assert not list(layer.buffers())
 
 
+@pytest.mark.parametrize("stock", [refusing, Rounding])
 def test_what_vllm_has_no_kernel_for_stays_compressed(
-    full: Weights, monkeypatch: pytest.MonkeyPatch
+    stock: Any, full: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparse_moe, "UnquantizedFusedMoEMethod", refusing)
+    monkeypatch.setattr(sparse_moe, "UnquantizedFusedMoEMethod", stock)
     layer = processed(full)
     assert layer.quant_method is None
     assert layer.moe_prune_width == WIDTH

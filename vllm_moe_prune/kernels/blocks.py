@@ -45,6 +45,16 @@ class Blocks:
         parts = (self.masks_EBS, self.starts_EB1, self.values, self.scales_EBC)
         return sum(part.nbytes for part in parts if part is not None)
 
+    def to(self, device: torch.device) -> "Blocks":
+        """On another device; themselves where they are there."""
+        scales = self.scales_EBC
+        return Blocks(
+            self.masks_EBS.to(device),
+            self.starts_EB1.to(device),
+            self.values.to(device),
+            None if scales is None else scales.to(device),
+        )
+
 
 def round_up(value: int, step: int) -> int:
     """The next multiple of ``step``."""
@@ -141,7 +151,6 @@ def decode(
         shape: N and K.
         dtype: Of weights that are values times scales; None: of what is stored.
     """
-    outputs, inputs = shape
     masks_BS = blocks.masks_EBS[expert]
     # Arithmetic shift: the sign bit is lane 31, and & 1 drops what it smears.
     lanes_L = torch.arange(2 * BLOCK, device=masks_BS.device, dtype=torch.int32)
@@ -159,12 +168,35 @@ def decode(
         dense_BCX = dense_BX.float().view(len(dense_BX), -1, lanes)
         dense_BCX = dense_BCX * blocks.scales_EBC[expert, :, :, None]
         dense_BX = dense_BCX.to(dtype).flatten(1)
+    return matrices(dense_BX, sources, shape)
+
+
+def matrices(lanes_BX: Tensor, sources: int, shape: tuple[int, int]) -> list[Tensor]:
+    """The matrices [N, K] whose weights are in the order of blocks, steps and lanes."""
+    outputs, inputs = shape
     rows = round_up(outputs, BLOCK)
-    lanes_BSL = dense_BX.view(*kept_BSL.shape)[: sources * rows // BLOCK]
+    lanes_BX = lanes_BX[: sources * rows // BLOCK]
     # [block, source, step, n, i] -> [source, block, n, step, i]
-    parts = lanes_BSL.view(rows // BLOCK, sources, -1, BLOCK, 2).permute(1, 0, 3, 2, 4)
+    parts = lanes_BX.view(rows // BLOCK, sources, -1, BLOCK, 2).permute(1, 0, 3, 2, 4)
     dense = parts.reshape(sources, rows, -1)[:, :outputs, :inputs]
     return list(dense.unbind())
+
+
+def local_ids(ids_TK: Tensor, expert_map_G: Tensor | None, experts: int) -> Tensor:
+    """Which expert here each slot goes to, int64; -1: none.
+
+    Args:
+        ids_TK: Among all experts; vLLM pads batches with -1.
+        expert_map_G: As ``fused_moe`` has it.
+        experts: How many are here.
+    """
+    local_TK = ids_TK.long()
+    if expert_map_G is not None:
+        # An index into the map must not see what is no expert.
+        there = (local_TK >= 0) & (local_TK < len(expert_map_G))
+        mapped_TK = expert_map_G.long()[local_TK.clamp(0, len(expert_map_G) - 1)]
+        local_TK = torch.where(there, mapped_TK, -1)
+    return torch.where((local_TK >= 0) & (local_TK < experts), local_TK, -1)
 
 
 def fused_moe(
@@ -192,12 +224,7 @@ def fused_moe(
     """
     hidden = x_TD.shape[1]
     experts = len(w13.masks_EBS)
-    local_TK = ids_TK.long()
-    if expert_map_G is not None:
-        # vLLM pads batches with -1; an index into the map must not see it.
-        there = (local_TK >= 0) & (local_TK < len(expert_map_G))
-        mapped_TK = expert_map_G.long()[local_TK.clamp(0, len(expert_map_G) - 1)]
-        local_TK = torch.where(there, mapped_TK, -1)
+    local_TK = local_ids(ids_TK, expert_map_G, experts)
     out_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
     for expert in range(experts):
         token_n, slot_n = (local_TK == expert).nonzero(as_tuple=True)

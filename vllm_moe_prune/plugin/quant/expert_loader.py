@@ -2,7 +2,7 @@
 
 Matrices come dense or in parts, in any order, whole or not at all for this process; of
 FP8, scales come as well. What is held beside the finished blocks is one expert's
-matrices. D hidden, F width.
+matrices; blocks go to the layer's device expert by expert. D hidden, F width.
 """
 
 from collections.abc import Iterable
@@ -20,6 +20,7 @@ from ..load.packed import is_complete
 from .expert_loader_base import ExpertLoaderBase
 
 Matrix = Tensor | Bitmask
+HOST = torch.device("cpu")
 KINDS = {"w1": "w13", "w3": "w13", "w2": "w2"}
 """vLLM's gate, up and down, and which of them are encoded together."""
 
@@ -36,6 +37,7 @@ class ExpertLoader(ExpertLoaderBase):
         width: int,
         dtype: torch.dtype,
         scaled: ScaleBlocks | None = None,
+        device: torch.device = HOST,
     ) -> None:
         """For a layer of vLLM's.
 
@@ -46,11 +48,13 @@ class ExpertLoader(ExpertLoaderBase):
             width: The part of F of this process.
             dtype: Of the weights, if they are not FP8.
             scaled: Of FP8: what has a scale in common.
+            device: Where the blocks belong.
 
         Raises:
             ServeError: Processes would share what has a scale in common, or blocks.
         """
         super().__init__(layer, experts=experts, hidden=hidden, width=width)
+        self.device = device
         self._scaled = scaled
         self._dtype = dtype if scaled is None else FP8
         ranks = self._parallel.tp_size
@@ -167,7 +171,7 @@ class ExpertLoader(ExpertLoaderBase):
             shards[-1],
             [held.pop(shard) for shard in shards],
             [scales.pop(shard) for shard in shards] if scaled else None,
-        )
+        ).to(self.device)
         if len(found) == self._experts:
             # By index, since experts arrive in any order.
             self._joined[kind] = join([found[e] for e in range(self._experts)])

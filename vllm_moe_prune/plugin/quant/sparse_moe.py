@@ -31,7 +31,8 @@ from ...checkpoint.block_fp8 import SUFFIX, ScaleBlocks, read_blocks
 from ...checkpoint.compressed import METHOD, PARTS, parse_storage
 from ...checkpoint.module_names import CONFIG_KEY
 from ...errors import ServeError
-from ...kernels.blocks import Blocks, decode
+from ...kernels.blocks import Blocks
+from ...kernels.cpu_encode import decode
 from ..compat import chosen_experts
 from .expert_loader import ExpertLoader
 from .expert_loader_base import MATRICES, ExpertMethodBase
@@ -174,6 +175,7 @@ class SparseMoEMethod(ExpertMethodBase):
             width=intermediate_size_per_partition,
             dtype=params_dtype,
             scaled=self.scaled,
+            device=torch.get_default_device(),
         )
         dtypes = {"mask": torch.uint8, "offsets": torch.int64}
         parts = {part: dtypes.get(part, params_dtype) for part in self._suffixes}
@@ -187,7 +189,7 @@ class SparseMoEMethod(ExpertMethodBase):
         """
         loader: ExpertLoader = layer.moe_prune_loader
         found = dict(zip(MATRICES, loader.finished(), strict=True))
-        device = layer.w13_weight.device  # where vLLM wanted the weights
+        device = loader.device  # --cpu-offload-gb may have moved the placeholders
         self.release(layer, self._suffixes)
         nbytes = sum(blocks.nbytes for blocks in found.values())
         # FP8 stays: the method handed over to knows no scales.
@@ -195,7 +197,9 @@ class SparseMoEMethod(ExpertMethodBase):
         if few and not _splits_experts_on_cpu(layer):
             choose = partial(UnquantizedFusedMoEMethod, self.moe)
             method, why = chosen_experts(choose, layer)
-            if method is None:
+            if method is not None:
+                why = _rounds_up(method, layer, loader)
+            if why:
                 log.debug("%s: stays compressed (vLLM: %s)", layer.layer_name, why)
             else:
                 _make_dense(layer, found, loader.hidden, loader.width, device)
@@ -210,9 +214,10 @@ class SparseMoEMethod(ExpertMethodBase):
                 "scales": blocks.scales_EBC,
             }
             for part, tensor in parts.items():
-                held = None if tensor is None else tensor.to(device)
-                layer.register_buffer(f"{name}_{part}", held, persistent=False)
+                layer.register_buffer(f"{name}_{part}", tensor, persistent=False)
         layer.moe_prune_width = loader.width
+        if device.type != "cpu":
+            _reserve(loader, len(found["w13"].masks_EBS), self.moe.in_dtype)
 
     def apply(
         self,
@@ -246,6 +251,26 @@ class SparseMoEMethod(ExpertMethodBase):
         )
 
 
+def _rounds_up(method: Any, layer: RoutedExperts, loader: ExpertLoader) -> str:
+    """Why vLLM's method cannot take weights of these sizes over; empty: it can."""
+    sizes = (loader.hidden, loader.width)
+    # vLLM asks before it makes weights; ours were made of the sizes as they are.
+    wanted = method.maybe_roundup_sizes(
+        *sizes, layer.moe_config.in_dtype, layer.moe_config.moe_parallel_config
+    )
+    if wanted == sizes:
+        return ""
+    return f"it wants {wanted[0]} x {wanted[1]} instead of {sizes[0]} x {sizes[1]}"
+
+
+def _reserve(loader: ExpertLoader, experts: int, dtype: torch.dtype) -> None:
+    """Room to expand a layer in, before vLLM measures what is left of the memory."""
+    from ...kernels.triton.expand import workspace_bytes  # needs Triton
+    from ...kernels.triton.workspace import reserve
+
+    reserve(workspace_bytes(experts, loader.hidden, loader.width, dtype), loader.device)
+
+
 def _make_dense(
     layer: RoutedExperts,
     found: dict[str, Blocks],
@@ -266,8 +291,14 @@ def _make_dense(
             dtype=blocks.values.dtype,
             device=device,
         )
-        # One expert at a time: a layer can be a good part of the memory.
-        for expert, dense_NK in enumerate(dense_ENK):
-            dense_NK.copy_(torch.cat(decode(blocks, expert, sources, shape)))
+        if device.type == "cuda":
+            from ...kernels.triton.expand import expand  # needs Triton
+
+            every_E = torch.ones(len(dense_ENK), dtype=torch.int32, device=device)
+            expand(blocks, every_E, sources, dense_ENK)
+        else:
+            # One expert at a time: a layer can be a good part of the memory.
+            for expert, dense_NK in enumerate(dense_ENK):
+                dense_NK.copy_(torch.cat(decode(blocks, expert, sources, shape)))
         parameter = Parameter(dense_ENK, requires_grad=False)
         layer.register_parameter(f"{name}_weight", parameter)

@@ -1,20 +1,19 @@
 """The custom op behind ``sparse_moe``: opaque to torch.compile, one for all devices.
 
-On CPUs it is the compiled kernel. On CUDA devices, experts are decompressed into a
-workspace that all layers share, and vLLM's own fused MoE runs on that: correct, no
-faster than dense, without host synchronization, so that CUDA graphs can capture it. A
-kernel that multiplies from the compressed form takes the place of ``_on_cuda``.
+On CPUs it is the compiled kernel. On CUDA devices, the experts that tokens chose are
+expanded into a workspace that all layers share, in two launches, and vLLM's own fused
+MoE runs on that: slower than dense, without host synchronization, so that CUDA graphs
+can capture it. What of it was run where is in docs/gpu.md.
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
 from ...kernels import cpu_library
-from ...kernels.blocks import Blocks, decode
+from ...kernels.blocks import Blocks, local_ids
 
 NAMESPACE = "vllm_moe_prune"
 # At module level: torch drops the ops together with this object.
@@ -66,16 +65,11 @@ def _on_cuda(
 ) -> Tensor:
     from vllm.model_executor.layers.fused_moe import fused_experts
 
-    experts, hidden = len(w13.masks_EBS), x_TD.shape[1]
-    device = str(x_TD.device)
-    gate_up = _workspace(device, x_TD.dtype, (experts, 2 * width, hidden))
-    down = _workspace(device, x_TD.dtype, (experts, hidden, width))
-    # All of them: which ones tokens chose only the device knows.
-    for expert in range(experts):
-        gate_FD, up_FD = decode(w13, expert, 2, (width, hidden), x_TD.dtype)
-        gate_up[expert, :width].copy_(gate_FD)
-        gate_up[expert, width:].copy_(up_FD)
-        down[expert].copy_(decode(w2, expert, 1, (hidden, width), x_TD.dtype)[0])
+    from ...kernels.triton.expand import expand_layer
+
+    experts = len(w13.masks_EBS)
+    local_TK = local_ids(ids_TK, expert_map_G, experts)
+    gate_up, down = expand_layer(x_TD, local_TK, w13, w2, width)
     found: Tensor = fused_experts(
         x_TD,
         gate_up,
@@ -86,12 +80,6 @@ def _on_cuda(
         expert_map=expert_map_G,
     )
     return found
-
-
-@cache
-def _workspace(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """One per shape, for all layers; its address never changes."""
-    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _fake(x_TD: Tensor, *rest: object) -> Tensor:

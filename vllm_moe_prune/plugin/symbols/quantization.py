@@ -175,6 +175,16 @@ SYMBOLS = (
         ("layer",),
     ),
     Symbol(
+        f"{_FUSED_MOE}.unquantized_fused_moe_method",
+        "UnquantizedFusedMoEMethod.maybe_roundup_sizes",
+        (
+            "hidden_size",
+            "intermediate_size_per_partition",
+            "act_dtype",
+            "moe_parallel_config",
+        ),
+    ),
+    Symbol(
         _FUSED_MOE,
         "fused_experts",
         (

@@ -4,8 +4,6 @@ It adds to a tensor that stays where it is and never asks the device anything.
 T tokens, K slots of a token, E experts.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.library import Library
@@ -24,7 +22,9 @@ def count_all(load: Tensor, ids_TK: Tensor) -> None:
     """
     ids = ids_TK.flatten()
     # Not bincount: on a device it makes the host wait for the largest id.
-    load.index_add_(0, ids, _one(load.device).expand(len(ids)))
+    # new_ones: a fill, which graphs replay. A constant kept from the first
+    # call would lie in the memory of the graph that was captured then.
+    load.index_add_(0, ids, load.new_ones(()).expand(len(ids)))
 
 
 def count_real(load: Tensor, ids_TK: Tensor) -> None:
@@ -34,11 +34,6 @@ def count_real(load: Tensor, ids_TK: Tensor) -> None:
         ids_TK = ids_TK.masked_fill(padding_T1, -1)
     # -1, which vLLM's routers may say of padding too, becomes E.
     count_all(load, ids_TK.remainder(len(load)))
-
-
-@cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), dtype=torch.int64, device=device)
 
 
 def _padding(tokens: int) -> Tensor | None:
