@@ -20,12 +20,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 
 if INTERPRETED:
+    import torch
     import triton.language as tl
     from triton.runtime import interpreter
 
-    # The interpreter multiplies the bit patterns of bf16 (triton #11584): give it
-    # float32, which holds every bf16.
+    # The interpreter multiplies the bit patterns of bf16 (triton #11584): it is given
+    # float32, which holds every bf16. And it cuts float32 off where devices round.
     plain_dot = interpreter.InterpreterBuilder.create_dot
+    plain_cast = interpreter.InterpreterBuilder.cast_impl
 
     def widened(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
         if handle.dtype.scalar != tl.bfloat16:
@@ -36,4 +38,12 @@ if INTERPRETED:
     def create_dot(self, a, b, *rest):  # type: ignore[no-untyped-def]
         return plain_dot(self, widened(a), widened(b), *rest)
 
+    def cast_impl(self, source, kind):  # type: ignore[no-untyped-def]
+        if (source.dtype.scalar, kind.scalar) != (tl.float32, tl.bfloat16):
+            return plain_cast(self, source, kind)
+        rounded = torch.from_numpy(np.array(source.data)).bfloat16()
+        bits = rounded.view(torch.int16).numpy().view(np.uint16)
+        return interpreter.TensorHandle(bits, tl.bfloat16)
+
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.cast_impl = cast_impl

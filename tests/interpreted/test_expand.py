@@ -4,34 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
+from tests.interpreted.making import DTYPES, layer
 from vllm_moe_prune.kernels import blocks
 from vllm_moe_prune.kernels.blocks import FP8, Blocks
 from vllm_moe_prune.kernels.triton.expand import chosen, expand
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def matrix(shape: tuple[int, int], zeros: float, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    made = torch.randn(shape, generator=generator)
-    return made * (torch.rand(shape, generator=generator) >= zeros)
-
-
-def layer(
-    shape: tuple[int, int], sources: int, zeros: list[float], dtype: torch.dtype
-) -> Blocks:
-    """One expert for each share of zeros."""
-    made = []
-    for expert, share in enumerate(zeros):
-        each = [
-            matrix(shape, share, 7 * expert + at).to(dtype) for at in range(sources)
-        ]
-        tiles = (-(-shape[0] // 16), -(-shape[1] // 32))
-        scales = [torch.rand(tiles) + 0.5 for _ in each] if dtype == FP8 else None
-        made.append(blocks.encode(each, scales))
-    return blocks.join(made)
 
 
 def check(
@@ -81,6 +58,11 @@ def test_every_fp8_value_is_exact(out: torch.dtype) -> None:
     expand(w, torch.ones(1, dtype=torch.int32), 1, found)
     assert torch.equal(found[0].isnan(), every.float().isnan())
     assert torch.equal(found[0].nan_to_num(), every.to(out).nan_to_num())
+
+
+@pytest.mark.parametrize("out", DTYPES)
+def test_fp8_is_multiplied_by_scales_and_rounded_once(out: torch.dtype) -> None:
+    check(layer((40, 70), 2, [0.5, 0.0], FP8), (40, 70), 2, [1, 1], out)
 
 
 def test_minus_zero_and_payloads_of_nan_survive() -> None:

@@ -28,32 +28,54 @@ def test_kernels_are_right_under_the_interpreter() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+LAYERS = {
+    # Pointers to values and to scales, and devices.
+    "bf16": ("*bf16", "*bf16", CAPABILITIES),
+    # Integers do the same on all; the newest and the oldest.
+    "fp8": ("*u8", "*fp32", (80, 120)),
+}
+
+
 def used(tmp_path: Path) -> dict[str, dict[str, Any]]:
     """What every variant of every kernel takes on every device."""
     pytest.importorskip("triton")
     from tests.compiling import compiled
-    from vllm_moe_prune.kernels.triton import expand
+    from vllm_moe_prune.kernels.triton import expand, fused
 
-    numbers = dict.fromkeys(("n", "k", "steps", "blocks"), "i32")
+    kernels = [
+        (expand, expand.expand_kernel, {"SOURCES": 2}),
+        (fused, fused.gate_up_kernel, {"TOP_K": 2, "GROUP": fused.GROUP}),
+        (fused, fused.down_kernel, {"GROUP": fused.GROUP}),
+    ]
     found = {}
-    for scaled in (False, True):
-        kinds = ("*u8", "*fp32", "*bf16") if scaled else ("*i16", "*i16", "*i16")
-        pointers = {"masks_EBS": "*i32", "starts_EB1": "*i64", "used_E": "*i32"}
-        pointers |= zip(("values", "scales_EBC", "out_ENK"), kinds, strict=True)
-        sizes = {"BLOCKS": expand.BLOCKS, "STEPS": expand.STEPS}
-        constants = {"SOURCES": 2, "SCALED": scaled, **sizes}
-        for capability in CAPABILITIES:
-            took = compiled(
-                *(expand.expand_kernel, capability, pointers | numbers, constants),
-                *(tmp_path,),
-                num_warps=expand.WARPS,
-                num_stages=1,
-            )
-            name = f"expand{' fp8' if scaled else ''} sm_{capability}"
-            found[name] = took._asdict()
+    for stored, (values, scales, capabilities) in LAYERS.items():
+        types = dict.fromkeys(("x_TD", "inner_SF", "out_ENK"), "*bf16")
+        types["starts_EB1"] = "*i64"
+        types |= dict.fromkeys(("weight_S", "out_SD"), "*fp32")
+        types |= dict.fromkeys(("masks_EBS", "used_E", "expert_G", "slot_GM"), "*i32")
+        for module, kernel, constants in kernels:
+            sizes = {"BLOCKS": module.BLOCKS, "STEPS": module.STEPS}
+            known = {"SCALED": stored == "fp8"} | sizes | constants
+            # It copies what has no scales as integers.
+            if module is expand and stored != "fp8":
+                types |= dict.fromkeys(("values", "scales_EBC", "out_ENK"), "*i16")
+            else:
+                types |= {"values": values, "scales_EBC": scales}
+            names = [name for name in kernel.arg_names if name not in known]
+            for capability in capabilities:
+                took = compiled(
+                    *(kernel, capability),
+                    {name: types.get(name, "i32") for name in names},
+                    *(known, tmp_path),
+                    num_warps=module.WARPS,
+                    num_stages=1,
+                )
+                name = kernel.fn.__name__.removesuffix("_kernel")
+                found[f"{name} {stored} sm_{capability}"] = took._asdict()
     return found
 
 
+@pytest.mark.timeout(400)  # 20 s of processor time
 def test_kernels_take_no_more_than_they_did(
     tmp_path: Path, update_golden: bool
 ) -> None:

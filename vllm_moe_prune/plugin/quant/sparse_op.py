@@ -1,9 +1,9 @@
 """The custom op behind ``sparse_moe``: opaque to torch.compile, one for all devices.
 
-On CPUs it is the compiled kernel. On CUDA devices, the experts that tokens chose are
-expanded into a workspace that all layers share, in two launches, and vLLM's own fused
-MoE runs on that: slower than dense, without host synchronization, so that CUDA graphs
-can capture it. What of it was run where is in docs/gpu.md.
+On CPUs it is the compiled kernel. On CUDA devices, few tokens are multiplied by experts
+as they are stored. For many, those that they chose are expanded into a workspace that
+all layers share, and vLLM's own fused MoE runs on that. Neither makes the host wait, so
+that CUDA graphs can capture both. What of it was run where is in docs/gpu.md.
 """
 
 from collections.abc import Callable
@@ -63,11 +63,14 @@ def _on_cuda(
     w2: Blocks,
     width: int,
 ) -> Tensor:
-    from vllm.model_executor.layers.fused_moe import fused_experts
-
     from ...kernels.triton.expand import expand_layer
+    from ...kernels.triton.fused import fused_moe, suits
 
     experts = len(w13.masks_EBS)
+    if suits(ids_TK.numel(), experts):
+        return fused_moe(x_TD, weights_TK, ids_TK, expert_map_G, w13, w2, width)
+    from vllm.model_executor.layers.fused_moe import fused_experts
+
     local_TK = local_ids(ids_TK, expert_map_G, experts)
     gate_up, down = expand_layer(x_TD, local_TK, w13, w2, width)
     found: Tensor = fused_experts(
