@@ -25,7 +25,7 @@ FAMILIES = (
     "glm4_moe",
     "glm4_moe_lite",
     "minimax_m2",
-    *("olmoe", "qwen3_moe", "glm4_moe", "minimax_m2", "qwen2_moe"),
+    "qwen2_moe",
 )
 LAYERS = 3
 
