@@ -15,10 +15,10 @@ PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorde
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast fuzz faults lint substitution docs wheels clean
+.PHONY: help install demo test fast fuzz faults gpu-check lint substitution docs wheels clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 install: .venv/installed ## Make .venv with the project, vLLM and all tools
 
@@ -41,6 +41,10 @@ fuzz: install ## Spoil every file that is read, for SECONDS (60), from SEED (0)
 
 faults: install ## Kill and fail every command at every write event: hours
 	@PYTHONPATH=. $(PY) -m tests.faults $(ARGS)
+
+# No install: a GPU machine has its own torch and Triton, and need have nothing else.
+gpu-check: ## What a GPU owes: right, races, speed, pruning; 8 minutes (ARGS=--pretend)
+	@$(PYTHON) -m bench.gpu.check $(ARGS)
 
 lint: install ## Formatting, lint, types, spelling
 	$(PY) -m ruff format --check
