@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PRUNING = ("transformers", "safetensors", "pydantic", "compressed_tensors", "scipy")
+PRUNING = ("transformers", "safetensors", "pydantic", "scipy", "tokenizers")
 SANITIZE = ("compute-sanitizer", "--error-exitcode", "1", "--tool")
 KEPT = 5
 """Seconds before its limit at which a step that measures begins nothing more."""

@@ -6,6 +6,7 @@ Seconds for gate, up and down of one expert, with what the method needs to know 
 inputs already there but for SparseGPT's and GPTQ's factors; the second of two runs.
 """
 
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -49,10 +50,9 @@ METHODS: dict[str, Method] = {
 
 def quantizing() -> dict[str, Method]:
     """Methods that need compressed-tensors; nothing where it is not installed."""
-    try:
-        from vllm_moe_prune.kernels.quantized import Form
-    except ImportError:
+    if importlib.util.find_spec("compressed_tensors") is None:
         return {}
+    from vllm_moe_prune.kernels.quantized import Form
     from vllm_moe_prune.slim.awq import candidates, errors
     from vllm_moe_prune.slim.gptq import gptq
     from vllm_moe_prune.slim.rtn import rtn
