@@ -64,10 +64,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "experts": {"method": "stun", "cluster_by": "outputs", "drop": 0.25},
         "slim": {"method": "magnitude", "sparsity": 0.5},
     },
-    "redirect + 4:8 by routing weights": {
+    "redirect + sparsegpt 2:4": {
         "experts": {"method": "stun", "drop": 0.3},
-        "slim": {"method": "wanda", "router_weighted": True, "pattern": "4:8"},
+        "slim": {"method": "sparsegpt", "pattern": "2:4"},
         "routing": "redirect",
+    },
+    "4:8 by routing weights": {
+        "experts": NO_EXPERTS,
+        "slim": {"method": "wanda", "router_weighted": True, "pattern": "4:8"},
     },
     "compensated wanda": {
         "experts": NO_EXPERTS,
@@ -91,9 +95,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def source(folder: Path, family: str) -> Path:
+def source(folder: Path, family: str, layers: int, width: int) -> Path:
     """A tiny checkpoint of a family."""
-    size: dict[str, Any] = {"layers": 3, "hidden": 128, "width": 128}
+    size: dict[str, Any] = {"layers": layers, "hidden": width, "width": width}
     return tiny_checkpoint(folder / family, model_type=family, **size)
 
 
@@ -147,7 +151,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         text = tiny_text(Path(folder))
         for family in families:
-            checkpoint = source(Path(folder), family)
+            size = (2, 64) if options.small else (4, 128)
+            checkpoint = source(Path(folder), family, *size)
             for at, name in enumerate(names):
                 about: dict[str, Any] = {"family": family, "recipe": name}
                 if "quantize" in RECIPES[name] and not quantizes:

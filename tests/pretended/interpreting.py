@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import triton.language as tl
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map
 from triton.runtime import interpreter
 
 from tests.pretended import cuda
@@ -46,7 +45,8 @@ def call(self: Any, *args: Any, **kwargs: Any) -> None:
         return PLAIN_CALL(self, *args, **kwargs)
     device.launches[self.fn.__name__] += 1
     device.lines[cuda.line()] += 1
-    args, kwargs = tree_map(cuda.inner, (args, kwargs))
+    args = cuda.mapped(cuda.inner, args)
+    kwargs = {key: cuda.inner(value) for key, value in kwargs.items()}
     with _disable_current_modes():
         PLAIN_CALL(self, *args, **kwargs)
     cuda.capture(PLAIN_CALL, (self, *args), kwargs)

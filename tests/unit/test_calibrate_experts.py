@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
@@ -14,6 +14,7 @@ from vllm_moe_prune.calibrate.expert_forward import (
     expert_tokens,
     route,
     run_experts,
+    tokens_of_experts,
 )
 from vllm_moe_prune.checkpoint.open import Layer
 from vllm_moe_prune.checkpoint.reader import Expert
@@ -172,3 +173,22 @@ def test_inner_activations_are_gated() -> None:
     (expert,) = random_experts(1)
     expected = functional.gelu(x_nD @ expert.gate_FD.T) * (x_nD @ expert.up_FD.T)
     torch.testing.assert_close(expert_hidden(x_nD, expert, functional.gelu), expected)
+
+
+@settings(max_examples=30)
+@given(tokens=st.integers(1, 40), experts=st.integers(1, 6), redirected=st.booleans())
+def test_all_experts_tokens_are_each_ones(
+    tokens: int, experts: int, redirected: bool
+) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    rows = 2 * experts if redirected else experts
+    scores = torch.rand(tokens, rows, generator=generator)
+    weights, ids = scores.topk(min(2, rows))
+    routing = Routing(ids, weights, scores)
+    redirect = [*range(experts), *[0] * experts] if redirected else None
+    found = tokens_of_experts(routing, experts, redirect)
+    assert len(found) == experts
+    for expert, (token_n, weight_n) in enumerate(found):
+        wanted = expert_tokens(routing, expert, redirect)
+        assert token_n.tolist() == wanted[0].tolist()
+        assert weight_n.tolist() == wanted[1].tolist()

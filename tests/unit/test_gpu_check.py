@@ -1,7 +1,6 @@
-"""``make gpu-check``: what it says of steps, and every step on a pretended device."""
+"""``make gpu-check``: what it says of its steps, which test_pretended.py runs."""
 
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -88,32 +87,3 @@ def test_without_a_device_nothing_is_said_to_be_checked(tmp_path: Path) -> None:
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert "no CUDA device that torch can use; nothing was checked" in ended.stderr
-
-
-@pytest.mark.timeout(300)
-def test_every_step_starts_ends_and_writes_on_a_pretended_device(
-    tmp_path: Path,
-) -> None:
-    """As the check starts them, but in one process: imports take longer than steps."""
-    options = check.options_of(["--pretend", "--out", str(tmp_path)])
-    words: list[str] = []
-    ran = [step for step in check.STEPS if not step.under]
-    for step in ran:
-        said = check.command(step, tmp_path / f"{step.name}.json", options)
-        words += [*said[said.index("tests.pretended.run") + 1 :], "+"]
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.pretended.run", *words],
-        cwd=ROOT,
-        env=check.environment(tmp_path),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, f"{shlex.join(words)}\n{ended.stdout}{ended.stderr}"
-    found = {
-        step.name: json.loads((tmp_path / f"{step.name}.json").read_text("utf-8"))
-        for step in ran
-    }
-    assert all(found.values())
-    assert found["right"] == {"checked": 2, "wrong": []}
-    assert [one["verdict"] for one in found["prune"]] == ["ok"]

@@ -92,9 +92,9 @@ def _chunks(
     step = max(1, CHUNK_BYTES // (4 * 4096 * len(infos))) * 4096 * dtype.itemsize
     for start in range(0, size, step):
         stop = min(start + step, size)
-        chunk_Ep = torch.empty(
-            len(infos), (stop - start) // dtype.itemsize, device=device
-        )
+        # For other devices as it is stored: half the bytes to copy, and all at once.
+        held = torch.float32 if torch.device(device).type == "cpu" else dtype
+        chunk_Ep = torch.empty(len(infos), (stop - start) // dtype.itemsize, dtype=held)
         for expert, info in enumerate(infos):
             if DTYPES[info.dtype] != dtype:
                 raise CheckpointError(
@@ -104,7 +104,7 @@ def _chunks(
             base = expert * size if packed else 0
             data = read_bytes(info, base + start, base + stop)
             chunk_Ep[expert] = torch.frombuffer(data, dtype=dtype)
-        yield chunk_Ep
+        yield chunk_Ep.to(device, torch.float32)
 
 
 def _not_finite(checkpoint: Checkpoint, layer: Layer) -> list[int]:

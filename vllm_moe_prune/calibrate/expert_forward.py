@@ -9,6 +9,7 @@ K top-k.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,9 @@ from ..checkpoint.open import Layer
 from ..checkpoint.reader import Expert
 from ..errors import CheckpointError
 from .memory import TEMPORARY_BYTES
+from .read_ahead import Read, read_ahead
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-Read = Callable[[int], Expert]
 
 
 class Served(NamedTuple):
@@ -172,6 +173,23 @@ def expert_tokens(
     return token_n, weights_nK.sum(dim=1)
 
 
+def tokens_of_experts(
+    routing: Routing, experts: int, redirect: Sequence[int | None] | None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What ``expert_tokens`` gives for every expert; the host waits once for all."""
+    if redirect is not None:
+        return [expert_tokens(routing, each, redirect) for each in range(experts)]
+    top_k = routing.ids_NK.shape[1]
+    # Stable: the tokens of an expert stay in their order.
+    ids_S, order_S = routing.ids_NK.flatten().sort(stable=True)
+    last_E = torch.arange(experts, device=ids_S.device)
+    ends = torch.searchsorted(ids_S, last_E, right=True).tolist()
+    weight_S = routing.weights_NK.flatten()[order_S]
+    token_S = order_S.div(top_k, rounding_mode="floor")
+    spans = [slice(*pair) for pair in pairwise([0, *ends])]
+    return [(token_S[span], weight_S[span]) for span in spans]
+
+
 def weigh(x_ND: torch.Tensor, weigher_1D: torch.Tensor) -> torch.Tensor:
     """How much shared experts count for each token [N, 1], in the stored dtype."""
     return functional.linear(x_ND, weigher_1D).sigmoid()
@@ -209,14 +227,13 @@ def run_experts(
         visit: Sees every expert's outputs, some tokens at a time.
     """
     out_ND = torch.zeros_like(x_ND)
-    for number in range(layer.num_experts):
-        token_n, weight_n = expert_tokens(routing, number, layer.redirect)
-        # Not read at all: with many experts and little text most bytes are saved here.
-        if len(token_n) == 0:
-            continue
-        expert = place(read(number), x_ND)
+    served = tokens_of_experts(routing, layer.num_experts, layer.redirect)
+    # Others are not read at all: with many experts and little text most bytes are saved
+    # here.
+    wanted = [number for number, (token_n, _) in enumerate(served) if len(token_n)]
+    for number, expert in read_ahead(wanted, read, x_ND.device):
         see = functools.partial(visit, number) if visit else None
-        add_expert(out_ND, x_ND, token_n, weight_n, expert, act, see)
+        add_expert(out_ND, x_ND, *served[number], place(expert, x_ND), act, see)
     return out_ND
 
 

@@ -16,13 +16,13 @@ from torch.nn import functional
 from ..checkpoint.reader import Expert
 from .expert_forward import (
     Activation,
-    Read,
     Routing,
     Served,
     expert_hidden,
     place,
     scores_of,
 )
+from .read_ahead import Read
 from .stats import Array
 
 SCORES = frozenset({"score_full_sum_E", "score_selected_sum_E"})

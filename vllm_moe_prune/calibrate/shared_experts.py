@@ -19,7 +19,6 @@ from ..checkpoint.reader import Expert
 from ..ranks.group import Ranks
 from .expert_forward import (
     Activation,
-    Read,
     Routing,
     Served,
     Visit,
@@ -31,14 +30,15 @@ from .expert_forward import (
     token_chunks,
     weigh,
 )
+from .read_ahead import Read
 
 # Of one rank before all exchange: experts have different numbers of tokens.
 AT_ONCE = 4
 
 
 def turns(ranks: Ranks, experts: int) -> Iterator[range]:
-    """The experts of a layer in groups: each rank has some of a group, or is alone."""
-    step = 1 if ranks.size == 1 else AT_ONCE * ranks.size
+    """The experts of a layer in groups: each rank has some of one, or all if alone."""
+    step = max(1, experts) if ranks.size == 1 else AT_ONCE * ranks.size
     for start in range(0, experts, step):
         yield range(start, min(start + step, experts))
 

@@ -176,7 +176,7 @@ def no_sums(cols: int, plan: CutPlan, device: torch.device | str) -> torch.Tenso
     if plan.slim == "sparsegpt":
         return torch.zeros(cols, cols, device=device)
     # Small enough for fp64, which millions of squares need; H is not.
-    return torch.zeros(cols, dtype=torch.float64).to(device)
+    return torch.zeros(cols, dtype=torch.float64, device=device)
 
 
 def add_sums(sums: torch.Tensor, x_nD: torch.Tensor, plan: CutPlan) -> None:

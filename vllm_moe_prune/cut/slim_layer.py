@@ -18,6 +18,7 @@ import torch
 from ..archs.spec import TensorRule
 from ..calibrate.expert_forward import Routing, add_expert, expert_tokens, place
 from ..calibrate.forward import StreamingModel
+from ..calibrate.read_ahead import read_ahead
 from ..calibrate.shared_experts import add_outputs, scaled_outputs, turns
 from ..checkpoint.block_fp8 import SUFFIX
 from ..checkpoint.reader import Expert, read_tensor
@@ -162,7 +163,7 @@ def _record(cut: LayerCut, found: Trimmed, made: Expert) -> ExpertRecord:
         # Without data there is nothing to run, and no expert counts as unseen.
         seen=found.served is None or len(found.served.token_n) > 0,
         parameters=sum(matrix.numel() for matrix in made),
-        zeros=sum(map(_zeros, made)) if cut.writes_zeros else 0,
+        zeros=_zeros(made) if cut.writes_zeros else 0,
         trimmed_powers_M5=_powers(found.expert),
         slimmed_powers_M5=_powers(made),
         channels=channels,
@@ -220,11 +221,12 @@ def trimmed_experts(
         experts: Which, by new number.
     """
     width, block = cut.layer_plan.width, channel_block(cut.checkpoint, cut.layer)
-    for new in experts:
+    numbers = list(experts)
+    device = torch.device("cpu") if x_ND is None else x_ND.device
+    for new, expert in read_ahead(numbers, partial(survivor, cut), device):
         served, kept_K = None, None
         if routing is not None:
             served = ExpertTokens(*expert_tokens(routing, new, cut.trimmed.redirect))
-        expert = survivor(cut, new)
         if width is not None and served and x_ND is not None and model is not None:
             stage = cut.plan.narrow
             with naming(cut, new):
@@ -258,7 +260,9 @@ def trimmed_routing(
 
 def _powers(expert: Expert) -> list[list[float]]:
     """Of each matrix; they add up over experts, never in memory together."""
-    return [power_sums(matrix.reshape(-1)).tolist() for matrix in expert]
+    sums = [power_sums(matrix.reshape(-1)) for matrix in expert]
+    found: list[list[float]] = torch.stack(sums).tolist()
+    return found
 
 
 def _packed_bits(kept_K: torch.Tensor, width: int) -> str:
@@ -268,8 +272,9 @@ def _packed_bits(kept_K: torch.Tensor, width: int) -> str:
     return np.packbits(bits_F, bitorder="little").tobytes().hex()
 
 
-def _zeros(matrix: torch.Tensor) -> int:
-    return matrix.numel() - int(torch.count_nonzero(matrix))
+def _zeros(expert: Expert) -> int:
+    kept = torch.stack([torch.count_nonzero(matrix) for matrix in expert])
+    return sum(matrix.numel() for matrix in expert) - int(kept.sum())
 
 
 def _write_expert(

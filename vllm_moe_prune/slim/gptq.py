@@ -67,23 +67,26 @@ def gptq(
     weight_DR = weight_RD.T[order_D].to(factor_DD.dtype)
     # In another order a group's columns are never together: its scale is set
     # beforehand.
-    grid = _Grid(weight_RD, form, fixed=act_order or form.group_size is None)
+    fixed = act_order or form.group_size is None
+    grid = _Grid(weight_RD, form, weight_DR.dtype, fixed=fixed)
     values_DR = torch.empty_like(weight_DR, dtype=torch.int8)
     for start in range(0, len(weight_DR), BLOCK_COLS):
         stop = min(start + BLOCK_COLS, len(weight_DR))
         block, rest = slice(start, stop), slice(stop, None)
         error_CR = torch.empty_like(weight_DR[block])
+        values_CR = torch.empty_like(error_CR)
         for at in range(start, stop):
             # Scales from the columns as the errors before have left them, as the paper
             # does.
             if at % size == 0:
                 grid.enter(at // size, weight_DR[at : at + size])
             column_R = weight_DR[at]
-            values_DR[at], nearest_R = grid.nearest(column_R, groups[at])
-            error_R = (column_R - nearest_R) / factor_DD[at, at]
-            error_CR[at - start] = error_R
+            error_R = error_CR[at - start]
+            nearest_R = grid.nearest(column_R, groups[at], values_CR[at - start])
+            torch.sub(column_R, nearest_R, out=error_R).div_(factor_DD[at, at])
             later = slice(at + 1, stop)
             weight_DR[later].addr_(factor_DD[at, later], error_R, alpha=-1.0)
+        values_DR[block] = values_CR
         # As SparseGPT: one product per block for all columns behind it.
         weight_DR[rest].addmm_(factor_DD[block, rest].T, error_CR, alpha=-1.0)
     # Back in the order of the inputs.
@@ -94,8 +97,11 @@ def gptq(
 class _Grid:
     """The scales of a matrix, set group by group as the columns before are done."""
 
-    def __init__(self, weight_RD: Tensor, form: Form, *, fixed: bool) -> None:
+    def __init__(
+        self, weight_RD: Tensor, form: Form, dtype: torch.dtype, *, fixed: bool
+    ) -> None:
         self.scales = scales_of(weight_RD, form, weight_RD.dtype)
+        self._columns = _columns(self.scales, dtype)
         self._form = form
         self._fixed = fixed
 
@@ -108,17 +114,23 @@ class _Grid:
         scale_RG[:, group] = found.scale_RG[:, 0]
         if zero_RG is not None and found.zero_RG is not None:
             zero_RG[:, group] = found.zero_RG[:, 0]
+        (self._columns[group],) = _columns(found, weight_gR.dtype)
 
-    def nearest(self, column_R: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        """A column's values, and the weights they stand for."""
-        scale_R, zero_R = _column(self.scales, group)
-        scale_R = scale_R.to(column_R.dtype)
-        shift_R = torch.zeros_like(column_R) if zero_R is None else zero_R
+    def nearest(self, column_R: Tensor, group: int, values_R: Tensor) -> Tensor:
+        """The weights nearest to a column; ``values_R`` gets what stands for them."""
+        scale_R, zero_R = self._columns[group]
+        torch.div(column_R, scale_R, out=values_R)
+        if zero_R is not None:
+            values_R += zero_R
         # Clamped before rounding, as compressed-tensors quantizes.
-        values_R = (column_R / scale_R + shift_R).clamp_(LOWEST, HIGHEST).round_()
-        return values_R.to(torch.int8), (values_R - shift_R) * scale_R
+        values_R.clamp_(LOWEST, HIGHEST).round_()
+        shifted_R = values_R if zero_R is None else values_R - zero_R
+        return shifted_R * scale_R
 
 
-def _column(scales: Scales, group: int) -> tuple[Tensor, Tensor | None]:
-    zero_RG = scales.zero_RG
-    return scales.scale_RG[:, group], None if zero_RG is None else zero_RG[:, group]
+def _columns(scales: Scales, dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]]:
+    """Each group's scales and zero points, as they are computed with."""
+    scale_GR = scales.scale_RG.T.to(dtype).contiguous()
+    if scales.zero_RG is None:
+        return [(scale_R, None) for scale_R in scale_GR]
+    return list(zip(scale_GR, scales.zero_RG.T.to(dtype).contiguous(), strict=True))

@@ -154,9 +154,8 @@ def _prune_block(
     m: int | None,
 ) -> Tensor:
     """Prune one block in place; the errors that the columns behind it make up for."""
-    scale_C1 = factor_CC.diagonal()[:, None].clone()
     # Score 0: what no token reaches goes before anything that one does.
-    scale_C1[dead_C] = torch.inf
+    scale_C1 = factor_CC.diagonal().masked_fill(dead_C, torch.inf)[:, None]
     # The paper's saliency: w^2 / [H^-1]_jj.
     error_CR = torch.empty_like(block_CR)
     zero = torch.zeros((), device=block_CR.device)
@@ -173,13 +172,12 @@ def _prune_block(
             scores_Rm = (block_CR[group] / scale_C1[group]).square_().T
             count = zeros_in_group(m, sparsity)
             mask_CR[group] = lowest_in_groups(scores_Rm, count, m).T
-        column_R = block_CR[at]
-        torch.where(mask_CR[at], column_R, zero, out=error_CR[at])
-        # w - w is exactly 0 where the column is masked.
-        column_R -= error_CR[at]
-        error_CR[at] /= factor_CC[at, at]
+        torch.where(mask_CR[at], block_CR[at], zero, out=error_CR[at])
+        error_CR[at].div_(factor_CC[at, at])
         # Columns behind make up for what this one lost.
         block_CR[at + 1 :].addr_(factor_CC[at, at + 1 :], error_CR[at], alpha=-1.0)
+    # Nobody reads a column once its turn is over.
+    block_CR.masked_fill_(mask_CR, 0)
     return error_CR
 
 

@@ -6,6 +6,7 @@ Weighting the inputs by the router gives MoE-Pruner's score. R output rows, D in
 columns.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from .quota import zeros_in_group
 
 CHUNK_BYTES = 64 * 2**20
 """Size of a float32 temporary; a call needs about three of them beside its output."""
+FEW_ROWS = 64
+"""On a GPU a row is selected from by one multiprocessor, but sorted by all of them."""
 
 NOT_FINITE_WEIGHTS = (
     "contains NaN or infinite weights, which cannot be ranked. "
@@ -50,10 +53,8 @@ def wanda(
         CalibrationError: If the sums are not finite.
         CheckpointError: If a weight is NaN or infinite.
     """
-    norm_D = input_norms(weight_RD, input_sqsum_D)
-    if not norm_D.any():
-        return magnitude_rows(weight_RD, sparsity, m)
-    return _zero_lowest_in_rows(weight_RD, norm_D.float(), sparsity, m)
+    norm_D = _norms(weight_RD, input_sqsum_D)
+    return _zero_lowest_in_rows(weight_RD, norm_D, sparsity, m)
 
 
 def magnitude_rows(weight_RD: Tensor, sparsity: float, m: int | None = None) -> Tensor:
@@ -88,8 +89,9 @@ def ranked(weight_RD: Tensor, input_sqsum_D: Tensor) -> Ranked:
         CalibrationError: If the sums are not finite.
         CheckpointError: If a weight is NaN or infinite.
     """
-    norm_D = input_norms(weight_RD, input_sqsum_D)
-    scores_RD = scores_of(weight_RD, norm_D.float() if norm_D.any() else None)
+    norm_D = _norms(weight_RD, input_sqsum_D)
+    scores_RD, finite = scores_of(weight_RD, scales_of(norm_D))
+    refuse_not_finite([finite], norm_D)
     return Ranked(weight_RD, scores_RD, sorted_rows(scores_RD))
 
 
@@ -115,44 +117,75 @@ def input_norms(weight_RD: Tensor, input_sqsum_D: Tensor) -> Tensor:
     Raises:
         CalibrationError: If the sums are not finite.
     """
-    # fp64: sums over millions of tokens, of which fp32 would drop the small ones.
-    norm_D = input_sqsum_D.to(weight_RD.device, torch.float64).sqrt()
-    if not torch.isfinite(norm_D).all():
-        raise CalibrationError(NOT_FINITE_INPUTS)
+    norm_D = _norms(weight_RD, input_sqsum_D)
+    refuse_not_finite([], norm_D)
     return norm_D
 
 
-def scores_of(chunk_RD: Tensor, scale_D: Tensor | None) -> Tensor:
-    """Scores of some rows in float32: |W|, times the input norms if there are any.
+def _norms(weight_RD: Tensor, input_sqsum_D: Tensor) -> Tensor:
+    # fp64: sums over millions of tokens, of which fp32 would drop the small ones.
+    return input_sqsum_D.to(weight_RD.device, torch.float64).sqrt()
 
-    Raises:
-        CheckpointError: If a weight is NaN or infinite.
+
+def scales_of(norm_D: Tensor) -> Tensor:
+    """What |W| is multiplied by, in float32: 1 where no input was seen at all."""
+    return torch.where(norm_D.any(), norm_D.float(), 1.0)
+
+
+def scores_of(chunk_RD: Tensor, scale_D: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scores of some rows in float32: |W|, times the inputs' scales if there are any.
+
+    Returns:
+        The scores, and whether all weights are finite, for ``refuse_not_finite``.
     """
     scores_RD = chunk_RD.to(torch.float32, copy=True).abs_()
     # The largest |w| is NaN or infinite as soon as any weight is.
-    if not torch.isfinite(scores_RD.amax()):
+    finite = torch.isfinite(scores_RD.amax())
+    return scores_RD if scale_D is None else scores_RD.mul_(scale_D), finite
+
+
+def refuse_not_finite(weights: Sequence[Tensor], norm_D: Tensor | None) -> None:
+    """Refuse what cannot be ranked; the host waits for the device once.
+
+    Args:
+        weights: Whether some weights are finite, of each chunk.
+        norm_D: Norms of the inputs.
+
+    Raises:
+        CalibrationError: If the norms are not finite.
+        CheckpointError: If a weight is not.
+    """
+    inputs = [] if norm_D is None else [torch.isfinite(norm_D).all()]
+    told = torch.stack([*inputs, *weights]).tolist()
+    if not all(told[: len(inputs)]):
+        raise CalibrationError(NOT_FINITE_INPUTS)
+    if not all(told):
         raise CheckpointError(NOT_FINITE_WEIGHTS)
-    return scores_RD if scale_D is None else scores_RD.mul_(scale_D)
 
 
 def _zero_lowest_in_rows(
-    weight_RD: Tensor, scale_D: Tensor | None, sparsity: float, m: int | None
+    weight_RD: Tensor, norm_D: Tensor | None, sparsity: float, m: int | None
 ) -> Tensor:
     rows, cols = weight_RD.shape
     count = zeros_in_group(m or cols, sparsity)
     pruned_RD = torch.empty_like(weight_RD, memory_format=torch.contiguous_format)
     # torch.where with a scalar of another dtype would promote; bits must stay.
     zero = torch.zeros((), dtype=weight_RD.dtype, device=weight_RD.device)
+    scale_D = None if norm_D is None else scales_of(norm_D)
+    finite = []
     # Whole rows: no comparison crosses a chunk.
     step = max(1, CHUNK_BYTES // (4 * max(1, cols)))
     for start in range(0, rows, step):
         chunk_RD = weight_RD[start : start + step]
-        scores_RD = scores_of(chunk_RD, scale_D)
+        scores_RD, chunk_finite = scores_of(chunk_RD, scale_D)
+        finite.append(chunk_finite)
         if m is None:
             mask_RD = lowest(scores_RD, count)
         else:
             mask_RD = lowest_in_groups(scores_RD, count, m)
         torch.where(mask_RD, zero, chunk_RD, out=pruned_RD[start : start + step])
+    # Last: until then the host has had nothing to wait for.
+    refuse_not_finite(finite, norm_D)
     return pruned_RD
 
 
@@ -172,6 +205,9 @@ def lowest_up_to(scores_RD: Tensor, threshold_R1: Tensor, count_R1: Tensor) -> T
         threshold_R1: The highest score that goes, of each row.
         count_R1: How many go; if 0 the threshold may be any not above the lowest.
     """
+    if scores_RD.device.type != "cpu":
+        # Counting out every row takes less time than asking which of them are tied.
+        return _lowest_tied(scores_RD, threshold_R1, count_R1)
     # Where the threshold value is unique this is exact; only tied rows are counted out.
     mask_RD = scores_RD <= threshold_R1
     tied_R = mask_RD.sum(1, dtype=torch.int32) > count_R1[:, 0]
@@ -188,6 +224,8 @@ def _kth_lowest(scores_RD: Tensor, k: int) -> Tensor:
         # numpy selects with vector instructions, several times faster than torch.
         parted_RD = np.partition(scores_RD.numpy(), k - 1, axis=1)
         return torch.from_numpy(parted_RD[:, k - 1 : k].copy())
+    if len(scores_RD) < FEW_ROWS:
+        return sorted_rows(scores_RD)[:, k - 1 : k]
     return torch.kthvalue(scores_RD, k, dim=1, keepdim=True).values
 
 

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from .magnitude import keys_of, select
 from .quota import zeros_in_group
-from .wanda import CHUNK_BYTES, input_norms, lowest_up_to, scores_of, sorted_rows
+from .wanda import (
+    CHUNK_BYTES,
+    input_norms,
+    lowest_up_to,
+    refuse_not_finite,
+    scales_of,
+    scores_of,
+    sorted_rows,
+)
 
 
 def wanda_variant(weight_RD: Tensor, input_sqsum_D: Tensor, sparsity: float) -> Tensor:
@@ -30,7 +38,8 @@ def wanda_variant(weight_RD: Tensor, input_sqsum_D: Tensor, sparsity: float) -> 
         CheckpointError: If a weight is NaN or infinite.
     """
     norm_D = input_norms(weight_RD, input_sqsum_D)
-    scale_D = norm_D.float() if norm_D.any() else None
+    scale_D = scales_of(norm_D)
+    finite = []
     # Shares are held, scores made again: both at once would be twice the matrix.
     step = max(1, CHUNK_BYTES // (8 * max(1, weight_RD.shape[1])))
     share_RD = torch.empty(
@@ -38,8 +47,10 @@ def wanda_variant(weight_RD: Tensor, input_sqsum_D: Tensor, sparsity: float) -> 
     )
     for start in range(0, len(weight_RD), step):
         rows = slice(start, start + step)
-        scores_RD = scores_of(weight_RD[rows], scale_D)
+        scores_RD, chunk_finite = scores_of(weight_RD[rows], scale_D)
+        finite.append(chunk_finite)
         share_RD[rows] = _shares(sorted_rows(scores_RD))
+    refuse_not_finite(finite, None)
     # One threshold over the whole matrix: rows that matter less lose more.
     count_R = _counts(share_RD, zeros_in_group(weight_RD.numel(), sparsity))
     pruned_RD = torch.empty_like(weight_RD, memory_format=torch.contiguous_format)
@@ -47,7 +58,7 @@ def wanda_variant(weight_RD: Tensor, input_sqsum_D: Tensor, sparsity: float) -> 
     for start in range(0, len(weight_RD), step):
         rows = slice(start, start + step)
         chunk_RD = weight_RD[rows]
-        scores_RD = scores_of(chunk_RD, scale_D)
+        scores_RD, _ = scores_of(chunk_RD, scale_D)
         count_R1 = count_R[rows, None]
         # A row loses its lowest scores; the last of them is its own threshold.
         last_R1 = sorted_rows(scores_RD).gather(1, (count_R1 - 1).clamp(min=0))

@@ -151,14 +151,6 @@ def down_kernel(
     tl.store(out_SD + place, total * weight[None, :], mask=shown)
 
 
-def suits(slots: int, experts: int) -> bool:
-    """Whether this is for so many slots, and not expansion: by model, unmeasured.
-
-    Until experts have a group each, weights are read once, compressed.
-    """
-    return slots <= GROUP * experts
-
-
 def grouped(local_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Slots by expert, without the host knowing how many go where.
 

@@ -63,14 +63,22 @@ def _on_cuda(
     w2: Blocks,
     width: int,
 ) -> Tensor:
-    from ...kernels.triton.expand import expand_layer
-    from ...kernels.triton.fused import fused_moe, suits
-
-    experts = len(w13.masks_EBS)
-    if suits(ids_TK.numel(), experts):
-        return fused_moe(x_TD, weights_TK, ids_TK, expert_map_G, w13, w2, width)
     from vllm.model_executor.layers.fused_moe import fused_experts
 
+    from ...kernels.triton.choice import slots_per_expert
+    from ...kernels.triton.expand import expand_layer
+    from ...kernels.triton.fused import fused_moe
+
+    def dense(
+        x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, up: Tensor, down: Tensor
+    ) -> Tensor:
+        found: Tensor = fused_experts(x_TD, up, down, weights_TK, ids_TK)
+        return found
+
+    experts, top_k = len(w13.masks_EBS), ids_TK.shape[1]
+    most = slots_per_expert(x_TD, top_k, w13, w2, width, dense)
+    if ids_TK.numel() <= most * experts:
+        return fused_moe(x_TD, weights_TK, ids_TK, expert_map_G, w13, w2, width)
     local_TK = local_ids(ids_TK, expert_map_G, experts)
     gate_up, down = expand_layer(x_TD, local_TK, w13, w2, width)
     found: Tensor = fused_experts(

@@ -1,0 +1,85 @@
+"""The whole pipeline on a CPU and on a pretended device: same bytes, and what waits.
+
+    python -m tests.pretended.run tests.pretended.pipeline [--json FILE]
+        [--only FAMILY RECIPE] ... [--layers 4] [--width 128]
+
+Recipes are those of ``bench/gpu/prune.py``. Counts are of one cut, by decoder layer.
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu.prune import FAMILIES, RECIPES, pruned, recipe, source
+from tests.pretended import cuda
+from tests.tiny import tiny_text
+from vllm_moe_prune.recipes.schema import Recipe
+
+
+def counted(device: "cuda.PretendedCuda") -> dict[str, Any]:
+    """What there was so far."""
+    return {
+        "launches": sum(device.launches.values()),
+        "waits": sum(device.waits.values()),
+        "copied ahead": sum(device.overlapped.values()),
+        "lines": device.waits.copy(),
+        "launching": device.lines.copy(),
+    }
+
+
+def compared(
+    checkpoint: Path, layers: int, chosen: Recipe, out: Path
+) -> dict[str, Any]:
+    """One recipe on both."""
+    device = cuda.ACTIVE
+    assert device is not None
+    before, start = counted(device), time.process_time()
+    found = pruned(checkpoint, chosen, out / "cuda", "cuda")
+    after, taken = counted(device), time.process_time() - start
+    wanted = pruned(checkpoint, chosen, out / "cpu", "cpu")
+    return {
+        "same": bool(found) and found == wanted,
+        **{
+            what: round((after[what] - before[what]) / layers)
+            for what in ("launches", "waits", "copied ahead")
+        },
+        "seconds": round(taken, 1),
+        "most waits": (after["lines"] - before["lines"]).most_common(12),
+        "most launches": (after["launching"] - before["launching"]).most_common(12),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs=2, action="append")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=128)
+    options = parser.parse_args()
+    # A CPU's own attention rounds otherwise than plain products.
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        text = tiny_text(Path(name))
+        for at, (family, chosen) in enumerate(
+            options.only or itertools.product(FAMILIES, RECIPES)
+        ):
+            out = Path(name, str(at))
+            checkpoint = source(out, family, options.layers, options.width)
+            about = {"family": family, "recipe": chosen}
+            of = compared(checkpoint, options.layers, recipe(chosen, text), out)
+            found.append(about | of)
+            print(found[-1], flush=True)  # noqa: T201
+            if options.json is not None:
+                options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
