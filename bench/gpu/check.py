@@ -50,22 +50,28 @@ class Step:
     """Whether it watches the time by itself."""
 
 
+PLANES = "bench.gpu.planes.measure"
 STEPS = (
     Step("machine", 20, "bench.gpu.machine"),
-    Step("ceilings", 25, "bench.gpu.ceilings"),
+    Step("ceilings", 20, "bench.gpu.ceilings"),
     Step("right", 60, "bench.gpu.right"),
     Step(
-        *("races", 45, "bench.gpu.right", ("--few",), (*SANITIZE, "racecheck")),
+        *("races", 35, "bench.gpu.right", ("--few",), (*SANITIZE, "racecheck")),
         needs=SANITIZE[:1],
     ),
     Step(
-        *("memory", 35, "bench.gpu.right", ("--few",), (*SANITIZE, "memcheck")),
+        *("memory", 30, "bench.gpu.right", ("--few",), (*SANITIZE, "memcheck")),
         needs=SANITIZE[:1],
     ),
-    Step("speed", 130, "bench.gpu.moe", timed=True),
-    Step("prune", 60, "bench.gpu.prune", needs=PRUNING, timed=True),
-    Step("methods", 40, "bench.gpu.slim", timed=True),
-    Step("tiles", 45, "bench.gpu.tiles", timed=True),
+    Step("speed", 115, "bench.gpu.moe", timed=True),
+    Step("prune", 55, "bench.gpu.prune", needs=PRUNING, timed=True),
+    Step("methods", 35, "bench.gpu.slim", timed=True),
+    Step("planes", 45, PLANES, needs=("nvcc",)),
+    Step(
+        *("planes-races", 30, PLANES, ("--few",), (*SANITIZE, "racecheck")),
+        needs=("nvcc", *SANITIZE[:1]),
+    ),
+    Step("tiles", 35, "bench.gpu.tiles", timed=True),
 )
 Found = dict[str, Any]
 
@@ -173,7 +179,7 @@ def main() -> None:
     found = []
     for step in STEPS:
         found.append(run(step, options.seconds - (time.monotonic() - began), options))
-        print(f"{step.name:10}{found[-1]['seconds']:7.1f} s  {found[-1]['verdict']}")
+        print(f"{step.name:14}{found[-1]['seconds']:7.1f} s  {found[-1]['verdict']}")
         sys.stdout.flush()
         about = {"pretended": options.pretend, "steps": found}
         text = json.dumps(about, indent=1) + "\n"

@@ -68,7 +68,9 @@ def weights(
     stored, scale = FP8 if case.fp8 else case.dtype, shape[1] ** -0.5
     for zeros in case.zeros:
         each = [torch.randn(shape, generator=generator) for _ in range(sources)]
-        each = [one * (torch.rand(shape, generator=generator) >= zeros) for one in each]
+        for one in each:
+            # Not a product: -0.0 is stored like any other value.
+            one.masked_fill_(torch.rand(shape, generator=generator) < zeros, 0.0)
         scales = None
         if case.fp8:
             tiles = (-(-shape[0] // 16), -(-shape[1] // 32))

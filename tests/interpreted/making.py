@@ -12,7 +12,8 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 def matrix(shape: tuple[int, int], zeros: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     made = torch.randn(shape, generator=generator)
-    return made * (torch.rand(shape, generator=generator) >= zeros)
+    # Not a product: -0.0 is stored like any other value.
+    return made.masked_fill(torch.rand(shape, generator=generator) < zeros, 0.0)
 
 
 def layer(

@@ -386,6 +386,7 @@ class PretendedCuda(TorchDispatchMode):
     def _of_torch(self) -> Iterator[tuple[Any, str, Any]]:
         """What does not reach the dispatcher."""
         numpy, tolist, pinned = Tensor.numpy, Tensor.tolist, Tensor.is_pinned
+        address = Tensor.data_ptr
 
         def to_numpy(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             if isinstance(tensor, OnCuda):
@@ -426,6 +427,7 @@ class PretendedCuda(TorchDispatchMode):
         yield Tensor, "tolist", to_list
         yield Tensor, "pin_memory", pin
         yield Tensor, "is_pinned", lambda one, *_: is_pinned(one) or pinned(inner(one))
+        yield Tensor, "data_ptr", lambda one: address(inner(one))
         yield Tensor, "record_stream", lambda *_: None
         yield torch, "tensor", made_on(torch.tensor)
         yield torch, "as_tensor", made_on(torch.as_tensor)
@@ -436,6 +438,7 @@ class PretendedCuda(TorchDispatchMode):
             total_memory=64 << 30,
             multi_processor_count=4,
             L2_cache_size=1 << 12,
+            shared_memory_per_block_optin=227 << 10,
             major=9,
             minor=0,
         )
