@@ -3,9 +3,9 @@
 The pruned model is to have, behind the layer, the hidden states of the original. What
 is not the experts' is taken off that target, so that the experts, fed by the layers
 that were pruned before and routed as the pruned router does, are to give the rest. A
-part of every calibration source is kept apart; its worst window chooses the ridge, and
-a layer in which any source would get worse stays as it was. Errors count relative to
-the hidden states: what comes next norms those.
+part of every calibration source is kept apart; the source that gains least chooses the
+ridge, and a layer in which any source would get worse stays as it was. Errors count
+relative to the hidden states: what comes next norms those.
 
 Axes: S calibration windows, W those of them that refits use, T tokens of a window, N =
 W*T tokens, n those of one expert, D hidden, F expert width.
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 """What is tried, relative to the mean diagonal of an expert's Gram matrix."""
+KEPT_GAIN = 0.9
+"""Of the best ridge's gain: the largest ridge that keeps as much changes least."""
 SMALLEST = 1e-6
 """Added to mean squares, as norms do."""
 SWEEPS = 3
@@ -145,12 +147,8 @@ def shares(hidden_ND: Tensor) -> Tensor:
 
 
 def _ratio(errors: SourceErrors) -> float:
-    return _quotient(errors.after, errors.before)
-
-
-def _quotient(after: float, before: float) -> float:
     # An error of 0 cannot get smaller: a reason to leave the layer alone.
-    return after / before if before > 0 else 1.0
+    return errors.after / errors.before if errors.before > 0 else 1.0
 
 
 class _Seen(NamedTuple):
@@ -192,29 +190,36 @@ class _Fit:
         length = len(x_ND) // len(windows.rows_W)
         repeated = windows.judged_W.repeat_interleave(length)
         self._judged_N = repeated.to(x_ND.device)
-        self._windows = [
-            slice(at * length, (at + 1) * length)
-            for at in windows.judged_W.nonzero().flatten().tolist()
+        self._tokens_of = [
+            ((windows.source_W == source) & windows.judged_W)
+            .repeat_interleave(length)
+            .nonzero()
+            .flatten()
+            .to(x_ND.device)
+            for source in range(len(windows.names))
         ]
-        self._source_of = windows.source_W[windows.judged_W].tolist()
         self._share_N = share_N
         target_ND *= share_N[:, None]
-        self._names = windows.names
-        self._sizes = self._by_source(self._squares(target_ND))
+        self._sizes = self._squares(target_ND)
         for seen in self._experts():
             _take_off(target_ND, seen, seen.down_DF)
         self._missing_ND = target_ND
-        self._before = self._squares(target_ND)
+        self._names, self._before = windows.names, self._errors(target_ND)
 
     def best_ridge(self) -> float:
-        """The ridge that serves the worst window best, after one sweep."""
+        """The largest that keeps most of the best one's gain, after one sweep.
+
+        A gain is the share of its error that the source which gains least loses.
+        """
         tries = [_Try(ridge, self._missing_ND.clone(), None) for ridge in RIDGES]
         self._sweep(tries)
-        worst = [
-            max(map(_quotient, self._squares(one.missing_ND), self._before))
-            for one in tries
-        ]
-        return RIDGES[worst.index(min(worst))]
+        gains = [1.0 - max(map(_ratio, self._judged(one))) for one in tries]
+        enough = KEPT_GAIN * max(gains)
+        if not enough > 0:
+            return RIDGES[-1]
+        return max(
+            ridge for ridge, gain in zip(RIDGES, gains, strict=True) if gain >= enough
+        )
 
     def refitted(self, ridge: float) -> tuple[dict[int, Tensor], list[SourceErrors]]:
         """The projections after all sweeps, and the errors with them."""
@@ -272,35 +277,23 @@ class _Fit:
             yield _Seen(token_n, feature_nF, len(token_n) - judged, expert.down_DF)
 
     def _judged(self, one: _Try) -> list[SourceErrors]:
-        found = (
-            self._by_source(self._before),
-            self._by_source(self._squares(one.missing_ND)),
+        errors = zip(
+            self._names, self._before, self._errors(one.missing_ND), strict=True
         )
         return [
-            SourceErrors(
-                source=name,
-                before=before / size if size > 0 else 0.0,
-                after=after / size if size > 0 else 0.0,
-            )
-            for name, size, before, after in zip(
-                self._names, self._sizes, *found, strict=True
-            )
+            SourceErrors(source=name, before=before, after=after)
+            for name, before, after in errors
         ]
 
-    def _by_source(self, squares: Sequence[float]) -> list[float]:
-        """Sums over the windows of each source that are kept apart."""
-        return [
-            sum(
-                one for one, at in zip(squares, self._source_of, strict=True) if at == s
-            )
-            for s in range(len(self._names))
-        ]
+    def _errors(self, missing_ND: Tensor) -> list[float]:
+        pairs = zip(self._squares(missing_ND), self._sizes, strict=True)
+        return [found / size if size > 0 else 0.0 for found, size in pairs]
 
     def _squares(self, missing_ND: Tensor) -> list[float]:
-        """Of each window that is kept apart."""
+        """Of the windows of each source that are kept apart."""
         return [
-            float(missing_ND[rows].square().sum(dtype=torch.float64))
-            for rows in self._windows
+            float(missing_ND.index_select(0, token_n).square().sum(dtype=torch.float64))
+            for token_n in self._tokens_of
         ]
 
 
