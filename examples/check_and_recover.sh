@@ -9,7 +9,7 @@ CKPT=examples/demo-mixtral
 TEXT=examples/calibration.txt
 SIZE="--samples 8 --sequence-length 256"
 
-vllm-moe-prune run $CKPT "$OUT" --calibration $TEXT $SIZE --overwrite
+vllm-moe-prune run $CKPT "$OUT" --calibration $TEXT $SIZE --heldout 4 --overwrite
 # --8<-- [end:cut]
 # --8<-- [start:recover]
 vllm-moe-prune recover "$OUT" "$OUT-recovered" --method router --source $CKPT \

@@ -9,7 +9,7 @@ CKPT=examples/demo-mixtral
 TEXT=examples/calibration.txt
 
 vllm-moe-prune run $CKPT "$OUT" --for cpu --total 0.5 \
-    --calibration $TEXT --samples 8 --sequence-length 256 --overwrite
+    --calibration $TEXT --samples 8 --heldout 4 --sequence-length 256 --overwrite
 vllm-moe-prune compare $CKPT "$OUT"
 vllm-moe-prune convert "$OUT" "$OUT-dense" --storage dense --overwrite
 vllm-moe-prune serve "$OUT" --dry-run

@@ -1,6 +1,6 @@
 """Families pruned, served by ``vllm serve`` and asked by the ``openai`` client.
 
-Without V2, whose classes are those of V3; ``test_plugin_families.py`` has both.
+One that vLLM has and one that it dropped; ``test_plugin_families.py`` has all.
 In float32, so that the answer can be held against the masked original in plain torch.
 """
 
@@ -16,11 +16,7 @@ from tests.server import serving
 from tests.tokenizers_of import TEXT, byte_level, ids_by_file
 
 pytestmark = pytest.mark.vllm
-NAMES = (
-    "arctic-one-after-the-other",
-    "deepseek-everything",
-    "v3-drops",
-)
+NAMES = ("arctic-one-after-the-other", "v3-drops")
 
 
 @pytest.mark.parametrize("name", NAMES)
