@@ -3,6 +3,7 @@
 Axes: N tokens, D hidden, F expert width.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,13 +67,14 @@ class Naive:
     def errors(self, downs: list[Tensor], judged: list[Tensor]) -> list[float]:
         given = sum(f @ down.T for f, down in zip(self.features, downs, strict=True))
         missing = self.target_ND - given
-        return [
+        ratios = [
             float(
                 (self.share_N1 * missing)[rows].square().sum()
                 / (self.share_N1 * self.target_ND)[rows].square().sum()
             )
             for rows in judged
         ]
+        return [math.prod(ratios) ** (1 / len(ratios))]
 
     def best(self, judged: list[Tensor]) -> float:
         before = self.errors(self.downs, judged)
@@ -122,7 +124,7 @@ def test_a_cut_refits_by_the_formula(checkpoint: Checkpoint, tmp_path: Path) -> 
     pruned, result = run(checkpoint, plan, tmp_path / "out")
     assert result.forward_passes == 2
     naive = naive_of(checkpoint, pruned, HALF.keep or (), some_tokens())
-    judged = [~naive.fitted_N]
+    judged = [torch.arange(at * 40, at * 40 + 40) for at in (2, 7, 12)]
     ridge = naive.best(judged)
     expected = naive.refitted(ridge, SWEEPS)
     (record,) = result.records

@@ -20,7 +20,7 @@ Error = Annotated[FiniteFloat, Field(ge=0.0)]
 class SourceErrors:
     """What the experts lack of their target on one source's windows kept apart.
 
-    Squared, as a part of the target's own square.
+    Of each window squared, as a part of the target's own square; the geometric mean.
     """
 
     source: str

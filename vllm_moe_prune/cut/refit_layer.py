@@ -12,6 +12,8 @@ W*T tokens, n those of one expert, D hidden, F expert width.
 """
 
 import logging
+import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -34,6 +36,8 @@ RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 """What is tried, relative to the mean diagonal of an expert's Gram matrix."""
 KEPT_GAIN = 0.9
 """Of the best ridge's gain: the largest ridge that keeps as much changes least."""
+LEAST_ERROR = 1e-12
+"""Share of a window's target below which what is missing is noise."""
 SMALLEST = 1e-6
 """Added to mean squares, as norms do."""
 SWEEPS = 3
@@ -190,12 +194,11 @@ class _Fit:
         length = len(x_ND) // len(windows.rows_W)
         repeated = windows.judged_W.repeat_interleave(length)
         self._judged_N = repeated.to(x_ND.device)
-        self._tokens_of = [
-            ((windows.source_W == source) & windows.judged_W)
-            .repeat_interleave(length)
-            .nonzero()
-            .flatten()
-            .to(x_ND.device)
+        self._windows_of = [
+            [
+                slice(at * length, (at + 1) * length)
+                for at in (windows.judged_W & (windows.source_W == source)).nonzero()
+            ]
             for source in range(len(windows.names))
         ]
         self._share_N = share_N
@@ -286,15 +289,29 @@ class _Fit:
         ]
 
     def _errors(self, missing_ND: Tensor) -> list[float]:
+        """Of each source; see ``SourceErrors``."""
         pairs = zip(self._squares(missing_ND), self._sizes, strict=True)
-        return [found / size if size > 0 else 0.0 for found, size in pairs]
+        # Geometric: no window counts more because more of it is missing.
+        return [math.exp(_mean_log(found, sizes)) for found, sizes in pairs]
 
-    def _squares(self, missing_ND: Tensor) -> list[float]:
+    def _squares(self, missing_ND: Tensor) -> list[list[float]]:
         """Of the windows of each source that are kept apart."""
         return [
-            float(missing_ND.index_select(0, token_n).square().sum(dtype=torch.float64))
-            for token_n in self._tokens_of
+            [
+                float(missing_ND[rows].square().sum(dtype=torch.float64))
+                for rows in windows
+            ]
+            for windows in self._windows_of
         ]
+
+
+def _mean_log(found: Sequence[float], sizes: Sequence[float]) -> float:
+    """Of ratios, none of them counted as less than ``LEAST_ERROR``."""
+    ratios = (
+        one / size if size > 0 else 0.0 for one, size in zip(found, sizes, strict=True)
+    )
+    # In this order max keeps a NaN.
+    return statistics.fmean(math.log(max(one, LEAST_ERROR)) for one in ratios)
 
 
 def _take_off(
