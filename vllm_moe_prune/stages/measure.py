@@ -19,7 +19,7 @@ from ..errors import OutputError
 from ..files.atomic import REPEAT, remove_folder, writing
 from ..recipes.schema import Calibration, Recipe
 from .preflight import RunOptions, check_ranks
-from .probe import with_owl, with_sensitivity
+from .probe import judging_model, with_owl, with_sensitivity
 
 ROUTER_FIELDS = frozenset({"router_sqdist_EE", "router_norm", "router_row_norm_E"})
 LATER = frozenset({"sensitivity_P2", "zeros", "owl_outliers_E", "owl_m"})
@@ -60,13 +60,12 @@ def measure(
     """
     later = needed_statistics(recipe) & LATER
     stats = collect(checkpoint, [recipe], tokens, options, work)
-    model = StreamingModel(checkpoint, options.device) if later else None
-    if model and tokens and "sensitivity_P2" in later:
+    if tokens and "sensitivity_P2" in later:
         heldout = load_heldout(checkpoint, recipe.calibration)
         kept = None if work is None else work / "losses.jsonl"
         journal = LossJournal(kept, options.ranks)
         stats = with_sensitivity(
-            model,
+            judging_model(checkpoint, options.device),
             recipe,
             stats,
             heldout,
@@ -74,7 +73,8 @@ def measure(
             options.report,
             zeros_on=tokens if "zeros" in later else None,
         )
-    if model and tokens and "owl_outliers_E" in later:
+    if tokens and "owl_outliers_E" in later:
+        model = StreamingModel(checkpoint, options.device)
         stats = with_owl(model, recipe, stats, tokens, options.report)
     return stats
 

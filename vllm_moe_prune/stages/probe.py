@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from .. import __version__
 from ..calibrate.data import Tokens
 from ..calibrate.forward import StreamingModel
 from ..calibrate.stats import LayerStats, SourceStats, Stats
+from ..checkpoint.open import Checkpoint
 from ..cut.losses import LossJournal, Text
 from ..cut.outliers import with_outliers
 from ..cut.predict import model_facts
@@ -33,6 +35,15 @@ POINTS = 4
 """Counts of removed experts at which a layer's curve is measured, besides 0."""
 WORST = 1e3
 """In nats: a point of infinite loss is never worth it; any finite number says so."""
+
+
+def judging_model(checkpoint: Checkpoint, device: str) -> StreamingModel:
+    """The input, to compare plans by: in float32 on CPUs.
+
+    Most of them multiply bf16 at half its speed or less.
+    """
+    dtype = torch.float32 if torch.device(device).type == "cpu" else None
+    return StreamingModel(checkpoint, device, dtype)
 
 
 def with_sensitivity(

@@ -33,7 +33,7 @@ from ..recipes.schema import ExpertStage, Recipe, SlimStage, TuneStage
 from ..stages.measure import collect, tokens_of
 from ..stages.plan import plan
 from ..stages.preflight import RunOptions, check_ranks
-from ..stages.probe import with_owl, with_sensitivity
+from ..stages.probe import judging_model, with_owl, with_sensitivity
 from .candidates import Candidate, refinements, structures, zeros_alone
 from .judged import (
     ESTIMATED,
@@ -122,9 +122,7 @@ class _Search:
         self.options = options
         self.work = work
         self.model = StreamingModel(checkpoint, options.device)
-        # Estimates in fp32 on CPUs, most of which multiply bf16 at half its speed.
-        dtype = torch.float32 if self.model.device.type == "cpu" else None
-        self.ranking = StreamingModel(checkpoint, options.device, dtype)
+        self.ranking = judging_model(checkpoint, options.device)
         self.tokens = tokens_of(checkpoint, recipe.calibration)
         self.heldout = load_heldout(checkpoint, recipe.calibration)
         asked = self.settings.model_dump_json(), tuple(sizes), self.heldout.sha256
@@ -179,9 +177,8 @@ class _Search:
             key = rule(recipe)
             if key in found or "sensitivity_P2" not in needed_statistics(recipe):
                 continue
-            # In the model's own dtype: curves are no estimates, `measure` has the same.
             found[key] = with_sensitivity(
-                self.model, recipe, stats, self.heldout, self.journal, self._tell
+                self.ranking, recipe, stats, self.heldout, self.journal, self._tell
             )
         return {rule(recipe): found.get(rule(recipe), stats) for recipe in recipes}
 
