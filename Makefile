@@ -15,7 +15,7 @@ PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorde
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast fuzz faults gpu-check lint substitution docs wheels clean
+.PHONY: help install demo test fast fuzz faults gpu-check gpu-pretended lint substitution docs wheels clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,9 @@ faults: install ## Kill and fail every command at every write event: hours
 # No install: a GPU machine has its own torch and Triton, and need have nothing else.
 gpu-check: ## What a GPU owes: right, races, speed, pruning; 8 minutes (ARGS=--pretend)
 	@$(PYTHON) -m bench.gpu.check $(ARGS)
+
+gpu-pretended: install ## Five families by every recipe on a pretended GPU: 10 minutes
+	@OMP_NUM_THREADS=1 PYTHONPATH=.:serve $(PY) -m tests.pretended.run tests.pretended.pipeline --width 64 $(ARGS)
 
 lint: install ## Formatting, lint, types, spelling
 	$(PY) -m ruff format --check

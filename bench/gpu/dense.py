@@ -21,6 +21,8 @@ Dense = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """x_TD, weights_TK, ids_TK, gate_up_EFD, down_EDF -> [T, D]."""
 TILES = ((64, 128, 4, 4), (32, 256, 4, 4), (128, 64, 4, 4), (64, 128, 8, 3))
 """Outputs and inputs at a time, warps, stages."""
+SMALL_TILE = (16, 32, 4, 2)
+"""For tiny layers."""
 
 
 @triton.jit(do_not_specialize=["slots"])

@@ -32,7 +32,7 @@ from bench.gpu.common import (
     save,
     seconds,
 )
-from bench.gpu.dense import TILES, Dense, by_cublas, by_triton, by_vllm
+from bench.gpu.dense import SMALL_TILE, TILES, Dense, by_cublas, by_triton, by_vllm
 from bench.gpu.right import apart
 from vllm_moe_prune.kernels.blocks import local_ids
 from vllm_moe_prune.kernels.triton import workspace
@@ -71,9 +71,9 @@ def measured(shape: Shape, copies: list[Layer], tokens: int, rounds: int) -> Row
         pair = expand_layer(x_TD, local_TK, of.w13, of.w2, shape.width)
         return way(x_TD, weights_TK, ids, *pair)
 
-    tiles = TILES if rounds else TILES[:1]
+    tiles = TILES if rounds else [SMALL_TILE]
     ways = {f"triton {tile}": by_triton(tile) for tile in tiles}
-    if (own := by_vllm()) is not None:
+    if rounds and (own := by_vllm()) is not None:
         ways["vllm"] = own
     ms = {name: timed(partial(dense, way)) for name, way in ways.items()}
     best = ways[min(ms, key=ms.__getitem__)]

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from bench.gpu.dense import TILES, by_triton
+from bench.gpu.dense import SMALL_TILE, by_triton
 from tests.interpreted.making import layer
 from tests.pretended.cuda import PretendedCuda
 from vllm_moe_prune.kernels.triton import choice, workspace
@@ -41,10 +41,10 @@ def test_a_layer_is_measured_once_and_never_in_a_graph(
 ) -> None:
     monkeypatch.setattr(choice, "GROUP", 1)
     monkeypatch.setattr(choice, "ROUNDS", 1)
-    hidden, width, experts = 32, 16, 1
+    hidden, width, experts = 16, 16, 1
     w13 = layer((width, hidden), 2, [0.5] * experts, torch.bfloat16)
     w2 = layer((hidden, width), 1, [0.5] * experts, torch.bfloat16)
-    dense = by_triton(TILES[0])
+    dense = by_triton(SMALL_TILE)
     with PretendedCuda(), caplog.at_level(logging.INFO):
         x_TD = torch.ones(1, hidden, device="cuda").bfloat16()
         size = workspace_bytes(experts, hidden, width, torch.bfloat16)
@@ -57,4 +57,4 @@ def test_a_layer_is_measured_once_and_never_in_a_graph(
         assert choice.slots_per_expert(*given) == first
         assert first in (0.0, 1.0, 2.0)
     (record,) = caplog.records
-    assert "1 of 32 x 16" in record.getMessage()
+    assert "1 of 16 x 16" in record.getMessage()

@@ -285,8 +285,6 @@ def install_guard() -> None:
         subprocess.run([*command, "-o", made], check=True)
         made.replace(library)
     ctypes.CDLL(str(library))
-    # Tensors of any mode ask for it in C++.
-    torch.cuda._lazy_init = lambda: None
 
 
 class Event:
@@ -452,6 +450,8 @@ class PretendedCuda(TorchDispatchMode):
                 self.capturing = None
 
         cuda = torch.cuda
+        # Tensors of any mode ask for it in C++.
+        yield cuda, "_lazy_init", lambda: None
         yield cuda, "is_available", lambda: True
         yield cuda, "device_count", lambda: 1
         yield cuda, "current_device", lambda: 0

@@ -3,14 +3,18 @@
     python -m tests.pretended.run tests.pretended.pipeline [--json FILE]
         [--only FAMILY RECIPE] ... [--layers 4] [--width 128]
 
-Recipes are those of ``bench/gpu/prune.py``. Counts are of one cut, by decoder layer.
+Ends with 1 if bytes differ. Recipes are those of ``bench/gpu/prune.py``; counts are of
+one run, by decoder layer.
 """
 
 import argparse
 import itertools
 import json
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,18 @@ from bench.gpu.prune import FAMILIES, RECIPES, pruned, recipe, source
 from tests.pretended import cuda
 from tests.tiny import tiny_text
 from vllm_moe_prune.recipes.schema import Recipe
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """A CPU's own attention rounds otherwise than the products that a device makes."""
+    switches = torch.backends.cuda
+    before = switches.flash_sdp_enabled(), switches.mem_efficient_sdp_enabled()
+    switches.enable_flash_sdp(False)
+    switches.enable_mem_efficient_sdp(False)
+    yield
+    switches.enable_flash_sdp(before[0])
+    switches.enable_mem_efficient_sdp(before[1])
 
 
 def counted(device: "cuda.PretendedCuda") -> dict[str, Any]:
@@ -62,11 +78,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     options = parser.parse_args()
-    # A CPU's own attention rounds otherwise than plain products.
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
     found = []
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, plain_attention():
         text = tiny_text(Path(name))
         for at, (family, chosen) in enumerate(
             options.only or itertools.product(FAMILIES, RECIPES)
@@ -79,6 +92,7 @@ def main() -> None:
             print(found[-1], flush=True)  # noqa: T201
             if options.json is not None:
                 options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    sys.exit(not all(one["same"] for one in found))
 
 
 if __name__ == "__main__":

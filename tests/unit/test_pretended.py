@@ -1,4 +1,4 @@
-"""The GPU check and the pipeline on a device that is not there, in one process."""
+"""The GPU check and the pipeline on a device that is not there."""
 
 import json
 import subprocess
@@ -9,74 +9,106 @@ from typing import Any
 
 import pytest
 
-from bench.gpu import check
+from bench.gpu import check, prune, slim
+from tests.pretended.cuda import PretendedCuda
+from tests.pretended.pipeline import compared, plain_attention
+from tests.tiny import tiny_text
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "pretended.json"
-STEPS = [
-    step for step in check.STEPS if not step.under and not check.missing(step.needs)
-]
+STEPS = {
+    step.name: step
+    for step in check.STEPS
+    if not step.under and not check.missing(step.needs)
+}
+LAYERS = 2
 RECIPES = (("arctic", "redirect + sparsegpt 2:4"),)
-"""Beside the check's own; each costs 4 s."""
-Found = Mapping[str, Any]
+"""Beside the check's own; ``make gpu-pretended`` does all."""
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each wrote, by the name of a step, or "pipeline"."""
-    out = tmp_path_factory.mktemp("pretended")
+def arguments(name: str, out: Path) -> list[str]:
+    """Module and arguments of a step, as the check starts it."""
     options = check.options_of(["--pretend", "--out", str(out)])
-    words = ["tests.pretended.pipeline", "--json", str(out / "pipeline.json")]
-    words += ["--layers", "2", "--width", "64"]
-    for pair in RECIPES:
-        words += ["--only", *pair]
-    # As the check starts them, but together: imports take longer than most steps.
-    for step in STEPS:
-        said = check.command(step, out / f"{step.name}.json", options)
-        words += ["+", *said[said.index("tests.pretended.run") + 1 :]]
+    said = check.command(STEPS[name], out / f"{name}.json", options)
+    return said[said.index("tests.pretended.run") + 1 :]
+
+
+@pytest.mark.timeout(300)
+def test_every_step_of_the_gpu_check_starts_ends_and_writes(tmp_path: Path) -> None:
+    """In one process: imports take longer than steps. Those below import more."""
+    names = [name for name in STEPS if name not in ("prune", "methods")]
+    words = [word for name in names for word in ("+", *arguments(name, tmp_path))]
     ended = subprocess.run(
         [sys.executable, "-m", "tests.pretended.run", *words],
         cwd=ROOT,
-        env=check.environment(out),
+        env=check.environment(tmp_path),
         capture_output=True,
         text=True,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    names = [*(step.name for step in STEPS), "pipeline"]
-    return {
-        name: json.loads((out / f"{name}.json").read_text("utf-8")) for name in names
+    found = {
+        name: json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
+        for name in names
     }
-
-
-@pytest.mark.timeout(300)
-def test_every_step_of_the_gpu_check_starts_ends_and_writes(found: Found) -> None:
     assert all(found.values())
     assert found["right"] == {"checked": 2, "wrong": []}
-    assert [one["verdict"] for one in found["prune"]] == ["ok"]
     assert "left_out" not in json.dumps(found)
 
 
-@pytest.mark.timeout(300)
-def test_pruning_on_a_device_gives_the_bytes_of_a_cpu(found: Found) -> None:
-    same = [one["same"] for one in found["pipeline"]]
-    assert same == [True] * len(RECIPES)
-    assert [one["as_on_cpu"] for one in found["prune"]] == [True]
+def test_the_check_prunes_twice_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", arguments("prune", tmp_path))
+    with PretendedCuda(), plain_attention(), pytest.raises(SystemExit) as ended:
+        prune.main()
+    assert not ended.value.code
+    (found,) = json.loads((tmp_path / "prune.json").read_text("utf-8"))
+    assert (found["verdict"], found["as_on_cpu"]) == ("ok", True)
 
 
-@pytest.mark.timeout(300)
+def test_the_check_runs_every_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", arguments("methods", tmp_path))
+    with PretendedCuda():
+        slim.main()
+    found = json.loads((tmp_path / "methods.json").read_text("utf-8"))
+    methods = [one["method"] for one in found]
+    assert methods == [*slim.METHODS, *slim.quantizing()]
+    assert all("seconds" in one for one in found)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    """What became of each recipe, by family and recipe."""
+    out, found = tmp_path_factory.mktemp("pretended"), {}
+    text = tiny_text(out)
+    for family, name in RECIPES:
+        checkpoint = prune.source(out, family, LAYERS, 64)
+        recipe = prune.recipe(name, text)
+        with PretendedCuda(), plain_attention():
+            of = compared(checkpoint, LAYERS, recipe, out / f"{family}-out")
+        found[f"{family}: {name}"] = of
+    return found
+
+
+def test_pruning_on_a_device_gives_the_bytes_of_a_cpu(
+    pruned: Mapping[str, Any],
+) -> None:
+    assert all(of["same"] for of in pruned.values())
+
+
 def test_a_layer_waits_and_launches_no_more_than_it_did(
-    found: Found, update_golden: bool
+    pruned: Mapping[str, Any], update_golden: bool
 ) -> None:
     """More must be accepted by hand: --update-golden."""
     counts = {
-        f"{one['family']}: {one['recipe']}": {
-            what: one[what] for what in ("launches", "waits")
-        }
-        for one in found["pipeline"]
+        name: {what: of[what] for what in ("launches", "waits")}
+        for name, of in pruned.items()
     }
-    # Each expert but the first is copied while another computes.
-    assert all(one["copied ahead"] for one in found["pipeline"])
+    # Experts are copied while others compute.
+    assert all(of["copied ahead"] for of in pruned.values())
     if update_golden:
         GOLDEN.write_text(json.dumps(counts, indent=1) + "\n", "utf-8")
     limits = json.loads(GOLDEN.read_text("utf-8"))
