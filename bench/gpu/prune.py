@@ -77,6 +77,22 @@ RECIPES: dict[str, dict[str, Any]] = {
         "experts": NO_EXPERTS,
         "slim": {"method": "wanda", "sparsity": 0.5, "compensate": True},
     },
+    "refitted by ridge": {
+        "experts": {
+            "method": "score",
+            "criterion": "reap",
+            "drop": 0.25,
+            "budget": "sensitivity",
+            "protect": "super",
+            "refit": "ridge",
+        },
+        "slim": {"method": "none"},
+    },
+    "narrow": {
+        "experts": NO_EXPERTS,
+        "slim": {"method": "none"},
+        "narrow": {"share": 0.25},
+    },
     "awq": {
         "experts": NO_EXPERTS,
         "slim": {"method": "none"},
