@@ -40,6 +40,7 @@ def disturb(job: Job, out: Path, rank: int, lines: int, how: signal.Signals) -> 
     os.kill(process.pid, how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "lines", "then"), [(1, 6, 2), (0, 12, 0)])
 def test_killed_ranks_are_named_and_any_number_goes_on(
     world: World, tmp_path: Path, out: Path, rank: int, lines: int, then: int
@@ -120,6 +121,7 @@ def test_a_rank_that_fails_or_differs_is_named(
     assert "cannot be written: File too large" in line
 
 
+@pytest.mark.slow
 def test_two_ranks_search_and_judge_as_one_process_does(
     world: World, tmp_path: Path
 ) -> None:

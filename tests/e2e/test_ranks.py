@@ -11,7 +11,7 @@ import pytest
 from tests import several_ranks
 
 # Many imports, and as many processes as ranks on two cores.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 ROOT = str(Path(__file__).parents[2])
 PATHS = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])

@@ -14,6 +14,7 @@ from tests.pretended.cuda import PretendedCuda
 from tests.pretended.pipeline import compared, plain_attention
 from tests.tiny import tiny_text
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "pretended.json"
 STEPS = {

@@ -75,6 +75,7 @@ def used(tmp_path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)  # 20 s of processor time
 def test_kernels_take_no_more_than_they_did(
     tmp_path: Path, update_golden: bool
