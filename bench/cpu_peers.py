@@ -33,7 +33,8 @@ from typing import Any
 import ggml_experts
 import torch
 from ggml_experts import Q4_0, Q8_0, Ggml
-from sparse_moe import SMALL, Call, Shape, matrix, stock
+from shapes import Shape
+from sparse_moe import SMALL, Call, matrix, stock
 from torch import Tensor
 
 from vllm_moe_prune.kernels import blocks, cpu_encode, cpu_library, int_blocks

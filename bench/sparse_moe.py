@@ -26,12 +26,13 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from shapes import DEEPSEEK_V2_LITE, MIXTRAL, Shape
 from torch import Tensor
 from vllm import _custom_ops as ops
 
@@ -39,20 +40,9 @@ from vllm_moe_prune.kernels import cpu_encode, cpu_library
 from vllm_moe_prune.kernels.blocks import Blocks, join
 from vllm_moe_prune.plugin.compat import has_amx
 
-
-@dataclass(frozen=True)
-class Shape:
-    """One MoE layer."""
-
-    hidden: int
-    width: int
-    experts: int
-    top_k: int
-
-
 SHAPES = {
-    "mixtral": Shape(4096, 14336, 8, 2),
-    "deepseek-v2-lite": Shape(2048, 1408, 64, 6),
+    "mixtral": MIXTRAL,
+    "deepseek-v2-lite": DEEPSEEK_V2_LITE,
     "arctic": Shape(7168, 4864, 8, 2),  # of 128 experts
 }
 SMALL = Shape(1024, 3584, 4, 2)

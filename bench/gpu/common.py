@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.shapes import DEEPSEEK_V2_LITE, MIXTRAL, Shape
 from vllm_moe_prune.kernels import blocks
 from vllm_moe_prune.kernels.blocks import Blocks
 
@@ -21,19 +22,9 @@ Call = Callable[[], object]
 ROUNDS, UNCOUNTED = 15, 3
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One MoE layer."""
-
-    hidden: int
-    width: int
-    experts: int
-    top_k: int
-
-
 SHAPES = {
-    "mixtral": Shape(4096, 14336, 8, 2),
-    "deepseek-v2-lite": Shape(2048, 1408, 64, 6),
+    "mixtral": MIXTRAL,
+    "deepseek-v2-lite": DEEPSEEK_V2_LITE,
     "arctic": Shape(7168, 4864, 32, 2),  # of 128 experts: a fourth
 }
 SMALL = {"small": Shape(32, 32, 2, 1)}

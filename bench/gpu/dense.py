@@ -6,7 +6,6 @@ inputs, G groups of M slots that go to one expert.
 """
 
 import importlib.util
-from collections.abc import Callable
 
 import torch
 import triton
@@ -15,10 +14,9 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from vllm_moe_prune.kernels.blocks import local_ids
+from vllm_moe_prune.kernels.triton.choice import Dense
 from vllm_moe_prune.kernels.triton.fused import GROUP, grouped
 
-Dense = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""x_TD, weights_TK, ids_TK, gate_up_EFD, down_EDF -> [T, D]."""
 TILES = ((64, 128, 4, 4), (32, 256, 4, 4), (128, 64, 4, 4), (64, 128, 8, 3))
 """Outputs and inputs at a time, warps, stages."""
 SMALL_TILE = (16, 32, 4, 2)

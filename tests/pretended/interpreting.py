@@ -12,7 +12,7 @@ import triton.language as tl
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter
 
-from tests.pretended import cuda
+from tests.pretended import dispatch
 
 PLAIN_DOT = interpreter.InterpreterBuilder.create_dot
 PLAIN_CAST = interpreter.InterpreterBuilder.cast_impl
@@ -40,16 +40,16 @@ def cast_impl(self: Any, source: Any, kind: Any) -> Any:
 
 
 def call(self: Any, *args: Any, **kwargs: Any) -> None:
-    device = cuda.ACTIVE
+    device = dispatch.ACTIVE
     if device is None:
         return PLAIN_CALL(self, *args, **kwargs)
     device.launches[self.fn.__name__] += 1
-    device.lines[cuda.line()] += 1
-    args = cuda.mapped(cuda.inner, args)
-    kwargs = {key: cuda.inner(value) for key, value in kwargs.items()}
+    device.lines[dispatch.line()] += 1
+    args = dispatch.mapped(dispatch.inner, args)
+    kwargs = {key: dispatch.inner(value) for key, value in kwargs.items()}
     with _disable_current_modes():
         PLAIN_CALL(self, *args, **kwargs)
-    cuda.capture(PLAIN_CALL, (self, *args), kwargs)
+    dispatch.capture(PLAIN_CALL, (self, *args), kwargs)
 
 
 def install() -> None:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from bench.gpu.prune import FAMILIES, RECIPES, pruned, recipe, source
-from tests.pretended import cuda
+from tests.pretended import dispatch
+from tests.pretended.cuda import PretendedCuda
 from tests.tiny import tiny_text
 from vllm_moe_prune.recipes.schema import Recipe
 
@@ -38,7 +39,7 @@ def plain_attention() -> Iterator[None]:
     switches.enable_mem_efficient_sdp(before[1])
 
 
-def counted(device: "cuda.PretendedCuda") -> dict[str, Any]:
+def counted(device: PretendedCuda) -> dict[str, Any]:
     """What there was so far."""
     return {
         "launches": sum(device.launches.values()),
@@ -53,7 +54,7 @@ def compared(
     checkpoint: Path, layers: int, chosen: Recipe, out: Path
 ) -> dict[str, Any]:
     """One recipe on both."""
-    device = cuda.ACTIVE
+    device = dispatch.ACTIVE
     assert device is not None
     before, start = counted(device), time.process_time()
     found = pruned(checkpoint, chosen, out / "cuda", "cuda")

@@ -154,7 +154,7 @@ def test_fp8_brings_its_scales_in_any_order(ranks: int, form: str) -> None:
     shapes["w2"] = (hidden, share * ranks)
     weights, scales, dense = {}, {}, {}
     for shard, shape in shapes.items():
-        values = torch.randn(shape) * (torch.rand(shape) < 0.5)
+        values = torch.randn(shape).masked_fill(torch.rand(shape) >= 0.5, 0.0)
         weights[shard] = values.to(FP8)
         scales[shard] = torch.rand(scaled.scale_shape(shape)) + 0.5
         dense[shard] = scaled.dequantize(weights[shard], scales[shard], torch.float32)

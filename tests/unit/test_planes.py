@@ -8,6 +8,7 @@ race the shim does not know. That is for racecheck (``make gpu-check``).
 import ctypes
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from bench.gpu.planes.emulate import NONE, compiled, product
@@ -55,12 +56,12 @@ MISTAKES = {
 }
 
 
-def bf16(values: np.ndarray) -> Bits:  # type: ignore[type-arg]
+def bf16(values: npt.ArrayLike) -> Bits:
     bits = np.asarray(values, np.float32).view(np.uint32)
     return ((bits + 0x8000) >> 16).astype(np.uint16)
 
 
-def widened(bits: Bits) -> np.ndarray:  # type: ignore[type-arg]
+def widened(bits: Bits) -> npt.NDArray[np.float64]:
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 

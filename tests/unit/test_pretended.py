@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from bench.gpu import check, prune, slim
+from tests.limits import above_limits
 from tests.pretended.cuda import PretendedCuda
 from tests.pretended.pipeline import compared, plain_attention
 from tests.tiny import tiny_text
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "golden" / "pretended.json"
 STEPS = {
     step.name: step
     for step in check.STEPS
@@ -110,13 +110,4 @@ def test_a_layer_waits_and_launches_no_more_than_it_did(
     }
     # Experts are copied while others compute.
     assert all(of["copied ahead"] for of in pruned.values())
-    if update_golden:
-        GOLDEN.write_text(json.dumps(counts, indent=1) + "\n", "utf-8")
-    limits = json.loads(GOLDEN.read_text("utf-8"))
-    assert counts.keys() == limits.keys()
-    more = {
-        name: (counted, limits[name])
-        for name, counted in counts.items()
-        if any(counted[what] > limits[name][what] for what in counted)
-    }
-    assert not more
+    assert not above_limits(counts, "pretended.json", update=update_golden)

@@ -15,7 +15,8 @@ from vllm_moe_prune.plugin.quant.sparse_op import sparse_moe
 def matrix(rows: int, cols: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     made = torch.randn(rows, cols, generator=generator)
-    return made * (torch.rand(made.shape, generator=generator) < 0.5)
+    # Not a product: -0.0 is stored like any other value.
+    return made.masked_fill(torch.rand(made.shape, generator=generator) >= 0.5, 0.0)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Triton kernels without a device: interpreted, and compiled for every one."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.limits import above_limits
+
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "golden" / "triton.json"
 CAPABILITIES = (80, 86, 89, 90, 120)
 
 
@@ -82,14 +82,5 @@ def test_kernels_take_no_more_than_they_did(
 ) -> None:
     """More must be accepted by hand: --update-golden."""
     found = used(tmp_path)
-    if update_golden:
-        GOLDEN.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    limits = json.loads(GOLDEN.read_text("utf-8"))
-    assert found.keys() == limits.keys()
-    more = {
-        name: (took, limits[name])
-        for name, took in found.items()
-        if any(took[what] > limits[name][what] for what in took)
-    }
-    assert not more
+    assert not above_limits(found, "triton.json", update=update_golden)
     assert not any(took["spilled"] for took in found.values())

@@ -1,4 +1,4 @@
-"""Experts on their way to a device: one is read while another computes.
+"""Prefetching experts: the next one is read and copied while one computes.
 
 On a GPU the next expert is read by a thread into pinned memory and copied on a stream
 of its own, while the kernels of the one before it run. On a CPU nothing is gained:

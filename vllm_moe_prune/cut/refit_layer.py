@@ -12,7 +12,6 @@ W*T tokens, n those of one expert, D hidden, F expert width.
 """
 
 import logging
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -197,9 +196,12 @@ class _Fit:
         self._windows_of = [
             [
                 slice(at * length, (at + 1) * length)
-                for at in (windows.judged_W & (windows.source_W == source)).nonzero()
+                for at in own_W.nonzero().flatten().tolist()
             ]
-            for source in range(len(windows.names))
+            for own_W in (
+                windows.judged_W & (windows.source_W == source)
+                for source in range(len(windows.names))
+            )
         ]
         self._share_N = share_N
         target_ND *= share_N[:, None]
@@ -292,7 +294,10 @@ class _Fit:
         """Of each source; see ``SourceErrors``."""
         pairs = zip(self._squares(missing_ND), self._sizes, strict=True)
         # Geometric: no window counts more because more of it is missing.
-        return [math.exp(_mean_log(found, sizes)) for found, sizes in pairs]
+        return [
+            statistics.geometric_mean(map(_share, found, sizes))
+            for found, sizes in pairs
+        ]
 
     def _squares(self, missing_ND: Tensor) -> list[list[float]]:
         """Of the windows of each source that are kept apart."""
@@ -305,13 +310,10 @@ class _Fit:
         ]
 
 
-def _mean_log(found: Sequence[float], sizes: Sequence[float]) -> float:
-    """Of ratios, none of them counted as less than ``LEAST_ERROR``."""
-    ratios = (
-        one / size if size > 0 else 0.0 for one, size in zip(found, sizes, strict=True)
-    )
+def _share(missing: float, size: float) -> float:
+    """What is missing as a part of the target, at least ``LEAST_ERROR``."""
     # In this order max keeps a NaN.
-    return statistics.fmean(math.log(max(one, LEAST_ERROR)) for one in ratios)
+    return max(missing / size if size > 0 else 0.0, LEAST_ERROR)
 
 
 def _take_off(

@@ -15,8 +15,10 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -59,7 +61,7 @@ def shared_bytes(ring: int) -> int:
     return 128 + tokens // 16 * 2 * 256 + 8 * (ring + UNIT) * 256
 
 
-def on_device(part: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+def on_device(part: npt.NDArray[Any]) -> Tensor:
     """Its bytes."""
     return torch.from_numpy(part.reshape(-1).view(np.uint8)).to(DEVICE)
 
