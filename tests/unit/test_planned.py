@@ -258,6 +258,21 @@ def test_sensitivity_is_the_loss_of_each_layer_alone(
     assert sum(8 - len(layer.keep) for layer in plan.layers) == 13
 
 
+def test_a_text_too_short_to_judge_on_is_refused_before_the_pass(
+    checkpoint: Checkpoint, calibration: Calibration, tokens: Tokens
+) -> None:
+    data = {
+        "experts": {"method": "score", "drop": 0.4, "budget": "sensitivity"},
+        "slim": {"method": "none"},
+    }
+    more = calibration.model_copy(update={"heldout": 100_000})
+    told: list[object] = []
+    options = pipeline.RunOptions(report=told.append)
+    with pytest.raises(CalibrationError, match="apart to judge on"):
+        pipeline.measure(checkpoint, recipe_of(data, more), tokens, options)
+    assert not told
+
+
 def test_owl_counts_outliers_of_what_stage_1_leaves(
     checkpoint: Checkpoint, calibration: Calibration, tokens: Tokens
 ) -> None:

@@ -59,9 +59,12 @@ def measure(
     A further one counts OWL's outliers; sensitivities are judged on held-out windows.
     """
     later = needed_statistics(recipe) & LATER
-    stats = collect(checkpoint, [recipe], tokens, options, work)
+    heldout = None
     if tokens and "sensitivity_P2" in later:
+        # Before the pass: a text that is too short is refused at once.
         heldout = load_heldout(checkpoint, recipe.calibration)
+    stats = collect(checkpoint, [recipe], tokens, options, work)
+    if tokens and heldout:
         kept = None if work is None else work / "losses.jsonl"
         journal = LossJournal(kept, options.ranks)
         stats = with_sensitivity(
